@@ -1,0 +1,153 @@
+"""ONNX files: read with suspicion, written bare (no source paths, no stack traces) and the same every "
+"time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import ModelProto, TensorProto
+
+from nayer_edge.artefacts import write_bytes
+from nayer_edge.errors import IntegrityError, UsageError
+
+# A protobuf message cannot be larger; the zoo's largest model is a fiftieth of it.
+MAX_BYTES = 2**31 - 1
+
+
+def read_onnx(path: Path, *, external_data: bool = False) -> ModelProto:
+    """Reads an ONNX file, weights included.
+
+    Args:
+        path: the file.
+        external_data: also load weights that lie in other files of the same folder.
+
+    Raises:
+        IntegrityError: it is missing, not ONNX, truncated, or names external data outside its own folder.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise IntegrityError(f"{path} is larger than an ONNX file can be (2 GiB).")
+        model = onnx.load_model_from_string(path.read_bytes())
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{path} is missing.") from error
+    except OSError as error:
+        raise IntegrityError(
+            f"{path} cannot be read.", why=f"The system says: {error.strerror or error}."
+        ) from error
+    except DecodeError as error:
+        raise IntegrityError(
+            f"{path} is not an ONNX file, or was cut short.",
+            why=f"{error}",
+            fix="Export it again with: nayer-edge export RUN",
+        ) from error
+    if not model.graph.node or not model.opset_import:
+        raise IntegrityError(
+            f"{path} is not an ONNX model.",
+            why="It has no operators or does not say which operator set it uses.",
+            fix="Export it again with: nayer-edge export RUN",
+        )
+    _require_inside(model, path)
+    if external_data:
+        try:
+            onnx.load_external_data_for_model(model, str(path.parent))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise IntegrityError(f"The external data of {path} cannot be read.", why=f"{error}") from error
+    return model
+
+
+def _require_inside(model: ModelProto, path: Path) -> None:
+    folder = path.resolve().parent
+    for tensor in _tensors(model):
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        data = folder / location
+        if not location or not data.resolve().is_relative_to(folder):
+            raise IntegrityError(
+                f"{path} keeps the weight '{tensor.name}' at '{location}', outside its own folder.",
+                why="A file that reads from elsewhere is not the artefact that was exported.",
+                fix="Do not use this file: fetch it again from where it was made.",
+            )
+        if not data.is_file():
+            raise IntegrityError(
+                f"{path} keeps the weight '{tensor.name}' in {location}, which is missing.",
+                fix="Put the file back beside it, or export again with: nayer-edge export RUN",
+            )
+
+
+def _tensors(model: ModelProto) -> list[TensorProto]:
+    found: list[TensorProto] = []
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        found.extend(graph.initializer)
+        found.extend(part for s in graph.sparse_initializer for part in (s.values, s.indices))
+        for node in graph.node:
+            for attribute in node.attribute:
+                found.extend([attribute.t] if attribute.HasField("t") else [])
+                found.extend(attribute.tensors)
+                graphs.extend([attribute.g] if attribute.HasField("g") else [])
+                graphs.extend(attribute.graphs)
+    return found
+
+
+def strip(model: ModelProto, *, metadata: Mapping[str, str]) -> None:
+    """Removes what tools leave behind and writes our provenance, in place.
+
+    Node metadata and doc strings hold source paths and stack traces (they leak, and make hashes vary);
+    inferred shapes are recomputed by every reader; unused operator sets are claims that the graph does not
+    need.
+    """
+    graph = model.graph
+    for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]
+    del graph.value_info[:]
+    del graph.quantization_annotation[:]
+    used = {node.domain for node in graph.node} | {""}
+    versions = {entry.domain: entry.version for entry in model.opset_import if entry.domain in used}
+    del model.opset_import[:]
+    model.opset_import.extend(
+        onnx.helper.make_opsetid(domain, versions[domain]) for domain in sorted(versions)
+    )
+    model.producer_name, model.producer_version = "nayer-edge", metadata.get("nayer_edge.version", "")
+    model.graph.name = "nayer_edge"
+    for key in sorted(metadata):
+        model.metadata_props.add(key=key, value=metadata[key])
+
+
+def metadata_of(model: ModelProto) -> dict[str, str]:
+    """The model's own metadata: the provenance that `strip` wrote."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def opset_of(model: ModelProto) -> int:
+    """The version of the standard operator set that the file really uses."""
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def write_onnx(model: ModelProto, path: Path) -> None:
+    """Checks a model (onnx.checker, shapes included) and writes it atomically, byte for byte the same every time.
+
+    Raises:
+        UsageError: it is too large for one file, or the folder cannot be written to.
+        IntegrityError: the graph is not valid ONNX (a defect of what made it).
+    """
+    try:
+        data = model.SerializeToString(deterministic=True)
+        if len(data) > MAX_BYTES:
+            raise EncodeError
+    except (EncodeError, ValueError) as error:
+        raise UsageError(
+            f"The model is too large for {path}.",
+            why="One ONNX file holds less than 2 GiB.",
+            fix="Choose a smaller student: nayer-edge students lists them.",
+        ) from error
+    try:
+        onnx.checker.check_model(data, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise IntegrityError(f"The graph meant for {path} is not valid ONNX.", why=f"{error}") from error
+    write_bytes(path, data)

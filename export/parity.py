@@ -1,0 +1,141 @@
+"""Compares saved outputs of two artefacts. No model is loaded here: running is the runners' work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nayer_edge.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far an artefact's predictions follow the reference's.
+
+    Attributes:
+        n: images.
+        top1: fraction of images with the same class; an image with a NaN or infinite logit never agrees.
+        mean_kl: mean KL(reference ‖ artefact) of softmax outputs, nats; infinite where a logit is not finite.
+    """
+
+    n: int
+    top1: float
+    mean_kl: float
+
+    def as_record(self) -> dict[str, Any]:
+        """For JSON, which has no infinity."""
+        return {
+            "n": self.n,
+            "top1": self.top1,
+            "mean_kl": self.mean_kl if np.isfinite(self.mean_kl) else None,
+        }
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Comparison of two sets of logits on the same inputs.
+
+    Attributes:
+        max_abs_diff: largest absolute difference over finite pairs.
+        agreement: fraction of inputs with the same top-1 class.
+        not_finite: inputs on which exactly one side is NaN or infinite somewhere, or both are but
+            differently.
+        worst_input: index of the input with the largest difference, or of the first that is not finite.
+        verdict: "match", "differs" (beyond the tolerance) or "not finite", which no tolerance excuses.
+    """
+
+    n: int
+    max_abs_diff: float
+    agreement: float
+    not_finite: int
+    worst_input: int
+    verdict: str
+
+
+def _paired(reference: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    reference, other = np.asarray(reference, np.float64), np.asarray(other, np.float64)
+    if reference.shape != other.shape or reference.ndim != 2 or len(reference) == 0:
+        raise UsageError(
+            f"Logits of shapes {reference.shape} and {other.shape} cannot be compared.",
+            why="Both must be (n, classes), for the same n of at least 1 and the same classes.",
+        )
+    return reference, other
+
+
+def compare(reference: np.ndarray, other: np.ndarray, *, tolerance: float) -> Parity:
+    """Compares logits (n, classes) with a reference.
+
+    A NaN is its own class of failure: it is neither a large difference nor a disagreement that an average
+        could hide.
+
+    Args:
+        reference: logits (n, classes).
+        other: logits of the same shape.
+        tolerance: largest absolute difference that still matches.
+
+    Raises:
+        UsageError: the shapes differ or there is nothing to compare.
+    """
+    reference, other = _paired(reference, other)
+    finite = np.isfinite(reference).all(1) & np.isfinite(other).all(1)
+    with np.errstate(invalid="ignore"):
+        difference = np.where(finite[:, None], np.abs(reference - other), 0.0).max(axis=1)
+    same = finite & (reference.argmax(1) == other.argmax(1))
+    broken = int((~finite).sum())
+    worst = int(np.argmin(finite)) if broken else int(difference.argmax())
+    largest = float(difference.max())
+    verdict = "not finite" if broken else "match" if largest <= tolerance else "differs"
+    return Parity(len(reference), largest, float(same.mean()), broken, worst, verdict)
+
+
+def agreement(reference: np.ndarray, other: np.ndarray) -> Agreement:
+    """Top-1 agreement and mean KL divergence of logits (n, classes).
+
+    Raises:
+        UsageError: the shapes differ or there is nothing to compare.
+    """
+    reference, other = _paired(reference, other)
+    finite = np.isfinite(reference).all(1) & np.isfinite(other).all(1)
+    same = finite & (reference.argmax(1) == other.argmax(1))
+    if not finite.all():
+        return Agreement(len(reference), float(same.mean()), float("inf"))
+    log_p, log_q = _log_softmax(reference), _log_softmax(other)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(1)
+    return Agreement(len(reference), float(same.mean()), float(max(kl.mean(), 0.0)))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def edge_cases(input_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """Images on which exports differ first, by name; each (1, C, H, W), float32 in [0, 1].
+
+    Padding shows at the borders of a white image, layout mistakes in stripes and a single bright channel or
+    corner, saturation in the extremes.
+    """
+    channels, height, width = input_shape
+    y, x = np.mgrid[:height, :width]
+    planes = {
+        "zeros": np.zeros((height, width)),
+        "ones": np.ones((height, width)),
+        "half": np.full((height, width), 0.5),
+        "checkerboard": (x + y) % 2,
+        "rows": y % 2,
+        "columns": x % 2,
+        "gradient": (x + y) / max(height + width - 2, 1),
+        "corner": (x + y == 0),
+    }
+    cases = {
+        name: np.broadcast_to(plane, (1, channels, height, width)).astype(np.float32)
+        for name, plane in planes.items()
+    }
+    for channel in range(min(channels, 4)):
+        image = np.zeros((1, channels, height, width), np.float32)
+        image[:, channel] = 1
+        cases[f"channel {channel} only"] = image
+    cases["noise"] = np.random.default_rng(0).random((1, channels, height, width), np.float32)
+    return cases

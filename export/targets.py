@@ -1,0 +1,264 @@
+"""The targets: what each device wants of an INT8 graph, in one table, and which operators are eligible for INT8.
+
+One Q/DQ file cannot serve them all: x86 wants unsigned activations, TensorRT refuses zero points and INT32 biases.
+The facts behind the table, with sources, are in docs/ARCHITECTURE.md (deployment).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from nayer_edge.errors import UsageError, nearest
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of device and the INT8 graph that it needs.
+
+    Attributes:
+        name: as typed after --target.
+        runtime: what runs the artefact.
+        activations: integer type of activations.
+        symmetric: activations have zero point 0 (a refusal by the parser otherwise, for TensorRT).
+        weights: integer type of weights; always symmetric, one scale per output channel.
+        bias: "int32" (scale = input scale × weight scale) or "float" (left as it is).
+        outputs: Q/DQ also on the outputs of quantized operators, so that they chain in INT8.
+        residual: which inputs of a residual Add get Q/DQ: "both", or "skip" (the other one fuses with its convolution).
+        rest: what everything else computes in.
+        precisions: artefacts worth making for this target.
+        engine: an engine is built from the ONNX file.
+        session_options: ONNX Runtime session configuration that stands for this device.
+        why: the reasons, for the report and for readers.
+    """
+
+    name: str
+    runtime: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+    activations: Literal["uint8", "int8"]
+    symmetric: bool
+    weights: Literal["int8"]
+    bias: Literal["int32", "float"]
+    outputs: bool
+    residual: Literal["both", "skip"]
+    rest: Literal["float32", "float16"]
+    precisions: tuple[Precision, ...]
+    engine: bool
+    session_options: tuple[tuple[str, str], ...]
+    why: str
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            name="cpu",
+            runtime="onnxruntime",
+            activations="uint8",
+            symmetric=False,
+            weights="int8",
+            bias="int32",
+            outputs=True,
+            residual="both",
+            rest="float32",
+            precisions=("fp32", "int8"),
+            engine=False,
+            session_options=(),
+            why="x86 multiplies unsigned by signed bytes (VNNI); signed activations are not fused by ONNX Runtime there "
+            "and run no faster than FP32.",
+        ),
+        Target(
+            name="arm",
+            runtime="onnxruntime",
+            activations="int8",
+            symmetric=False,
+            weights="int8",
+            bias="int32",
+            outputs=True,
+            residual="both",
+            rest="float32",
+            precisions=("fp32", "int8"),
+            engine=False,
+            # The default of ONNX Runtime's ARM builds, needed to see on x86 what an ARM device would fuse.
+            session_options=(("session.qdqisint8allowed", "1"),),
+            why="ARM multiplies signed by signed bytes (SDOT); a zero point keeps all 8 bits after a ReLU "
+            "and lets the ReLU disappear into the convolution's saturation.",
+        ),
+        Target(
+            name="tensorrt",
+            runtime="tensorrt",
+            activations="int8",
+            symmetric=True,
+            weights="int8",
+            bias="float",
+            outputs=False,
+            residual="skip",
+            rest="float16",
+            precisions=("fp32", "fp16", "int8"),
+            engine=True,
+            session_options=(),
+            why="The parser rejects INT32 biases and zero points; Q/DQ between a convolution and the ReLU or Add that "
+            "follows it prevents their fusion; strongly typed engines run the rest in the type the graph states.",
+        ),
+        Target(
+            name="tensorrt-rtx",
+            runtime="tensorrt_rtx",
+            activations="int8",
+            symmetric=True,
+            weights="int8",
+            bias="float",
+            outputs=False,
+            residual="skip",
+            rest="float16",
+            precisions=("fp32", "fp16", "int8"),
+            engine=True,
+            session_options=(),
+            why="As tensorrt. Its support matrix lists INT8 as weight-only, so FP16 is offered beside it, and what the "
+            "layers really run in is read from the engine where a GPU lets it be loaded.",
+        ),
+    )
+}
+
+
+def get_target(name: str) -> Target:
+    """The target of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in TARGETS:
+        raise UsageError(
+            f"There is no target '{name}'.{nearest(name, TARGETS)}",
+            why=f"The targets are {', '.join(TARGETS)}.",
+        )
+    return TARGETS[name]
+
+
+@dataclass(frozen=True)
+class Product:
+    """What eligibility is judged by: one multiply-accumulate operator of a graph.
+
+    Attributes:
+        op_type: ONNX operator.
+        constant_weight: its second input is a constant of the model.
+        groups: of a convolution, else 1.
+        channels_in: input channels per group (of Gemm and MatMul: rows of the weight).
+        channels_out: output channels per group (of Gemm and MatMul: columns).
+    """
+
+    op_type: str
+    constant_weight: bool
+    groups: int = 1
+    channels_in: int = 0
+    channels_out: int = 0
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A multiply-accumulate operator that is not eligible for INT8, and why."""
+
+    name: str
+    targets: tuple[str, ...]
+    reason: str
+
+    def applies(self, product: Product) -> bool:
+        """Whether this product is excluded."""
+        return _EXCLUDED_WHEN[self.name](product)
+
+
+# Operators that multiply and accumulate: the ones that coverage counts.
+PRODUCTS: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+_EVERYWHERE = tuple(TARGETS)
+_TENSORRT = ("tensorrt", "tensorrt-rtx")
+
+EXCLUSIONS: tuple[Exclusion, ...] = (
+    Exclusion(
+        "two activations",
+        _EVERYWHERE,
+        "both factors are activations: there is no constant weight to quantize per channel",
+    ),
+    Exclusion(
+        "transposed convolution",
+        ("cpu", "arm"),
+        "ONNX Runtime has no INT8 kernel for ConvTranspose",
+    ),
+    Exclusion(
+        "depthwise convolution",
+        _TENSORRT,
+        "TensorRT lacks INT8 tactics for some depthwise and narrow grouped convolutions, and the build then fails "
+        "(NVIDIA/TensorRT issues 3385 and 4060); bandwidth-bound, they gain nothing over FP16",
+    ),
+    Exclusion(
+        "narrow convolution",
+        _TENSORRT,
+        "INT8 tensor cores pad channels to 16 or 32, so a convolution with fewer than 8 channels on one side, "
+        "such as the one that reads the image, is slower than in FP16 or has no tactic",
+    ),
+)
+
+_EXCLUDED_WHEN = {
+    "two activations": lambda p: not p.constant_weight,
+    "transposed convolution": lambda p: p.op_type == "ConvTranspose",
+    "depthwise convolution": lambda p: p.groups > 1 and min(p.channels_in, p.channels_out) < 8,
+    "narrow convolution": lambda p: (
+        p.op_type in ("Conv", "ConvTranspose") and p.groups == 1 and min(p.channels_in, p.channels_out) < 8
+    ),
+}
+
+
+def exclusion(product: Product, target: Target) -> Exclusion | None:
+    """Why this product is not eligible for INT8 on the target; None where it is eligible.
+
+    Raises:
+        UsageError: it is not an operator that multiplies and accumulates.
+    """
+    if product.op_type not in PRODUCTS:
+        raise UsageError(f"'{product.op_type}' is not one of {', '.join(PRODUCTS)}.")
+    return next((e for e in EXCLUSIONS if target.name in e.targets and e.applies(product)), None)
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """An operator without weights: quantized along (or not) so that INT8 need not be left between two products."""
+
+    op_type: str
+    quantized: bool
+    reason: str
+
+
+# For targets whose operators chain in INT8 (Target.outputs).
+CARRIERS: tuple[Carrier, ...] = (
+    Carrier("Relu", True, "disappears into the saturation of the operator before it"),
+    Carrier("Clip", True, "disappears into the saturation of the operator before it"),
+    Carrier("Add", True, "QLinearAdd"),
+    Carrier("Mul", True, "QLinearMul"),
+    Carrier("Concat", True, "QLinearConcat"),
+    Carrier("MaxPool", True, "runs on bytes as it is"),
+    Carrier("AveragePool", True, "QLinearAveragePool"),
+    Carrier("GlobalAveragePool", True, "QLinearGlobalAveragePool"),
+    Carrier("Flatten", True, "moves bytes"),
+    Carrier("Reshape", True, "moves bytes"),
+    Carrier("Transpose", True, "moves bytes"),
+    Carrier("Squeeze", True, "moves bytes"),
+    Carrier("Unsqueeze", True, "moves bytes"),
+    Carrier("Slice", True, "moves bytes"),
+    Carrier("Split", True, "moves bytes"),
+    Carrier("Sub", False, "no INT8 kernel; here it normalises the float image"),
+    Carrier("Div", False, "no INT8 kernel; here it normalises the float image"),
+    Carrier("BatchNormalization", False, "no INT8 kernel; one that follows a convolution is folded into it"),
+    Carrier("ReduceMean", False, "no INT8 kernel; global means are exported as GlobalAveragePool"),
+    Carrier("HardSigmoid", False, "no INT8 kernel"),
+    Carrier("HardSwish", False, "no INT8 kernel; ONNX Runtime computes it as HardSigmoid and Mul"),
+    Carrier("Sigmoid", False, "8 bits of input range lose its slope; cheap in float"),
+    Carrier("Softmax", False, "exponentials need more than 8 bits"),
+    Carrier("LayerNormalization", False, "variances need more than 8 bits"),
+)
+
+
+def quantized_operators(target: Target) -> tuple[str, ...]:
+    """Operator types that get Q/DQ on this target: the products, and the carriers where operators chain in INT8."""
+    carriers: Iterable[str] = (c.op_type for c in CARRIERS if c.quantized) if target.outputs else ()
+    return (*PRODUCTS, *carriers)

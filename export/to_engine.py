@@ -1,0 +1,344 @@
+"""TensorRT engines from ONNX: one code path for `tensorrt` (10.12 and newer, 11.x) and `tensorrt_rtx`, which share an API.
+
+Networks are strongly typed: every layer runs in the type that the graph states, and no builder flag can silently mean another. TensorRT-RTX
+builds ahead of time for a named compute capability, with no GPU in the machine; TensorRT builds on the GPU that the engine is for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nayer_edge.artefacts import sha256_of, write_bytes
+from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra, nearest
+
+from .coverage import zero_points
+from .onnx_file import read_onnx
+from .targets import Target, get_target
+
+_EXTRA = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
+_OLDEST = (10, 12)
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What was built.
+
+    Attributes:
+        path: the engine file.
+        runtime: "tensorrt" or "tensorrt_rtx".
+        version: of that package; TensorRT loads an engine with the very same version.
+        compute_capability: "sm89", …: the GPUs that it runs on.
+        batch: (smallest, best, largest) batch of the optimisation profile.
+        network_types: type of layer outputs in the parsed, strongly typed network → number of layers.
+        layers: type that each layer of the finished engine computes in → number of layers; empty where no GPU let it be loaded.
+        precision_verified: `layers` was read from the engine itself.
+        notes: what the user should know.
+        seconds: building took.
+        size_bytes: of the file.
+        sha256: of the file.
+    """
+
+    path: Path
+    runtime: str
+    version: str
+    compute_capability: str
+    batch: tuple[int, int, int]
+    network_types: Mapping[str, int]
+    layers: Mapping[str, int]
+    precision_verified: bool
+    notes: tuple[str, ...]
+    seconds: float
+    size_bytes: int
+    sha256: str
+
+
+def import_tensorrt(runtime: str) -> Any:
+    """The Python module of a flavour.
+
+    Raises:
+        MissingError: it is not installed, or older than strong typing.
+    """
+    try:
+        trt = importlib.import_module(runtime)
+    except ImportError as error:
+        raise missing_extra(runtime, _EXTRA[runtime], "Building and running engines") from error
+    numbers = re.findall(r"\d+", str(getattr(trt, "__version__", "")))[:2]
+    if runtime == "tensorrt" and tuple(map(int, numbers)) < _OLDEST:
+        raise MissingError(
+            f"TensorRT {trt.__version__} is too old.",
+            why="Strongly typed networks with explicit Q/DQ need 10.12 or newer.",
+            fix="Type: pip install --upgrade 'nayer-edge[gpu]'",
+        )
+    return trt
+
+
+def compute_capabilities(target: str | Target) -> tuple[str, ...]:
+    """Names that this target can be built for without such a GPU ("sm75", …); none for TensorRT.
+
+    Raises:
+        MissingError: the package is not installed.
+    """
+    target = get_target(target) if isinstance(target, str) else target
+    if target.runtime != "tensorrt_rtx":
+        return ()
+    members = import_tensorrt(target.runtime).ComputeCapability.__members__
+    return tuple(
+        sorted((name.lower() for name in members if name.startswith("SM")), key=lambda n: int(n[2:]))
+    )
+
+
+@dataclass
+class _Log:
+    """What the builder says, kept instead of printed."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def logger(self, trt: Any) -> Any:
+        log = self
+
+        class Logger(trt.ILogger):
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                    log.errors.append(message)
+                elif severity == trt.ILogger.WARNING:
+                    log.warnings.append(message)
+
+        return Logger()
+
+
+def to_engine(
+    onnx_path: Path,
+    path: Path,
+    target: str | Target,
+    *,
+    compute_capability: str | None = None,
+    batch: tuple[int, int, int] = (1, 1, 64),
+    workspace_bytes: int = 2**30,
+    timing_cache: Path | None = None,
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+) -> EngineInfo:
+    """Builds an engine.
+
+    Args:
+        onnx_path: FP32, FP16 or symmetric INT8 Q/DQ; its types are the engine's.
+        path: the engine file to write.
+        target: "tensorrt" or "tensorrt-rtx".
+        compute_capability: for TensorRT-RTX: "sm89", …; the GPU of this machine by default.
+        batch: (smallest, best, largest) batch size of the optimisation profile.
+        workspace_bytes: GPU memory that a layer may use while it runs.
+        timing_cache: file with measured kernel timings, read where it exists and written back (TensorRT only).
+        version_compatible: the engine also loads in later versions (TensorRT only).
+        hardware_compatible: the engine also runs on other GPUs from Ampere on (TensorRT only).
+
+    Raises:
+        MissingError: the package is not installed, or the target needs a GPU and there is none.
+        UsageError: the graph is refused (explained in one sentence), or an argument is wrong.
+        IntegrityError: the ONNX file is damaged.
+    """
+    target = get_target(target) if isinstance(target, str) else target
+    if not target.engine:
+        raise UsageError(f"Target '{target.name}' runs ONNX files: it has no engine.")
+    if not 1 <= batch[0] <= batch[1] <= batch[2]:
+        raise UsageError(
+            f"The batch sizes {batch} are not a profile.", fix="Give smallest ≤ best ≤ largest, from 1 on."
+        )
+    trt = import_tensorrt(target.runtime)
+    rtx = target.runtime == "tensorrt_rtx"
+    capability, notes = _capability(trt, rtx, compute_capability), []
+    model = read_onnx(onnx_path)
+    log = _Log()
+    logger = log.logger(trt)
+    builder = trt.Builder(logger)
+    if builder is None:
+        raise MissingError("The TensorRT builder does not start.", why="; ".join(log.errors))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx_path)):
+        raise _refusal(onnx_path, target, [parser.get_error(i) for i in range(parser.num_errors)], log)
+    _refuse_unsigned(model, onnx_path, target)
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if rtx:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.__members__[capability.upper()], 0)
+        if timing_cache or version_compatible or hardware_compatible:
+            notes.append(
+                "TensorRT-RTX compiles kernels on the device: timing cache, version and hardware "
+                "compatibility do not apply and were ignored."
+            )
+    else:
+        if version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        if timing_cache:
+            known = timing_cache.read_bytes() if timing_cache.is_file() else b""
+            config.set_timing_cache(config.create_timing_cache(known), False)
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        source = network.get_input(index)
+        image = tuple(source.shape)[1:]
+        profile.set_shape(source.name, *((n, *image) for n in batch))
+    config.add_optimization_profile(profile)
+    start = time.perf_counter()
+    serialized = builder.build_serialized_network(network, config)
+    seconds = time.perf_counter() - start
+    if serialized is None:
+        raise _refusal(onnx_path, target, [], log)
+    write_bytes(path, bytes(serialized))
+    if timing_cache and not rtx:
+        write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
+    layers = _inspected(trt, logger, path)
+    if rtx and any(n.op_type == "QuantizeLinear" for n in model.graph.node):
+        notes.append(
+            "TensorRT-RTX documents INT8 for weight-only matrix products: "
+            "that this graph builds does not show that its convolutions run in INT8."
+        )
+    if not layers:
+        notes.append("No GPU here to load the engine: the precision of its layers is not verified.")
+    return EngineInfo(
+        path=path,
+        runtime=target.runtime,
+        version=str(trt.__version__),
+        compute_capability=capability,
+        batch=batch,
+        network_types=_network_types(network),
+        layers=layers,
+        precision_verified=bool(layers),
+        notes=tuple(notes),
+        seconds=seconds,
+        size_bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+    )
+
+
+def _capability(trt: Any, rtx: bool, wanted: str | None) -> str:
+    gpu = torch.cuda.is_available()
+    here = "sm{}{}".format(*torch.cuda.get_device_capability()) if gpu else None
+    if not rtx:
+        if here is None:
+            raise MissingError(
+                "TensorRT builds an engine on the GPU that it is for, and there is none here.",
+                fix="Run this command on the device; --no-engine writes the ONNX file for it now.",
+            )
+        if wanted and wanted.lower() != here:
+            raise UsageError(f"TensorRT builds for the GPU of this machine, {here}, not for {wanted}.")
+        return here
+    known = [name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    chosen = (wanted or here or "").lower()
+    if not chosen:
+        raise UsageError(
+            "TensorRT-RTX needs to know which GPU to build for.",
+            why="There is none in this machine to look at.",
+            fix=f"Name its compute capability: {', '.join(known)}.",
+        )
+    if chosen not in known:
+        raise UsageError(
+            f"TensorRT-RTX {trt.__version__} does not build for '{chosen}'.{nearest(chosen, known)}",
+            why=f"It knows {', '.join(known)}.",
+        )
+    return chosen
+
+
+def _refuse_unsigned(model: Any, onnx_path: Path, target: Target) -> None:
+    # The parser only warns and reads UINT8 as INT8: with zero points of 0 everything above 127 would be cut off.
+    for node, zero_point in zero_points(model):
+        if str(zero_point.dtype) == "uint8":
+            raise UsageError(
+                f"{target.name} refuses {onnx_path.name}: '{node.name}' is quantized to UINT8.",
+                why="TensorRT would read these bytes as signed and be silently wrong.",
+                fix=f"Quantize for this target: nayer-edge export RUN --int8 --target {target.name}",
+            )
+
+
+# What the parser says → what it means. The first that matches explains.
+_EXPLANATIONS = (
+    (
+        r"DequantizeLinear.*has type Int32",
+        "'{node}' is a bias quantized to INT32, which TensorRT does not take",
+    ),
+    (
+        r"shiftIsAllZeros|[Zz]ero.?point.*(zero|0)|non-zero",
+        "'{node}' has a zero point other than 0, and TensorRT quantizes symmetrically",
+    ),
+    (
+        r"[Nn]o importer registered|[Uu]nsupported operator|plugin",
+        "it has no operator {operator} (node '{node}')",
+    ),
+    (r"[Cc]ould not find any implementation for node (\S+)", "it has no kernel for node {group}"),
+    (r"(?i)dynamic|profile", "a dimension of node '{node}' other than the batch is not fixed"),
+)
+
+
+def _refusal(onnx_path: Path, target: Target, errors: list[Any], log: _Log) -> UsageError:
+    text = "\n".join([*(str(e.desc()) for e in errors), *log.errors])
+    node = errors[0].node_name() if errors else ""
+    operator = errors[0].node_operator() if errors else ""
+    for pattern, explanation in _EXPLANATIONS:
+        if match := re.search(pattern, text, re.DOTALL):
+            group = match.group(1) if match.groups() else ""
+            meaning = explanation.format(node=node, operator=operator, group=group)
+            break
+    else:
+        meaning = f"node '{node}' ({operator}) is not accepted" if node else "the build failed"
+    says = next((line.strip() for line in text.splitlines() if "rror" in line), text.strip()[:300])
+    return UsageError(
+        f"{target.name} refuses {onnx_path.name}: {meaning}.",
+        why=f"It says: {says}" if says else "",
+        fix=f"Give it the file made for it: nayer-edge export RUN --int8 --target {target.name}",
+    )
+
+
+def _network_types(network: Any) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.num_outputs:
+            found[str(layer.get_output(0).dtype).rsplit(".", 1)[-1].lower()] += 1
+    return dict(sorted(found.items()))
+
+
+def _inspected(trt: Any, logger: Any, path: Path) -> dict[str, int]:
+    """Type → layers, from the engine inspector; empty where this machine cannot load the engine."""
+    if not torch.cuda.is_available():
+        return {}
+    engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # names differ between 10.x and 11.x
+        text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return layer_types(text)
+
+
+def layer_types(inspector_json: str) -> dict[str, int]:
+    """Type of each layer's first input → number of layers, from an engine inspector's JSON.
+
+    Raises:
+        IntegrityError: it is not that JSON.
+    """
+    try:
+        layers = json.loads(inspector_json)["Layers"]
+        found: Counter[str] = Counter()
+        for layer in layers:
+            for tensor in layer.get("Inputs", [])[:1] if isinstance(layer, dict) else []:
+                text = str(tensor.get("Format/Datatype") or tensor.get("Datatype") or "")
+                kind = re.search(r"(?i)\b(int8|half|fp16|bf16|float|fp32|int32|uint8|bool)\b", text)
+                found[kind.group(1).lower() if kind else "unknown"] += 1
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise IntegrityError("The engine inspector's answer is not readable.", why=f"{error}") from error
+    return dict(sorted(found.items()))

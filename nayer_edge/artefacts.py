@@ -1,0 +1,389 @@
+"""The run folder: the unit that travels, its manifest, and writes that cannot be half done.
+
+Everything here works with the base install (no torch, no numpy), because `gate` and `verify` need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nayer_edge.errors import IntegrityError, UsageError
+
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+MANIFEST_SCHEMA = "nayer-edge/manifest/1"
+MAX_JSON_BYTES = 64 * 2**20
+_DIGEST = r"^[0-9a-f]{64}$"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What one step made: its files, by role, relative to the run folder.
+
+    Attributes:
+        step: the step that made it.
+        files: role ("student", "bank", …) → POSIX path inside the run folder. Every file has one role.
+        numbers: a few figures worth showing when the step ends.
+    """
+
+    step: str
+    files: Mapping[str, str]
+    numbers: Mapping[str, float | int | str | None]
+
+
+class FileRecord(BaseModel):
+    """One file of the run, as the manifest states it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    step: str
+    sha256: str = Field(pattern=_DIGEST)
+    bytes: int = Field(ge=0)
+    parents: tuple[str, ...] = Field(default=(), description="SHA-256 of the files that it was made from")
+
+
+class StepRecord(BaseModel):
+    """One finished step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    digest: str = Field(pattern=_DIGEST, description="of the step's settings and its inputs' hashes")
+    settings: dict[str, Any] = Field(description="the part of the recipe that the step reads")
+    seconds: float = Field(ge=0)
+    finished: str = Field(description="UTC, ISO 8601")
+    numbers: dict[str, float | int | str | None] = Field(default_factory=dict)
+
+
+class Manifest(BaseModel):
+    """`manifest.json`: what made this run, and the hash and parents of every file in it."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    schema_: Literal["nayer-edge/manifest/1"] = Field(default=MANIFEST_SCHEMA, alias="schema")
+    recipe: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    steps: dict[str, StepRecord] = Field(default_factory=dict)
+    files: dict[str, FileRecord] = Field(default_factory=dict)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; the file is streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(value: object) -> str:
+    """SHA-256 of a JSON-serialisable value in canonical form (sorted keys, no spaces, UTF-8)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write(temporary)` and renames the result to `path`, fsynced: it is there whole or not at all.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise UsageError(
+            f"Cannot write {path}.",
+            why=f"The system says: {error.strerror or error}.",
+            fix="Choose another folder with --out, or give yourself the right to write here.",
+        ) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes private files; artefacts are meant to be read by others.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise UsageError(
+            f"Cannot write {path}.",
+            why=f"The system says: {error.strerror or error}.",
+            fix="Free some space, then repeat the command: finished steps are kept.",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes bytes atomically."""
+    write_atomic(path, lambda temporary: temporary.write_bytes(data))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON atomically, indented, in UTF-8, without NaN."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Reads a JSON file of at most 64 MiB.
+
+    Args:
+        what: how to call the file in an error ("the manifest").
+
+    Raises:
+        IntegrityError: it is missing, too large or no JSON.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise IntegrityError(f"{path} is larger than {what} can be ({MAX_JSON_BYTES >> 20} MiB).")
+        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{path} is missing, so {what} cannot be read.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path} is not readable as {what}.", why=f"{error}") from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class RunFolder:
+    """A run on disk. Paths are relative POSIX paths that cannot leave the folder."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def create(
+        cls, root: Path, recipe: dict[str, Any], seed: int, versions: dict[str, str], hardware: dict[str, Any]
+    ) -> RunFolder:
+        """Starts a run folder with an empty manifest.
+
+        Raises:
+            UsageError: the folder cannot be written to.
+        """
+        run = cls(root, Manifest(recipe=recipe, seed=seed, versions=versions, hardware=hardware))
+        run.save()
+        return run
+
+    @classmethod
+    def open(cls, root: Path) -> RunFolder:
+        """Opens an existing run.
+
+        Raises:
+            UsageError: there is no run here.
+            IntegrityError: its manifest is damaged.
+        """
+        if not (root / MANIFEST).is_file():
+            raise UsageError(
+                f"{root} is not a run folder.",
+                why=f"It holds no {MANIFEST}.",
+                fix="Type: nayer-edge run RECIPE --out DIR   (nayer-edge recipes lists them)",
+            )
+        try:
+            manifest = Manifest.model_validate(read_json(root / MANIFEST, "the manifest"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise IntegrityError(
+                f"{root / MANIFEST} is not a manifest of this version.",
+                why=f"{where}: {first['msg']}.",
+                fix="Fetch the run folder again from where it was made.",
+            ) from error
+        return cls(root, manifest)
+
+    def save(self) -> None:
+        """Writes the manifest."""
+        write_json(self.root / MANIFEST, self.manifest.model_dump(mode="json", by_alias=True))
+
+    def path(self, relative: str) -> Path:
+        """The path of a file of this run.
+
+        Raises:
+            IntegrityError: the name would leave the run folder, by its parts or through a link.
+        """
+        pure = PurePosixPath(relative)
+        path = self.root / pure
+        if (
+            pure.is_absolute()
+            or ".." in pure.parts
+            or "\0" in relative
+            or "\\" in relative
+            or not path.resolve().is_relative_to(self.root.resolve())
+        ):
+            raise IntegrityError(
+                f"'{relative}' points outside the run folder {self.root}.",
+                fix="Do not use this folder: it was altered. Fetch it again from where it was made.",
+            )
+        return path
+
+    def record(
+        self,
+        artifact: Artifact,
+        *,
+        digest: str,
+        settings: dict[str, Any],
+        parents: Sequence[Artifact],
+        seconds: float,
+        finished: str,
+    ) -> None:
+        """Enters a finished step and its files, with their hashes, into the manifest, and saves it."""
+        hashes = tuple(
+            self.manifest.files[name].sha256 for parent in parents for name in sorted(parent.files.values())
+        )
+        files = {name: entry for name, entry in self.manifest.files.items() if entry.step != artifact.step}
+        for role, name in artifact.files.items():
+            path = self.path(name)
+            files[name] = FileRecord(
+                kind=role,
+                step=artifact.step,
+                sha256=sha256_of(path),
+                bytes=path.stat().st_size,
+                parents=hashes,
+            )
+        self.manifest.files = files
+        self.manifest.steps[artifact.step] = StepRecord(
+            digest=digest,
+            settings=settings,
+            seconds=round(seconds, 3),
+            finished=finished,
+            numbers=dict(artifact.numbers),
+        )
+        self.save()
+
+    def forget(self, step: str) -> None:
+        """Takes a step and its files out of the manifest (the files stay until they are overwritten)."""
+        self.manifest.steps.pop(step, None)
+        self.manifest.files = {n: f for n, f in self.manifest.files.items() if f.step != step}
+        self.save()
+
+    def artifact(self, step: str) -> Artifact:
+        """The artefact of a finished step, as the manifest states it.
+
+        Raises:
+            UsageError: the step has not been run.
+        """
+        if step not in self.manifest.steps:
+            raise UsageError(
+                f"{self.root} has no finished step '{step}'.",
+                fix=f"Type: nayer-edge run {self.manifest.recipe.get('name', 'RECIPE')} --out {self.root} --until {step}",
+            )
+        files = {entry.kind: name for name, entry in self.manifest.files.items() if entry.step == step}
+        return Artifact(step, files, self.manifest.steps[step].numbers)
+
+    def problems(self, names: Iterator[str] | Sequence[str] | None = None) -> list[str]:
+        """Compares files with the manifest's hashes; one sentence for each that differs or is missing.
+
+        Args:
+            names: which files; all of the manifest by default.
+        """
+        found = []
+        for name in sorted(self.manifest.files if names is None else names):
+            path, record = self.path(name), self.manifest.files[name]
+            if not path.is_file():
+                found.append(f"{name} is missing")
+            elif path.stat().st_size != record.bytes or sha256_of(path) != record.sha256:
+                found.append(f"{name} was altered: its SHA-256 is not the manifest's")
+        return found
+
+    def strangers(self) -> list[str]:
+        """Files in the folder that the manifest does not know."""
+        known = {MANIFEST, LOCK, *self.manifest.files}
+        found = []
+        for path in sorted(self.root.rglob("*")):
+            name = path.relative_to(self.root).as_posix()
+            if (path.is_symlink() or not path.is_dir()) and name not in known:
+                found.append(name)
+        return found
+
+    def require_intact(self, names: Sequence[str] | None = None) -> None:
+        """Raises IntegrityError if a file differs from the manifest."""
+        if found := self.problems(names):
+            raise IntegrityError(
+                f"{self.root} does not match its manifest.",
+                why="; ".join(found) + ".",
+                fix="Fetch the folder again, or make the step anew with: nayer-edge run RECIPE --out DIR",
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder's lock, so that two processes cannot write one run.
+
+        Raises:
+            UsageError: another process holds it.
+        """
+        with lock_folder(self.root):
+            yield
+
+
+@contextlib.contextmanager
+def lock_folder(root: Path) -> Iterator[None]:
+    """An advisory lock on a folder; the kernel releases it when the process ends, however it ends.
+
+    Raises:
+        UsageError: another process holds it, or the folder cannot be written to.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = (root / LOCK).open("a")
+    except OSError as error:
+        raise UsageError(
+            f"Cannot write to {root}.",
+            why=f"The system says: {error.strerror or error}.",
+            fix="Choose another folder with --out.",
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"Another process is working in {root}.",
+                fix="Wait until it ends, or choose another folder with --out.",
+            ) from error
+        yield
+
+
+def clear_folder(root: Path) -> None:
+    """Empties a run folder for `--fresh`. Refuses a folder that holds something but no run.
+
+    Raises:
+        UsageError: the folder holds files and no manifest, so it is not ours to empty.
+    """
+    if not root.exists():
+        return
+    inside = [path for path in root.iterdir() if path.name != LOCK]
+    if inside and not (root / MANIFEST).is_file():
+        raise UsageError(
+            f"{root} is not empty and not a run folder, so --fresh will not empty it.",
+            fix="Choose another folder with --out, or empty this one yourself.",
+        )
+    for path in inside:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,76 @@
+"""Random crop and flip, batched on the device, one draw per image.
+
+A zero-padded crop is a translation with zero fill, so its gradient is the opposite translation: both
+directions are one gather, where autograd's own backward of an indexing operation would scatter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int, Num
+from torch import Tensor
+from torch.nn import functional as F
+
+from nayer_edge.config import Augment
+
+
+def crop_and_flip(
+    images: Num[Tensor, "B C H W"], augment: Augment, random: torch.Generator
+) -> Num[Tensor, "B C H W"]:
+    """Pads with zeros, crops at a random place and mirrors half of the images; differentiable.
+
+    Args:
+        images: any number type; the result has the same, channels-last.
+        augment: the padding in pixels, and whether to flip.
+        random: a stream on the images' device.
+    """
+    if augment.pad == 0 and not augment.flip:
+        return images
+    count, device = images.shape[0], images.device
+    shifts = torch.randint(
+        -augment.pad, augment.pad + 1, (2, count), generator=random, device=device, dtype=torch.long
+    )
+    flips = torch.randint(0, 2, (count,), generator=random, device=device, dtype=torch.long).bool()
+    if not augment.flip:
+        flips = torch.zeros_like(flips)
+    return _Translate.apply(images, shifts[0], shifts[1], flips, augment.pad)  # pyright: ignore[reportReturnType]
+
+
+def _gather(images: Tensor, rows: Tensor, columns: Tensor, pad: int) -> Tensor:
+    """images[b, :, rows[b, y], columns[b, x]] with zeros outside; `pad` bounds how far outside."""
+    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+    batch = torch.arange(images.shape[0], device=images.device)[:, None, None]
+    return padded[batch, rows[:, :, None] + pad, columns[:, None, :] + pad].permute(0, 3, 1, 2)
+
+
+class _Translate(torch.autograd.Function):
+    """out[y, x] = in[y + dy, X + dx] with X = x, or W − 1 − x where mirrored."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Num[Tensor, "B C H W"],
+        dy: Int[Tensor, B],
+        dx: Int[Tensor, B],
+        flips: Bool[Tensor, B],
+        pad: int,
+    ) -> Num[Tensor, "B C H W"]:
+        ctx.save_for_backward(dy, dx, flips)
+        ctx.pad = pad
+        height, width = images.shape[2:]
+        rows = torch.arange(height, device=images.device) + dy[:, None]
+        x = torch.arange(width, device=images.device)
+        columns = torch.where(flips[:, None], width - 1 - x, x) + dx[:, None]
+        return _gather(images, rows, columns, pad)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        dy, dx, flips = ctx.saved_tensors
+        height, width = gradient.shape[2:]
+        rows = torch.arange(height, device=gradient.device) - dy[:, None]
+        x = torch.arange(width, device=gradient.device) - dx[:, None]
+        columns = torch.where(flips[:, None], width - 1 - x, x)
+        return _gather(gradient, rows, columns, ctx.pad), None, None, None, None

@@ -1,0 +1,414 @@
+"""The recipe: every number of a run, in TOML, checked as a whole before any work.
+
+The names follow the paper (Tran et al., CVPR 2024) and its published code; docs/PAPER_MAP.md lists both.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from nayer_edge.errors import UsageError, nearest
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class InputSpec(Section):
+    """What a model eats: images in [0, 1], channels first, normalised inside the model as (x − mean) / std."""
+
+    channels: Count = 3
+    height: Annotated[int, Field(ge=4, le=4096)] = 32
+    width: Annotated[int, Field(ge=4, le=4096)] = 32
+    mean: tuple[float, ...] = (0.5,)
+    """one value per channel, or one for all"""
+    std: tuple[Positive, ...] = (0.5,)
+    """one value per channel, or one for all"""
+
+    @model_validator(mode="after")
+    def _one_value_per_channel(self) -> InputSpec:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.channels):
+                raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.channels} channels")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)"""
+        return self.channels, self.height, self.width
+
+
+class Augment(Section):
+    """Random crop with zero padding and horizontal flip, drawn anew for every image."""
+
+    pad: Annotated[int, Field(ge=0, le=64)] = 4
+    """pixels added on each side before the crop"""
+    flip: bool = True
+    """mirror half of the images; wrong for digits and text"""
+
+
+class Teacher(Section):
+    """The trained classifier. Either `weights` are given, or a [teach] section trains it (for demonstrations)."""
+
+    model: str
+    """nayer:wrn_40_2, torchvision:…"""
+    weights: str | None = None
+    """a .safetensors file or a state dict; relative to the recipe; $NAYER_EDGE_DATA is expanded"""
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=100_000)]
+    """class names in the order of the classifier's outputs"""
+    input: InputSpec = InputSpec()
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct_labels(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        empty = [str(index) for index, label in enumerate(classes) if not label.strip()]
+        if empty:
+            raise ValueError(f"class names must not be empty (number {', '.join(empty)})")
+        doubled = sorted(label for label, times in Counter(classes).items() if times > 1)
+        if doubled:
+            raise ValueError(f"class names must differ; more than once: {', '.join(doubled)}")
+        return classes
+
+
+class Teach(Section):
+    """Training a teacher on labelled images: for demonstrations and benchmarks."""
+
+    data: str
+    """digits, or a folder, parquet or npz file of labelled images"""
+    epochs: Count = 20
+    batch: Count = 128
+    lr: Positive = 0.25
+    """peak of the one-cycle schedule"""
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    label_smoothing: Fraction = 0.0
+    augment: Augment = Augment()
+
+
+class LTE(Section):
+    """Label-text embeddings: one prompt per class through a text encoder, once."""
+
+    encoder: str = "all-MiniLM-L6-v2"
+    """all-MiniLM-L6-v2, a hub id or folder for transformers, a file of embeddings, onehot, or random"""
+    prompt: str = "a photo of a {label}"
+
+    @model_validator(mode="after")
+    def _prompt_has_label(self) -> LTE:
+        if "{label}" not in self.prompt:
+            raise ValueError("the prompt must contain {label}")
+        return self
+
+
+class Student(Section):
+    """The compact network to train."""
+
+    model: str
+
+
+class Generator(Section):
+    """E[y] → BatchNorm1d → noisy linear → linear → up-sampling convolutions → sigmoid (paper §3.2, Fig. 2)."""
+
+    noisy_dim: Count = 1000
+    """outputs of the noisy linear layer"""
+    channels: Count = 64
+    """width of the last convolutions; the first have twice as many"""
+
+
+class Synthesis(Section):
+    """One synthesis round and how many of them there are (paper Alg. 1, Eq. 4 to 8)."""
+
+    batch: Count = 400
+    """images per round"""
+    g_steps: Count = 30
+    """optimisation steps per round"""
+    rounds: Count = 2
+    """rounds per epoch after warm-up (published: g_loops)"""
+    warmup_rounds: Count = 10
+    """rounds per warm-up epoch (published: gwp_loops)"""
+    g_life: Count = 10
+    """epochs after which the generator is created anew"""
+    lr: Positive = 4e-3
+    """Adam, betas 0.5 and 0.999, a fresh one every round"""
+    lambda_bn: Annotated[float, Field(ge=0)] = 10.0
+    lambda_ce: Annotated[float, Field(ge=0)] = 0.5
+    lambda_adv: Annotated[float, Field(ge=0)] = 1.33
+    bn_momentum: Fraction = 0.9
+    """how much of the BatchNorm statistics of earlier rounds L_bn remembers (published: bn_mmt); 0 disables it"""
+    augment: Augment = Augment()
+    """applied inside the loss"""
+
+
+class Distill(Section):
+    """Training the student on the memory bank (paper Eq. 9)."""
+
+    epochs: Count = 120
+    """warm-up included; the paper's E = 100 is 120"""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 20
+    """epochs of synthesis alone"""
+    steps: Count = 400
+    """student steps per epoch"""
+    batch: Count = 512
+    lr: Positive = 0.2
+    lr_min: Annotated[float, Field(ge=0)] = 2e-4
+    """end of the cosine schedule"""
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    temperature: Positive = 20.0
+    augment: Augment = Augment()
+    bank_mib: Positive = 4096.0
+    """byte budget of the memory bank, MiB"""
+    holdout_rounds: Count = 2
+    """synthetic hold-out rounds: measured for agreement, never trained on"""
+    select: Literal["last", "agreement"] = "last"
+    """which student is shipped: the last one, or the one that agrees best on the synthetic hold-out"""
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Distill:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs})")
+        return self
+
+
+class Export(Section):
+    """ONNX and the quantized graphs."""
+
+    opset: Annotated[int, Field(ge=18, le=23)] = 20
+    targets: tuple[str, ...] = ("cpu",)
+    """which devices get a quantized graph; nayer_edge/export/targets.py lists them"""
+    calibration_images: Annotated[int, Field(ge=1, le=65536)] = 512
+    """synthetic images drawn from the trained generator"""
+    calibration_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
+    """auto: the one whose INT8 model agrees best with FP32 on a synthetic hold-out"""
+
+
+class Validate(Section):
+    """On which images the artefacts are compared with the teacher."""
+
+    data: str | None = None
+    """labelled hold-out images (they only measure); none: fresh synthetic images"""
+    synthetic_images: Count = 2000
+    """how many, where there is no hold-out"""
+
+
+class AccuracyPolicy(Section):
+    """Paired accuracy drops, fractions in [0, 1]; see docs/ARCHITECTURE.md for the statistics."""
+
+    max_drop_vs_fp32: Fraction | None = None
+    max_drop_vs_teacher: Fraction | None = None
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+
+
+class AgreementPolicy(Section):
+    """Fraction of images on which artefact and teacher choose the same class."""
+
+    min: Fraction | None = None
+
+
+class LatencyPolicy(Section):
+    """At batch 1, on the machine that ran `validate`."""
+
+    max_p95_ms: Positive | None = None
+    min_speedup_vs_fp32: Positive | None = None
+
+
+class SizePolicy(Section):
+    """Of one artefact's file."""
+
+    max_bytes: Count | None = None
+
+
+class Int8Policy(Section):
+    """Fraction of eligible convolutions and matrix products that run in INT8."""
+
+    min_coverage: Fraction | None = None
+
+
+class ParityPolicy(Section):
+    """Largest absolute logit difference between FP32 ONNX and the torch student."""
+
+    max_abs_diff: Positive | None = None
+
+
+class PerClassPolicy(Section):
+    """Drop of any single class against the FP32 student."""
+
+    max_drop: Fraction | None = None
+    advisory: bool = True
+    """report, but do not fail"""
+
+
+class Policy(Section):
+    """What an artefact must satisfy before it ships. A check whose limit is absent is not made."""
+
+    artifacts: Annotated[tuple[str, ...], Field(min_length=1)] = ("int8.cpu",)
+    """names as in report.json"""
+    accuracy: AccuracyPolicy = AccuracyPolicy(max_drop_vs_fp32=0.015, max_drop_vs_teacher=0.04)
+    agreement: AgreementPolicy = AgreementPolicy()
+    latency: LatencyPolicy = LatencyPolicy()
+    size: SizePolicy = SizePolicy()
+    int8: Int8Policy = Int8Policy(min_coverage=1.0)
+    parity: ParityPolicy = ParityPolicy(max_abs_diff=1e-3)
+    per_class: PerClassPolicy = PerClassPolicy()
+
+
+class Measured(Section):
+    """What the recipe's author measured, so that a user knows what to expect."""
+
+    teacher_top1: Fraction | None = None
+    student_top1: Fraction | None = None
+    student_top1_sd: Annotated[float, Field(ge=0)] | None = None
+    int8_drop: float | None = None
+    """FP32 student top-1 minus INT8 top-1, fraction"""
+    seeds: Count | None = None
+    seconds: Positive | None = None
+    hardware: str | None = None
+
+
+class Recipe(Section):
+    """A whole run: teacher, embeddings, synthesis, student, export, validation, gate."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of training; auto: bf16 autocast where the processor has bf16 arithmetic"""
+    measured: Measured = Measured()
+    teacher: Teacher
+    teach: Teach | None = None
+    lte: LTE = LTE()
+    student: Student
+    generator: Generator = Generator()
+    synthesis: Synthesis = Synthesis()
+    distill: Distill = Distill()
+    export: Export = Export()
+    validate_: Annotated[Validate, Field(alias="validate")] = Validate()
+    gate: Policy = Policy()
+
+    @model_validator(mode="after")
+    def _teacher_has_weights(self) -> Recipe:
+        if (self.teacher.weights is None) == (self.teach is None):
+            raise ValueError("give either teacher.weights or a [teach] section that trains the teacher")
+        return self
+
+
+def parse_toml(path: Path, what: str) -> dict[str, Any]:
+    """Reads a TOML file of at most 1 MiB.
+
+    Raises:
+        UsageError: it is missing, too large or not TOML.
+    """
+    try:
+        if path.stat().st_size > 2**20:
+            raise UsageError(f"{path} is larger than {what} can be (1 MiB).")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no {what} at {path}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path} is not readable as {what}.", why=f"{error}", fix="Mend the file."
+        ) from error
+
+
+def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Every problem of a validation as one sentence each; unknown keys with the nearest known name."""
+    sentences = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = known_keys(model, problem["loc"][:-1])
+            sentences.append(f"unknown key '{where}'.{nearest(str(problem['loc'][-1]), known)}")
+        elif problem["type"] == "missing":
+            sentences.append(f"'{where}' is missing.")
+        else:
+            reason = problem["msg"].removeprefix("Value error, ")
+            sentences.append(f"{where}: {reason}." if where else f"{reason}.")
+    return sentences
+
+
+def known_keys(model: type[BaseModel], location: tuple[int | str, ...] = ()) -> list[str]:
+    """The keys that `model` knows at a place inside it, nested sections by name."""
+    current: Any = model
+    for part in location:
+        field = next((f for n, f in current.model_fields.items() if part in (n, f.alias)), None)
+        if field is None:
+            return []
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        current = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if current is None:
+            return []
+    return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def make_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Checks a recipe; all its problems are reported at once.
+
+    Raises:
+        UsageError: it does not hold.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(
+            f"The recipe {source} does not hold:",
+            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, Recipe)),
+            fix="Mend these lines. `nayer-edge recipes` shows recipes that work.",
+        ) from error
+
+
+def make_policy(values: dict[str, Any], source: str) -> Policy:
+    """Checks a gate policy; all its problems are reported at once.
+
+    Raises:
+        UsageError: it does not hold.
+    """
+    try:
+        return Policy.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(
+            f"The policy {source} does not hold:",
+            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, Policy)),
+            fix="Mend these lines. `nayer-edge gate RUN --print-policy` shows the one in force.",
+        ) from error
+
+
+def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Applies `--set a.b=c` to a recipe's values; c is read as TOML, or as a string where it is not TOML.
+
+    Raises:
+        UsageError: an item is not of this form.
+    """
+    values = _copied(values)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        parts = [part.strip() for part in key.split(".")]
+        if not equals or not all(parts):
+            raise UsageError(
+                f"'{setting}' is not of the form a.b=c.", fix="For example: --set distill.epochs=40"
+            )
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        place = values
+        for part in parts[:-1]:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"'{part}' in --set {setting} is a value, not a section.")
+        place[parts[-1]] = value
+    return values
+
+
+def _copied(value: Any) -> Any:
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,445 @@
+"""The distillation loop (Tran et al., CVPR 2024, Alg. 1). It takes no data set: teacher and label embeddings are all.
+
+An epoch is some synthesis rounds and, after warm-up, some student steps on the memory bank. Everything that the
+loop needs to go on is in `Distillation.state`, and every random number comes from a stream named by its epoch, so a
+run that was killed and continued ends with the same bits on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nayer_edge import generator as generators
+from nayer_edge import losses
+from nayer_edge.artefacts import digest_of
+from nayer_edge.augment import crop_and_flip
+from nayer_edge.bank import MemoryBank, to_unit
+from nayer_edge.compute import Compute, random_stream
+from nayer_edge.config import Distill, Synthesis
+from nayer_edge.config import Generator as GeneratorConfig
+from nayer_edge.errors import TrainingError, UsageError
+from nayer_edge.evaluate import agreement, logits_of
+from nayer_edge.generator import Generator
+from nayer_edge.lte import LabelEmbeddings
+from nayer_edge.models import Classifier, load_tensors, save_tensors, weights_digest
+from nayer_edge.progress import Progress, Silent
+from nayer_edge.synthesis import BatchNormStatistics, Round, synthesize_round
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parts of a recipe that the loop reads."""
+
+    generator: GeneratorConfig
+    synthesis: Synthesis
+    distill: Distill
+    seed: int
+
+    def digest(self, teacher: Classifier, embeddings: LabelEmbeddings, student: str) -> str:
+        """Identifies a run: a checkpoint of another one is not continued."""
+        return digest_of(
+            {
+                "generator": self.generator.model_dump(mode="json"),
+                "synthesis": self.synthesis.model_dump(mode="json"),
+                "distill": self.distill.model_dump(mode="json"),
+                "seed": self.seed,
+                "student": student,
+                "teacher": weights_digest(teacher),
+                "lte": embeddings.digest,
+            }
+        )
+
+
+@dataclass
+class Epoch:
+    """One line of metrics.jsonl. Losses are means over the epoch; null where the epoch had no such part."""
+
+    epoch: int
+    phase: str
+    loss_bn: float
+    loss_ce: float
+    loss_adv: float
+    loss_kd: float | None
+    agreement: float
+    """of student and teacher on the synthetic hold-out"""
+    lr: float | None
+    bank_images: int
+    images_per_s: float
+    """synthesised and trained on, times steps"""
+    seconds: float
+    memory_mib: float
+    """peak of the device's memory, or the process's resident peak on a CPU"""
+
+
+class Distillation:
+    """Teacher and embeddings in; student, generator and memory bank out, an epoch at a time.
+
+    Args:
+        teacher: trained; it is frozen and evaluated.
+        embeddings: one per class of the teacher.
+        student: untrained; its input must be the teacher's.
+
+    Raises:
+        UsageError: the parts do not fit each other, or the teacher has no BatchNorm.
+        TrainingError: the teacher answers NaN, or the same for every image.
+    """
+
+    def __init__(
+        self,
+        teacher: Classifier,
+        embeddings: LabelEmbeddings,
+        student: Classifier,
+        settings: Settings,
+        compute: Compute,
+    ) -> None:
+        _check_fit(teacher, embeddings, student)
+        self.settings, self.compute = settings, compute
+        self.digest = settings.digest(teacher, embeddings, student.model)
+        self.teacher = compute.place(teacher).eval().requires_grad_(False)
+        self.student = compute.place(student)
+        self.embeddings = embeddings.embeddings.to(compute.device)
+        check_teacher(self.teacher, compute)
+        self.statistics = BatchNormStatistics(self.teacher, settings.synthesis.bn_momentum)
+        self.generator = new_generator(embeddings, teacher.spec.shape, settings.synthesis, settings.generator)
+        compute.place(self.generator)
+        self.bank = MemoryBank(teacher.spec.shape, int(settings.distill.bank_mib * 2**20), compute.device)
+        if settings.synthesis.batch > self.bank.capacity:
+            raise UsageError(
+                f"The memory bank holds {self.bank.capacity} images and one round makes {settings.synthesis.batch}.",
+                fix="Raise distill.bank_mib, or lower synthesis.batch.",
+            )
+        self.optimizer = torch.optim.SGD(
+            self.student.parameters(),
+            lr=settings.distill.lr,
+            momentum=settings.distill.momentum,
+            weight_decay=settings.distill.weight_decay,
+        )
+        self.holdout = torch.empty(0, *teacher.spec.shape, dtype=torch.uint8, device=compute.device)
+        self.best_agreement = -1.0
+        self.best_student: dict[str, Tensor] = {}
+        self.epoch = 0
+        """epochs finished"""
+        self.history: list[Epoch] = []
+
+    @property
+    def finished(self) -> bool:
+        """All epochs are done."""
+        return self.epoch >= self.settings.distill.epochs
+
+    def steps_of(self, epoch: int) -> int:
+        """Synthesis and student steps of an epoch, for progress."""
+        synthesis, distill = self.settings.synthesis, self.settings.distill
+        warm = epoch < distill.warmup_epochs
+        rounds = synthesis.warmup_rounds if warm else synthesis.rounds
+        return rounds * synthesis.g_steps + (0 if warm else distill.steps)
+
+    def run_epoch(self, on_step: Callable[[], None] = lambda: None) -> Epoch:
+        """One epoch: synthesis, then (after warm-up) the student.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        epoch, synthesis, distill = self.epoch, self.settings.synthesis, self.settings.distill
+        warm = epoch < distill.warmup_epochs
+        began = time.perf_counter()
+        if epoch % synthesis.g_life == 0:
+            generators.initialise(self.generator, self._stream("generator", epoch))
+        rounds = [
+            self._round(self._stream("round", epoch, number), warm, on_step)
+            for number in range(synthesis.warmup_rounds if warm else synthesis.rounds)
+        ]
+        parts = torch.stack([made.losses for made in rounds]).mean(dim=0)
+        for made in rounds:
+            self.bank.add(made.images, made.labels)
+        if epoch == max(distill.warmup_epochs - 1, 0):
+            self._make_holdout()
+        loss_kd, lr = (None, None) if warm else self._train_student(epoch - distill.warmup_epochs, on_step)
+        agreed = float(self._agreement()) if len(self.holdout) else 0.0
+        seconds = time.perf_counter() - began
+        images = len(rounds) * synthesis.batch * synthesis.g_steps + (
+            0 if warm else distill.steps * distill.batch
+        )
+        loss_bn, loss_ce, loss_adv = parts.tolist()
+        found = Epoch(
+            epoch=epoch + 1,
+            phase="warmup" if warm else "distill",
+            loss_bn=loss_bn,
+            loss_ce=loss_ce,
+            loss_adv=loss_adv,
+            loss_kd=None if loss_kd is None else float(loss_kd),
+            agreement=agreed,
+            lr=lr,
+            bank_images=len(self.bank),
+            images_per_s=images / seconds,
+            seconds=seconds,
+            memory_mib=peak_memory_mib(self.compute),
+        )
+        self._check_finite(found)
+        if not warm and agreed > self.best_agreement and distill.select == "agreement":
+            self.best_agreement = agreed
+            self.best_student = {n: t.detach().clone() for n, t in self.student.backbone.state_dict().items()}
+        self.epoch += 1
+        self.history.append(found)
+        return found
+
+    def result(self) -> Classifier:
+        """The student to ship: the last, or the one that agreed best on the synthetic hold-out."""
+        if self.settings.distill.select == "agreement" and self.best_student:
+            self.student.backbone.load_state_dict(self.best_student)
+        return self.student.eval()
+
+    def _stream(self, *purpose: str | int) -> torch.Generator:
+        return random_stream(self.settings.seed, *purpose, device=self.compute.device)
+
+    def _round(
+        self, random: torch.Generator, warm: bool, on_step: Callable[[], None] = lambda: None
+    ) -> Round:
+        self.student.eval()
+        return synthesize_round(
+            self.generator,
+            self.embeddings,
+            self.teacher,
+            None if warm else self.student,
+            self.statistics,
+            self.settings.synthesis,
+            self.compute,
+            random,
+            on_step,
+        )
+
+    def _make_holdout(self) -> None:
+        """Rounds on copies of generator and statistics, so that the training run is what it would be without."""
+        kept = self.generator, self.statistics
+        self.generator, self.statistics = copy.deepcopy(self.generator), self.statistics.copy()
+        rounds = [
+            self._round(self._stream("holdout", number), warm=True)
+            for number in range(self.settings.distill.holdout_rounds)
+        ]
+        self.generator, self.statistics = kept
+        self.holdout = torch.cat([made.images for made in rounds])
+
+    def _agreement(self) -> Float[Tensor, ""]:
+        teacher = logits_of(self.teacher, self.holdout, self.compute)
+        return agreement(logits_of(self.student, self.holdout, self.compute), teacher)
+
+    def _train_student(self, epoch: int, on_step: Callable[[], None]) -> tuple[Tensor, float]:
+        """Student steps on the bank; returns the mean loss, on the device, and the last learning rate."""
+        config = self.settings.distill
+        total = (config.epochs - config.warmup_epochs) * config.steps
+        random = self._stream("student", epoch)
+        self.student.train()
+        loss_sum = torch.zeros((), device=self.compute.device)
+        lr = config.lr
+        for step in range(config.steps):
+            lr = cosine(epoch * config.steps + step, total, config.lr, config.lr_min)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            images = crop_and_flip(self.bank.draw(config.batch, random), config.augment, random)
+            images = to_unit(images)
+            with self.compute.autocast():
+                with torch.no_grad():
+                    teacher_logits = self.teacher(images)
+                student_logits = self.student(images)
+            loss = losses.distillation_loss(student_logits, teacher_logits, config.temperature)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            loss_sum += loss.detach()
+            on_step()
+        self.student.eval()
+        return loss_sum / config.steps, lr
+
+    def _check_finite(self, epoch: Epoch) -> None:
+        for name in ("loss_bn", "loss_ce", "loss_adv", "loss_kd"):
+            value = getattr(epoch, name)
+            if value is not None and not math.isfinite(value):
+                raise TrainingError(
+                    f"{name} became {value} in epoch {epoch.epoch}.",
+                    why="The last checkpoint, from before that epoch, is kept.",
+                    fix="Lower distill.lr or synthesis.lr, or type --set precision=fp32.",
+                )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the loop needs to go on: tensors, and what is not a tensor."""
+        tensors = {f"student.{n}": t for n, t in self.student.backbone.state_dict().items()}
+        tensors |= {f"best.{n}": t for n, t in self.best_student.items()}
+        tensors |= {f"generator.{n}": t for n, t in self.generator.state_dict().items()}
+        tensors |= {f"bank.{n}": t for n, t in self.bank.tensors().items()}
+        tensors["holdout"] = self.holdout
+        for index, parameter in enumerate(self.student.parameters()):
+            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{index}"] = momentum
+        for index, (mean, variance) in enumerate(self.statistics.memory or []):
+            tensors[f"memory.{index}.mean"], tensors[f"memory.{index}.var"] = mean, variance
+        facts = {
+            "digest": self.digest,
+            "epoch": self.epoch,
+            "best_agreement": self.best_agreement,
+            "history": [vars(epoch) for epoch in self.history],
+        }
+        return tensors, facts
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Takes over what `state` returned."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+        device = self.compute.device
+        self.student.backbone.load_state_dict(under("student."))
+        self.best_student = {name: tensor.to(device) for name, tensor in under("best.").items()}
+        self.generator.load_state_dict(under("generator."))
+        self.bank.restore(under("bank."))
+        self.holdout = tensors["holdout"].to(device)
+        for index, parameter in enumerate(self.student.parameters()):
+            if f"momentum.{index}" in tensors:
+                buffer = torch.empty_like(parameter).copy_(tensors[f"momentum.{index}"])
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        layers = sum(name.endswith(".mean") for name in under("memory."))
+        self.statistics.memory = [
+            (tensors[f"memory.{i}.mean"].to(device), tensors[f"memory.{i}.var"].to(device))
+            for i in range(layers)
+        ] or None
+        self.epoch = int(facts["epoch"])
+        self.best_agreement = float(facts["best_agreement"])
+        self.history = [Epoch(**line) for line in facts["history"]]
+
+
+def distill(
+    distillation: Distillation,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: Progress | None = None,
+    on_epoch: Callable[[Epoch], None] = lambda _epoch: None,
+) -> Classifier:
+    """Runs all epochs, continuing from a checkpoint of the same run where there is one.
+
+    Args:
+        checkpoint: where to keep it (`<name>.safetensors`, with a json beside it); None keeps none.
+        checkpoint_seconds: at least this long between two checkpoints; 0 writes one every epoch.
+        on_epoch: called after each epoch with its metrics, and first with those of a continued run.
+
+    Returns:
+        The student to ship.
+    """
+    progress = progress or Silent()
+    if checkpoint is not None:
+        resume(distillation, checkpoint)
+    for epoch in distillation.history:
+        on_epoch(epoch)
+    steps = [distillation.steps_of(epoch) for epoch in range(distillation.settings.distill.epochs)]
+    progress.start("distill", sum(steps))
+    progress.advance(sum(steps[: distillation.epoch]))
+    written = time.monotonic()
+    while not distillation.finished:
+        epoch = distillation.run_epoch(progress.advance)
+        on_epoch(epoch)
+        progress.figures(
+            epoch=f"{epoch.epoch}/{distillation.settings.distill.epochs}",
+            loss=epoch.loss_bn if epoch.loss_kd is None else epoch.loss_kd,
+            agreement=epoch.agreement,
+            **{"images/s": epoch.images_per_s},
+        )
+        if checkpoint is not None and time.monotonic() - written >= checkpoint_seconds:
+            save_checkpoint(distillation, checkpoint)
+            written = time.monotonic()
+    progress.finish()
+    return distillation.result()
+
+
+def save_checkpoint(distillation: Distillation, path: Path) -> None:
+    """Writes the state. Tensors and facts go into one file, so they cannot belong to different epochs."""
+    tensors, facts = distillation.state()
+    save_tensors(path, tensors, {"facts": json.dumps(facts)})
+
+
+def resume(distillation: Distillation, path: Path) -> bool:
+    """Continues from a checkpoint of the same run; False where there is none."""
+    if not path.is_file():
+        return False
+    from safetensors import safe_open
+
+    tensors = load_tensors(path, "a checkpoint")
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+    if facts.get("digest") != distillation.digest:
+        return False
+    distillation.restore(tensors, facts)
+    return True
+
+
+def new_generator(
+    embeddings: LabelEmbeddings, shape: tuple[int, int, int], synthesis: Synthesis, config: GeneratorConfig
+) -> Generator:
+    """A generator of the right sizes, weights not yet drawn."""
+    classes, dimensions = embeddings.embeddings.shape
+    return Generator(dimensions, classes, synthesis.batch, shape, config)
+
+
+def cosine(step: int, total: int, start: float, end: float) -> float:
+    """Cosine decay from `start` at step 0 to `end` after `total` steps (Loshchilov & Hutter 2017, Eq. 5)."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total))
+
+
+def peak_memory_mib(compute: Compute) -> float:
+    """Peak memory so far, MiB: allocated on a GPU, resident on a CPU."""
+    if compute.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _check_fit(teacher: Classifier, embeddings: LabelEmbeddings, student: Classifier) -> None:
+    if teacher is student:
+        raise UsageError("Teacher and student are the same network.", fix="Name another student.")
+    if len(embeddings.embeddings) != len(teacher.classes):
+        raise UsageError(
+            f"There are {len(embeddings.embeddings)} label embeddings and the teacher has "
+            f"{len(teacher.classes)} classes.",
+            fix="Give one class name for each output of the teacher, in its order.",
+        )
+    if student.spec != teacher.spec or student.classes != teacher.classes:
+        raise UsageError("Teacher and student must have the same input and the same classes.")
+
+
+@torch.no_grad()
+def check_teacher(teacher: Classifier, compute: Compute) -> None:
+    """Looks at a teacher's answers to noise and plain images before any work.
+
+    Raises:
+        TrainingError: NaN or infinite logits, or the same logits for every image.
+        UsageError: it has another number of outputs than class names.
+    """
+    noise = torch.rand(30, *teacher.spec.shape, generator=random_stream(0, "check"))
+    images = torch.cat((noise, torch.zeros(1, *teacher.spec.shape), torch.ones(1, *teacher.spec.shape)))
+    logits = teacher(images.to(compute.device)).float()
+    if logits.shape != (len(images), len(teacher.classes)):
+        raise UsageError(
+            f"The teacher answers {tuple(logits.shape[1:])} numbers per image, and there are "
+            f"{len(teacher.classes)} class names.",
+            fix="Give one class name for each output, in its order.",
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise TrainingError(
+            "The teacher's answers are not finite numbers.",
+            why=f"{int((~torch.isfinite(logits)).any(dim=1).sum())} of {len(images)} test images gave NaN or infinity.",
+            fix="Check its weights and its input specification (mean, std).",
+        )
+    if bool((logits - logits[0]).abs().max() < 1e-6):
+        raise TrainingError(
+            "The teacher gives the same answer to every image.",
+            fix="Check that its weights were loaded, and its input specification (mean, std).",
+        )

@@ -1,0 +1,36 @@
+"""Per-image predictions, never only a mean."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from nayer_edge.bank import to_unit
+from nayer_edge.compute import Compute
+from nayer_edge.models import Classifier
+
+
+@torch.inference_mode()
+def logits_of(
+    classifier: Classifier, images: UInt8[Tensor, "N C H W"], compute: Compute, batch: int = 512
+) -> Float[Tensor, "N K"]:
+    """Logits in evaluation mode, float32; the images may be on any device, the result is on the model's."""
+    was_training = classifier.training
+    classifier.eval()
+    parts = []
+    for start in range(0, len(images), batch):
+        with compute.autocast():
+            parts.append(classifier(to_unit(images[start : start + batch].to(compute.device))).float())
+    classifier.train(was_training)
+    return torch.cat(parts)
+
+
+def agreement(a: Float[Tensor, "N K"], b: Float[Tensor, "N K"]) -> Float[Tensor, ""]:
+    """Fraction of images on which both choose the same class, on the device."""
+    return (a.argmax(dim=1) == b.argmax(dim=1)).float().mean()
+
+
+def top1(logits: Float[Tensor, "N K"], labels: Int[Tensor, N]) -> float:
+    """Fraction of images whose class is right."""
+    return float((logits.argmax(dim=1) == labels.to(logits.device)).float().mean())

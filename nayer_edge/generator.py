@@ -1,0 +1,168 @@
+"""The noisy-layer generator (Tran et al., CVPR 2024, §3.2 and Fig. 2).
+
+E[y] → BatchNorm1d → noisy linear → linear → up-sampling convolutions → sigmoid. There is no latent z: all
+diversity comes from the noisy layer, which is drawn anew at the start of every round and trained within it.
+
+Shapes: B images, G groups of at most K classes (G = ⌈B/K⌉), D embedding dimensions, Z noisy dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nayer_edge.artefacts import read_json, sha256_of, write_json
+from nayer_edge.compute import seeded
+from nayer_edge.config import Generator as GeneratorConfig
+from nayer_edge.errors import IntegrityError
+from nayer_edge.models import load_tensors, save_tensors
+
+CARD_SCHEMA = "nayer-edge/generator/1"
+Memory = list[tuple[Tensor, Tensor]]
+"""mean and variance per BatchNorm of the teacher, remembered over rounds"""
+
+
+class NoisyLinear(nn.Module):
+    """One linear map D → Z per group of labels, as one grouped product instead of a list of linears."""
+
+    def __init__(self, groups: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(groups, 1, outputs))
+
+    @torch.no_grad()
+    def redraw(self, random: torch.Generator) -> None:
+        """Weights from N(0, 1), biases 0."""
+        self.weight.normal_(generator=random)
+        self.bias.zero_()
+
+    def forward(self, x: Float[Tensor, "G K D"]) -> Float[Tensor, "G K Z"]:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class Generator(nn.Module):
+    """Embeddings of B labels → B images in [0, 1].
+
+    Args:
+        embedding_dim: D.
+        classes: how many labels share one noisy linear.
+        batch: images per round; the noisy layer has ⌈batch/classes⌉ groups.
+        shape: (channels, height, width) of the images; any sizes from 4 pixels.
+        config: widths.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        classes: int,
+        batch: int,
+        shape: tuple[int, int, int],
+        config: GeneratorConfig,
+    ) -> None:
+        super().__init__()
+        channels, self.height, self.width = shape
+        self.arguments = {
+            "embedding_dim": embedding_dim,
+            "classes": classes,
+            "batch": batch,
+            "shape": list(shape),
+            "config": config.model_dump(mode="json"),
+        }
+        self.group = min(classes, batch)
+        # Two doublings up to 64 pixels, as published; five from a grid of 7 at ImageNet sizes.
+        doublings = 2 if max(self.height, self.width) <= 64 else 5
+        self.grid = (math.ceil(self.height / 2**doublings), math.ceil(self.width / 2**doublings))
+        wide, narrow = 2 * config.channels, config.channels
+        self.embedding_norm = nn.BatchNorm1d(embedding_dim)
+        self.noisy = NoisyLinear(math.ceil(batch / self.group), embedding_dim, config.noisy_dim)
+        self.project = nn.Linear(config.noisy_dim, wide * self.grid[0] * self.grid[1])
+        layers: list[nn.Module] = [nn.BatchNorm2d(wide)]
+        for number in range(doublings):
+            outputs = narrow if number == doublings - 1 else wide
+            layers += [
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(wide, outputs, 3, padding=1),
+                nn.BatchNorm2d(outputs),
+                nn.LeakyReLU(0.2),
+            ]
+        self.body = nn.Sequential(*layers, nn.Conv2d(narrow, channels, 3, padding=1))
+
+    def forward(self, embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B C H W"]:
+        count = embeddings.shape[0]
+        x = self.embedding_norm(embeddings)
+        groups = self.noisy.weight.shape[0]
+        x = nn.functional.pad(x, (0, 0, 0, groups * self.group - count))
+        x = self.noisy(x.view(groups, self.group, -1)).flatten(0, 1)[:count]
+        x = self.project(x).view(count, -1, *self.grid).contiguous(memory_format=torch.channels_last)
+        x = self.body(x)
+        top, left = (x.shape[2] - self.height) // 2, (x.shape[3] - self.width) // 2
+        return torch.sigmoid(x[:, :, top : top + self.height, left : left + self.width].float())
+
+
+def initialise(generator: Generator, random: torch.Generator) -> None:
+    """Draws every weight anew with PyTorch's own distributions, from one stream (for `g_life`)."""
+    device = generator.noisy.weight.device
+    # Drawn on the CPU, so that a generator is the same on every device.
+    with seeded(random.initial_seed()):
+        generator.to("cpu")
+        for module in generator.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d):
+                module.reset_parameters()
+        generator.to(device)
+    generator.noisy.redraw(random)
+
+
+def balanced_labels(count: int, classes: int, random: torch.Generator) -> Int[Tensor, B]:
+    """Every class once, again and again, until there are `count`; with fewer images than classes, distinct classes.
+
+    Group g of the noisy layer then holds images g·K … g·K + K − 1, one of each class.
+    """
+    if count < classes:
+        return torch.randperm(classes, generator=random, device=random.device)[:count]
+    return torch.arange(count, device=random.device) % classes
+
+
+def save(generator: Generator, memory: Memory | None, weights: Path) -> None:
+    """Writes a generator and the BatchNorm memory of its run, with a card that says how to rebuild it."""
+    tensors = {f"generator.{name}": tensor for name, tensor in generator.state_dict().items()}
+    for index, (mean, variance) in enumerate(memory or []):
+        tensors[f"memory.{index}.mean"], tensors[f"memory.{index}.var"] = mean, variance
+    save_tensors(weights, tensors)
+    write_json(
+        weights.with_suffix(".json"),
+        {"schema": CARD_SCHEMA, "sha256": sha256_of(weights), "arguments": generator.arguments},
+    )
+
+
+def load(weights: Path) -> tuple[Generator, Memory | None]:
+    """Reads what `save` wrote.
+
+    Raises:
+        IntegrityError: card or weights are missing, damaged or do not belong together.
+    """
+    card = read_json(weights.with_suffix(".json"), "a generator's card")
+    tensors = load_tensors(weights, "a generator")
+    try:
+        if card["schema"] != CARD_SCHEMA or card["sha256"] != sha256_of(weights):
+            raise ValueError("the card describes another file")
+        arguments = card["arguments"]
+        generator = Generator(
+            int(arguments["embedding_dim"]),
+            int(arguments["classes"]),
+            int(arguments["batch"]),
+            tuple(arguments["shape"]),
+            GeneratorConfig.model_validate(arguments["config"]),
+        )
+        prefix = "generator."
+        generator.load_state_dict(
+            {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        )
+        layers = sum(name.startswith("memory.") and name.endswith(".mean") for name in tensors)
+        memory = [(tensors[f"memory.{i}.mean"], tensors[f"memory.{i}.var"]) for i in range(layers)]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise IntegrityError(f"{weights} is not a generator of ours.", why=f"{error}") from error
+    return generator, memory or None

@@ -1,0 +1,220 @@
+"""One synthesis round (Tran et al., CVPR 2024, Alg. 1, lines 4 to 12, Eq. 4 to 8).
+
+Draw the noisy layer anew, take a fresh Adam, and for g steps minimise
+L = λ_bn·L_bn + λ_ce·L_ce + λ_adv·L_adv over all of the generator's weights; keep the images of the best step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from nayer_edge import losses
+from nayer_edge.augment import crop_and_flip
+from nayer_edge.bank import to_uint8
+from nayer_edge.compute import Compute
+from nayer_edge.config import Synthesis
+from nayer_edge.errors import UsageError
+from nayer_edge.generator import Generator, balanced_labels
+from nayer_edge.models import Classifier, batch_norms
+
+
+class BatchNormStatistics:
+    """Watches the inputs of a teacher's BatchNorms, and remembers those of earlier rounds.
+
+    The memory is an exponential mean over rounds of the last step's statistics; L_bn then compares the running
+    statistics with momentum · memory + (1 − momentum) · now (published as bn_mmt; Fast-Datafree, AAAI 2022).
+
+    Raises:
+        UsageError: the teacher has no BatchNorm with running statistics.
+    """
+
+    def __init__(self, teacher: nn.Module, momentum: float) -> None:
+        self._norms = batch_norms(teacher)
+        if not self._norms:
+            raise UsageError(
+                "The teacher has no BatchNorm layers.",
+                why="NAYER makes images whose activations match the statistics that BatchNorm layers remember; "
+                "transformers and ConvNeXt have none, so there is nothing to match.",
+                fix="Use a teacher with BatchNorm (ResNet, WideResNet, VGG-BN, MobileNet, EfficientNet, …).",
+            )
+        self.momentum = momentum
+        self.memory: list[tuple[Tensor, Tensor]] | None = None
+        self._now: list[tuple[Tensor, Tensor]] = []
+
+    def watch(self) -> _Watch:
+        """A context in which every BatchNorm's input statistics are gathered during the one forward pass."""
+        return _Watch(self._norms, self._now)
+
+    def loss(self) -> Float[Tensor, ""]:
+        """L_bn of the pass that was just watched."""
+        now, memory, m = self._now, self.memory, self.momentum
+        if memory is not None and m > 0:
+            means = [(1 - m) * mean + m * old for (mean, _), (old, _) in zip(now, memory, strict=True)]
+            variances = [(1 - m) * var + m * old for (_, var), (_, old) in zip(now, memory, strict=True)]
+        else:
+            means, variances = [mean for mean, _ in now], [var for _, var in now]
+        return losses.batchnorm_loss(
+            means,
+            variances,
+            [norm.running_mean for norm in self._norms],  # pyright: ignore[reportArgumentType]
+            [norm.running_var for norm in self._norms],  # pyright: ignore[reportArgumentType]
+        )
+
+    def remember(self) -> None:
+        """Ends a round: the statistics of its last step enter the memory."""
+        now = [(mean.detach().clone(), var.detach().clone()) for mean, var in self._now]
+        if self.memory is None:
+            self.memory = now
+        else:
+            m = self.momentum
+            self.memory = [
+                (m * old_mean + (1 - m) * mean, m * old_var + (1 - m) * var)
+                for (mean, var), (old_mean, old_var) in zip(now, self.memory, strict=True)
+            ]
+
+    def copy(self) -> BatchNormStatistics:
+        """The same teacher and memory, for rounds that must leave no trace."""
+        twin = object.__new__(BatchNormStatistics)
+        twin._norms, twin.momentum, twin.memory, twin._now = self._norms, self.momentum, self.memory, []
+        return twin
+
+
+class _Watch:
+    def __init__(
+        self, norms: list[nn.modules.batchnorm._BatchNorm], now: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        self._norms, self._now = norms, now
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        self._now.clear()
+        for norm in self._norms:
+            self._handles.append(norm.register_forward_pre_hook(self._gather))
+
+    def _gather(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._now.append(channel_statistics(inputs[0]))
+
+    def __exit__(self, *_exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def channel_statistics(x: Float[Tensor, "B C *HW"]) -> tuple[Float[Tensor, C], Float[Tensor, C]]:
+    """Mean and biased variance over everything but the channel, in float32."""
+    axes = [0, *range(2, x.ndim)]
+    variance, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+    return mean, variance
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round made.
+
+    Attributes:
+        images: of the step with the lowest loss, before augmentation.
+        labels: what they were made for.
+        losses: L_bn, L_ce and L_adv of that step, on the device (reading them waits for it).
+    """
+
+    images: UInt8[Tensor, "B C H W"]
+    labels: Int[Tensor, B]
+    losses: Float[Tensor, 3]
+
+
+def synthesize_round(
+    generator: Generator,
+    embeddings: Float[Tensor, "K D"],
+    teacher: Classifier,
+    student: Classifier | None,
+    statistics: BatchNormStatistics,
+    config: Synthesis,
+    compute: Compute,
+    random: torch.Generator,
+    on_step: Callable[[], None] = lambda: None,
+) -> Round:
+    """Runs one round; the generator's weights and the statistics' memory go on to the next.
+
+    Args:
+        embeddings: of all classes, on the device.
+        teacher: evaluated, frozen.
+        student: for L_adv; None switches that loss off (warm-up).
+        random: a stream on the device.
+        on_step: called after each step.
+    """
+    generator.noisy.redraw(random)
+    labels = balanced_labels(config.batch, len(embeddings), random)
+    inputs = embeddings[labels]
+    parameters = list(generator.parameters())
+    generator.train()
+    optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.5, 0.999), fused=True)
+    best_loss = torch.full((), torch.inf, device=inputs.device)
+    best_images = torch.empty((), device=inputs.device)
+    best_parts = torch.zeros(3, device=inputs.device)
+    for step in range(config.g_steps):
+        with compute.autocast():
+            images = generator(inputs)
+            seen = crop_and_flip(images, config.augment, random)
+            with statistics.watch():
+                teacher_logits = teacher(seen)
+            student_logits = student(seen) if student is not None else None
+        loss_bn = statistics.loss()
+        loss_ce = losses.class_loss(teacher_logits, labels)
+        if student_logits is None:
+            loss_adv = torch.zeros_like(loss_ce)
+        else:
+            loss_adv = losses.adversarial_loss(teacher_logits, student_logits)
+        loss = config.lambda_bn * loss_bn + config.lambda_ce * loss_ce + config.lambda_adv * loss_adv
+        with torch.no_grad():
+            # Kept on the device: comparing here would wait for it at every step.
+            better = loss < best_loss
+            parts = torch.stack((loss_bn, loss_ce, loss_adv)).detach()
+            best_images = images.detach() if step == 0 else torch.where(better, images.detach(), best_images)
+            best_parts = torch.where(better, parts, best_parts)
+            best_loss = torch.where(better, loss.detach(), best_loss)
+        optimizer.zero_grad(set_to_none=True)
+        # Only the generator's gradients are wanted; the student's weights keep theirs out of it.
+        loss.backward(inputs=parameters)
+        optimizer.step()
+        on_step()
+    statistics.remember()
+    return Round(to_uint8(best_images), labels, best_parts)
+
+
+def draw_images(
+    generator: Generator,
+    embeddings: Float[Tensor, "K D"],
+    teacher: Classifier,
+    memory: list[tuple[Tensor, Tensor]] | None,
+    config: Synthesis,
+    compute: Compute,
+    random: Callable[[int], torch.Generator],
+    count: int,
+    on_step: Callable[[], None] = lambda: None,
+) -> tuple[UInt8[Tensor, "N C H W"], Int[Tensor, N]]:
+    """Fresh, class-balanced images from a trained generator, for calibration or as a synthetic hold-out.
+
+    Whole rounds without L_adv on a copy of the generator, so that drawing leaves no trace; images of the last
+    round beyond `count` are dropped.
+
+    Args:
+        memory: the BatchNorm memory of the training run.
+        random: stream of round i; disjoint purposes give disjoint images.
+    """
+    twin = copy.deepcopy(generator)
+    statistics = BatchNormStatistics(teacher, config.bn_momentum)
+    statistics.memory = memory
+    images, labels = [], []
+    for number in range(math.ceil(count / config.batch)):
+        made = synthesize_round(
+            twin, embeddings, teacher, None, statistics, config, compute, random(number), on_step
+        )
+        images.append(made.images)
+        labels.append(made.labels)
+    return torch.cat(images)[:count], torch.cat(labels)[:count]

@@ -1,0 +1,23 @@
+"""Text from outside (class names, file names, reasons) made harmless before it is shown."""
+
+from __future__ import annotations
+
+import re
+
+# C0 and C1 controls (escape sequences, line breaks), bidirectional marks, embeddings, overrides and isolates,
+# Unicode line separators, lone surrogates (not encodable), and the two code points that XML 1.0 forbids.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+def inert(text: str) -> str:
+    """`text` with every character that could act, and not only show, replaced by U+FFFD.
+
+    The result is one line, can be encoded as UTF-8, is legal in XML 1.0, and neither moves a terminal's
+    cursor nor reorders what stands around it.
+
+    >>> inert("cat\\x1b[2J")
+    'cat\ufffd[2J'
+    """
+    return _UNSAFE.sub("\ufffd", text)

@@ -1,0 +1,1 @@
+"""Which steps, in which order, with which numbers: composition only, no tensor arithmetic, no ONNX calls."""

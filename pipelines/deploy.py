@@ -1,0 +1,162 @@
+"""The steps of deployment: student → FP32 ONNX → one quantized ONNX per target, calibrated with synthetic images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nayer_edge import compute as computing
+from nayer_edge import generator as generators
+from nayer_edge import lte as embeddings_of_labels
+from nayer_edge.artefacts import Artifact, RunFolder, write_json
+from nayer_edge.bank import to_unit
+from nayer_edge.compute import random_stream
+from nayer_edge.config import Recipe
+from nayer_edge.errors import IntegrityError
+from nayer_edge.export.parity import compare, edge_cases
+from nayer_edge.export.runners import OrtRunner, TorchRunner
+from nayer_edge.export.to_int8 import to_int8
+from nayer_edge.export.to_onnx import to_onnx
+from nayer_edge.models import Classifier, load_classifier
+from nayer_edge.progress import Progress
+from nayer_edge.synthesis import draw_images
+
+FP32 = "export/student.fp32.onnx"
+QUANTIZATION = "export/quantization.json"
+
+PARITY_TOLERANCE = 1e-3
+"""largest logit difference between torch and ONNX Runtime, both FP32, that is rounding and not an error"""
+
+
+def int8_file(target: str) -> str:
+    """Where a target's quantized graph lies in the run folder."""
+    return f"export/student.int8.{target}.onnx"
+
+
+def make_onnx(student: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
+    """Exports the student and compares ONNX Runtime with torch before anything is built on the file.
+
+    Raises:
+        IntegrityError: the exported graph computes something else than the student.
+    """
+    del progress
+    network = load_classifier(out.path(student.files["student"]))
+    info = to_onnx(
+        network,
+        network.spec.shape,
+        out.path(FP32),
+        opset=config.export.opset,
+        metadata={
+            "nayer_edge.model": network.model,
+            "nayer_edge.classes": json.dumps(network.classes, ensure_ascii=False),
+            "nayer_edge.input": json.dumps(network.spec.model_dump(mode="json")),
+        },
+    )
+    noise = torch.rand(64, *network.spec.shape, generator=random_stream(0, "parity")).numpy()
+    images = np.concatenate([noise, *edge_cases(network.spec.shape).values()])
+    with TorchRunner(network) as torch_runner, OrtRunner(out.path(FP32)) as onnx_runner:
+        parity = compare(torch_runner.infer(images), onnx_runner.infer(images), tolerance=PARITY_TOLERANCE)
+    if parity.verdict != "match":
+        raise IntegrityError(
+            f"The exported ONNX file does not compute what the student computes ({parity.verdict}).",
+            why=f"Largest difference {parity.max_abs_diff:.3g}, allowed {PARITY_TOLERANCE}; "
+            f"{parity.not_finite} inputs with NaN or infinity.",
+            fix="Try another opset: --set export.opset=18. If it stays, please report it with the model's name.",
+        )
+    return Artifact(
+        "onnx",
+        {"fp32 onnx": FP32},
+        {
+            "opset": info.opset,
+            "bytes": out.path(FP32).stat().st_size,
+            "max abs diff": _short(parity.max_abs_diff),
+        },
+    )
+
+
+def make_int8(
+    teacher: Artifact,
+    lte: Artifact,
+    student: Artifact,
+    onnx: Artifact,
+    *,
+    config: Recipe,
+    out: RunFolder,
+    progress: Progress,
+) -> Artifact:
+    """One calibration from the trained generator, then one quantized graph for each target."""
+    source = SyntheticSource.open(teacher, lte, student, config, out)
+    wanted = config.export.calibration_images
+    rounds = -(-wanted // config.synthesis.batch)
+    progress.start("draw calibration images", 2 * rounds * config.synthesis.g_steps)
+    calibration = source.draw("calibration", wanted, progress)
+    holdout = source.draw("calibration hold-out", wanted, progress)
+    progress.finish()
+    files, records, numbers = {}, {}, {}
+    for target in config.export.targets:
+        result = to_int8(
+            out.path(onnx.files["fp32 onnx"]),
+            out.path(int8_file(target)),
+            calibration,
+            target,
+            method=config.export.calibration_method,
+            holdout_images=holdout,
+        )
+        files[f"int8 {target} onnx"] = int8_file(target)
+        records[target] = result.record
+        numbers[f"{target} method"] = result.method
+        numbers[f"{target} int8 coverage"] = _short(result.coverage.fraction)
+    write_json(out.path(QUANTIZATION), records)
+    return Artifact("int8", {**files, "quantization": QUANTIZATION}, numbers)
+
+
+@dataclass(frozen=True)
+class SyntheticSource:
+    """Draws fresh images from a run's trained generator; every purpose has its own random stream."""
+
+    generator: generators.Generator
+    memory: generators.Memory | None
+    embeddings: torch.Tensor
+    teacher: Classifier
+    config: Recipe
+    compute: computing.Compute
+
+    @classmethod
+    def open(
+        cls, teacher: Artifact, lte: Artifact, student: Artifact, config: Recipe, out: RunFolder
+    ) -> SyntheticSource:
+        """Loads generator, embeddings and teacher onto the recipe's device."""
+        compute = computing.choose(config.device, config.precision)
+        generator, memory = generators.load(out.path(student.files["generator"]))
+        network = load_classifier(out.path(teacher.files["teacher"])).requires_grad_(False)
+        embeddings = embeddings_of_labels.load(out.path(lte.files["lte"])).embeddings.to(compute.device)
+        compute.place(generator)
+        compute.place(network)
+        moved = [(mean.to(compute.device), variance.to(compute.device)) for mean, variance in memory or []]
+        return cls(generator, moved or None, embeddings, network, config, compute)
+
+    def draw(self, purpose: str, count: int, progress: Progress) -> np.ndarray:
+        """Class-balanced images, (count, C, H, W), float32 in [0, 1]; exactly representable as uint8."""
+
+        def stream(number: int) -> torch.Generator:
+            return random_stream(self.config.seed, purpose, number, device=self.compute.device)
+
+        images, _ = draw_images(
+            self.generator,
+            self.embeddings,
+            self.teacher,
+            self.memory,
+            self.config.synthesis,
+            self.compute,
+            stream,
+            count,
+            progress.advance,
+        )
+        return to_unit(images).cpu().numpy()
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")

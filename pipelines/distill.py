@@ -1,0 +1,152 @@
+"""The steps of the method: teacher → label-text embeddings → student. The last takes no data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nayer_edge import compute as computing
+from nayer_edge import data, evaluate
+from nayer_edge import generator as generators
+from nayer_edge import lte as embeddings_of_labels
+from nayer_edge import teach as teaching
+from nayer_edge.artefacts import Artifact, RunFolder, write_bytes
+from nayer_edge.compute import random_stream, seeded
+from nayer_edge.config import Recipe
+from nayer_edge.distill import Distillation, Epoch, Settings, distill
+from nayer_edge.errors import UsageError
+from nayer_edge.models import (
+    build_classifier,
+    load_classifier,
+    load_weights,
+    read_state_dict,
+    save_classifier,
+)
+from nayer_edge.progress import Progress
+
+from .picture import per_class_picture
+
+TEACHER = "teacher/teacher.safetensors"
+STUDENT = "student/student.safetensors"
+GENERATOR = "generator/generator.safetensors"
+EMBEDDINGS = "lte.safetensors"
+BANK = "bank.safetensors"
+METRICS = "metrics.jsonl"
+PICTURE = "generator/synthetic.png"
+CHECKPOINT = "student/checkpoint.safetensors"
+
+
+def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
+    """Trains the teacher on labelled images, or takes over the weights that the recipe names."""
+    compute = computing.choose(config.device, config.precision)
+    random = random_stream(config.seed, "teacher")
+    with seeded(random.initial_seed()):
+        teacher = build_classifier(config.teacher.model, config.teacher.input, config.teacher.classes)
+    facts: dict[str, object] = {}
+    if config.teach is not None:
+        images = data.load(config.teach.data, "train", config.teacher.input, config.teacher.classes)
+        teaching.teach(teacher, images, config.teach, compute, config.seed, progress)
+        facts = {
+            "trained_on": images.name,
+            "images": len(images),
+            "teach": config.teach.model_dump(mode="json"),
+        }
+    else:
+        source = Path(str(config.teacher.weights))
+        load_weights(teacher, read_state_dict(source), source)
+        facts = {"source": source.name}
+    save_classifier(teacher, out.path(TEACHER), facts)
+    return Artifact(
+        "teacher",
+        {"teacher": TEACHER, "teacher card": card_of(TEACHER)},
+        {"model": config.teacher.model, "parameters": teacher.parameter_count},
+    )
+
+
+def make_lte(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
+    """Embeds the class names, or finds their embeddings in the package or the user's cache."""
+    del progress
+    found = embeddings_of_labels.build(config.teacher.classes, config.lte)
+    embeddings_of_labels.save(found, out.path(EMBEDDINGS))
+    classes, dimensions = found.embeddings.shape
+    return Artifact(
+        "lte",
+        {"lte": EMBEDDINGS},
+        {
+            "encoder": found.encoder,
+            "classes": classes,
+            "dimensions": dimensions,
+            "mean cosine": round(embeddings_of_labels.mean_cosine(found.embeddings), 3),
+        },
+    )
+
+
+def make_student(
+    teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFolder, progress: Progress
+) -> Artifact:
+    """Distils the student; keeps a checkpoint while it runs and continues from it."""
+    compute = computing.choose(config.device, config.precision)
+    network = load_classifier(out.path(teacher.files["teacher"]))
+    embeddings = embeddings_of_labels.load(out.path(lte.files["lte"]))
+    if config.student.model == network.model:
+        raise UsageError(
+            f"Teacher and student are both {network.model}.",
+            why="Distilling into the same network makes nothing smaller.",
+            fix="Name a smaller student.model.",
+        )
+    with seeded(random_stream(config.seed, "student").initial_seed()):
+        student = build_classifier(config.student.model, network.spec, network.classes)
+    settings = Settings(config.generator, config.synthesis, config.distill, config.seed)
+    run = Distillation(network, embeddings, student, settings, compute)
+    lines: list[str] = []
+
+    def log(epoch: Epoch) -> None:
+        lines.append(json.dumps({key: _rounded(value) for key, value in vars(epoch).items()}))
+        write_bytes(out.path(METRICS), ("\n".join(lines) + "\n").encode())
+
+    checkpoint = out.path(CHECKPOINT)
+    distill(run, checkpoint, progress=progress, on_epoch=log)
+    save_classifier(
+        run.result(), out.path(STUDENT), {"distilled_from": network.model, "select": config.distill.select}
+    )
+    generators.save(run.generator, run.statistics.memory, out.path(GENERATOR))
+    run.bank.save(out.path(BANK))
+    images, labels = run.bank.newest(config.synthesis.batch * config.synthesis.rounds)
+    per_class_picture(images.cpu().numpy(), labels.tolist(), network.classes, out.path(PICTURE))
+    checkpoint.unlink(missing_ok=True)
+    return Artifact(
+        "student",
+        {
+            "student": STUDENT,
+            "student card": card_of(STUDENT),
+            "generator": GENERATOR,
+            "generator card": card_of(GENERATOR),
+            "bank": BANK,
+            "metrics": METRICS,
+            "picture": PICTURE,
+        },
+        {
+            "model": config.student.model,
+            "parameters": student.parameter_count,
+            "synthetic agreement": round(run.history[-1].agreement, 4),
+            "bank images": len(run.bank),
+        },
+    )
+
+
+def _rounded(value: object) -> object:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def card_of(weights: str) -> str:
+    """The name of the card beside a weights file."""
+    return weights.removesuffix(".safetensors") + ".json"
+
+
+def teacher_accuracy(recipe: Recipe, teacher: Path, holdout: str) -> float:
+    """Top-1 of a saved teacher on labelled hold-out images, for `teach`."""
+    compute = computing.choose(recipe.device, "fp32")
+    network = load_classifier(teacher)
+    images = data.load(holdout, "holdout", network.spec, network.classes)
+    compute.place(network)
+    return evaluate.top1(evaluate.logits_of(network, images.images, compute), images.labels)

@@ -1,0 +1,124 @@
+"""`report.json`: what `validate` measured, and nothing else. Verdicts are the gate's (judgement.py).
+
+Rates are fractions in [0, 1], latencies milliseconds at batch 1, sizes bytes. On synthetic images there is no
+ground truth: `top1` and the paired counts are null, and agreement with the teacher takes their place.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+REPORT_SCHEMA = "nayer-edge/report/1"
+REPORT_PATH = "validate/report.json"
+PREDICTIONS_PATH = "validate/predictions.npz"
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    # Newer minor versions may add keys; a reader of this version ignores them.
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+
+class Dataset(_Part):
+    """The images that every artefact saw."""
+
+    kind: Literal["holdout", "synthetic"]
+    n: Annotated[int, Field(ge=1)]
+    name: str
+
+
+class Network(_Part):
+    """The teacher, or the FP32 student in torch."""
+
+    top1: Rate | None = None
+    params: Annotated[int, Field(ge=0)]
+    agreement: Rate | None = None
+    """with the teacher; null for the teacher itself"""
+
+
+class Paired(_Part):
+    """Counts of images by who was right: reference and artefact saw the same n images."""
+
+    n: Annotated[int, Field(ge=1)]
+    both_right: Annotated[int, Field(ge=0)]
+    lost: Annotated[int, Field(ge=0)]
+    """the reference was right and the artefact wrong"""
+    gained: Annotated[int, Field(ge=0)]
+    """the reference was wrong and the artefact right"""
+    both_wrong: Annotated[int, Field(ge=0)]
+
+
+class PairedCounts(_Part):
+    """Against both references; null where there is no ground truth."""
+
+    vs_fp32: Paired | None = None
+    vs_teacher: Paired | None = None
+
+
+class Latency(_Part):
+    """Milliseconds at batch 1."""
+
+    p50: Annotated[float, Field(gt=0)]
+    p95: Annotated[float, Field(gt=0)]
+
+
+class ClassCounts(_Part):
+    """One class: paired counts against the FP32 student on its images."""
+
+    label: str
+    n: Annotated[int, Field(ge=0)]
+    lost: Annotated[int, Field(ge=0)]
+    gained: Annotated[int, Field(ge=0)]
+
+
+class ArtifactReport(_Part):
+    """One exported file, measured in its runtime."""
+
+    name: str
+    """precision and target, for example "fp32", "int8.cpu" """
+    file: str
+    """path inside the run folder"""
+    target: str
+    precision: str
+    runtime: str
+    status: Literal["measured", "not_run", "unavailable"]
+    reason: str | None = None
+    """why it was not measured"""
+    precision_verified: bool = False
+    """the runtime itself said that it runs in this precision"""
+    top1: Rate | None = None
+    agreement: Rate | None = None
+    """with the teacher"""
+    max_abs_diff: float | None = None
+    """largest absolute logit difference from the torch student"""
+    latency_ms: Latency | None = None
+    threads: int | None = None
+    speedup_vs_fp32: float | None = None
+    size_bytes: int | None = None
+    sha256: Digest | None = None
+    int8_coverage: Rate | None = None
+    """fraction of eligible convolutions and matrix products that really run in INT8"""
+    paired: PairedCounts = PairedCounts()
+    per_class: tuple[ClassCounts, ...] = ()
+
+
+class Report(_Part):
+    """The whole of `report.json`."""
+
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, populate_by_name=True, use_attribute_docstrings=True
+    )
+
+    schema_: Literal["nayer-edge/report/1"] = Field(default=REPORT_SCHEMA, alias="schema")
+    run: str
+    dataset: Dataset
+    teacher: Network
+    student: Network
+    artifacts: tuple[ArtifactReport, ...]
+    predictions_sha256: Digest
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    created: str = ""

@@ -1,0 +1,71 @@
+"""A picture of synthetic images, one row per class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nayer_edge.artefacts import write_atomic
+from nayer_edge.errors import missing_extra
+from nayer_edge.text import inert
+
+COLUMNS = 10
+MAX_CLASSES = 20
+"""rows; with more classes, evenly chosen ones"""
+
+
+def per_class_picture(images: np.ndarray, labels: Sequence[int], classes: Sequence[str], path: Path) -> None:
+    """Writes a PNG with up to ten images of each of up to twenty classes, the class name beside each row.
+
+    Args:
+        images: (n, C, H, W), uint8.
+        labels: the class that each was made for.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("matplotlib", "cpu", "Drawing pictures") from error
+    numbers = np.asarray(labels)
+    present = [number for number in range(len(classes)) if (numbers == number).any()]
+    step = max(1, -(-len(present) // MAX_CLASSES))
+    rows = present[::step]
+    figure = Figure(figsize=(8, 0.62 * len(rows) + 0.3), dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), COLUMNS, squeeze=False)
+    for row, number in enumerate(rows):
+        mine = images[numbers == number][:COLUMNS]
+        for column, axis in enumerate(axes[row]):
+            axis.set_axis_off()
+            if column < len(mine):
+                pixels = mine[column].transpose(1, 2, 0)
+                grey = pixels.shape[2] not in (3, 4)
+                axis.imshow(
+                    pixels[:, :, 0] if grey else pixels[:, :, :3],
+                    cmap="gray" if grey else None,
+                    vmin=0,
+                    vmax=255,
+                    interpolation="nearest",
+                )
+            if column == 0:
+                # parse_math off: a class name is text, whatever dollars it holds.
+                axis.text(
+                    -0.15,
+                    0.5,
+                    _short(inert(classes[number])),
+                    transform=axis.transAxes,
+                    ha="right",
+                    va="center",
+                    fontsize=8,
+                    color="#555555",
+                    parse_math=False,
+                )
+    figure.subplots_adjust(left=0.16, right=0.99, top=0.98, bottom=0.02, wspace=0.05, hspace=0.08)
+    # No creation date or version in the file: equal pictures are equal bytes.
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 16 else text[:15] + "…"

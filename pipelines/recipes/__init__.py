@@ -1,0 +1,1 @@
+"""The shipped recipes (TOML), each with the figures that it was measured with."""

@@ -1,0 +1,77 @@
+"""Writes the JSON Schemas beside this module: `python -m nayer_edge.pipelines.schemas`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from nayer_edge.artefacts import MANIFEST_SCHEMA, Manifest, write_json
+from nayer_edge.config import Policy, Recipe
+
+from ..gate import VERDICT_SCHEMA
+from ..judgement import CHECKS
+from ..measurements import REPORT_SCHEMA, Report
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """Every published schema by its name."""
+    return {
+        "recipe": _of(Recipe, "nayer-edge/recipe/1"),
+        "policy": _of(Policy, "nayer-edge/policy/1"),
+        "report": _of(Report, REPORT_SCHEMA),
+        "manifest": _of(Manifest, MANIFEST_SCHEMA),
+        "verdict": _verdict(),
+    }
+
+
+def _of(model: type[BaseModel], identifier: str) -> dict[str, Any]:
+    return {"$schema": DIALECT, "$id": identifier, **model.model_json_schema(by_alias=True)}
+
+
+def _verdict() -> dict[str, Any]:
+    outcome = {"enum": ["pass", "fail", "inconclusive"]}
+
+    def number(description: str) -> dict[str, Any]:
+        return {"type": ["number", "null"], "description": description}
+
+    check = {
+        "name": {"enum": list(CHECKS)},
+        "artifact": {"type": "string", "description": "as in report.json"},
+        "observed": number("what was measured (fraction, ms, times or bytes); null where nothing was"),
+        "bound": number("the confidence bound that decided; null where plain numbers are compared"),
+        "limit": number("what the policy asks for; null for runtime"),
+        "verdict": outcome,
+        "advisory": {"type": "boolean", "description": "reported, without influence on the verdict"},
+        "synthetic": {"type": "boolean", "description": "measured on synthetic images"},
+        "detail": {"type": "string", "description": "one sentence for whoever releases"},
+    }
+    return {
+        "$schema": DIALECT,
+        "$id": VERDICT_SCHEMA,
+        "title": "Verdict",
+        "description": "What the gate decided, and every check behind it.",
+        "type": "object",
+        "properties": {
+            "schema": {"const": VERDICT_SCHEMA},
+            "verdict": outcome,
+            "checks": {
+                "type": "array",
+                "items": {"type": "object", "properties": check, "required": list(check)},
+            },
+        },
+        "required": ["schema", "verdict", "checks"],
+    }
+
+
+def write(folder: Path) -> None:
+    """Writes `<name>.schema.json` for every schema."""
+    for name, schema in schemas().items():
+        write_json(folder / f"{name}.schema.json", schema)
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parent)

@@ -1,0 +1,116 @@
+"""What a person sees while work runs: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nayer_edge.text import inert
+
+from .run import StepEvent
+
+
+class Bars:
+    """Progress bars with the newest figures; for terminals."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+        self._task = TaskID(0)
+
+    def start(self, what: str, total: int) -> None:
+        """Shows a new bar."""
+        self.finish()
+        self._bars = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=14),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._bars.start()
+        self._task = self._bars.add_task(escape(what), total=total, figures="")
+
+    def advance(self, count: int = 1) -> None:
+        """Moves the bar."""
+        if self._bars is not None:
+            self._bars.advance(self._task, count)
+
+    def figures(self, **figures: float | str) -> None:
+        """Replaces the text behind the bar."""
+        if self._bars is not None:
+            self._bars.update(self._task, figures=escape(written(figures)))
+
+    def finish(self) -> None:
+        """Removes the bar."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+class Lines:
+    """Plain lines, one every ten seconds at most; for CI servers and files."""
+
+    def __init__(self, console: Console, every_seconds: float = 10.0) -> None:
+        self._console, self._every = console, every_seconds
+        self._what, self._total, self._done, self._last = "", 1, 0, 0.0
+
+    def start(self, what: str, total: int) -> None:
+        """Begins a piece of work."""
+        self._what, self._total, self._done, self._last = what, max(total, 1), 0, time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        """Counts."""
+        self._done += count
+
+    def figures(self, **figures: float | str) -> None:
+        """Prints a line if the last is old enough."""
+        now = time.monotonic()
+        if now - self._last >= self._every:
+            self._last = now
+            share = 100 * self._done / self._total
+            self._console.print(
+                f"  {self._what} {share:3.0f} %  {written(figures)}", markup=False, highlight=False
+            )
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+
+def written(figures: Mapping[str, object]) -> str:
+    """Figures in a few words: "epoch 3/12  loss 0.412"."""
+    parts = []
+    for name, value in figures.items():
+        if isinstance(value, float):
+            text = f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        else:
+            text = inert(str(value))
+        parts.append(f"{inert(name)} {text}")
+    return "  ".join(parts)
+
+
+def show_event(console: Console, event: StepEvent) -> None:
+    """One line per step, figures on a second one."""
+    name = f"{event.step.name:<9}"
+    if event.state == "started":
+        if console.is_terminal:
+            return
+        console.print(f"… {name} {event.step.title}", markup=False, highlight=False)
+        return
+    if event.state == "kept":
+        console.print(f"= {name} finished before", style="dim", markup=False, highlight=False)
+        return
+    console.print(
+        f"✓ {name} {event.seconds:6.1f} s  {event.step.title}", style="green", markup=False, highlight=False
+    )
+    if event.numbers:
+        facts = written({key: value for key, value in event.numbers.items() if value is not None})
+        console.print(f"            {facts}", style="dim", markup=False, highlight=False)

@@ -1,0 +1,136 @@
+"""The one ordered table of steps. Resume, `--until`, provenance, the progress display and the docs all come from it.
+
+A step is a function `step(*inputs, config, out, progress) -> Artifact`: the artefacts of the steps that it names as
+inputs, the resolved recipe, and the run folder that it writes to. Its settings are the parts of the recipe that it
+reads; when they or its inputs' hashes change, it is stale and runs again.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nayer_edge.artefacts import Artifact
+from nayer_edge.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of the table.
+
+    Attributes:
+        name: as in `--until` and the manifest.
+        title: what it does, for people.
+        function: "module:function" inside pipelines/, imported only when the step runs.
+        inputs: steps whose artefacts it takes, in the order of its parameters.
+        settings: dotted keys of the recipe that it reads.
+        makes: the files, for people.
+        trains: it takes long enough that a change of settings never discards it without being told to.
+    """
+
+    name: str
+    title: str
+    function: str
+    inputs: tuple[str, ...]
+    settings: tuple[str, ...]
+    makes: str
+    trains: bool = False
+
+    def load(self) -> Callable[..., Artifact]:
+        """Imports the function."""
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(f"nayer_edge.pipelines.{module}"), name)
+
+
+_TRAINING = ("seed", "device", "precision")
+
+STEPS = (
+    Step(
+        "teacher",
+        "trains or loads the teacher",
+        "distill:make_teacher",
+        (),
+        ("teacher", "teach", *_TRAINING),
+        "teacher/teacher.safetensors",
+        trains=True,
+    ),
+    Step(
+        "lte",
+        "embeds the class names",
+        "distill:make_lte",
+        (),
+        ("teacher.classes", "lte"),
+        "lte.safetensors",
+    ),
+    Step(
+        "student",
+        "distils the student without data",
+        "distill:make_student",
+        ("teacher", "lte"),
+        ("student", "generator", "synthesis", "distill", *_TRAINING),
+        "student/ generator/ bank.safetensors metrics.jsonl",
+        trains=True,
+    ),
+    Step(
+        "onnx",
+        "exports FP32 ONNX and checks parity",
+        "deploy:make_onnx",
+        ("student",),
+        ("export.opset",),
+        "export/student.fp32.onnx",
+    ),
+    Step(
+        "int8",
+        "quantizes with images drawn from the generator",
+        "deploy:make_int8",
+        ("teacher", "lte", "student", "onnx"),
+        ("synthesis", "export", "seed", "device", "precision"),
+        "export/student.int8.<target>.onnx export/quantization.json",
+    ),
+    Step(
+        "validate",
+        "compares every artefact with the teacher",
+        "validate:make_report",
+        ("teacher", "lte", "student", "onnx", "int8"),
+        ("validate", "synthesis", "seed", "device", "precision"),
+        "validate/report.json validate/predictions.npz",
+    ),
+    Step("gate", "gives the verdict", "gate:make_verdict", ("validate",), ("gate",), "gate/verdict.json"),
+    Step(
+        "report",
+        "writes the page",
+        "report:make_page",
+        ("student", "int8", "validate", "gate"),
+        (),
+        "report.html",
+    ),
+)
+NAMES = tuple(step.name for step in STEPS)
+
+
+def until(name: str | None) -> tuple[Step, ...]:
+    """The steps up to and including one; all of them without a name.
+
+    Raises:
+        UsageError: there is no such step.
+    """
+    if name is None:
+        return STEPS
+    if name not in NAMES:
+        raise UsageError(
+            f"There is no step '{name}'.{nearest(name, NAMES)}", fix=f"The steps are: {', '.join(NAMES)}."
+        )
+    return STEPS[: NAMES.index(name) + 1]
+
+
+def settings_of(step: Step, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved recipe that a step reads, by dotted key."""
+    found = {}
+    for key in step.settings:
+        value: Any = recipe
+        for part in key.split("."):
+            value = value[part]
+        found[key] = value
+    return found
