@@ -253,9 +253,7 @@ class RunFolder:
         finished: str,
     ) -> None:
         """Enters a finished step and its files, with their hashes, into the manifest, and saves it."""
-        hashes = tuple(
-            self.manifest.files[name].sha256 for parent in parents for name in sorted(parent.files.values())
-        )
+        hashes = tuple(self.manifest.files[name].sha256 for parent in parents for name in sorted(parent.files.values()))
         files = {name: entry for name, entry in self.manifest.files.items() if entry.step != artifact.step}
         for role, name in artifact.files.items():
             path = self.path(name)
@@ -291,7 +289,7 @@ class RunFolder:
         if step not in self.manifest.steps:
             raise UsageError(
                 f"{self.root} has no finished step '{step}'.",
-                fix=f"Type: nayer-edge run {self.manifest.recipe.get('name', 'RECIPE')} --out {self.root} --until {step}",
+                fix=f"Type: nayer-edge run {self.manifest.recipe.get('name')} --out {self.root} --until {step}",
             )
         files = {entry.kind: name for name, entry in self.manifest.files.items() if entry.step == step}
         return Artifact(step, files, self.manifest.steps[step].numbers)

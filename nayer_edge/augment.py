@@ -16,9 +16,7 @@ from torch.nn import functional as F
 from nayer_edge.config import Augment
 
 
-def crop_and_flip(
-    images: Num[Tensor, "B C H W"], augment: Augment, random: torch.Generator
-) -> Num[Tensor, "B C H W"]:
+def crop_and_flip(images: Num[Tensor, "B C H W"], augment: Augment, random: torch.Generator) -> Num[Tensor, "B C H W"]:
     """Pads with zeros, crops at a random place and mirrors half of the images; differentiable.
 
     Args:
@@ -29,13 +27,22 @@ def crop_and_flip(
     if augment.pad == 0 and not augment.flip:
         return images
     count, device = images.shape[0], images.device
-    shifts = torch.randint(
-        -augment.pad, augment.pad + 1, (2, count), generator=random, device=device, dtype=torch.long
-    )
+    shifts = torch.randint(-augment.pad, augment.pad + 1, (2, count), generator=random, device=device, dtype=torch.long)
     flips = torch.randint(0, 2, (count,), generator=random, device=device, dtype=torch.long).bool()
     if not augment.flip:
         flips = torch.zeros_like(flips)
-    return _Translate.apply(images, shifts[0], shifts[1], flips, augment.pad)  # pyright: ignore[reportReturnType]
+    return translate(images, shifts[0], shifts[1], flips, augment.pad)
+
+
+def translate(
+    images: Num[Tensor, "B C H W"],
+    dy: Int[Tensor, B],
+    dx: Int[Tensor, B],
+    flips: Bool[Tensor, B],
+    pad: int,
+) -> Num[Tensor, "B C H W"]:
+    """The crop at row `pad` + dy and column `pad` + dx of each zero-padded image, mirrored where `flips`."""
+    return _Translate.apply(images, dy, dx, flips, pad)  # pyright: ignore[reportReturnType]
 
 
 def _gather(images: Tensor, rows: Tensor, columns: Tensor, pad: int) -> Tensor:

@@ -166,6 +166,11 @@ class Distill(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     temperature: Positive = 20.0
     augment: Augment = Augment()
+    views: Annotated[int, Field(ge=0)] = 0
+    """0: every crop is drawn anew, as published; n: each image is seen in n fixed views, whose teacher logits are
+    computed once"""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """stop after so many epochs without better agreement on the synthetic hold-out; 0: never"""
     bank_mib: Positive = 4096.0
     """byte budget of the memory bank, MiB"""
     holdout_rounds: Count = 2
@@ -316,9 +321,7 @@ def parse_toml(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UsageError(f"There is no {what} at {path}.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{path} is not readable as {what}.", why=f"{error}", fix="Mend the file."
-        ) from error
+        raise UsageError(f"{path} is not readable as {what}.", why=f"{error}", fix="Mend the file.") from error
 
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -394,9 +397,7 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
         key, equals, text = setting.partition("=")
         parts = [part.strip() for part in key.split(".")]
         if not equals or not all(parts):
-            raise UsageError(
-                f"'{setting}' is not of the form a.b=c.", fix="For example: --set distill.epochs=40"
-            )
+            raise UsageError(f"'{setting}' is not of the form a.b=c.", fix="For example: --set distill.epochs=40")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

@@ -1,4 +1,4 @@
-"""Labelled images: for training a demonstration's teacher, and for measuring. Distillation never imports this module."""
+"""Labelled images: for training a demonstration's teacher, and for measuring. Distillation never imports this."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ class LabelledImages:
         return len(self.images)
 
 
-def load(
-    source: str, split: Literal["train", "holdout"], spec: InputSpec, classes: Sequence[str]
-) -> LabelledImages:
+def load(source: str, split: Literal["train", "holdout"], spec: InputSpec, classes: Sequence[str]) -> LabelledImages:
     """Reads labelled images.
 
     Args:
@@ -120,9 +118,7 @@ def _folder(path: Path, spec: InputSpec, classes: Sequence[str]) -> LabelledImag
                 images.append(decode(file.read_bytes(), spec, str(file)))
                 labels.append(list(classes).index(entry.name))
     if not images:
-        raise UsageError(
-            f"The class folders in {path} hold no images.", fix=f"Known: {', '.join(IMAGE_SUFFIXES)}."
-        )
+        raise UsageError(f"The class folders in {path} hold no images.", fix=f"Known: {', '.join(IMAGE_SUFFIXES)}.")
     return LabelledImages(torch.stack(images), torch.tensor(labels), path.name)
 
 
@@ -171,9 +167,7 @@ def _npz(path: Path, spec: InputSpec) -> LabelledImages:
             f"the model eats {spec.shape} and uint8.",
             fix="Resize them, and store values 0 … 255 as uint8.",
         )
-    return LabelledImages(
-        torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels).long(), path.name
-    )
+    return LabelledImages(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels).long(), path.name)
 
 
 def decode(data: bytes, spec: InputSpec, where: str) -> UInt8[Tensor, "C H W"]:

@@ -35,6 +35,7 @@ from nayer_edge.lte import LabelEmbeddings
 from nayer_edge.models import Classifier, load_tensors, save_tensors, weights_digest
 from nayer_edge.progress import Progress, Silent
 from nayer_edge.synthesis import BatchNormStatistics, Round, synthesize_round
+from nayer_edge.views import ViewCache
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,12 @@ class Distillation:
                 f"The memory bank holds {self.bank.capacity} images and one round makes {settings.synthesis.batch}.",
                 fix="Raise distill.bank_mib, or lower synthesis.batch.",
             )
+        self.views = None
+        if settings.distill.views:
+            order = self._stream("views")
+            self.views = ViewCache(
+                self.bank, settings.distill.augment, settings.distill.views, self.teacher, compute, order
+            )
         self.optimizer = torch.optim.SGD(
             self.student.parameters(),
             lr=settings.distill.lr,
@@ -134,8 +141,15 @@ class Distillation:
 
     @property
     def finished(self) -> bool:
-        """All epochs are done."""
-        return self.epoch >= self.settings.distill.epochs
+        """All epochs are done, or agreement has not risen for `patience` epochs."""
+        patience = self.settings.distill.patience
+        return self.epoch >= self.settings.distill.epochs or 0 < patience <= self.stale_epochs
+
+    @property
+    def stale_epochs(self) -> int:
+        """Student epochs since agreement on the synthetic hold-out was last better than ever before."""
+        agreed = [epoch.agreement for epoch in self.history if epoch.phase == "distill"]
+        return len(agreed) - 1 - agreed.index(max(agreed)) if agreed else 0
 
     def steps_of(self, epoch: int) -> int:
         """Synthesis and student steps of an epoch, for progress."""
@@ -167,9 +181,7 @@ class Distillation:
         loss_kd, lr = (None, None) if warm else self._train_student(epoch - distill.warmup_epochs, on_step)
         agreed = float(self._agreement()) if len(self.holdout) else 0.0
         seconds = time.perf_counter() - began
-        images = len(rounds) * synthesis.batch * synthesis.g_steps + (
-            0 if warm else distill.steps * distill.batch
-        )
+        images = len(rounds) * synthesis.batch * synthesis.g_steps + (0 if warm else distill.steps * distill.batch)
         loss_bn, loss_ce, loss_adv = parts.tolist()
         found = Epoch(
             epoch=epoch + 1,
@@ -202,9 +214,7 @@ class Distillation:
     def _stream(self, *purpose: str | int) -> torch.Generator:
         return random_stream(self.settings.seed, *purpose, device=self.compute.device)
 
-    def _round(
-        self, random: torch.Generator, warm: bool, on_step: Callable[[], None] = lambda: None
-    ) -> Round:
+    def _round(self, random: torch.Generator, warm: bool, on_step: Callable[[], None] = lambda: None) -> Round:
         self.student.eval()
         return synthesize_round(
             self.generator,
@@ -245,11 +255,8 @@ class Distillation:
             lr = cosine(epoch * config.steps + step, total, config.lr, config.lr_min)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            images = crop_and_flip(self.bank.draw(config.batch, random), config.augment, random)
-            images = to_unit(images)
+            images, teacher_logits = self._draw(random)
             with self.compute.autocast():
-                with torch.no_grad():
-                    teacher_logits = self.teacher(images)
                 student_logits = self.student(images)
             loss = losses.distillation_loss(student_logits, teacher_logits, config.temperature)
             self.optimizer.zero_grad(set_to_none=True)
@@ -259,6 +266,15 @@ class Distillation:
             on_step()
         self.student.eval()
         return loss_sum / config.steps, lr
+
+    def _draw(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A batch of augmented images, and what the teacher says of them."""
+        config = self.settings.distill
+        if self.views is not None:
+            return self.views.draw(config.batch, random)
+        images = to_unit(crop_and_flip(self.bank.draw(config.batch, random), config.augment, random))
+        with torch.no_grad(), self.compute.autocast():
+            return images, self.teacher(images)
 
     def _check_finite(self, epoch: Epoch) -> None:
         for name in ("loss_bn", "loss_ce", "loss_adv", "loss_kd"):
@@ -276,6 +292,7 @@ class Distillation:
         tensors |= {f"best.{n}": t for n, t in self.best_student.items()}
         tensors |= {f"generator.{n}": t for n, t in self.generator.state_dict().items()}
         tensors |= {f"bank.{n}": t for n, t in self.bank.tensors().items()}
+        tensors |= {f"views.{n}": t for n, t in (self.views.tensors() if self.views else {}).items()}
         tensors["holdout"] = self.holdout
         for index, parameter in enumerate(self.student.parameters()):
             momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
@@ -302,6 +319,8 @@ class Distillation:
         self.best_student = {name: tensor.to(device) for name, tensor in under("best.").items()}
         self.generator.load_state_dict(under("generator."))
         self.bank.restore(under("bank."))
+        if self.views is not None:
+            self.views.restore(under("views."))
         self.holdout = tensors["holdout"].to(device)
         for index, parameter in enumerate(self.student.parameters()):
             if f"momentum.{index}" in tensors:
@@ -309,8 +328,7 @@ class Distillation:
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
         layers = sum(name.endswith(".mean") for name in under("memory."))
         self.statistics.memory = [
-            (tensors[f"memory.{i}.mean"].to(device), tensors[f"memory.{i}.var"].to(device))
-            for i in range(layers)
+            (tensors[f"memory.{i}.mean"].to(device), tensors[f"memory.{i}.var"].to(device)) for i in range(layers)
         ] or None
         self.epoch = int(facts["epoch"])
         self.best_agreement = float(facts["best_agreement"])

@@ -40,9 +40,7 @@ def class_loss(teacher_logits: Float[Tensor, "B K"], labels: Int[Tensor, B]) -> 
     return F.cross_entropy(teacher_logits.float(), labels)
 
 
-def adversarial_loss(
-    teacher_logits: Float[Tensor, "B K"], student_logits: Float[Tensor, "B K"]
-) -> Float[Tensor, ""]:
+def adversarial_loss(teacher_logits: Float[Tensor, "B K"], student_logits: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
     """L_adv: −mean(1[argmax S = argmax T] · KL(T‖S)) at temperature 1.
 
     Drives the generator to images on which the student still differs, but only where it already agrees on the

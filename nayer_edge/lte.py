@@ -143,9 +143,7 @@ def _encoder(name: str) -> tuple[str, Callable[[list[str]], Tensor]]:
     if folder.is_dir():
         weights = folder / "model.safetensors"
         if not weights.is_file():
-            raise UsageError(
-                f"{folder} holds no model.safetensors.", fix="Save the encoder with safetensors."
-            )
+            raise UsageError(f"{folder} holds no model.safetensors.", fix="Save the encoder with safetensors.")
         return sha256_of(weights), lambda prompts: _encode(name, prompts, local=True)
     return "main", lambda prompts: _encode(name, prompts, local=False)
 

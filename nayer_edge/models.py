@@ -75,9 +75,7 @@ def build_classifier(model: str, spec: InputSpec, classes: Sequence[str]) -> Cla
     elif source == "torchvision":
         backbone = _torchvision(name, spec.channels, len(classes))
     else:
-        raise UsageError(
-            f"There is no model source '{source}' (in '{model}').", fix="Sources: nayer, torchvision."
-        )
+        raise UsageError(f"There is no model source '{source}' (in '{model}').", fix="Sources: nayer, torchvision.")
     return Classifier(backbone, model, spec, classes)
 
 
@@ -113,9 +111,7 @@ def _replace_stem(network: nn.Module, channels: int) -> None:
             return
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors as safetensors, atomically; equal tensors give equal bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     write_atomic(path, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {}) or None))
@@ -165,9 +161,7 @@ def load_classifier(weights: Path) -> Classifier:
         spec = InputSpec.model_validate(card["input"])
         model, classes, digest = str(card["model"]), [str(label) for label in card["classes"]], card["sha256"]
     except (KeyError, TypeError, ValueError, ValidationError) as error:
-        raise IntegrityError(
-            f"{weights.with_suffix('.json')} is not a model card.", why=f"{error}"
-        ) from error
+        raise IntegrityError(f"{weights.with_suffix('.json')} is not a model card.", why=f"{error}") from error
     if not weights.is_file() or sha256_of(weights) != digest:
         raise IntegrityError(
             f"{weights} is missing or is not the file that its card describes.",
@@ -204,9 +198,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
             tensors = tensors[key]
     if not isinstance(tensors, dict) or not any(isinstance(value, Tensor) for value in tensors.values()):
-        raise UsageError(
-            f"{path} holds no state dict.", fix="Save it with torch.save(model.state_dict(), …)."
-        )
+        raise UsageError(f"{path} holds no state dict.", fix="Save it with torch.save(model.state_dict(), …).")
     tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     while all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}

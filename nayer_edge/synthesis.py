@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nayer_edge import losses
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.bank import to_uint8
+from nayer_edge.channel_statistics import channel_statistics
 from nayer_edge.compute import Compute
 from nayer_edge.config import Synthesis
 from nayer_edge.errors import UsageError
@@ -87,9 +88,7 @@ class BatchNormStatistics:
 
 
 class _Watch:
-    def __init__(
-        self, norms: list[nn.modules.batchnorm._BatchNorm], now: list[tuple[Tensor, Tensor]]
-    ) -> None:
+    def __init__(self, norms: list[nn.modules.batchnorm._BatchNorm], now: list[tuple[Tensor, Tensor]]) -> None:
         self._norms, self._now = norms, now
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -104,13 +103,6 @@ class _Watch:
     def __exit__(self, *_exception: object) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-def channel_statistics(x: Float[Tensor, "B C *HW"]) -> tuple[Float[Tensor, C], Float[Tensor, C]]:
-    """Mean and biased variance over everything but the channel, in float32."""
-    axes = [0, *range(2, x.ndim)]
-    variance, mean = torch.var_mean(x.float(), dim=axes, correction=0)
-    return mean, variance
 
 
 @dataclass(frozen=True)
@@ -212,9 +204,7 @@ def draw_images(
     statistics.memory = memory
     images, labels = [], []
     for number in range(math.ceil(count / config.batch)):
-        made = synthesize_round(
-            twin, embeddings, teacher, None, statistics, config, compute, random(number), on_step
-        )
+        made = synthesize_round(twin, embeddings, teacher, None, statistics, config, compute, random(number), on_step)
         images.append(made.images)
         labels.append(made.labels)
     return torch.cat(images)[:count], torch.cat(labels)[:count]

@@ -6,9 +6,7 @@ import re
 
 # C0 and C1 controls (escape sequences, line breaks), bidirectional marks, embeddings, overrides and isolates,
 # Unicode line separators, lone surrogates (not encodable), and the two code points that XML 1.0 forbids.
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def inert(text: str) -> str:

@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from nayer_edge import __version__
-from nayer_edge.artefacts import RunFolder
 from nayer_edge.errors import (
     EXIT_FAILED,
     EXIT_INTEGRITY,
@@ -29,9 +28,8 @@ from nayer_edge.errors import (
 )
 from nayer_edge.text import inert
 
-from . import recipe as recipes_of
-
 if TYPE_CHECKING:
+    from nayer_edge.artefacts import RunFolder
     from nayer_edge.config import Recipe
     from nayer_edge.progress import Progress
 
@@ -66,9 +64,7 @@ app.add_typer(lte_app, name="lte")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Run = Annotated[Path, typer.Argument(help="A run folder, for example runs/digits.", show_default=False)]
-RecipeName = Annotated[
-    str, typer.Argument(help="A shipped recipe's name, or a .toml file.", show_default=False)
-]
+RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a .toml file.", show_default=False)]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe; repeatable."),
@@ -101,29 +97,27 @@ def quickstart(
     as_json: Json = False,
 ) -> None:
     """The whole pipeline on real handwritten digits: teacher, data-free student, INT8, verdict, report."""
-    _run(recipes_of.load_recipe("digits", settings), out, fresh=fresh, as_json=as_json)
+    _run(_load_recipe("digits", settings), out, fresh=fresh, as_json=as_json)
 
 
 @app.command(epilog=_example("nayer-edge run digits --set distill.epochs=20 --out runs/mine"))
 def run(
     recipe: RecipeName,
-    until: Annotated[
-        str | None, typer.Option("--until", metavar="STEP", help="Stop after this step.")
-    ] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STEP", help="Stop after this step.")] = None,
     settings: Settings = None,
     out: Out = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Runs a recipe; continues where it stopped."""
-    chosen = recipes_of.load_recipe(recipe, settings)
+    chosen = _load_recipe(recipe, settings)
     _run(chosen, out or _default_out(chosen), last=until, fresh=fresh, as_json=as_json)
 
 
 @app.command(epilog=_example("nayer-edge teach digits --out runs/teacher"))
 def teach(recipe: RecipeName, settings: Settings = None, out: Out = None, as_json: Json = False) -> None:
     """Trains a recipe's teacher on its labelled images (for demonstrations and benchmarks)."""
-    chosen = recipes_of.load_recipe(recipe, settings)
+    chosen = _load_recipe(recipe, settings)
     if chosen.teach is None:
         raise UsageError(
             f"The recipe '{chosen.name}' has no [teach] section: its teacher comes from teacher.weights.",
@@ -141,7 +135,7 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Distils the student: teacher and class names in; student, generator and memory bank out. Takes no data set."""
-    chosen = recipes_of.load_recipe(recipe, settings)
+    chosen = _load_recipe(recipe, settings)
     _run(chosen, out or _default_out(chosen), last="student", fresh=fresh, as_json=as_json)
 
 
@@ -173,9 +167,7 @@ def validate(
         str | None,
         typer.Option("--data", help="Labelled hold-out: folder of class folders, .parquet, .npz, or digits."),
     ] = None,
-    synthetic: Annotated[
-        bool, typer.Option("--synthetic", help="Use fresh synthetic images instead.")
-    ] = False,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Use fresh synthetic images instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Runs every artefact beside the teacher; writes predictions.npz and report.json."""
@@ -189,20 +181,14 @@ def validate(
     _run(chosen, run_folder, last="validate", as_json=as_json)
 
 
-@app.command(
-    epilog=_example("nayer-edge gate runs/digits --policy policy.toml --junit junit.xml --summary summary.md")
-)
+@app.command(epilog=_example("nayer-edge gate runs/digits --policy policy.toml --junit junit.xml --summary summary.md"))
 def gate(
     run_folder: Run,
     policy: Annotated[Path | None, typer.Option("--policy", help="A policy in TOML.")] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json-out", help="Write the verdict as JSON here.")
-    ] = None,
+    json_out: Annotated[Path | None, typer.Option("--json-out", help="Write the verdict as JSON here.")] = None,
     summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown here.")] = None,
-    print_policy: Annotated[
-        bool, typer.Option("--print-policy", help="Print the policy in force, and end.")
-    ] = False,
+    print_policy: Annotated[bool, typer.Option("--print-policy", help="Print the policy in force, and end.")] = False,
     as_json: Json = False,
 ) -> None:
     """Gives the verdict on a validated run: exit 0 pass, 1 fail or inconclusive, 2 usage, 4 tampered or stale."""
@@ -211,7 +197,7 @@ def gate(
     from . import gate as gates
 
     if print_policy:
-        print(gates.policy_toml(gates.load_policy(RunFolder.open(run_folder), policy)), end="")  # noqa: T201
+        print(gates.policy_toml(gates.load_policy(_open(run_folder), policy)), end="")  # noqa: T201
         return
     verdict = gates.run_gate(run_folder, policy)
     if junit is not None:
@@ -234,7 +220,7 @@ def report(run_folder: Run, as_json: Json = False) -> None:
     """Writes one self-contained HTML page about the run, making stale steps anew."""
     from .gate import load_report
 
-    opened = RunFolder.open(run_folder)
+    opened = _open(run_folder)
     opened.require_intact()
     load_report(opened)
     _run(_recipe_of(run_folder), run_folder, last="report", as_json=as_json)
@@ -243,7 +229,7 @@ def report(run_folder: Run, as_json: Json = False) -> None:
 @app.command(epilog=_example("nayer-edge verify runs/digits"))
 def verify(run_folder: Run, as_json: Json = False) -> None:
     """Re-hashes every file of the manifest and finds altered, missing and added files."""
-    opened = RunFolder.open(run_folder)
+    opened = _open(run_folder)
     altered, added = opened.problems(), [f"{name} is not in the manifest" for name in opened.strangers()]
     problems = altered + added
     if as_json:
@@ -260,7 +246,9 @@ def verify(run_folder: Run, as_json: Json = False) -> None:
 @app.command(epilog=_example("nayer-edge recipes"))
 def recipes(as_json: Json = False) -> None:
     """Lists the shipped recipes with the figures that they were measured with."""
-    found = [recipes_of.load_recipe(shipped.name) for shipped in recipes_of.shipped()]
+    from .recipe import shipped
+
+    found = [_load_recipe(entry.name) for entry in shipped()]
     if as_json:
         _print_json([recipe.model_dump(mode="json", by_alias=True) for recipe in found])
         return
@@ -317,7 +305,7 @@ def _show_lte(name: str, settings: list[str] | None, as_json: bool) -> None:
 
     from nayer_edge import lte
 
-    recipe = recipes_of.load_recipe(name, settings)
+    recipe = _load_recipe(name, settings)
     found = lte.build(recipe.teacher.classes, recipe.lte)
     unit = torch.nn.functional.normalize(found.embeddings, dim=1)
     similarity = (unit @ unit.T).fill_diagonal_(-1)
@@ -341,15 +329,11 @@ def _show_lte(name: str, settings: list[str] | None, as_json: bool) -> None:
         _stdout().print(f"{key:<12} {inert(str(value))}", markup=False, highlight=False)
     table = Table("label", "nearest label", "cosine", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(
-            Text(inert(str(row["label"]))), Text(inert(str(row["nearest"]))), f"{row['cosine']:.3f}"
-        )
+        table.add_row(Text(inert(str(row["label"]))), Text(inert(str(row["nearest"]))), f"{row['cosine']:.3f}")
     _stdout().print(table)
 
 
-def _run(
-    recipe: Recipe, root: Path, *, last: str | None = None, fresh: bool = False, as_json: bool = False
-) -> None:
+def _run(recipe: Recipe, root: Path, *, last: str | None = None, fresh: bool = False, as_json: bool = False) -> None:
     """Runs steps, shows them, and ends with the verdict's exit code where a verdict was reached."""
     from . import gate as gates
     from .run import run_recipe
@@ -384,12 +368,27 @@ def _run(
         raise typer.Exit(EXIT_FAILED)
 
 
+def _load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
+    # Imported here: pydantic takes half of what `--help` may take.
+    from .recipe import load_recipe
+
+    return load_recipe(name, settings)
+
+
+def _open(root: Path) -> RunFolder:
+    from nayer_edge.artefacts import RunFolder
+
+    return RunFolder.open(root)
+
+
 def _default_out(recipe: Recipe) -> Path:
     return Path("runs") / recipe.name
 
 
 def _recipe_of(root: Path) -> Recipe:
-    return recipes_of.recipe_of(RunFolder.open(root).manifest.recipe)
+    from .recipe import recipe_of
+
+    return recipe_of(_open(root).manifest.recipe)
 
 
 def _percent(fraction: float | None) -> str:
@@ -398,9 +397,7 @@ def _percent(fraction: float | None) -> str:
 
 def _stdout() -> Console:
     # Colour codes only where a person looks, whatever a CI server's variables say.
-    return Console(
-        force_terminal=sys.stdout.isatty() or None if "FORCE_COLOR" not in os.environ else sys.stdout.isatty()
-    )
+    return Console(force_terminal=sys.stdout.isatty())
 
 
 def _print_json(value: Any) -> None:
@@ -427,7 +424,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app(args=arguments, standalone_mode=True)
     except NayerEdgeError as error:
@@ -439,15 +437,21 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if os.environ.get("NAYER_EDGE_DEBUG") or top not in EXTRA_OF:
             raise
         _fail(missing_extra(top, EXTRA_OF[top], "This command"))
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         _interrupted()
     except MemoryError:
         _fail(
-            MissingError(
-                "There is not enough memory.", fix="Lower synthesis.batch, distill.batch or distill.bank_mib."
-            )
+            MissingError("There is not enough memory.", fix="Lower synthesis.batch, distill.batch or distill.bank_mib.")
         )
     sys.exit(EXIT_OK)
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. Not KeyboardInterrupt, which the command-line library would answer with exit code 1."""
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise Interrupted
 
 
 def _interrupted() -> NoReturn:

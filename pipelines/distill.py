@@ -81,9 +81,7 @@ def make_lte(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
     )
 
 
-def make_student(
-    teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFolder, progress: Progress
-) -> Artifact:
+def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
     """Distils the student; keeps a checkpoint while it runs and continues from it."""
     compute = computing.choose(config.device, config.precision)
     network = load_classifier(out.path(teacher.files["teacher"]))
@@ -106,9 +104,7 @@ def make_student(
 
     checkpoint = out.path(CHECKPOINT)
     distill(run, checkpoint, progress=progress, on_epoch=log)
-    save_classifier(
-        run.result(), out.path(STUDENT), {"distilled_from": network.model, "select": config.distill.select}
-    )
+    save_classifier(run.result(), out.path(STUDENT), {"distilled_from": network.model, "select": config.distill.select})
     generators.save(run.generator, run.statistics.memory, out.path(GENERATOR))
     run.bank.save(out.path(BANK))
     images, labels = run.bank.newest(config.synthesis.batch * config.synthesis.rounds)

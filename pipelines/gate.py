@@ -264,9 +264,7 @@ def verdict_table(verdict: Verdict) -> Group:
         mark = Text(_MARK[check.verdict], style=style)
         table.add_row(mark, _shown(_title(check)), _shown(check.artifact), *map(_shown, _figures(check)))
         sentences.add_row(mark, _shown(check.detail))
-    overall = Text(
-        f"{_MARK[verdict.verdict]} gate: {verdict.verdict}", style=f"bold {_COLOUR[verdict.verdict]}"
-    )
+    overall = Text(f"{_MARK[verdict.verdict]} gate: {verdict.verdict}", style=f"bold {_COLOUR[verdict.verdict]}")
     return Group(table, "", sentences, "", overall)
 
 

@@ -98,15 +98,11 @@ def judge(report: Report, policy: Policy) -> Verdict:
     Returns:
         The verdict, with the checks in the order of the policy's artefacts.
     """
-    checks = [
-        check for name in dict.fromkeys(policy.artifacts) for check in _judge_artifact(report, policy, name)
-    ]
+    checks = [check for name in dict.fromkeys(policy.artifacts) for check in _judge_artifact(report, policy, name)]
     if policy.parity.max_abs_diff is not None:
         checks.append(_parity(report, policy.parity.max_abs_diff))
     deciding = {check.verdict for check in checks if not check.advisory}
-    overall: Outcome = (
-        "fail" if "fail" in deciding else "inconclusive" if "inconclusive" in deciding else "pass"
-    )
+    overall: Outcome = "fail" if "fail" in deciding else "inconclusive" if "inconclusive" in deciding else "pass"
     return Verdict(overall, tuple(checks))
 
 
@@ -125,16 +121,12 @@ def _judge_artifact(report: Report, policy: Policy, name: str) -> Iterator[Check
         if synthetic:
             yield _synthetic_drop_vs_fp32(report, found, limit, alpha)
         else:
-            yield _drop(
-                "accuracy_drop_vs_fp32", "the FP32 student", found, found.paired.vs_fp32, limit, alpha
-            )
+            yield _drop("accuracy_drop_vs_fp32", "the FP32 student", found, found.paired.vs_fp32, limit, alpha)
     if (limit := policy.accuracy.max_drop_vs_teacher) is not None:
         if synthetic:
             yield _synthetic_drop_vs_teacher(report, found, limit, alpha)
         else:
-            yield _drop(
-                "accuracy_drop_vs_teacher", "the teacher", found, found.paired.vs_teacher, limit, alpha
-            )
+            yield _drop("accuracy_drop_vs_teacher", "the teacher", found, found.paired.vs_teacher, limit, alpha)
     if (limit := policy.agreement.min) is not None:
         yield _agreement(report, found, limit, alpha)
     if (limit := policy.per_class.max_drop) is not None and not is_reference:
@@ -280,9 +272,7 @@ def _agreement(report: Report, artifact: ArtifactReport, limit: float, alpha: fl
     return Check("agreement", artifact.name, same / n, bound, limit, verdict, detail, synthetic=synthetic)
 
 
-def _per_class(
-    artifact: ArtifactReport, limit: float, alpha: float, advisory: bool, synthetic: bool
-) -> Check:
+def _per_class(artifact: ArtifactReport, limit: float, alpha: float, advisory: bool, synthetic: bool) -> Check:
     """Drop of the worst class.
 
     Multiplicity: to pass, every class must pass, so a false pass of the whole needs a false pass of a class
@@ -292,9 +282,7 @@ def _per_class(
     """
     name = "per_class_drop"
     if not artifact.per_class:
-        lacking = (
-            "counts per class (synthetic images have no true class)" if synthetic else "counts per class"
-        )
+        lacking = "counts per class (synthetic images have no true class)" if synthetic else "counts per class"
         return _missing(name, artifact, limit, lacking, advisory)
     for each in artifact.per_class:
         if each.lost + each.gained > each.n:
@@ -374,9 +362,7 @@ def _speedup(artifact: ArtifactReport, limit: float) -> Check:
     if speedup is None:
         return _missing("speedup_vs_fp32", artifact, limit, "speed-up against FP32")
     verdict: Outcome = "pass" if speedup >= limit else "fail"
-    detail = (
-        f"{artifact.name} is {speedup:,.3g} times as fast as FP32 at batch 1, required is {limit:,.3g} times."
-    )
+    detail = f"{artifact.name} is {speedup:,.3g} times as fast as FP32 at batch 1, required is {limit:,.3g} times."
     return _plain("speedup_vs_fp32", artifact, speedup, limit, verdict, detail)
 
 
@@ -406,14 +392,10 @@ def _parity(report: Report, limit: float) -> Check:
     return replace(check, synthetic=synthetic)
 
 
-def _plain(
-    name: str, artifact: ArtifactReport, observed: float, limit: float, verdict: Outcome, detail: str
-) -> Check:
+def _plain(name: str, artifact: ArtifactReport, observed: float, limit: float, verdict: Outcome, detail: str) -> Check:
     """A check of a plain number; one that is not finite was not measured."""
     if not math.isfinite(observed):
-        return Check(
-            name, artifact.name, None, None, limit, "fail", f"The {name} of {artifact.name} is not a number."
-        )
+        return Check(name, artifact.name, None, None, limit, "fail", f"The {name} of {artifact.name} is not a number.")
     return Check(name, artifact.name, observed, None, limit, verdict, detail)
 
 

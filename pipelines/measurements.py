@@ -109,9 +109,7 @@ class ArtifactReport(_Part):
 class Report(_Part):
     """The whole of `report.json`."""
 
-    model_config = ConfigDict(
-        extra="ignore", frozen=True, populate_by_name=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
 
     schema_: Literal["nayer-edge/report/1"] = Field(default=REPORT_SCHEMA, alias="schema")
     run: str

@@ -29,9 +29,7 @@ def curves(metrics: list[dict[str, Any]]) -> str:
         FigureCanvasSVG(figure)
         left, right = figure.subplots(1, 2)
         for key, label in _SERIES:
-            points = [
-                (line["epoch"], line[key]) for line in metrics if line[key] is not None and line[key] > 0
-            ]
+            points = [(line["epoch"], line[key]) for line in metrics if line[key] is not None and line[key] > 0]
             if points:
                 left.plot(*zip(*points, strict=True), label=label)
         left.set_yscale("log")

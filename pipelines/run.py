@@ -66,20 +66,11 @@ def run_recipe(
     return run
 
 
-def run_step(
-    name: str, run: RunFolder, recipe: Recipe, progress: Progress, on_event: Callable[[StepEvent], None]
-) -> None:
-    """Makes one step of an existing run anew if it is stale, for the commands of single steps; the lock is the caller's."""
-    _run_step(until(name)[-1], recipe, run, progress, on_event)
-
-
 def _open(recipe: Recipe, root: Path, steps: tuple[Step, ...]) -> RunFolder:
     values = recipe.model_dump(mode="json", by_alias=True)
     if not (root / MANIFEST).is_file():
         if any(path.name != ".lock" for path in root.iterdir()):
-            raise UsageError(
-                f"{root} is not empty and not a run folder.", fix="Choose another folder with --out."
-            )
+            raise UsageError(f"{root} is not empty and not a run folder.", fix="Choose another folder with --out.")
         return RunFolder.create(root, values, recipe.seed, provenance.versions(), provenance.hardware())
     run = RunFolder.open(root)
     before = run.manifest.recipe
@@ -133,9 +124,7 @@ def _run_step(
 ) -> None:
     inputs = [run.artifact(name) for name in step.inputs]
     settings = _settings(step, recipe)
-    input_hashes = {
-        name: run.manifest.files[name].sha256 for artifact in inputs for name in artifact.files.values()
-    }
+    input_hashes = {name: run.manifest.files[name].sha256 for artifact in inputs for name in artifact.files.values()}
     digest = digest_of({"step": step.name, "settings": settings, "inputs": input_hashes})
     record = run.manifest.steps.get(step.name)
     reason = "not made yet"

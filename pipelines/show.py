@@ -77,9 +77,7 @@ class Lines:
         if now - self._last >= self._every:
             self._last = now
             share = 100 * self._done / self._total
-            self._console.print(
-                f"  {self._what} {share:3.0f} %  {written(figures)}", markup=False, highlight=False
-            )
+            self._console.print(f"  {self._what} {share:3.0f} %  {written(figures)}", markup=False, highlight=False)
 
     def finish(self) -> None:
         """Nothing to do."""
@@ -108,9 +106,7 @@ def show_event(console: Console, event: StepEvent) -> None:
     if event.state == "kept":
         console.print(f"= {name} finished before", style="dim", markup=False, highlight=False)
         return
-    console.print(
-        f"✓ {name} {event.seconds:6.1f} s  {event.step.title}", style="green", markup=False, highlight=False
-    )
+    console.print(f"✓ {name} {event.seconds:6.1f} s  {event.step.title}", style="green", markup=False, highlight=False)
     if event.numbers:
         facts = written({key: value for key, value in event.numbers.items() if value is not None})
         console.print(f"            {facts}", style="dim", markup=False, highlight=False)

@@ -119,9 +119,7 @@ def until(name: str | None) -> tuple[Step, ...]:
     if name is None:
         return STEPS
     if name not in NAMES:
-        raise UsageError(
-            f"There is no step '{name}'.{nearest(name, NAMES)}", fix=f"The steps are: {', '.join(NAMES)}."
-        )
+        raise UsageError(f"There is no step '{name}'.{nearest(name, NAMES)}", fix=f"The steps are: {', '.join(NAMES)}.")
     return STEPS[: NAMES.index(name) + 1]
 
 
@@ -134,3 +132,12 @@ def settings_of(step: Step, recipe: dict[str, Any]) -> dict[str, Any]:
             value = value[part]
         found[key] = value
     return found
+
+
+def table() -> str:
+    """The steps as a Markdown table, as it stands in README.md and docs/ARCHITECTURE.md."""
+    rows = ["| step | what it does | reads | makes |", "|---|---|---|---|"]
+    for step in STEPS:
+        made = " ".join(f"`{name}`" for name in step.makes.split())
+        rows.append(f"| `{step.name}` | {step.title} | {', '.join(step.inputs) or 'the recipe'} | {made} |")
+    return "\n".join(rows)

@@ -99,10 +99,7 @@ def make_report(
             reports.append(found)
             progress.advance()
         timings = (
-            {
-                timing.runner: timing
-                for timing in benchmark(runners, student_network.spec.shape, runs=LATENCY_RUNS)
-            }
+            {timing.runner: timing for timing in benchmark(runners, student_network.spec.shape, runs=LATENCY_RUNS)}
             if runners
             else {}
         )
@@ -124,9 +121,7 @@ def make_report(
     report = Report(
         run=config.name,
         dataset=images.dataset,
-        teacher=Network(
-            top1=_top1(predictions["teacher"], images.labels), params=teacher_network.parameter_count
-        ),
+        teacher=Network(top1=_top1(predictions["teacher"], images.labels), params=teacher_network.parameter_count),
         student=Network(
             top1=_top1(predictions["student"], images.labels),
             params=student_network.parameter_count,

@@ -23,9 +23,7 @@ class BasicBlock(nn.Module):
         self._shortcut = shortcut
         projection = nn.Sequential()
         if stride != 1 or inputs != outputs:
-            projection = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            projection = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
         self.add_module(shortcut, projection)
 
     def forward(self, x: Tensor) -> Tensor:

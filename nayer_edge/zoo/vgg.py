@@ -30,11 +30,7 @@ class VGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for number in range(len(BLOCKS)):
             x = getattr(self, f"block{number}")(x)
-            x = (
-                F.max_pool2d(x, 2, ceil_mode=True)
-                if number < len(BLOCKS) - 1
-                else F.adaptive_avg_pool2d(x, 1)
-            )
+            x = F.max_pool2d(x, 2, ceil_mode=True) if number < len(BLOCKS) - 1 else F.adaptive_avg_pool2d(x, 1)
         return self.classifier(torch.flatten(x, 1))
 
 
