@@ -1,1 +1,4 @@
-"""How weights become something that runs: ONNX, quantized graphs, engines, runners. Knows the core, no recipe, no threshold."""
+"""How weights become something that runs: ONNX, quantized graphs, engines, runners.
+
+Knows the core; knows no recipe and no threshold.
+"""

@@ -1,7 +1,8 @@
 """Latency and throughput, all runners interleaved in one process, so that ratios between them are fair.
 
 A machine's clock, its neighbours and its temperature change within seconds. Runners measured one after the
-other each meet another machine; taking turns, they meet the same one.
+other each meet another machine; taking turns, they meet the same one. A turn is a few calls, the first of them
+untimed: a device runs one model, so its weights are in the cache, and the neighbour's should not be.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from nayer_edge.errors import UsageError
 
 from .runners import Runner
 
+_CALLS = 5
+"""timed calls per turn"""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -31,7 +35,7 @@ class Timing:
         p95: 95th percentile, milliseconds.
         p99: 99th percentile, milliseconds.
         images_per_s: batch / median latency.
-        ratio: median over rounds of (the first runner's latency / this one's): above 1 it is faster.
+        ratio: median over turns of (the first runner's median / this one's): above 1 it is faster.
     """
 
     runner: str
@@ -54,15 +58,15 @@ def benchmark(
     warmup: int = 10,
     max_seconds: float = 60.0,
 ) -> list[Timing]:
-    """Times open runners in turns: one call each, round after round.
+    """Times open runners in turns.
 
     Args:
         runners: label → runner, entered already; the first is the one that ratios refer to.
         input_shape: (C, H, W).
         batches: images per call.
-        runs: timed rounds per batch size.
-        warmup: untimed rounds before them.
-        max_seconds: per batch size; after it, measuring stops with the rounds there are (at least 5).
+        runs: timed calls per runner and batch size, rounded up to whole turns.
+        warmup: untimed calls before them.
+        max_seconds: per batch size; after it, measuring stops with the turns there are (at least one).
 
     Returns:
         one entry per runner and batch size, in their order. Images are random: a network's speed does not
@@ -77,9 +81,9 @@ def benchmark(
     for batch in batches:
         images = np.random.default_rng(0).random((batch, *input_shape), dtype=np.float32)
         seconds = _interleaved(list(runners.values()), images, runs, warmup, max_seconds)
-        first = seconds[:, 0]
+        typical = np.median(seconds, axis=2)
         for column, (label, runner) in enumerate(runners.items()):
-            own = seconds[:, column]
+            own = seconds[:, column].ravel()
             p50, p95, p99 = np.percentile(own, [50, 95, 99]) * 1000
             found.append(
                 Timing(
@@ -91,7 +95,7 @@ def benchmark(
                     p95=float(p95),
                     p99=float(p99),
                     images_per_s=float(batch / p50 * 1000),
-                    ratio=float(np.median(first / own)),
+                    ratio=float(np.median(typical[:, 0] / typical[:, column])),
                 )
             )
     return found
@@ -100,26 +104,30 @@ def benchmark(
 def _interleaved(
     runners: Sequence[Runner], images: np.ndarray, runs: int, warmup: int, max_seconds: float
 ) -> np.ndarray:
-    """Seconds, (rounds, runners). The order alternates, so that none always follows the same neighbour."""
-    for _ in range(warmup):
-        for runner in runners:
+    """Seconds, (turns, runners, calls of a turn). The order alternates: none always follows the same neighbour."""
+    for runner in runners:
+        for _ in range(warmup):
             runner.infer(images)
-    rows = []
+    calls = min(runs, _CALLS)
+    turns = []
     collecting = gc.isenabled()
     gc.disable()
     try:
         end = time.perf_counter() + max_seconds
-        for number in range(runs):
-            row = [0.0] * len(runners)
+        for number in range(-(-runs // calls)):
+            turn = np.zeros((len(runners), calls))
             order = range(len(runners)) if number % 2 == 0 else range(len(runners) - 1, -1, -1)
             for index in order:
-                start = time.perf_counter()
-                runners[index].infer(images)
-                row[index] = time.perf_counter() - start
-            rows.append(row)
-            if time.perf_counter() > end and number >= 4:
+                infer = runners[index].infer
+                infer(images)
+                for call in range(calls):
+                    start = time.perf_counter()
+                    infer(images)
+                    turn[index, call] = time.perf_counter() - start
+            turns.append(turn)
+            if time.perf_counter() > end:
                 break
     finally:
         if collecting:
             gc.enable()
-    return np.array(rows)
+    return np.stack(turns)

@@ -1,7 +1,8 @@
-"""Activation ranges from calibration images: min-max, percentile, entropy (ONNX Runtime's arithmetic) and MSE (ours).
+"""Activation ranges from calibration images, by four methods.
 
-Images are streamed in batches small enough that all activations of one batch fit a stated budget. The first pass finds the
-extremes inside the graph; the second counts every activation into a histogram of fixed range, which serves the other methods.
+Min-max, percentile and entropy are ONNX Runtime's arithmetic, MSE is ours. Images are streamed in batches
+small enough that all activations of one batch fit a stated budget. The first pass finds the extremes inside
+the graph; the second counts activations into a histogram of fixed range, which serves the other methods.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ PERCENTILE = 99.99
 ACTIVATION_BUDGET = 64 * 2**20
 """bytes of activations alive at a time"""
 _BINS = 4096
-# ONNX Runtime's default of 128 bins leaves its entropy search a single candidate, which is min-max by another name.
+# ONNX Runtime's default of 128 bins leaves its entropy search a single candidate, which is min-max by another
+# name.
 _ENTROPY_BINS = 512
 _ENTROPY_LEVELS = 128
 _SAMPLES = 4_000_000
@@ -64,12 +66,15 @@ class Histogram:
 
 
 class _OneBatch(CalibrationDataReader):
-    """Hands a calibrator a single batch: given more, it would keep every activation of all of them in memory."""
+    """Hands a calibrator a single batch.
+
+    Given more, it would keep every activation of all of them in memory.
+    """
 
     def __init__(self, name: str, images: np.ndarray) -> None:
         self._feeds: list[dict[str, np.ndarray]] = [{name: images}]
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
+    def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._feeds.pop() if self._feeds else None
 
 
@@ -87,13 +92,11 @@ def require_images(images: np.ndarray, input_shape: Sequence[int | str | None], 
     if (
         images.ndim != 4
         or len(images) == 0
-        or any(
-            isinstance(want, int) and want != got for want, got in zip(wanted, images.shape[1:], strict=True)
-        )
+        or any(isinstance(want, int) and want != got for want, got in zip(wanted, images.shape[1:], strict=True))
     ):
         raise UsageError(
-            f"The {purpose} images have shape {images.shape}; the model takes (n, {', '.join(map(str, wanted))}) "
-            "with n of at least 1.",
+            f"The {purpose} images have shape {images.shape}; the model takes "
+            f"(n, {', '.join(map(str, wanted))}) with n of at least 1.",
             fix="Draw them anew with: nayer-edge calibration-data RUN",
         )
     if images.dtype == np.uint8:
@@ -150,9 +153,7 @@ def compute_ranges(
             coarse = {name: _rebinned(h, _ENTROPY_BINS) for name, h in histograms.items()}
             found["entropy"] = extremes | _with_collector(coarse, "entropy")
         if "mse" in methods:
-            found["mse"] = extremes | {
-                name: mse_range(h, symmetric=target.symmetric) for name, h in histograms.items()
-            }
+            found["mse"] = extremes | {name: mse_range(h, symmetric=target.symmetric) for name, h in histograms.items()}
     return {method: found[method] for method in methods}
 
 
@@ -176,16 +177,14 @@ def _extremes(model_path: Path, images: np.ndarray, operators: Sequence[str]) ->
         calibrator = create_calibrator(
             model_path, list(operators), str(augmented), calibrate_method=CalibrationMethod.MinMax
         )
-        # The calibrator's own session has every optimisation off, which takes twice as long for the same extremes.
+        # The calibrator's own session has every optimisation off, which takes twice as long for the same
+        # extremes.
         calibrator.infer_session = _session(augmented.read_bytes())
         for name, batch in _batches(_probe(model_path, []), images):
             calibrator.collect_data(_OneBatch(name, batch))
         data = calibrator.compute_data()
     augmented.unlink()
-    return {
-        name: (float(np.min(data[name].lowest)), float(np.max(data[name].highest)))
-        for name in sorted(data.keys())
-    }
+    return {name: (float(np.min(data[name].lowest)), float(np.max(data[name].highest))) for name in sorted(data.keys())}
 
 
 def _probe(model_path: Path, tensors: Sequence[str]) -> ort.InferenceSession:
@@ -193,9 +192,7 @@ def _probe(model_path: Path, tensors: Sequence[str]) -> ort.InferenceSession:
     model = onnx.load(str(model_path))
     infos = {v.name: v for v in (*model.graph.value_info, *model.graph.input)}
     outputs = {v.name for v in model.graph.output}
-    wanted = tensors or [
-        n for n, v in infos.items() if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    ]
+    wanted = tensors or [n for n, v in infos.items() if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     model.graph.output.extend(infos[name] for name in wanted if name not in outputs and name in infos)
     return _session(model.SerializeToString())
 
@@ -212,7 +209,8 @@ def _histograms(model_path: Path, images: np.ndarray, extremes: Ranges) -> dict[
     limits = {name: max(abs(low), abs(high)) for name, (low, high) in extremes.items()}
     counts = {name: np.zeros(_BINS, np.int64) for name in extremes}
     for number, (source, batch) in enumerate(_batches(session, images)):
-        for name, values in zip(names, session.run(None, {source: batch}), strict=True):
+        for name, output in zip(names, session.run(None, {source: batch}), strict=True):
+            values = np.asarray(output)
             if name in counts and limits[name] > 0:
                 total = values.size // len(values) * len(images)
                 # A prime stride that starts elsewhere in every batch favours no row, column or channel.
@@ -252,8 +250,8 @@ def _with_collector(histograms: Mapping[str, Histogram], method: str) -> Ranges:
 def mse_range(histogram: Histogram, *, symmetric: bool, candidates: int = 80) -> tuple[float, float]:
     """The range whose 8-bit quantization has the least mean squared error over a histogram.
 
-    Both ends are shrunk together, then each alone, from the extremes down to a fifth of them; clipping and rounding
-    errors are summed over the bins' centres. One (candidates, bins) array is alive at a time.
+    Both ends are shrunk together, then each alone, from the extremes down to a fifth of them; clipping and
+    rounding errors are summed over the bins' centres. One (candidates, bins) array is alive at a time.
 
     Args:
         histogram: of one tensor.

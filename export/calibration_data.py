@@ -1,5 +1,4 @@
-"""Writes calibration images in the forms that quantizers read: npz, npy, folders of PNG, Polygraphy's "
-"input JSON."""
+"""Writes calibration images in the forms that quantizers read."""
 
 from __future__ import annotations
 
@@ -82,7 +81,7 @@ def _array_bytes(array: np.ndarray) -> bytes:
 
 def _npz(images: np.ndarray, path: Path, input_name: str) -> Path:
     buffer = io.BytesIO()
-    np.savez(buffer, **{input_name: images})
+    np.savez(buffer, allow_pickle=False, **{input_name: images})
     write_bytes(path, buffer.getvalue())
     return path
 
@@ -104,7 +103,7 @@ def _png(images: np.ndarray, labels: np.ndarray, classes: Sequence[str], folder:
     for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         # The number keeps the classes' order where readers sort folders; a label may hold any character, a
         # path not.
-        name = re.sub(r"[^\w.-]+", "_", classes[label]).strip("._") or "class"
+        name = re.sub(r"[^\w.-]+", "_", str(classes[label])).strip("._") or "class"
         buffer = io.BytesIO()
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "PNG")
         write_bytes(folder / f"{label:0{width}d}_{name[:60]}" / f"{index:05d}.png", buffer.getvalue())

@@ -1,5 +1,4 @@
-"""How many convolutions and matrix products really run in INT8, read from the graph that the runtime "
-"executes."""
+"""How many convolutions and matrix products really run in INT8, read from the graph that is executed."""
 
 from __future__ import annotations
 
@@ -68,9 +67,7 @@ def int8_coverage(path: Path, target: str | Target = "cpu") -> Coverage:
         runner = OrtRunner(path, target=target, threads=1)
         # A change of layout renames the nodes that it moves: "conv1" becomes "conv1_token_7".
         running = {
-            re.sub(r"_token_\d+$", "", n.name)
-            for n in runner.optimised_graph().graph.node
-            if n.op_type in INT8_KERNELS
+            re.sub(r"_token_\d+$", "", n.name) for n in runner.optimised_graph().graph.node if n.op_type in INT8_KERNELS
         }
         on_arm = platform.machine().lower() in ("aarch64", "arm64")
         verified = on_arm == (target.name == "arm")

@@ -1,5 +1,4 @@
-"""ONNX files: read with suspicion, written bare (no source paths, no stack traces) and the same every "
-"time."""
+"""ONNX files: read with suspicion, written bare (no source paths or stack traces), always the same."""
 
 from __future__ import annotations
 
@@ -34,9 +33,7 @@ def read_onnx(path: Path, *, external_data: bool = False) -> ModelProto:
     except FileNotFoundError as error:
         raise IntegrityError(f"{path} is missing.") from error
     except OSError as error:
-        raise IntegrityError(
-            f"{path} cannot be read.", why=f"The system says: {error.strerror or error}."
-        ) from error
+        raise IntegrityError(f"{path} cannot be read.", why=f"The system says: {error.strerror or error}.") from error
     except DecodeError as error:
         raise IntegrityError(
             f"{path} is not an ONNX file, or was cut short.",
@@ -110,9 +107,7 @@ def strip(model: ModelProto, *, metadata: Mapping[str, str]) -> None:
     used = {node.domain for node in graph.node} | {""}
     versions = {entry.domain: entry.version for entry in model.opset_import if entry.domain in used}
     del model.opset_import[:]
-    model.opset_import.extend(
-        onnx.helper.make_opsetid(domain, versions[domain]) for domain in sorted(versions)
-    )
+    model.opset_import.extend(onnx.helper.make_opsetid(domain, versions[domain]) for domain in sorted(versions))
     model.producer_name, model.producer_version = "nayer-edge", metadata.get("nayer_edge.version", "")
     model.graph.name = "nayer_edge"
     for key in sorted(metadata):
@@ -130,7 +125,7 @@ def opset_of(model: ModelProto) -> int:
 
 
 def write_onnx(model: ModelProto, path: Path) -> None:
-    """Checks a model (onnx.checker, shapes included) and writes it atomically, byte for byte the same every time.
+    """Checks a model (onnx.checker, shapes included) and writes it atomically, always the same bytes.
 
     Raises:
         UsageError: it is too large for one file, or the folder cannot be written to.

@@ -1,5 +1,7 @@
-"""Writes Q/DQ into a graph as a target wants it. ONNX Runtime's quantizer rewrites; what it gets wrong "
-"is set right here."""
+"""Writes Q/DQ into a graph as a target wants it.
+
+ONNX Runtime's quantizer does the rewriting; what it gets wrong for a target is set right here.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,7 @@ from .targets import PRODUCTS, Target, quantized_operators
 _TYPES = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
 
 
-def with_qdq(
-    model: ModelProto, ranges: Ranges, target: Target, *, float_nodes: Collection[str] = ()
-) -> ModelProto:
+def with_qdq(model: ModelProto, ranges: Ranges, target: Target, *, float_nodes: Collection[str] = ()) -> ModelProto:
     """A copy of an FP32 graph with Q/DQ as the target wants it.
 
     Args:
@@ -39,9 +39,8 @@ def with_qdq(
     eligible, excluded = eligible_products(copy, target)
     quantized = {node.name for node in eligible} - set(float_nodes)
     residuals = _residual_adds(copy, quantized) if target.residual == "skip" else []
-    data = {
-        name: TensorData(lowest=np.float32(low), highest=np.float32(high))
-        for name, (low, high) in ranges.items()
+    data: dict[str, TensorData | tuple] = {
+        name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()
     }
     with _no_advice():
         quantizer = QDQQuantizer(
@@ -107,9 +106,7 @@ def calibrated_tensors(model: ModelProto, target: Target) -> set[str]:
     for node in model.graph.node:
         for name in node.input:
             uses.setdefault(name, []).append(node.op_type)
-    clipped = (
-        {name for name, kinds in uses.items() if kinds in (["Relu"], ["Clip"])} if target.outputs else set()
-    )
+    clipped = {name for name, kinds in uses.items() if kinds in (["Relu"], ["Clip"])} if target.outputs else set()
     return found - clipped - {v.name for v in model.graph.output} - {t.name for t in model.graph.initializer}
 
 

@@ -1,5 +1,7 @@
-"""Runs an artefact on images: torch, ONNX Runtime with a named provider, TensorRT. Comparing is "
-"parity.py's work."""
+"""Runs an artefact on images: torch, ONNX Runtime with a named provider, TensorRT.
+
+Comparing what they return is parity.py's work.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import onnx
@@ -62,9 +64,7 @@ def _in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, bat
             f"Images of shape {images.shape} cannot be run.",
             fix="Give an array of shape (n, channels, height, width) with n of at least 1.",
         )
-    parts = [
-        run(np.ascontiguousarray(images[start : start + batch])) for start in range(0, len(images), batch)
-    ]
+    parts = [run(np.ascontiguousarray(images[start : start + batch])) for start in range(0, len(images), batch)]
     return np.concatenate(parts).astype(np.float32, copy=False)
 
 
@@ -74,7 +74,7 @@ def as_bytes(images: np.ndarray) -> np.ndarray:
 
 
 class TorchRunner:
-    """The module itself, in evaluation mode; its training flags and torch's thread count are restored at the end.
+    """The module itself, in evaluation mode; its flags and torch's thread count are restored at the end.
 
     Args:
         model: images (batch, C, H, W) → logits.
@@ -180,7 +180,7 @@ class OrtRunner:
             images = np.concatenate([images, np.repeat(images[-1:], self._fixed - n, axis=0)])
         pixels = as_bytes(images) if self._bytes else images.astype(np.float32, copy=False)
         try:
-            return self._session.run(None, {self._input: pixels})[0][:n]
+            return np.asarray(self._session.run(None, {self._input: pixels})[0])[:n]
         except Exception as error:
             raise UsageError(
                 f"{self.path.name} does not run on images of shape {images.shape[1:]}.",
@@ -268,7 +268,9 @@ class TensorRtRunner:
                 why="An engine runs on the TensorRT version and kind of GPU that it was built for.",
                 fix="Build it again here with: nayer-edge export RUN --target " + self.name.replace("_", "-"),
             )
-        self._trt, self._engine, self._context = trt, engine, engine.create_execution_context()
+        self._trt: Any = trt
+        self._engine: Any = engine
+        self._context: Any = engine.create_execution_context()
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self._input, self._output = inputs[0], next(n for n in names if n not in inputs)

@@ -1,7 +1,8 @@
-"""Which layers suffer from INT8: noise per layer, bias correction, and the order in which layers return to float.
+"""Which layers suffer from INT8: noise per layer, bias correction, and the order of the return to float.
 
-Every eligible product gets a twin in one FP32 graph, fed with quantized inputs and weights; the difference between the
-two, summed inside the graph, gives signal-to-noise ratio and mean error of all layers in a single streamed pass.
+Every eligible product gets a twin in one FP32 graph, fed with quantized inputs and weights; the difference
+between the two, summed inside the graph, gives signal-to-noise ratio and mean error of all layers in a single
+streamed pass.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,9 +62,7 @@ class LayerSensitivity:
         }
 
 
-def layer_errors(
-    graph: ModelProto, ranges: Ranges, target: Target, images: np.ndarray
-) -> dict[str, LayerError]:
+def layer_errors(graph: ModelProto, ranges: Ranges, target: Target, images: np.ndarray) -> dict[str, LayerError]:
     """Noise and mean error of every eligible layer, each seen alone with FP32 inputs.
 
     Args:
@@ -89,7 +87,7 @@ def layer_errors(
         batch = np.ascontiguousarray(images[start : start + _BATCH])
         for name, value in zip(names, session.run(names, {source: batch}), strict=True):
             weight = len(batch) / len(images) if name.endswith("mean") else 1.0
-            sums[name] = sums[name] + value.astype(np.float64) * weight
+            sums[name] = sums[name] + np.asarray(value, np.float64) * weight
     found = {}
     for index, node in enumerate(nodes):
         signal, noise = float(sums[f"twin{index}_signal"]), float(sums[f"twin{index}_noise"])
@@ -134,8 +132,7 @@ def _add_twin(
         ]
     )
     model.graph.output.extend(
-        make_tensor_value_info(f"{name}_{kind}", TensorProto.FLOAT, None)
-        for kind in ("signal", "noise", "mean")
+        make_tensor_value_info(f"{name}_{kind}", TensorProto.FLOAT, None) for kind in ("signal", "noise", "mean")
     )
 
 
@@ -162,9 +159,10 @@ def rounded_weight(node: NodeProto, weight: np.ndarray) -> np.ndarray:
 
 
 def bias_corrected(graph: ModelProto, errors: Mapping[str, LayerError]) -> ModelProto:
-    """A copy whose biases cancel the mean error of quantization, channel by channel (Nagel et al., ICCV 2019, §4.2).
+    """A copy whose biases cancel the mean error of quantization, channel by channel.
 
-    Rounding shifts a channel's mean; the shift is measured on the calibration images and added back to the bias.
+    Rounding shifts a channel's mean; the shift is measured on the calibration images and added back to the
+    bias (Nagel et al., ICCV 2019, §4.2).
     """
     copy = ModelProto()
     copy.CopyFrom(graph)
@@ -192,7 +190,7 @@ def bias_corrected(graph: ModelProto, errors: Mapping[str, LayerError]) -> Model
 
 
 def most_sensitive_first(rows: Sequence[LayerSensitivity]) -> list[str]:
-    """Layers in the order in which they should return to float: worst agreement alone, then worst divergence, then SQNR."""
+    """Layers in the order of their return to float: worst agreement alone, then divergence, then SQNR."""
 
     def key(row: LayerSensitivity) -> tuple[float, float, float]:
         if row.agreement is None:
@@ -207,7 +205,8 @@ def fall_back(
 ) -> tuple[list[str], Agreement, list[dict[str, Any]]]:
     """The fewest layers of `order`, from its start, that must be float for the agreement to reach a floor.
 
-    Doubling until it holds, then bisection: about 2·log₂(layers) measurements in the real runtime. Agreement is taken to
+    Doubling until it holds, then bisection: about 2·log₂(layers) measurements in the real runtime. Agreement
+        is taken to
     grow with the number of float layers; the answer is one that was measured, so a floor that is met is met.
 
     Args:

@@ -1,12 +1,12 @@
-"""The targets: what each device wants of an INT8 graph, in one table, and which operators are eligible for INT8.
+"""The targets in one table: what each device wants of an INT8 graph, and which operators are eligible.
 
-One Q/DQ file cannot serve them all: x86 wants unsigned activations, TensorRT refuses zero points and INT32 biases.
-The facts behind the table, with sources, are in docs/ARCHITECTURE.md (deployment).
+One Q/DQ file cannot serve them all: x86 wants unsigned activations, TensorRT refuses zero points and INT32
+biases. The facts behind the table, with sources, are in docs/ARCHITECTURE.md (deployment).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +27,8 @@ class Target:
         weights: integer type of weights; always symmetric, one scale per output channel.
         bias: "int32" (scale = input scale × weight scale) or "float" (left as it is).
         outputs: Q/DQ also on the outputs of quantized operators, so that they chain in INT8.
-        residual: which inputs of a residual Add get Q/DQ: "both", or "skip" (the other one fuses with its convolution).
+        residual: which inputs of a residual Add get Q/DQ: "both", or "skip" (the other one fuses with its
+            convolution).
         rest: what everything else computes in.
         precisions: artefacts worth making for this target.
         engine: an engine is built from the ONNX file.
@@ -66,8 +67,8 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "int8"),
             engine=False,
             session_options=(),
-            why="x86 multiplies unsigned by signed bytes (VNNI); signed activations are not fused by ONNX Runtime there "
-            "and run no faster than FP32.",
+            why="x86 multiplies unsigned by signed bytes (VNNI); signed activations are not fused by ONNX "
+            "Runtime there and run no faster than FP32.",
         ),
         Target(
             name="arm",
@@ -99,8 +100,9 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "fp16", "int8"),
             engine=True,
             session_options=(),
-            why="The parser rejects INT32 biases and zero points; Q/DQ between a convolution and the ReLU or Add that "
-            "follows it prevents their fusion; strongly typed engines run the rest in the type the graph states.",
+            why="The parser rejects INT32 biases and zero points; Q/DQ between a convolution and the ReLU "
+            "or Add that follows it prevents their fusion; strongly typed engines run the rest in the type "
+            "that the graph states.",
         ),
         Target(
             name="tensorrt-rtx",
@@ -115,8 +117,8 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "fp16", "int8"),
             engine=True,
             session_options=(),
-            why="As tensorrt. Its support matrix lists INT8 as weight-only, so FP16 is offered beside it, and what the "
-            "layers really run in is read from the engine where a GPU lets it be loaded.",
+            why="As tensorrt. Its support matrix lists INT8 as weight-only, so FP16 is offered beside it, "
+            "and what the layers really run in is read from the engine where a GPU lets it be loaded.",
         ),
     )
 }
@@ -161,52 +163,43 @@ class Exclusion:
 
     name: str
     targets: tuple[str, ...]
+    applies: Callable[[Product], bool]
     reason: str
-
-    def applies(self, product: Product) -> bool:
-        """Whether this product is excluded."""
-        return _EXCLUDED_WHEN[self.name](product)
 
 
 # Operators that multiply and accumulate: the ones that coverage counts.
 PRODUCTS: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
-_EVERYWHERE = tuple(TARGETS)
 _TENSORRT = ("tensorrt", "tensorrt-rtx")
 
 EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion(
-        "two activations",
-        _EVERYWHERE,
-        "both factors are activations: there is no constant weight to quantize per channel",
+        name="two activations",
+        targets=tuple(TARGETS),
+        applies=lambda p: not p.constant_weight,
+        reason="both factors are activations: there is no constant weight to quantize per channel",
     ),
     Exclusion(
-        "transposed convolution",
-        ("cpu", "arm"),
-        "ONNX Runtime has no INT8 kernel for ConvTranspose",
+        name="transposed convolution",
+        targets=("cpu", "arm"),
+        applies=lambda p: p.op_type == "ConvTranspose",
+        reason="ONNX Runtime has no INT8 kernel for ConvTranspose",
     ),
     Exclusion(
-        "depthwise convolution",
-        _TENSORRT,
-        "TensorRT lacks INT8 tactics for some depthwise and narrow grouped convolutions, and the build then fails "
-        "(NVIDIA/TensorRT issues 3385 and 4060); bandwidth-bound, they gain nothing over FP16",
+        name="depthwise convolution",
+        targets=_TENSORRT,
+        applies=lambda p: p.groups > 1 and min(p.channels_in, p.channels_out) < 8,
+        reason="TensorRT lacks INT8 tactics for some depthwise and narrow grouped convolutions, and the build "
+        "then fails (NVIDIA/TensorRT issues 3385 and 4060); bandwidth-bound, they gain nothing over FP16",
     ),
     Exclusion(
-        "narrow convolution",
-        _TENSORRT,
-        "INT8 tensor cores pad channels to 16 or 32, so a convolution with fewer than 8 channels on one side, "
-        "such as the one that reads the image, is slower than in FP16 or has no tactic",
+        name="narrow convolution",
+        targets=_TENSORRT,
+        applies=lambda p: p.op_type.startswith("Conv") and p.groups == 1 and min(p.channels_in, p.channels_out) < 8,
+        reason="INT8 tensor cores pad channels to 16 or 32, so a convolution with fewer than 8 channels on one "
+        "side, such as the one that reads the image, is slower than in FP16 or has no tactic",
     ),
 )
-
-_EXCLUDED_WHEN = {
-    "two activations": lambda p: not p.constant_weight,
-    "transposed convolution": lambda p: p.op_type == "ConvTranspose",
-    "depthwise convolution": lambda p: p.groups > 1 and min(p.channels_in, p.channels_out) < 8,
-    "narrow convolution": lambda p: (
-        p.op_type in ("Conv", "ConvTranspose") and p.groups == 1 and min(p.channels_in, p.channels_out) < 8
-    ),
-}
 
 
 def exclusion(product: Product, target: Target) -> Exclusion | None:
@@ -222,7 +215,7 @@ def exclusion(product: Product, target: Target) -> Exclusion | None:
 
 @dataclass(frozen=True)
 class Carrier:
-    """An operator without weights: quantized along (or not) so that INT8 need not be left between two products."""
+    """An operator without weights: quantized along (or not), so that two products chain in INT8."""
 
     op_type: str
     quantized: bool
@@ -259,6 +252,6 @@ CARRIERS: tuple[Carrier, ...] = (
 
 
 def quantized_operators(target: Target) -> tuple[str, ...]:
-    """Operator types that get Q/DQ on this target: the products, and the carriers where operators chain in INT8."""
+    """Operator types that get Q/DQ: the products, and the carriers where operators chain in INT8."""
     carriers: Iterable[str] = (c.op_type for c in CARRIERS if c.quantized) if target.outputs else ()
     return (*PRODUCTS, *carriers)

@@ -1,7 +1,8 @@
-"""TensorRT engines from ONNX: one code path for `tensorrt` (10.12 and newer, 11.x) and `tensorrt_rtx`, which share an API.
+"""TensorRT engines from ONNX: one code path for `tensorrt` (10.12 and newer, 11.x) and `tensorrt_rtx`.
 
-Networks are strongly typed: every layer runs in the type that the graph states, and no builder flag can silently mean another. TensorRT-RTX
-builds ahead of time for a named compute capability, with no GPU in the machine; TensorRT builds on the GPU that the engine is for.
+The two share an API. Networks are strongly typed: every layer runs in the type that the graph states, and no
+builder flag can silently mean another. TensorRT-RTX builds ahead of time for a named compute capability, with
+no GPU in the machine; TensorRT builds on the GPU that the engine is for.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class EngineInfo:
         compute_capability: "sm89", …: the GPUs that it runs on.
         batch: (smallest, best, largest) batch of the optimisation profile.
         network_types: type of layer outputs in the parsed, strongly typed network → number of layers.
-        layers: type that each layer of the finished engine computes in → number of layers; empty where no GPU let it be loaded.
+        layers: type that each layer of the finished engine computes in → number of layers; empty where no GPU
+            let it be loaded.
         precision_verified: `layers` was read from the engine itself.
         notes: what the user should know.
         seconds: building took.
@@ -93,9 +95,7 @@ def compute_capabilities(target: str | Target) -> tuple[str, ...]:
     if target.runtime != "tensorrt_rtx":
         return ()
     members = import_tensorrt(target.runtime).ComputeCapability.__members__
-    return tuple(
-        sorted((name.lower() for name in members if name.startswith("SM")), key=lambda n: int(n[2:]))
-    )
+    return tuple(sorted((name.lower() for name in members if name.startswith("SM")), key=lambda n: int(n[2:])))
 
 
 @dataclass
@@ -139,7 +139,8 @@ def to_engine(
         compute_capability: for TensorRT-RTX: "sm89", …; the GPU of this machine by default.
         batch: (smallest, best, largest) batch size of the optimisation profile.
         workspace_bytes: GPU memory that a layer may use while it runs.
-        timing_cache: file with measured kernel timings, read where it exists and written back (TensorRT only).
+        timing_cache: file with measured kernel timings, read where it exists and written back (TensorRT
+            only).
         version_compatible: the engine also loads in later versions (TensorRT only).
         hardware_compatible: the engine also runs on other GPUs from Ampere on (TensorRT only).
 
@@ -216,7 +217,7 @@ def to_engine(
         version=str(trt.__version__),
         compute_capability=capability,
         batch=batch,
-        network_types=_network_types(network),
+        network_types=_network_types(trt, network),
         layers=layers,
         precision_verified=bool(layers),
         notes=tuple(notes),
@@ -255,7 +256,8 @@ def _capability(trt: Any, rtx: bool, wanted: str | None) -> str:
 
 
 def _refuse_unsigned(model: Any, onnx_path: Path, target: Target) -> None:
-    # The parser only warns and reads UINT8 as INT8: with zero points of 0 everything above 127 would be cut off.
+    # The parser only warns and reads UINT8 as INT8: with zero points of 0 everything above 127 would be cut
+    # off.
     for node, zero_point in zero_points(model):
         if str(zero_point.dtype) == "uint8":
             raise UsageError(
@@ -265,22 +267,27 @@ def _refuse_unsigned(model: Any, onnx_path: Path, target: Target) -> None:
             )
 
 
-# What the parser says → what it means. The first that matches explains.
+# What the parser or builder says → what it means → what to do. The first that matches explains.
+_OTHER_FILE = "Give it the file made for it: nayer-edge export RUN --int8 --target {target}"
+_FP16_FILE = "Build from the FP16 file instead: nayer-edge export RUN --fp16 --target {target}"
 _EXPLANATIONS = (
     (
         r"DequantizeLinear.*has type Int32",
         "'{node}' is a bias quantized to INT32, which TensorRT does not take",
+        _OTHER_FILE,
     ),
     (
-        r"shiftIsAllZeros|[Zz]ero.?point.*(zero|0)|non-zero",
+        r"shiftIsAllZeros|[Zz]ero.?point.*(?:zero|0)|non-zero",
         "'{node}' has a zero point other than 0, and TensorRT quantizes symmetrically",
+        _OTHER_FILE,
     ),
+    (r"(FP32 \w+) is not supported", "the GPU asked for has no {group} kernels", _FP16_FILE),
     (
-        r"[Nn]o importer registered|[Uu]nsupported operator|plugin",
+        r"[Nn]o importer registered|[Uu]nsupported operator|[Pp]lugin not found",
         "it has no operator {operator} (node '{node}')",
+        "Replace that layer by one made of standard operators.",
     ),
-    (r"[Cc]ould not find any implementation for node (\S+)", "it has no kernel for node {group}"),
-    (r"(?i)dynamic|profile", "a dimension of node '{node}' other than the batch is not fixed"),
+    (r"[Cc]ould not find any implementation for node (\S+)", "it has no kernel for {group}", _FP16_FILE),
 )
 
 
@@ -288,26 +295,25 @@ def _refusal(onnx_path: Path, target: Target, errors: list[Any], log: _Log) -> U
     text = "\n".join([*(str(e.desc()) for e in errors), *log.errors])
     node = errors[0].node_name() if errors else ""
     operator = errors[0].node_operator() if errors else ""
-    for pattern, explanation in _EXPLANATIONS:
+    meaning, fix = f"node '{node}' ({operator}) is not accepted" if node else "the build failed", _OTHER_FILE
+    for pattern, explanation, remedy in _EXPLANATIONS:
         if match := re.search(pattern, text, re.DOTALL):
             group = match.group(1) if match.groups() else ""
-            meaning = explanation.format(node=node, operator=operator, group=group)
+            meaning, fix = explanation.format(node=node, operator=operator, group=group), remedy
             break
-    else:
-        meaning = f"node '{node}' ({operator}) is not accepted" if node else "the build failed"
     says = next((line.strip() for line in text.splitlines() if "rror" in line), text.strip()[:300])
     return UsageError(
         f"{target.name} refuses {onnx_path.name}: {meaning}.",
         why=f"It says: {says}" if says else "",
-        fix=f"Give it the file made for it: nayer-edge export RUN --int8 --target {target.name}",
+        fix=fix.format(target=target.name),
     )
 
 
-def _network_types(network: Any) -> dict[str, int]:
+def _network_types(trt: Any, network: Any) -> dict[str, int]:
     found: Counter[str] = Counter()
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.num_outputs:
+        if layer.num_outputs and layer.type != trt.LayerType.CONSTANT:
             found[str(layer.get_output(0).dtype).rsplit(".", 1)[-1].lower()] += 1
     return dict(sorted(found.items()))
 

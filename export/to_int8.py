@@ -20,7 +20,7 @@ from nayer_edge import __version__
 from nayer_edge.artefacts import sha256_of
 from nayer_edge.errors import UsageError
 
-from .calibration import METHODS, compute_ranges, require_images
+from .calibration import METHODS, Ranges, compute_ranges, require_images
 from .coverage import FLOAT_NODES, Coverage, eligible_products, int8_coverage
 from .fp16 import converted
 from .onnx_file import metadata_of, read_onnx, strip, write_onnx
@@ -114,8 +114,7 @@ def to_int8(
     if method == "auto" and holdout is None:
         raise UsageError(
             "Calibration method 'auto' needs hold-out images.",
-            why="It compares methods by how well their INT8 models agree with FP32 on images not used for "
-            "calibration.",
+            why="It compares methods by how well their INT8 models agree with FP32 on images not used for calibration.",
             fix="Give hold-out images, or choose minmax, percentile, entropy or mse.",
         )
     if max_drop is not None and holdout is None:
@@ -284,10 +283,7 @@ def measured_in(target: Target) -> str:
     """Where this module's agreement scores are measured, in words."""
     if target.name == "cpu":
         return "ONNX Runtime, CPUExecutionProvider"
-    return (
-        "ONNX Runtime on this processor, Q/DQ computed in float: the arithmetic of the graph, not of "
-        "the device"
-    )
+    return "ONNX Runtime on this processor, Q/DQ computed in float: the arithmetic of the graph, not of the device"
 
 
 def run_onnx(path: Path, images: np.ndarray) -> np.ndarray:
@@ -297,7 +293,9 @@ def run_onnx(path: Path, images: np.ndarray) -> np.ndarray:
 
 
 def prepared(fp32_path: Path, path: Path) -> ModelProto:
-    """ONNX Runtime's pre-processing for quantization (constants folded, shapes inferred), nodes named; written and returned.
+    """ONNX Runtime's pre-processing (constants folded, shapes inferred), every node named.
+
+    Written and returned.
 
     Raises:
         UsageError: the file is quantized already.
@@ -306,9 +304,7 @@ def prepared(fp32_path: Path, path: Path) -> ModelProto:
     quant_pre_process(str(fp32_path), str(path), skip_symbolic_shape=True)
     model = onnx.load(str(path))
     if any(node.op_type in ("QuantizeLinear", "QLinearConv") for node in model.graph.node):
-        raise UsageError(
-            f"{fp32_path.name} is quantized already.", fix="Give the FP32 file: export/student.fp32.onnx"
-        )
+        raise UsageError(f"{fp32_path.name} is quantized already.", fix="Give the FP32 file: export/student.fp32.onnx")
     taken = Counter(node.name for node in model.graph.node if node.name)
     for node in model.graph.node:
         if not node.name:
@@ -336,9 +332,7 @@ def _require_quantizable(model: ModelProto, target: Target, fp32_path: Path) -> 
         )
     kinds = {t.name: t.data_type for t in model.graph.initializer}
     if any(kinds.get(node.input[1]) not in (None, TensorProto.FLOAT) for node in eligible):
-        raise UsageError(
-            f"{fp32_path.name} is not in FP32.", fix="Give the FP32 file: export/student.fp32.onnx"
-        )
+        raise UsageError(f"{fp32_path.name} is not in FP32.", fix="Give the FP32 file: export/student.fp32.onnx")
 
 
 def _write(model: ModelProto, path: Path, source: ModelProto, metadata: Mapping[str, str]) -> None:
@@ -349,7 +343,7 @@ def _write(model: ModelProto, path: Path, source: ModelProto, metadata: Mapping[
 
 
 def _images_record(images: np.ndarray, provenance: str) -> dict[str, Any]:
-    digest = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
     return {"n": len(images), "sha256": digest, "provenance": provenance}
 
 

@@ -152,8 +152,7 @@ def _traced(network: nn.Module, example: torch.Tensor) -> torch.export.ExportedP
         raise UsageError(
             f"The model does not take images of shape {shape}.",
             why=f"{error}",
-            fix="Compare the input specification (channels, height, width) with what the model was "
-            "trained on.",
+            fix="Compare the input specification (channels, height, width) with what the model was trained on.",
         ) from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[0] != 2:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -180,8 +179,7 @@ def _traced(network: nn.Module, example: torch.Tensor) -> torch.export.ExportedP
 def _fixed_batch() -> UsageError:
     return UsageError(
         "The model fixes its batch size.",
-        why="Its code uses a constant where the number of images should be, so the export has no dynamic "
-        "batch.",
+        why="Its code uses a constant where the number of images should be, so the export has no dynamic batch.",
         fix="Write x.flatten(1) or x.reshape(x.shape[0], -1) in its forward.",
     )
 
@@ -208,8 +206,7 @@ def _unsupported(error: Exception, exported: torch.export.ExportedProgram) -> Na
     return UsageError(
         f"The operator {operator.group(1) if operator else 'used by the model'} has no ONNX form{where}.",
         why=(texts[-1].strip().splitlines() or ["The exporter gave no reason."])[0],
-        fix="Replace that layer by one made of standard operators; `nayer-edge students` lists students "
-        "that export.",
+        fix="Replace that layer by one made of standard operators; `nayer-edge students` lists students that export.",
     )
 
 
@@ -234,9 +231,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning):
-                warnings.filterwarnings(
-                    "ignore", category=category, module=r"(torch|onnxscript|onnx_ir|copyreg)\b"
-                )
+                warnings.filterwarnings("ignore", category=category, module=r"(torch|onnxscript|onnx_ir|copyreg)\b")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -288,14 +283,10 @@ def _use_global_average_pool(model: ModelProto) -> None:
         keep, layer = attributes.get("keepdims", 1), node.name.removesuffix(".ReduceMean")
         pooled = node.output[0] if keep else f"{node.output[0]}_pooled"
         nodes.append(
-            onnx.helper.make_node(
-                "GlobalAveragePool", [node.input[0]], [pooled], name=f"{layer}.GlobalAveragePool"
-            )
+            onnx.helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=f"{layer}.GlobalAveragePool")
         )
         if not keep:
-            nodes.append(
-                onnx.helper.make_node("Flatten", [pooled], [node.output[0]], name=f"{layer}.Flatten", axis=1)
-            )
+            nodes.append(onnx.helper.make_node("Flatten", [pooled], [node.output[0]], name=f"{layer}.Flatten", axis=1))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}

@@ -7,6 +7,7 @@ L = λ_bn·L_bn + λ_ce·L_ce + λ_adv·L_adv over all of the generator's weight
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class BatchNormStatistics:
             )
         self.momentum = momentum
         self.memory: list[tuple[Tensor, Tensor]] | None = None
-        self._now: list[tuple[Tensor, Tensor]] = []
+        self._now: dict[int, tuple[Tensor, Tensor]] = {}
 
     def watch(self) -> _Watch:
         """A context in which every BatchNorm's input statistics are gathered during the one forward pass."""
@@ -55,7 +56,10 @@ class BatchNormStatistics:
 
     def loss(self) -> Float[Tensor, ""]:
         """L_bn of the pass that was just watched."""
-        now, memory, m = self._now, self.memory, self.momentum
+        # By layer, not in the order of the pass: a network may call its layers in another order than it lists them,
+        # and leave some out (the auxiliary heads of an evaluated GoogLeNet).
+        watched = [norm for index, norm in enumerate(self._norms) if index in self._now]
+        now, memory, m = self._in_order(), self.memory, self.momentum
         if memory is not None and m > 0:
             means = [(1 - m) * mean + m * old for (mean, _), (old, _) in zip(now, memory, strict=True)]
             variances = [(1 - m) * var + m * old for (_, var), (_, old) in zip(now, memory, strict=True)]
@@ -64,13 +68,13 @@ class BatchNormStatistics:
         return losses.batchnorm_loss(
             means,
             variances,
-            [norm.running_mean for norm in self._norms],  # pyright: ignore[reportArgumentType]
-            [norm.running_var for norm in self._norms],  # pyright: ignore[reportArgumentType]
+            [norm.running_mean for norm in watched],  # pyright: ignore[reportArgumentType]
+            [norm.running_var for norm in watched],  # pyright: ignore[reportArgumentType]
         )
 
     def remember(self) -> None:
         """Ends a round: the statistics of its last step enter the memory."""
-        now = [(mean.detach().clone(), var.detach().clone()) for mean, var in self._now]
+        now = [(mean.detach().clone(), var.detach().clone()) for mean, var in self._in_order()]
         if self.memory is None:
             self.memory = now
         else:
@@ -80,25 +84,28 @@ class BatchNormStatistics:
                 for (mean, var), (old_mean, old_var) in zip(now, self.memory, strict=True)
             ]
 
+    def _in_order(self) -> list[tuple[Tensor, Tensor]]:
+        return [self._now[index] for index in sorted(self._now)]
+
     def copy(self) -> BatchNormStatistics:
         """The same teacher and memory, for rounds that must leave no trace."""
         twin = object.__new__(BatchNormStatistics)
-        twin._norms, twin.momentum, twin.memory, twin._now = self._norms, self.momentum, self.memory, []
+        twin._norms, twin.momentum, twin.memory, twin._now = self._norms, self.momentum, self.memory, {}
         return twin
 
 
 class _Watch:
-    def __init__(self, norms: list[nn.modules.batchnorm._BatchNorm], now: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, norms: list[nn.modules.batchnorm._BatchNorm], now: dict[int, tuple[Tensor, Tensor]]) -> None:
         self._norms, self._now = norms, now
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> None:
         self._now.clear()
-        for norm in self._norms:
-            self._handles.append(norm.register_forward_pre_hook(self._gather))
+        for index, norm in enumerate(self._norms):
+            self._handles.append(norm.register_forward_pre_hook(functools.partial(self._gather, index)))
 
-    def _gather(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._now.append(channel_statistics(inputs[0]))
+    def _gather(self, index: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._now[index] = channel_statistics(inputs[0])
 
     def __exit__(self, *_exception: object) -> None:
         for handle in self._handles:
@@ -148,7 +155,8 @@ def synthesize_round(
     optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.5, 0.999), fused=True)
     best_loss = torch.full((), torch.inf, device=inputs.device)
     best_images = torch.empty((), device=inputs.device)
-    best_parts = torch.zeros(3, device=inputs.device)
+    # What stays where no step has a finite loss, so that the caller sees it.
+    best_parts = torch.full((3,), torch.nan, device=inputs.device)
     for step in range(config.g_steps):
         with compute.autocast():
             images = generator(inputs)

@@ -14,7 +14,6 @@ from nayer_edge.artefacts import Artifact, RunFolder, write_bytes
 from nayer_edge.compute import random_stream, seeded
 from nayer_edge.config import Recipe
 from nayer_edge.distill import Distillation, Epoch, Settings, distill
-from nayer_edge.errors import UsageError
 from nayer_edge.models import (
     build_classifier,
     load_classifier,
@@ -86,12 +85,6 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
     compute = computing.choose(config.device, config.precision)
     network = load_classifier(out.path(teacher.files["teacher"]))
     embeddings = embeddings_of_labels.load(out.path(lte.files["lte"]))
-    if config.student.model == network.model:
-        raise UsageError(
-            f"Teacher and student are both {network.model}.",
-            why="Distilling into the same network makes nothing smaller.",
-            fix="Name a smaller student.model.",
-        )
     with seeded(random_stream(config.seed, "student").initial_seed()):
         student = build_classifier(config.student.model, network.spec, network.classes)
     settings = Settings(config.generator, config.synthesis, config.distill, config.seed)

@@ -12,6 +12,10 @@ from nayer_edge.config import Recipe, apply_settings, make_recipe, parse_toml
 from nayer_edge.errors import UsageError, nearest
 
 SUFFIX = ".toml"
+BUILT_IN_DATA = ("digits",)
+BASE_PREFIX = "_"
+"""recipes that others extend, and that are not runs of their own"""
+MAX_DEPTH = 4
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Shipped:
 def shipped() -> list[Shipped]:
     """The recipes that come with the package, by name."""
     folder = Path(str(resources.files("nayer_edge.pipelines.recipes")))
-    return [Shipped(path.stem, path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    return [Shipped(path.stem, path) for path in files if not path.name.startswith(BASE_PREFIX)]
 
 
 def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
@@ -38,11 +43,39 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
         UsageError: there is none of this name, or it does not hold.
     """
     path = _find(name_or_path)
-    values = parse_toml(path, "a recipe")
+    values = _extended(path)
     # The file's name is the recipe's, unless it says otherwise.
     values.setdefault("name", path.stem)
     recipe = make_recipe(apply_settings(values, settings or []), name_or_path)
     return _resolve(recipe, path.parent)
+
+
+def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
+    """A recipe's values over those of the recipe that it `extends`, section by section.
+
+    Raises:
+        UsageError: the other recipe is missing, or they extend each other in a circle.
+    """
+    values = parse_toml(path, "a recipe")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or depth == MAX_DEPTH:
+        raise UsageError(
+            f"{path} extends {base!r}, which is no recipe or a circle.", fix="Name a file beside it, without .toml."
+        )
+    other = path.parent / f"{base}{SUFFIX}"
+    if not other.is_file():
+        raise UsageError(f"{path} extends '{base}', and there is no {other}.", fix="Name a file beside it.")
+    return _merged(_extended(other, depth + 1), values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def recipe_of(values: dict[str, Any]) -> Recipe:
@@ -66,15 +99,25 @@ def _find(name_or_path: str) -> Path:
 
 
 def _resolve(recipe: Recipe, folder: Path) -> Recipe:
-    """Makes the teacher's weights an absolute path; a recipe's relative paths start at its own folder."""
-    weights = recipe.teacher.weights
-    if weights is None:
-        return recipe
-    expanded = Path(os.path.expandvars(weights)).expanduser()
-    if "$" in str(expanded):
-        raise UsageError(
-            f"teacher.weights = {weights} names an environment variable that is not set.",
-            fix="Set it, for example: export NAYER_EDGE_DATA=/path/to/data",
-        )
-    absolute = str(expanded if expanded.is_absolute() else (folder / expanded).resolve())
-    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": absolute})})
+    """Makes the recipe's paths absolute; relative ones start at the recipe's own folder."""
+    updates: dict[str, Any] = {}
+    if recipe.teacher.weights is not None:
+        weights = _absolute(recipe.teacher.weights, "teacher.weights", folder)
+        updates["teacher"] = recipe.teacher.model_copy(update={"weights": weights})
+    if recipe.teach is not None:
+        data = _absolute(recipe.teach.data, "teach.data", folder)
+        updates["teach"] = recipe.teach.model_copy(update={"data": data})
+    if recipe.validate_.data is not None:
+        data = _absolute(recipe.validate_.data, "validate.data", folder)
+        updates["validate_"] = recipe.validate_.model_copy(update={"data": data})
+    return recipe.model_copy(update=updates)
+
+
+def _absolute(value: str, key: str, folder: Path) -> str:
+    if value in BUILT_IN_DATA:
+        return value
+    expanded = os.path.expandvars(value)
+    if expanded == value and value.startswith("$"):
+        return value
+    path = Path(expanded).expanduser()
+    return str(path if path.is_absolute() else (folder / path).resolve())

@@ -23,6 +23,7 @@ from nayer_edge.config import Recipe
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.progress import Progress, Silent
 
+from . import preflight
 from .steps import Step, settings_of, until
 
 
@@ -60,6 +61,8 @@ def run_recipe(
     with lock_folder(root):
         if fresh:
             clear_folder(root)
+        finished = RunFolder.open(root).manifest.steps if (root / MANIFEST).is_file() else {}
+        preflight.check(recipe, [step for step in steps if step.name not in finished])
         run = _open(recipe, root, steps)
         for step in steps:
             _run_step(step, recipe, run, progress or Silent(), on_event)

@@ -253,9 +253,7 @@ def test_newer_report(root: Path) -> None:
     assert "pip install --upgrade nayer-edge" in error.fix
 
 
-@pytest.mark.parametrize(
-    "schema", ["nayer-edge/report/0", "nayer-edge/report/x", "other/report/2", 2, None, []]
-)
+@pytest.mark.parametrize("schema", ["nayer-edge/report/0", "nayer-edge/report/x", "other/report/2", 2, None, []])
 def test_report_of_another_kind(root: Path, schema: object) -> None:
     write_report(root, schema=schema)
     assert isinstance(refused(root), IntegrityError)
@@ -639,9 +637,7 @@ def test_judgement_is_standard_library_at_run_time(module: str) -> None:
     source = Path(gate.__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
     guarded = itertools.chain.from_iterable(
-        ast.walk(node)
-        for node in tree.body
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ast.walk(node) for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     )
     skipped = set(map(id, guarded))
     for node in ast.walk(tree):

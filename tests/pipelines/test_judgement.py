@@ -193,9 +193,7 @@ def test_missing_reference_fails(reference: str) -> None:
 
 def test_counts_that_do_not_add_up_fail() -> None:
     counts = PairedCounts(vs_fp32=Paired(n=600, both_right=10, lost=400, gained=400, both_wrong=0))
-    verdict = judge(
-        report_of(measured("int8.cpu", paired=counts)), policy_of(accuracy={"max_drop_vs_fp32": 0.5})
-    )
+    verdict = judge(report_of(measured("int8.cpu", paired=counts)), policy_of(accuracy={"max_drop_vs_fp32": 0.5}))
     assert verdict.verdict == "fail"
     assert "add up to 810" in the(verdict, "accuracy_drop_vs_fp32").detail
 
@@ -223,9 +221,7 @@ def test_artefact_asked_for_twice_is_judged_once() -> None:
     assert len(judge(report_of(), policy_of(artifacts=["int8.cpu", "int8.cpu"])).checks) == 1
 
 
-@pytest.mark.parametrize(
-    ("status", "words"), [("not_run", "was not run"), ("unavailable", "could not be run here")]
-)
+@pytest.mark.parametrize(("status", "words"), [("not_run", "was not run"), ("unavailable", "could not be run here")])
 def test_what_was_not_measured_fails_with_the_reason(status: str, words: str) -> None:
     artifact = measured("int8.cpu", status=status, reason="no CUDA device.", precision_verified=True)
     verdict = judge(report_of(artifact), Policy(parity={"max_abs_diff": None}))
@@ -296,9 +292,7 @@ def test_fp32_is_not_compared_with_itself() -> None:
         (None, "fail"),
     ],
 )
-def test_parity_is_checked_on_fp32_even_if_only_int8_ships(
-    fp32: ArtifactReport | None, expected: str
-) -> None:
+def test_parity_is_checked_on_fp32_even_if_only_int8_ships(fp32: ArtifactReport | None, expected: str) -> None:
     artifacts = [measured("int8.cpu", max_abs_diff=5.0), *([fp32] if fp32 else [])]
     verdict = judge(report_of(*artifacts), policy_of(parity={"max_abs_diff": 1e-3}))
     assert the(verdict, "parity", "fp32").verdict == verdict.verdict == expected

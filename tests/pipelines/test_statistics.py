@@ -104,9 +104,7 @@ def test_impossible_counts_are_refused(call) -> None:
 
 @pytest.mark.parametrize(("lost", "gained", "n"), [(0, 0, 100), (3, 1, 600), (20, 35, 500), (60, 40, 10_000)])
 @pytest.mark.parametrize("drop", [0.001, 0.01, 0.08])
-def test_score_bound_uses_the_restricted_maximum_likelihood(
-    lost: int, gained: int, n: int, drop: float
-) -> None:
+def test_score_bound_uses_the_restricted_maximum_likelihood(lost: int, gained: int, n: int, drop: float) -> None:
     """The closed form against a numerical maximum of the trinomial likelihood."""
     from nayer_edge.pipelines.statistics import _restricted_rate
 
@@ -117,9 +115,7 @@ def test_score_bound_uses_the_restricted_maximum_likelihood(
             + special.xlogy(n - lost - gained, 1 - 2 * rate - drop)
         )
 
-    best = optimize.minimize_scalar(
-        cost, bounds=(0, (1 - drop) / 2), method="bounded", options={"xatol": 1e-12}
-    )
+    best = optimize.minimize_scalar(cost, bounds=(0, (1 - drop) / 2), method="bounded", options={"xatol": 1e-12})
     assert _restricted_rate(lost, gained, n, drop) == pytest.approx(best.x, abs=1e-6)
 
 
@@ -138,9 +134,7 @@ def test_score_bound_solves_its_equation(lost: int, gained: int, n: int) -> None
 def test_bounds_rise_with_lost_and_fall_with_gained(n: int, alpha: float) -> None:
     grid = sorted({0, 1, 2, 3, 5, 8, n // 50, n // 20, n // 12, n // 8, n // 5, n // 3})
     for bound in (drop_upper, drop_lower, floor_upper, score_upper):
-        values = {
-            (lost, gained): bound(lost, gained, n, alpha) for lost, gained in itertools.product(grid, grid)
-        }
+        values = {(lost, gained): bound(lost, gained, n, alpha) for lost, gained in itertools.product(grid, grid)}
         for (lost, gained), value in values.items():
             assert -1 <= value <= 1
             for one, other in itertools.pairwise(grid):

@@ -1,0 +1,89 @@
+"""What can be known to be wrong before any work: found all at once, not one by one after hours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nayer_edge.config import Recipe
+from nayer_edge.errors import UsageError
+
+from .recipe import BUILT_IN_DATA
+from .steps import Step
+
+
+def check(recipe: Recipe, steps: Sequence[Step]) -> None:
+    """Looks for files that are not there, models that cannot be built, and targets that nobody knows.
+
+    Args:
+        steps: those that are to run; what only others need is not looked at.
+
+    Raises:
+        UsageError: with every problem.
+    """
+    names = {step.name for step in steps}
+    problems = []
+    if "teacher" in names:
+        problems += _path("teacher.weights", recipe.teacher.weights)
+        problems += _path("teach.data", recipe.teach.data if recipe.teach else None)
+        problems += _model("teacher.model", recipe.teacher.model, recipe)
+    if "student" in names:
+        problems += _model("student.model", recipe.student.model, recipe)
+        if recipe.student.model == recipe.teacher.model:
+            problems.append(f"student.model: the same network as the teacher ({recipe.teacher.model})")
+        images = recipe.distill.bank_mib * 2**20 / _pixels(recipe)
+        if images < recipe.synthesis.batch:
+            problems.append(
+                f"distill.bank_mib: {recipe.distill.bank_mib:g} MiB hold {int(images)} images, "
+                f"one round makes {recipe.synthesis.batch}"
+            )
+    if "int8" in names:
+        problems += _targets(recipe)
+    if "validate" in names:
+        problems += _path("validate.data", recipe.validate_.data)
+    if problems:
+        raise UsageError(
+            f"The recipe '{recipe.name}' cannot run here:",
+            why="\n".join(f"  - {problem}" for problem in problems),
+            fix="Mend these lines, or override them with --set. Nothing was started.",
+        )
+
+
+def _pixels(recipe: Recipe) -> int:
+    channels, height, width = recipe.teacher.input.shape
+    return channels * height * width
+
+
+def _path(key: str, value: str | None) -> list[str]:
+    if value is None or value in BUILT_IN_DATA or Path(value).exists():
+        return []
+    if value.startswith("$"):
+        variable = value[1:].split("/", 1)[0]
+        return [f"{key}: {value}, and the environment variable {variable} is not set"]
+    return [f"{key}: there is no {value}"]
+
+
+def _model(key: str, name: str, recipe: Recipe) -> list[str]:
+    import torch
+
+    from nayer_edge.models import build_classifier
+
+    try:
+        # Without memory for the weights: only the name is tried.
+        with torch.device("meta"):
+            build_classifier(name, recipe.teacher.input, recipe.teacher.classes)
+    except UsageError as error:
+        return [f"{key}: {error.what} {error.fix}".strip()]
+    return []
+
+
+def _targets(recipe: Recipe) -> list[str]:
+    from nayer_edge.export.targets import get_target
+
+    problems = []
+    for name in recipe.export.targets:
+        try:
+            get_target(name)
+        except UsageError as error:
+            problems.append(f"export.targets: {error.what}")
+    return problems

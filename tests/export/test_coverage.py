@@ -1,0 +1,83 @@
+"""INT8 coverage read from the runtime's optimised graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from nayer_edge.config import InputSpec
+from nayer_edge.export.coverage import int8_coverage
+from nayer_edge.export.to_int8 import to_int8
+from nayer_edge.export.to_onnx import to_onnx
+from nayer_edge.models import build_classifier
+
+IMAGES = np.random.default_rng(0).random((8, 3, 16, 16), np.float32)
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("coverage") / "fp32.onnx"
+    to_onnx(build_classifier("nayer:resnet8", InputSpec(height=16, width=16), ["a", "b"]), (3, 16, 16), path)
+    return path
+
+
+@pytest.mark.parametrize("target", ["cpu", "arm", "tensorrt", "tensorrt-rtx"])
+def test_everything_eligible_runs_in_int8(fp32: Path, tmp_path: Path, target: str) -> None:
+    to_int8(fp32, tmp_path / "m.onnx", IMAGES, target, method="minmax")
+    found = int8_coverage(tmp_path / "m.onnx", target)
+    assert found.fraction == 1.0, found.not_int8
+    assert found.eligible == found.int8 == (10 if target in ("cpu", "arm") else 9)
+    assert found.not_int8 == []
+    assert len(found.excluded) == (0 if target in ("cpu", "arm") else 1)
+    assert found.verified == (target == "cpu")
+
+
+def test_an_fp32_file_has_none(fp32: Path) -> None:
+    found = int8_coverage(fp32)
+    assert (found.int8, found.fraction) == (0, 0.0)
+    assert len(found.not_int8) == found.eligible == 10
+
+
+def test_the_wrong_graph_for_the_processor_is_seen(fp32: Path, tmp_path: Path) -> None:
+    """A symmetric graph made for TensorRT is annotated INT8 throughout, and ONNX Runtime runs it in float."""
+    to_int8(fp32, tmp_path / "m.onnx", IMAGES, "tensorrt", method="minmax", rest="float32")
+    assert int8_coverage(tmp_path / "m.onnx", "tensorrt").fraction == 1.0
+    assert int8_coverage(tmp_path / "m.onnx", "cpu").fraction < 0.2
+
+
+def test_layers_in_float_are_named_with_the_reason(fp32: Path, tmp_path: Path) -> None:
+    layer = next(n.name for n in onnx.load(fp32).graph.node if n.op_type == "Conv")
+    to_int8(fp32, tmp_path / "m.onnx", IMAGES, "cpu", method="minmax", float_nodes=[layer])
+    found = int8_coverage(tmp_path / "m.onnx", "cpu")
+    assert found.not_int8 == [(layer, "left in float by the accuracy fall-back")]
+    assert found.int8 == found.eligible - 1
+
+
+def test_products_of_two_activations_are_excluded_with_a_reason(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "x"], ["xx"], name="attention"),
+            helper.make_node("MatMul", ["xx", "w"], ["y"], name="projection"),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 4])],
+        [numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    found = int8_coverage(tmp_path / "m.onnx")
+    assert [name for name, _ in found.excluded] == ["attention"]
+    assert "no constant weight" in found.excluded[0][1]
+    assert found.eligible == 1
+
+
+def test_nothing_eligible_is_a_coverage_of_zero(tmp_path: Path) -> None:
+    to_onnx(nn.Flatten(), (1, 2, 2), tmp_path / "m.onnx")
+    assert int8_coverage(tmp_path / "m.onnx").fraction == 0.0

@@ -1,0 +1,235 @@
+"""Quantization end to end: agreement, the choice of method, fall-back, determinism, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.export.calibration import METHODS
+from nayer_edge.export.onnx_file import metadata_of
+from nayer_edge.export.parity import agreement
+from nayer_edge.export.to_int8 import run_onnx, to_int8
+from nayer_edge.export.to_onnx import to_onnx
+
+SHAPE = (3, 16, 16)
+TARGETS = ("cpu", "arm", "tensorrt", "tensorrt-rtx")
+
+
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + self.shortcut(x))
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), Block(16, 16, 1),
+        nn.Conv2d(16, 16, 3, 2, 1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6(),
+        nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32), nn.Hardswish(), Block(32, 32, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def draw(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ten noisy patterns."""
+    patterns = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(9))
+    labels = torch.randint(0, 10, (n,), generator=generator)
+    images = F.interpolate(patterns[labels], scale_factor=4) + 0.7 * torch.randn(n, *SHAPE, generator=generator)
+    return images.clamp(0, 1), labels
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network trained for a moment, so that its classes mean something."""
+    torch.manual_seed(0)
+    model, generator = network(), torch.Generator().manual_seed(0)
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        images, labels = draw(64, generator)
+        optimiser.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+    path = tmp_path_factory.mktemp("trained") / "fp32.onnx"
+    to_onnx(model, SHAPE, path, metadata={"nayer_edge.classes": "[]"})
+    images, labels = draw(500, torch.Generator().manual_seed(5))
+    accuracy = (run_onnx(path, images.numpy()).argmax(1) == labels.numpy()).mean()
+    assert accuracy > 0.8, "the fixture must have learnt something"
+    return path
+
+
+CALIBRATION = draw(128, torch.Generator().manual_seed(1))[0].numpy()
+HOLDOUT = draw(400, torch.Generator().manual_seed(2))[0].numpy()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_int8_agrees_with_fp32_and_the_best_method_wins(trained: Path, tmp_path: Path, target: str) -> None:
+    result = to_int8(trained, tmp_path / "m.onnx", CALIBRATION, target, holdout_images=HOLDOUT)
+    assert set(result.scores) == set(METHODS)
+    best = max(result.scores.values(), key=lambda s: (s.top1, -s.mean_kl))
+    assert result.scores[result.method] == best
+    measured = agreement(run_onnx(trained, HOLDOUT), run_onnx(result.path, HOLDOUT))
+    assert measured.top1 >= 0.985
+    assert measured.mean_kl < 1e-2
+    assert result.coverage.fraction == 1.0
+    assert result.record["final"]["top1"] == pytest.approx(measured.top1, abs=0.005)
+
+
+def test_the_record_is_json_and_says_what_was_done(trained: Path, tmp_path: Path) -> None:
+    result = to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", holdout_images=HOLDOUT, sensitivity=True)
+    record = json.loads(json.dumps(result.record, allow_nan=False))
+    assert record["method"] == result.method
+    assert set(record["methods"]) == set(METHODS)
+    assert record["calibration"]["n"] == 128
+    assert record["calibration"]["provenance"] == "synthetic"
+    assert record["calibration"]["sha256"] != record["holdout"]["sha256"]
+    assert len(record["sensitivity"]) == result.coverage.eligible
+    assert record["bias_correction"]["applied"] in (True, False)
+    assert record["file_sha256"] == result.sha256
+    assert record["coverage"]["verified"] is True
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_same_input_gives_the_same_bytes_and_no_other_file(
+    trained: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    before = sorted(trained.parent.iterdir())
+    for name in ("a", "b"):
+        to_int8(trained, tmp_path / f"{name}.onnx", CALIBRATION, target, method="mse", holdout_images=HOLDOUT[:50])
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "b.onnx", "here"]
+    assert not list(here.iterdir())
+    assert sorted(trained.parent.iterdir()) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_metadata_is_ours_and_kept(trained: Path, tmp_path: Path) -> None:
+    to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax")
+    metadata = metadata_of(onnx.load(tmp_path / "m.onnx"))
+    assert metadata["nayer_edge.classes"] == "[]"
+    assert metadata["nayer_edge.precision"] == "int8"
+    assert metadata["nayer_edge.calibration"] == "minmax, 128 synthetic images"
+    assert not [key for key in metadata if not key.startswith("nayer_edge.")]
+    assert [e.domain for e in onnx.load(tmp_path / "m.onnx").opset_import] == [""]
+
+
+def test_layers_return_to_float_until_the_drop_holds(trained: Path, tmp_path: Path) -> None:
+    """Calibrated on near-black images, INT8 saturates; the fall-back must notice and mend it."""
+    dark = CALIBRATION[:32] * 0.1
+    spoilt = to_int8(
+        trained, tmp_path / "a.onnx", dark, "cpu", method="minmax", holdout_images=HOLDOUT, bias_correction="off"
+    )
+    assert spoilt.record["final"]["top1"] < 0.95
+    mended = to_int8(
+        trained, tmp_path / "b.onnx", dark, "cpu", method="minmax", holdout_images=HOLDOUT,
+        bias_correction="off", max_drop=0.02,
+    )  # fmt: skip
+    assert mended.record["drop_held"]
+    assert mended.float_nodes
+    assert mended.record["fall_back"][0]["float_layers"] == 0
+    assert agreement(run_onnx(trained, HOLDOUT), run_onnx(mended.path, HOLDOUT)).top1 >= 0.98
+    assert {name for name, _ in mended.coverage.not_int8} == set(mended.float_nodes)
+
+
+def test_no_layer_is_given_up_where_the_drop_holds_anyway(trained: Path, tmp_path: Path) -> None:
+    result = to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", holdout_images=HOLDOUT, max_drop=0.02)
+    assert result.float_nodes == ()
+    assert result.record["drop_held"]
+
+
+def test_bias_correction_is_kept_only_where_it_helps(trained: Path, tmp_path: Path) -> None:
+    result = to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax", holdout_images=HOLDOUT)
+    outcome = result.record["bias_correction"]
+    before, after = ((o["top1"], -o["mean_kl"]) for o in (outcome["before"], outcome["after"]))
+    assert outcome["applied"] == (after > before)
+    assert result.record["final"]["top1"] == max(before, after)[0]
+
+
+def test_layers_in_float_keep_their_own_bias(trained: Path, tmp_path: Path) -> None:
+    """A correction for rounding that does not take place would be an error of its own."""
+    layers = [n.name for n in onnx.load(trained).graph.node if n.op_type in ("Conv", "Gemm")]
+    result = to_int8(
+        trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax", holdout_images=HOLDOUT,
+        bias_correction="on", float_nodes=layers,
+    )  # fmt: skip
+    np.testing.assert_allclose(run_onnx(result.path, HOLDOUT), run_onnx(trained, HOLDOUT), atol=1e-4)
+
+
+def test_uint8_input_is_quantized_too(trained: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    to_onnx(network(), SHAPE, tmp_path / "fp32.onnx", uint8_input=True)
+    result = to_int8(tmp_path / "fp32.onnx", tmp_path / "m.onnx", CALIBRATION, "cpu", holdout_images=HOLDOUT[:50])
+    assert result.coverage.fraction == 1.0
+    assert onnx.load(result.path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+
+
+@pytest.mark.parametrize(
+    ("images", "why"),
+    [
+        (np.zeros((0, *SHAPE), np.float32), "n of at least 1"),
+        (np.zeros((4, 1, 16, 16), np.float32), "the model takes"),
+        (np.full((4, *SHAPE), 128.0, np.float32), r"\[0, 1\]"),
+    ],
+)
+def test_wrong_calibration_is_refused_before_any_work(
+    trained: Path, tmp_path: Path, images: np.ndarray, why: str
+) -> None:
+    with pytest.raises(UsageError, match=why):
+        to_int8(trained, tmp_path / "m.onnx", images, "cpu", method="minmax")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_what_needs_a_holdout_says_so(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'auto' needs hold-out images"):
+        to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu")
+    with pytest.raises(UsageError, match="can only be held where it is measured"):
+        to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax", max_drop=0.01)
+
+
+def test_unknown_targets_and_methods_are_refused(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no target 'gpu'"):
+        to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "gpu", method="minmax")
+    with pytest.raises(UsageError, match="no calibration method 'min-max'"):
+        to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="min-max")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_model_with_nothing_to_quantize_is_refused(tmp_path: Path) -> None:
+    to_onnx(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), SHAPE, tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match="nothing that runs in INT8") as caught:
+        to_int8(tmp_path / "m.onnx", tmp_path / "q.onnx", CALIBRATION, "cpu", method="minmax")
+    assert "no convolution and no matrix product" in caught.value.why
+    depthwise = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    to_onnx(depthwise, SHAPE, tmp_path / "d.onnx")
+    with pytest.raises(UsageError, match="nothing that runs in INT8") as caught:
+        to_int8(tmp_path / "d.onnx", tmp_path / "q.onnx", CALIBRATION, "tensorrt", method="minmax")
+    assert "depthwise" in caught.value.why
+
+
+def test_quantizing_twice_is_refused(trained: Path, tmp_path: Path) -> None:
+    to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax")
+    with pytest.raises(UsageError, match="quantized already"):
+        to_int8(tmp_path / "m.onnx", tmp_path / "q.onnx", CALIBRATION, "cpu", method="minmax")
+
+
+def test_a_damaged_file_is_an_integrity_error(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.onnx").write_bytes(trained.read_bytes()[:-1000])
+    with pytest.raises(IntegrityError):
+        to_int8(tmp_path / "cut.onnx", tmp_path / "q.onnx", CALIBRATION, "cpu", method="minmax")
