@@ -3,9 +3,10 @@
     python benchmarks/distill_speed.py --json benchmarks/results/distill_speed.cpu.json
 
 Same networks, same sizes, same process, in turns; medians and ranges. WRN-40-2 → WRN-16-1 at CIFAR size. The view cache
-(`distill.views`) is timed from cold: blocks of student steps run through a whole student phase in miniature, with a bank
-as small as the number of steps is, so that each image is drawn as often as at E = 100 (20.5 million draws from on average
-120,000 images, 171 draws an image). The reference is timed in blocks between ours; its steps cost the same throughout.
+(`distill.views`) is timed from cold: the student steps run through a whole student phase in miniature, with a bank as
+small as the number of steps is, so that each image is drawn as often as at E = 100 (20.5 million draws from on
+average 120,000 images, 171 draws an image). The reference is timed in blocks between; its steps cost the same
+throughout.
 """
 
 from __future__ import annotations

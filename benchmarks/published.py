@@ -68,7 +68,7 @@ class StatisticsHook:
             mean = (1 - m) * mean + m * self.memory[0]
             variance = (1 - m) * variance + m * self.memory[1]
         running_mean, running_var = module.running_mean, module.running_var
-        self.loss = torch.norm(running_var - variance, 2) + torch.norm(running_mean - mean, 2)  # pyright: ignore
+        self.loss = torch.norm(running_var - variance, 2) + torch.norm(running_mean - mean, 2)  # pyright: ignore[reportOptionalOperand, reportAttributeAccessIssue]
 
     def remember(self) -> None:
         """Ends a round."""
@@ -76,7 +76,7 @@ class StatisticsHook:
             self.memory = self.now
         else:
             m = self.momentum
-            self.memory = tuple(m * old + (1 - m) * new for old, new in zip(self.memory, self.now, strict=True))  # pyright: ignore
+            self.memory = tuple(m * old + (1 - m) * new for old, new in zip(self.memory, self.now, strict=True))  # pyright: ignore[reportOptionalOperand, reportAttributeAccessIssue]
 
 
 class PngBank(Dataset[Tensor]):

@@ -10,6 +10,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +25,11 @@ from nayer_edge.errors import IntegrityError, UsageError
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+"""names that `write_atomic` gives to files until they are whole"""
 MANIFEST_SCHEMA = "nayer-edge/manifest/1"
 MAX_JSON_BYTES = 64 * 2**20
+MAX_NAME_BYTES = 255
 _DIGEST = r"^[0-9a-f]{64}$"
 
 
@@ -65,6 +70,15 @@ class StepRecord(BaseModel):
     seconds: float = Field(ge=0)
     finished: str = Field(description="UTC, ISO 8601")
     numbers: dict[str, float | int | str | None] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """A step's entries that were taken out of the manifest; `record` is None where it had none."""
+
+    step: str
+    record: StepRecord | None
+    files: Mapping[str, FileRecord]
 
 
 class Manifest(BaseModel):
@@ -229,13 +243,18 @@ class RunFolder:
         """
         pure = PurePosixPath(relative)
         path = self.root / pure
-        if (
-            pure.is_absolute()
-            or ".." in pure.parts
-            or "\0" in relative
-            or "\\" in relative
-            or not path.resolve().is_relative_to(self.root.resolve())
-        ):
+        try:
+            inside = (
+                not pure.is_absolute()
+                and ".." not in pure.parts
+                and "\0" not in relative
+                and "\\" not in relative
+                and all(len(os.fsencode(part)) <= MAX_NAME_BYTES for part in pure.parts)
+                and path.resolve().is_relative_to(self.root.resolve())
+            )
+        except (OSError, ValueError, RuntimeError):  # links in a circle, or a name that the system cannot hold
+            inside = False
+        if not inside:
             raise IntegrityError(
                 f"'{relative}' points outside the run folder {self.root}.",
                 fix="Do not use this folder: it was altered. Fetch it again from where it was made.",
@@ -274,11 +293,31 @@ class RunFolder:
         )
         self.save()
 
-    def forget(self, step: str) -> None:
+    def forget(self, step: str) -> Forgotten:
         """Takes a step and its files out of the manifest (the files stay until they are overwritten)."""
-        self.manifest.steps.pop(step, None)
+        files = {name: entry for name, entry in self.manifest.files.items() if entry.step == step}
+        forgotten = Forgotten(step, self.manifest.steps.pop(step, None), files)
         self.manifest.files = {n: f for n, f in self.manifest.files.items() if f.step != step}
         self.save()
+        return forgotten
+
+    def restore(self, forgotten: Forgotten) -> bool:
+        """Takes a step back into the manifest if none of its files was touched; False if one was."""
+        if forgotten.record is None:
+            return False
+        files = {**self.manifest.files, **forgotten.files}
+        if RunFolder(self.root, self.manifest.model_copy(update={"files": files})).problems(list(forgotten.files)):
+            return False
+        self.manifest.files = files
+        self.manifest.steps[forgotten.step] = forgotten.record
+        self.save()
+        return True
+
+    def remove_leftovers(self, forgotten: Forgotten) -> None:
+        """Removes the files of a step's earlier result that the manifest no longer lists."""
+        for name in forgotten.files:
+            if name not in self.manifest.files:
+                self.path(name).unlink(missing_ok=True)
 
     def artifact(self, step: str) -> Artifact:
         """The artefact of a finished step, as the manifest states it.
@@ -289,7 +328,8 @@ class RunFolder:
         if step not in self.manifest.steps:
             raise UsageError(
                 f"{self.root} has no finished step '{step}'.",
-                fix=f"Type: nayer-edge run {self.manifest.recipe.get('name')} --out {self.root} --until {step}",
+                fix=f"Type: nayer-edge run {self.manifest.recipe.get('name')} "
+                f"--out {shlex.quote(str(self.root))} --until {step}",
             )
         files = {entry.kind: name for name, entry in self.manifest.files.items() if entry.step == step}
         return Artifact(step, files, self.manifest.steps[step].numbers)
@@ -325,7 +365,8 @@ class RunFolder:
             raise IntegrityError(
                 f"{self.root} does not match its manifest.",
                 why="; ".join(found) + ".",
-                fix="Fetch the folder again, or make the step anew with: nayer-edge run RECIPE --out DIR",
+                fix="Fetch the folder again, or make it anew: nayer-edge run "
+                f"{self.manifest.recipe.get('name')} --out {shlex.quote(str(self.root))} --fresh",
             )
 
     @contextlib.contextmanager
@@ -364,6 +405,20 @@ def lock_folder(root: Path) -> Iterator[None]:
                 fix="Wait until it ends, or choose another folder with --out.",
             ) from error
         yield
+
+
+def remove_temporaries(root: Path) -> None:
+    """Removes what killed processes left of their writes. Only under the folder's lock."""
+    for path in root.rglob("*.tmp"):
+        if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
+def is_vacant(root: Path) -> bool:
+    """A run can be started here: no such folder yet, or nothing in it but a lock or a manifest that was cut short."""
+    if not root.is_dir():
+        return not root.exists()
+    return all(path.name == LOCK or TEMPORARY.fullmatch(path.name) for path in root.iterdir())
 
 
 def clear_folder(root: Path) -> None:

@@ -127,9 +127,11 @@ class MemoryBank:
             images is None
             or labels is None
             or added is None
+            or added.numel() != 1
             or images.ndim != 4
             or images.dtype != torch.uint8
             or labels.shape != images.shape[:1]
+            or labels.dtype != torch.long
             or images.shape[0] == 0
             or int(added) < images.shape[0]
         ):

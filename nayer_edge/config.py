@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A part of a recipe: immutable, unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class InputSpec(Section):
@@ -195,6 +195,17 @@ class Export(Section):
     """synthetic images drawn from the trained generator"""
     calibration_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
     """auto: the one whose INT8 model agrees best with FP32 on a synthetic hold-out"""
+    max_drop: Fraction | None = 0.02
+    """largest fraction of the synthetic hold-out on which INT8 may choose another class than FP32; the most sensitive
+    layers return to float until it holds"""
+    sensitivity: bool = False
+    """measure every layer alone, whether or not one has to return to float"""
+    fp16: bool = False
+    """also write an FP16 graph (always written where an engine is to be built)"""
+    engines: bool = True
+    """build engines for the targets that have one"""
+    compute_capability: str = "sm89"
+    """for TensorRT-RTX, which builds ahead of time: sm75, sm80, sm86, sm89, sm120, …"""
 
 
 class Validate(Section):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,17 +143,26 @@ def _parquet(path: Path, spec: InputSpec) -> LabelledImages:
             fix="Name them image (with encoded bytes) and label.",
         )
     cells = table.column(image_column).to_pylist()
-    encoded = [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
+    encoded = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
+    numbers = table.column(label_column).to_pylist()
+    if not encoded:
+        raise UsageError(f"{path} holds no images.")
+    if not all(isinstance(data, bytes) for data in encoded) or not all(isinstance(number, int) for number in numbers):
+        raise UsageError(
+            f"{path} holds something else than encoded images and class numbers.",
+            why=f"Column {image_column} is {table.schema.field(image_column).type}, "
+            f"column {label_column} is {table.schema.field(label_column).type}.",
+            fix="Images are the bytes of PNG, JPEG or WebP files; labels are numbers in the order of the class names.",
+        )
     images = [decode(data, spec, f"{path}, row {row}") for row, data in enumerate(encoded)]
-    labels = torch.tensor(table.column(label_column).to_pylist())
-    return LabelledImages(torch.stack(images), labels, path.parent.name + "/" + path.name)
+    return LabelledImages(torch.stack(images), torch.tensor(numbers), path.parent.name + "/" + path.name)
 
 
 def _npz(path: Path, spec: InputSpec) -> LabelledImages:
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(
             f"{path} is not readable as labelled images.",
             why=f"{error}",
@@ -167,7 +178,13 @@ def _npz(path: Path, spec: InputSpec) -> LabelledImages:
             f"the model eats {spec.shape} and uint8.",
             fix="Resize them, and store values 0 … 255 as uint8.",
         )
-    return LabelledImages(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels).long(), path.name)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UsageError(
+            f"The labels in {path} are of type {labels.dtype}.",
+            fix="Labels are integers from 0 in the order of the class names.",
+        )
+    numbers = torch.from_numpy(labels.astype(np.int64))
+    return LabelledImages(torch.from_numpy(np.ascontiguousarray(images)), numbers, path.name)
 
 
 def decode(data: bytes, spec: InputSpec, where: str) -> UInt8[Tensor, "C H W"]:
@@ -178,6 +195,12 @@ def decode(data: bytes, spec: InputSpec, where: str) -> UInt8[Tensor, "C H W"]:
     """
     from PIL import Image, UnidentifiedImageError
 
+    if spec.channels not in (1, 3):
+        raise UsageError(
+            f"{where} is an encoded image, and the model eats {spec.channels} channels.",
+            why="Encoded images are read as grey (1 channel) or RGB (3).",
+            fix="Store the images as an npz with arrays of the model's shape.",
+        )
     try:
         with Image.open(io.BytesIO(data)) as file:
             picture = file.convert("L" if spec.channels == 1 else "RGB")

@@ -163,6 +163,6 @@ def load(weights: Path) -> tuple[Generator, Memory | None]:
         )
         layers = sum(name.startswith("memory.") and name.endswith(".mean") for name in tensors)
         memory = [(tensors[f"memory.{i}.mean"], tensors[f"memory.{i}.var"]) for i in range(layers)]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise IntegrityError(f"{weights} is not a generator of ours.", why=f"{error}") from error
     return generator, memory or None

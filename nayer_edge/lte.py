@@ -79,6 +79,8 @@ def build(labels: Sequence[str], config: LTE) -> LabelEmbeddings:
     if encoder == "random":
         values = torch.randn(len(names), BASELINE_DIM, generator=random_stream(0, "lte"))
         return LabelEmbeddings(values, encoder, "1", config.prompt, names)
+    if encoder.endswith(".safetensors"):
+        return _from_file(Path(encoder).expanduser(), names)
     revision, encode = _encoder(encoder)
     digest = cache_digest(encoder, revision, config.prompt, names)
     cached = cache_folder() / f"{digest[:16]}.safetensors"
@@ -90,6 +92,21 @@ def build(labels: Sequence[str], config: LTE) -> LabelEmbeddings:
     made = LabelEmbeddings(encode(prompts).float().contiguous(), encoder, revision, config.prompt, names)
     save(made, cached)
     return made
+
+
+def _from_file(path: Path, names: tuple[str, ...]) -> LabelEmbeddings:
+    """Precomputed embeddings; the rows are chosen by class name."""
+    if not path.is_file():
+        raise UsageError(f"There is no file of embeddings at {path}.", fix="Mend lte.encoder in the recipe.")
+    found = load(path)
+    if absent := [name for name in names if name not in found.labels]:
+        raise UsageError(
+            f"{path} has no embedding for {len(absent)} of {len(names)} classes: {', '.join(absent[:4])}.",
+            why=f"It was made for {', '.join(found.labels[:4])}, …",
+            fix="Give a file that was made for these class names, or name an encoder.",
+        )
+    rows = [found.labels.index(name) for name in names]
+    return LabelEmbeddings(found.embeddings[rows], found.encoder, found.revision, found.prompt, names)
 
 
 def spoken(label: str) -> str:
@@ -179,7 +196,7 @@ def _encode(name: str, prompts: list[str], *, local: bool) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model_class = CLIPTextModelWithProjection if kind in ("clip", "clip_text_model") else AutoModel
         model = model_class.from_pretrained(name, use_safetensors=True, **options).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise MissingError(
             f"The text encoder '{name}' cannot be loaded.",
             why=str(error).splitlines()[0],

@@ -194,12 +194,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 why=str(error).splitlines()[0] if str(error) else type(error).__name__,
                 fix="Save it again with torch.save(model.state_dict(), …) or safetensors.",
             ) from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model", "state_dict"):
         if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
             tensors = tensors[key]
     if not isinstance(tensors, dict) or not any(isinstance(value, Tensor) for value in tensors.values()):
         raise UsageError(f"{path} holds no state dict.", fix="Save it with torch.save(model.state_dict(), …).")
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
     while all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -68,9 +70,9 @@ def teach(
             total += loss.detach()
             progress.advance()
         mean = float(total) / steps
-        if mean != mean:
+        if not math.isfinite(mean):
             raise TrainingError(
-                f"The teacher's loss became NaN in epoch {epoch + 1}.",
+                f"The teacher's loss became {mean} in epoch {epoch + 1}.",
                 fix="Lower teach.lr, or type --set precision=fp32.",
             )
         progress.figures(epoch=f"{epoch + 1}/{config.epochs}", loss=mean)

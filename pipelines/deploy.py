@@ -15,9 +15,12 @@ from nayer_edge.artefacts import Artifact, RunFolder, write_json
 from nayer_edge.bank import to_unit
 from nayer_edge.compute import random_stream
 from nayer_edge.config import Recipe
-from nayer_edge.errors import IntegrityError
+from nayer_edge.errors import IntegrityError, MissingError
+from nayer_edge.export.fp16 import to_fp16
 from nayer_edge.export.parity import compare, edge_cases
 from nayer_edge.export.runners import OrtRunner, TorchRunner
+from nayer_edge.export.targets import TARGETS
+from nayer_edge.export.to_engine import to_engine
 from nayer_edge.export.to_int8 import to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models import Classifier, load_classifier
@@ -25,6 +28,8 @@ from nayer_edge.progress import Progress
 from nayer_edge.synthesis import draw_images
 
 FP32 = "export/student.fp32.onnx"
+FP16 = "export/student.fp16.onnx"
+ENGINES = "export/engines.json"
 QUANTIZATION = "export/quantization.json"
 
 PARITY_TOLERANCE = 1e-3
@@ -66,9 +71,13 @@ def make_onnx(student: Artifact, *, config: Recipe, out: RunFolder, progress: Pr
             f"{parity.not_finite} inputs with NaN or infinity.",
             fix="Try another opset: --set export.opset=18. If it stays, please report it with the model's name.",
         )
+    files = {"fp32 onnx": FP32}
+    if wants_fp16(config):
+        to_fp16(out.path(FP32), out.path(FP16))
+        files["fp16 onnx"] = FP16
     return Artifact(
         "onnx",
-        {"fp32 onnx": FP32},
+        files,
         {
             "opset": info.opset,
             "bytes": out.path(FP32).stat().st_size,
@@ -104,6 +113,8 @@ def make_int8(
             target,
             method=config.export.calibration_method,
             holdout_images=holdout,
+            max_drop=config.export.max_drop,
+            sensitivity=config.export.sensitivity,
         )
         files[f"int8 {target} onnx"] = int8_file(target)
         records[target] = result.record
@@ -111,6 +122,58 @@ def make_int8(
         numbers[f"{target} int8 coverage"] = _short(result.coverage.fraction)
     write_json(out.path(QUANTIZATION), records)
     return Artifact("int8", {**files, "quantization": QUANTIZATION}, numbers)
+
+
+def wants_fp16(config: Recipe) -> bool:
+    """An FP16 graph was asked for, or an engine needs it."""
+    return config.export.fp16 or (config.export.engines and any(TARGETS[t].engine for t in config.export.targets))
+
+
+def engine_file(precision: str, target: str, capability: str) -> str:
+    """Where an engine lies in the run folder."""
+    return f"export/student.{precision}.{target}.{capability}.engine"
+
+
+def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
+    """Builds FP16 and INT8 engines; what cannot be built here is recorded with the reason, and the rest is built."""
+    wanted = [name for name in config.export.targets if TARGETS[name].engine] if config.export.engines else []
+    progress.start("build engines", 2 * len(wanted))
+    files, records, numbers = {}, [], {}
+    for target in wanted:
+        sources = {"fp16": onnx.files["fp16 onnx"], "int8": int8.files[f"int8 {target} onnx"]}
+        ahead = TARGETS[target].runtime == "tensorrt_rtx"
+        capability = config.export.compute_capability if ahead else "local"
+        for precision, source in sources.items():
+            name = engine_file(precision, target, capability)
+            record = {"name": f"{precision}.{target}.engine", "file": name, "target": target, "precision": precision}
+            try:
+                info = to_engine(
+                    out.path(source), out.path(name), target, compute_capability=capability if ahead else None
+                )
+            except MissingError as error:
+                records.append({**record, "status": "unavailable", "reason": str(error).replace("\n", " ")})
+                numbers[record["name"]] = "not built"
+            else:
+                files[f"{precision} {target} engine"] = name
+                records.append(
+                    {
+                        **record,
+                        "status": "built",
+                        "runtime": info.runtime,
+                        "version": info.version,
+                        "compute_capability": info.compute_capability,
+                        "batch": list(info.batch),
+                        "network_types": dict(info.network_types),
+                        "layers": dict(info.layers),
+                        "precision_verified": info.precision_verified,
+                        "notes": list(info.notes),
+                    }
+                )
+                numbers[record["name"]] = f"{info.size_bytes / 1e6:.2f} MB"
+            progress.advance()
+    progress.finish()
+    write_json(out.path(ENGINES), records)
+    return Artifact("engine", {**files, "engines": ENGINES}, numbers)
 
 
 @dataclass(frozen=True)
@@ -140,11 +203,15 @@ class SyntheticSource:
 
     def draw(self, purpose: str, count: int, progress: Progress) -> np.ndarray:
         """Class-balanced images, (count, C, H, W), float32 in [0, 1]; exactly representable as uint8."""
+        return self.draw_labelled(purpose, count, progress)[0]
+
+    def draw_labelled(self, purpose: str, count: int, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+        """Such images, and the class that each was made for."""
 
         def stream(number: int) -> torch.Generator:
             return random_stream(self.config.seed, purpose, number, device=self.compute.device)
 
-        images, _ = draw_images(
+        images, labels = draw_images(
             self.generator,
             self.embeddings,
             self.teacher,
@@ -155,7 +222,7 @@ class SyntheticSource:
             count,
             progress.advance,
         )
-        return to_unit(images).cpu().numpy()
+        return to_unit(images).cpu().numpy(), labels.cpu().numpy()
 
 
 def _short(value: float) -> float:

@@ -52,5 +52,4 @@ def curves(metrics: list[dict[str, Any]]) -> str:
     # Black becomes the page's own text colour, in both themes.
     svg = svg.replace("#000000", "currentColor")
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<text ", '<text fill="currentColor" ')
+    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -47,7 +48,8 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
     # The file's name is the recipe's, unless it says otherwise.
     values.setdefault("name", path.stem)
     recipe = make_recipe(apply_settings(values, settings or []), name_or_path)
-    return _resolve(recipe, path.parent)
+    typed = {setting.partition("=")[0].replace(" ", "") for setting in settings or []}
+    return _resolve(recipe, lambda key: Path.cwd() if key in typed else path.parent)
 
 
 def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
@@ -98,22 +100,23 @@ def _find(name_or_path: str) -> Path:
     )
 
 
-def _resolve(recipe: Recipe, folder: Path) -> Recipe:
-    """Makes the recipe's paths absolute; relative ones start at the recipe's own folder."""
+def _resolve(recipe: Recipe, folder_of: Callable[[str], Path]) -> Recipe:
+    """Makes the recipe's paths absolute; relative ones start at the recipe's own folder, those of `--set` where it
+    was typed."""
     updates: dict[str, Any] = {}
     if recipe.teacher.weights is not None:
-        weights = _absolute(recipe.teacher.weights, "teacher.weights", folder)
+        weights = _absolute(recipe.teacher.weights, folder_of("teacher.weights"))
         updates["teacher"] = recipe.teacher.model_copy(update={"weights": weights})
     if recipe.teach is not None:
-        data = _absolute(recipe.teach.data, "teach.data", folder)
+        data = _absolute(recipe.teach.data, folder_of("teach.data"))
         updates["teach"] = recipe.teach.model_copy(update={"data": data})
     if recipe.validate_.data is not None:
-        data = _absolute(recipe.validate_.data, "validate.data", folder)
+        data = _absolute(recipe.validate_.data, folder_of("validate.data"))
         updates["validate_"] = recipe.validate_.model_copy(update={"data": data})
     return recipe.model_copy(update=updates)
 
 
-def _absolute(value: str, key: str, folder: Path) -> str:
+def _absolute(value: str, folder: Path) -> str:
     if value in BUILT_IN_DATA:
         return value
     expanded = os.path.expandvars(value)

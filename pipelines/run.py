@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from nayer_edge.artefacts import (
     MANIFEST,
     Artifact,
     RunFolder,
+    StepRecord,
     clear_folder,
     digest_of,
+    is_vacant,
     lock_folder,
+    remove_temporaries,
     sha256_of,
 )
 from nayer_edge.config import Recipe
@@ -25,6 +29,8 @@ from nayer_edge.progress import Progress, Silent
 
 from . import preflight
 from .steps import Step, settings_of, until
+
+WEIGHTS_DIGEST = "teacher.weights.sha256"
 
 
 @dataclass(frozen=True)
@@ -58,51 +64,80 @@ def run_recipe(
         IntegrityError: a finished file was altered.
     """
     steps = until(last)
+    _refuse(recipe, root, steps, fresh)
     with lock_folder(root):
         if fresh:
             clear_folder(root)
-        finished = RunFolder.open(root).manifest.steps if (root / MANIFEST).is_file() else {}
-        preflight.check(recipe, [step for step in steps if step.name not in finished])
-        run = _open(recipe, root, steps)
+        run, former = _open(recipe, root, steps)
+        remove_temporaries(root)
         for step in steps:
-            _run_step(step, recipe, run, progress or Silent(), on_event)
+            _run_step(step, recipe, run, former, progress or Silent(), on_event)
     return run
 
 
-def _open(recipe: Recipe, root: Path, steps: tuple[Step, ...]) -> RunFolder:
+def _refuse(recipe: Recipe, root: Path, steps: tuple[Step, ...], fresh: bool) -> None:
+    """Everything that can be known to be wrong before anything is written."""
+    finished: dict[str, StepRecord] = {}
+    if (root / MANIFEST).is_file() and not fresh:
+        run = RunFolder.open(root)
+        _refuse_another(recipe, run, steps)
+        finished = run.manifest.steps
+    elif not is_vacant(root) and root.is_dir() and not fresh:
+        raise UsageError(f"{root} is not empty and not a run folder.", fix="Choose another folder with --out.")
+    preflight.check(recipe, [step for step in steps if _to_make(step, recipe, finished.get(step.name))])
+
+
+def _open(recipe: Recipe, root: Path, steps: tuple[Step, ...]) -> tuple[RunFolder, dict[str, Any]]:
+    """The run with this recipe, and the recipe that it had before."""
     values = recipe.model_dump(mode="json", by_alias=True)
     if not (root / MANIFEST).is_file():
-        if any(path.name != ".lock" for path in root.iterdir()):
-            raise UsageError(f"{root} is not empty and not a run folder.", fix="Choose another folder with --out.")
-        return RunFolder.create(root, values, recipe.seed, provenance.versions(), provenance.hardware())
+        return RunFolder.create(root, values, recipe.seed, provenance.versions(), provenance.hardware()), values
     run = RunFolder.open(root)
-    before = run.manifest.recipe
+    # Once more, now that nobody else can write here.
+    _refuse_another(recipe, run, steps)
+    former = run.manifest.recipe
+    _adopt(run, values)
+    return run, former
+
+
+def _adopt(run: RunFolder, values: dict[str, Any]) -> None:
+    run.manifest.recipe = values
+    run.manifest.seed = values["seed"]
+    run.save()
+
+
+def _refuse_another(recipe: Recipe, run: RunFolder, steps: tuple[Step, ...]) -> None:
+    before, root = run.manifest.recipe, run.root
     if before.get("name") != recipe.name:
         raise UsageError(
             f"{root} belongs to the recipe '{before.get('name')}', not to '{recipe.name}'.",
             fix=f"Choose another folder with --out, or start over in this one: "
-            f"nayer-edge run {recipe.name} --out {root} --fresh",
+            f"nayer-edge run {recipe.name} --out {shlex.quote(str(root))} --fresh",
         )
     for step in steps:
         record = run.manifest.steps.get(step.name)
-        changed = _changes(record.settings, _settings(step, recipe)) if record else []
+        changed = _changes(record.settings, _settings(step, recipe, record)) if record else []
         if changed and step.trains:
             raise UsageError(
                 f"{root} holds a finished '{step.name}' that was made with other settings.",
                 why="Changed since: " + "; ".join(changed) + ".",
                 fix="Choose another folder with --out, or discard it with --fresh.",
             )
-    run.manifest.recipe = values
-    run.manifest.seed = recipe.seed
-    run.save()
-    return run
 
 
-def _settings(step: Step, recipe: Recipe) -> dict[str, Any]:
+def _to_make(step: Step, recipe: Recipe, record: StepRecord | None) -> bool:
+    return record is None or _settings(step, recipe, record) != record.settings
+
+
+def _settings(step: Step, recipe: Recipe, record: StepRecord | None) -> dict[str, Any]:
+    """The recipe's values that a step reads. Weights count by what is in them, not by where they lie; where the
+    file is not at hand, as on another machine, those that a finished step was made from."""
     found = settings_of(step, recipe.model_dump(mode="json", by_alias=True))
     if step.name == "teacher" and recipe.teacher.weights is not None:
+        del found["teacher"]["weights"]
         weights = Path(recipe.teacher.weights)
-        found["teacher.weights.sha256"] = sha256_of(weights) if weights.is_file() else None
+        before = record.settings.get(WEIGHTS_DIGEST) if record else None
+        found[WEIGHTS_DIGEST] = sha256_of(weights) if weights.is_file() else before
     return found
 
 
@@ -122,14 +157,15 @@ def _run_step(
     step: Step,
     recipe: Recipe,
     run: RunFolder,
+    former: dict[str, Any],
     progress: Progress,
     on_event: Callable[[StepEvent], None],
 ) -> None:
     inputs = [run.artifact(name) for name in step.inputs]
-    settings = _settings(step, recipe)
+    record = run.manifest.steps.get(step.name)
+    settings = _settings(step, recipe, record)
     input_hashes = {name: run.manifest.files[name].sha256 for artifact in inputs for name in artifact.files.values()}
     digest = digest_of({"step": step.name, "settings": settings, "inputs": input_hashes})
-    record = run.manifest.steps.get(step.name)
     reason = "not made yet"
     if record is not None:
         names = [name for name, entry in run.manifest.files.items() if entry.step == step.name]
@@ -145,9 +181,15 @@ def _run_step(
         reason = "; ".join(_changes(record.settings, settings)) or "its inputs changed"
     _require_intact_inputs(run, inputs)
     on_event(StepEvent(step, "started", reason, 0.0, {}))
-    run.forget(step.name)
+    before = run.forget(step.name)
     began = time.perf_counter()
-    artifact: Artifact = step.load()(*inputs, config=recipe, out=run, progress=progress)
+    try:
+        artifact: Artifact = step.load()(*inputs, config=recipe, out=run, progress=progress)
+    except BaseException:
+        # A step that ends before it has changed a file loses nothing that was finished.
+        if run.restore(before):
+            _adopt(run, former)
+        raise
     seconds = time.perf_counter() - began
     run.record(
         artifact,
@@ -157,6 +199,7 @@ def _run_step(
         seconds=seconds,
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+    run.remove_leftovers(before)
     on_event(StepEvent(step, "finished", reason, seconds, dict(artifact.numbers)))
 
 

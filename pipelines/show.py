@@ -109,4 +109,6 @@ def show_event(console: Console, event: StepEvent) -> None:
     console.print(f"✓ {name} {event.seconds:6.1f} s  {event.step.title}", style="green", markup=False, highlight=False)
     if event.numbers:
         facts = written({key: value for key, value in event.numbers.items() if value is not None})
-        console.print(f"            {facts}", style="dim", markup=False, highlight=False)
+        # Whoever reads lines, not a terminal, gets each of them whole.
+        whole = not console.is_terminal
+        console.print(f"            {facts}", style="dim", markup=False, highlight=False, soft_wrap=whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from nayer_edge import data, provenance
-from nayer_edge.artefacts import Artifact, RunFolder, sha256_of, write_atomic, write_json
+from nayer_edge.artefacts import Artifact, RunFolder, read_json, sha256_of, write_atomic, write_json
 from nayer_edge.config import Recipe
 from nayer_edge.errors import MissingError
 from nayer_edge.export.benchmark import benchmark
 from nayer_edge.export.coverage import int8_coverage
 from nayer_edge.export.runners import OrtRunner, Runner, TorchRunner
-from nayer_edge.export.targets import get_target
+from nayer_edge.export.targets import TARGETS, Target, get_target
 from nayer_edge.models import load_classifier
 from nayer_edge.progress import Progress
 
-from .deploy import FP32, SyntheticSource, int8_file
+from .deploy import FP16, FP32, SyntheticSource, int8_file, wants_fp16
 from .measurements import (
     PREDICTIONS_PATH,
     REPORT_PATH,
@@ -60,9 +61,11 @@ class Candidate:
 
 
 def candidates(config: Recipe) -> list[Candidate]:
-    """The artefacts that a recipe makes."""
+    """The graphs that a recipe makes."""
+    half = [Candidate("fp16", FP16, "tensorrt", "fp16")] if wants_fp16(config) else []
     return [
         Candidate("fp32", FP32, "cpu", "fp32"),
+        *half,
         *(Candidate(f"int8.{target}", int8_file(target), target, "int8") for target in config.export.targets),
     ]
 
@@ -73,6 +76,7 @@ def make_report(
     student: Artifact,
     onnx: Artifact,
     int8: Artifact,
+    engine: Artifact,
     *,
     config: Recipe,
     out: RunFolder,
@@ -115,6 +119,7 @@ def make_report(
         else report
         for report in reports
     ]
+    reports += _engines(engine, out)
     reports = [_paired(report, predictions, images, student_network.classes) for report in reports]
     labels = {} if images.labels is None else {"labels": images.labels.astype(np.int32)}
     _save_predictions(out.path(PREDICTIONS_PATH), {**labels, **predictions})
@@ -181,17 +186,48 @@ def _measure(
         return ArtifactReport(**facts, status="unavailable", reason=str(error))
     logits = runner.infer(images.pixels)
     predictions[candidate.name] = ranked(logits)
-    runners[candidate.name] = runner
+    # A graph made for another device runs here, and says nothing about that device's speed.
+    if native(target):
+        runners[candidate.name] = runner
     coverage = int8_coverage(path, target) if candidate.precision == "int8" else None
     return ArtifactReport(
         **facts,
         status="measured",
-        precision_verified=coverage.verified and coverage.int8 > 0 if coverage else True,
+        precision_verified=coverage.verified and coverage.int8 > 0 if coverage else candidate.precision == "fp32",
         top1=_top1(predictions[candidate.name], images.labels),
         agreement=same(predictions[candidate.name], predictions["teacher"]),
         max_abs_diff=float(np.abs(logits - student_logits).max()),
         int8_coverage=coverage.fraction if coverage else None,
     )
+
+
+def native(target: Target) -> bool:
+    """This machine is such a device."""
+    machine = platform.machine().lower()
+    return target.name == "cpu" or (target.name == "arm" and machine in ("aarch64", "arm64"))
+
+
+def _engines(engine: Artifact, out: RunFolder) -> list[ArtifactReport]:
+    """Engines are built here and run on their GPU; the report says which is which."""
+    reports = []
+    for record in read_json(out.path(engine.files["engines"]), "the list of engines"):
+        facts = {key: record[key] for key in ("name", "file", "target", "precision")}
+        facts["runtime"] = TARGETS[record["target"]].runtime
+        if record["status"] == "built":
+            path = out.path(record["file"])
+            reports.append(
+                ArtifactReport(
+                    **facts,
+                    status="not_run",
+                    reason=f"Built for {record['compute_capability']}; validate does not run engines.",
+                    precision_verified=record["precision_verified"],
+                    size_bytes=path.stat().st_size,
+                    sha256=sha256_of(path),
+                )
+            )
+        else:
+            reports.append(ArtifactReport(**facts, status="unavailable", reason=record["reason"]))
+    return reports
 
 
 def _paired(

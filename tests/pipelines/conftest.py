@@ -1,0 +1,95 @@
+"""What the tests of the pipelines share: a copy of the finished run, and two ways to call the command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nayer_edge.pipelines.cli import main
+
+HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "transformers", "tensorrt", "sklearn", "matplotlib", "scipy")
+
+BLOCKER = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a command ended and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def finished(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be altered."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "runs" / "digits"))
+
+
+@pytest.fixture
+def invoke(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Answer]]:
+    """Calls the command line in this process."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for name in ("NAYER_EDGE_DEBUG", "_TYPER_FORCE_DISABLE_TERMINAL"):
+        monkeypatch.setenv(name, "")
+
+    def call(*arguments: str | Path) -> Answer:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        code = ended.value.code
+        return Answer(code if isinstance(code, int) else 1, captured.out, captured.err)
+
+    yield call
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def spawn() -> Callable[..., Answer]:
+    """Calls the command line in a process of its own."""
+
+    def call(*arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Answer:
+        done = subprocess.run(
+            [sys.executable, "-m", "nayer_edge", *map(str, arguments)],
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture
+def without(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """An environment in whose Python processes the named modules cannot be imported."""
+
+    def make(*blocked: str) -> dict[str, str]:
+        folder = tmp_path / "blocker"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(BLOCKER.format(blocked=blocked or HEAVY))
+        return {"PYTHONPATH": str(folder)}
+
+    return make

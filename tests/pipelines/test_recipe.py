@@ -1,0 +1,217 @@
+"""Recipes: found by name or path, extended, overridden, and refused with every problem at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from nayer_edge.config import Recipe, apply_settings
+from nayer_edge.errors import UsageError
+from nayer_edge.pipelines import preflight
+from nayer_edge.pipelines.recipe import Shipped, load_recipe, recipe_of, shipped
+from nayer_edge.pipelines.schemas import load
+from nayer_edge.pipelines.steps import STEPS, until
+
+MINIMAL = """
+[teacher]
+model = "nayer:resnet20"
+weights = "weights/teacher.safetensors"
+classes = ["a", "b"]
+
+[student]
+model = "nayer:resnet8"
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(name: str | Path, *settings: str) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(str(name), list(settings))
+    return caught.value
+
+
+@pytest.mark.parametrize("entry", shipped(), ids=lambda entry: entry.name)
+def test_shipped_recipes_hold(entry: Shipped) -> None:
+    recipe = load_recipe(entry.name)
+    assert recipe.name == entry.name
+    assert recipe.description
+    jsonschema.validate(recipe.model_dump(mode="json", by_alias=True), load("recipe"))
+
+
+def test_the_digits_recipe_fits_its_limits_to_its_images() -> None:
+    recipe = load_recipe("digits")
+    assert recipe.gate.accuracy.max_drop_vs_fp32 == 0.015
+    assert recipe.gate.accuracy.max_drop_vs_teacher == 0.04
+    assert recipe.teacher.classes[:3] == ("zero", "one", "two")
+    assert len(recipe.teacher.classes) == 10
+
+
+def test_the_file_names_the_recipe(tmp_path: Path) -> None:
+    assert load_recipe(str(write(tmp_path / "mine.toml", MINIMAL))).name == "mine"
+    assert load_recipe(str(write(tmp_path / "mine.toml", "name = 'other'\n" + MINIMAL))).name == "other"
+
+
+def test_paths_start_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "project" / "mine.toml", MINIMAL + '[validate]\ndata = "held"\n')
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(str(path.relative_to(tmp_path)))
+    assert recipe.teacher.weights == str(tmp_path / "project" / "weights" / "teacher.safetensors")
+    assert recipe.validate_.data == str(tmp_path / "project" / "held")
+
+
+def test_paths_typed_on_the_command_line_start_where_they_are_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "project" / "mine.toml", MINIMAL)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load_recipe(str(path), ["validate.data=held", "teacher.weights=w.safetensors"])
+    assert recipe.validate_.data == str(tmp_path / "here" / "held")
+    assert recipe.teacher.weights == str(tmp_path / "here" / "w.safetensors")
+
+
+def test_variables_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "mine.toml", MINIMAL.replace("weights/", "$NAYER_EDGE_DATA/"))
+    monkeypatch.setenv("NAYER_EDGE_DATA", str(tmp_path / "store"))
+    assert load_recipe(str(path)).teacher.weights == str(tmp_path / "store" / "teacher.safetensors")
+    monkeypatch.delenv("NAYER_EDGE_DATA")
+    with pytest.raises(UsageError, match="NAYER_EDGE_DATA is not set"):
+        preflight.check(load_recipe(str(path)), until("teacher"))
+
+
+def test_unknown_names() -> None:
+    assert "Did you mean 'digits'?" in refused("digts").what
+    assert "nayer-edge recipes" in refused("digts").fix
+    assert "There is no recipe file" in refused("nowhere.toml").what
+
+
+def test_a_recipe_in_a_folder_of_its_name_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("digits").name == "digits"
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    text = MINIMAL + "[distill]\nepoch = 3\nlr = -1\n[distil]\n[gate]\nartifact = ['x']\n"
+    why = refused(write(tmp_path / "mine.toml", text)).why
+    assert "unknown key 'distill.epoch'. Did you mean 'epochs'?" in why
+    assert "unknown key 'distil'. Did you mean 'distill'?" in why
+    assert "unknown key 'gate.artifact'. Did you mean 'artifacts'?" in why
+    assert "distill.lr" in why
+    assert len(why.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "name = 3",
+        "not toml at all",
+        "\x00",
+        MINIMAL.replace('["a", "b"]', '["a", "a"]'),
+        MINIMAL.replace('["a", "b"]', '["a", " "]'),
+        MINIMAL.replace('["a", "b"]', '["a"]'),
+        MINIMAL + '[teach]\ndata = "digits"\n',
+        MINIMAL.replace('weights = "weights/teacher.safetensors"\n', ""),
+        MINIMAL + "[distill]\nepochs = 3\nwarmup_epochs = 3\n",
+        MINIMAL + '[lte]\nprompt = "no label"\n',
+        "name = '../evil'\n" + MINIMAL,
+        "seed = -1\n" + MINIMAL,
+        "[teacher]\ninput = { channels = 3, mean = [0.1, 0.2] }\n",
+        MINIMAL + "[distill]\nlr = nan\n",
+        MINIMAL + "[distill]\nlr = inf\n",
+    ],
+)
+def test_recipes_that_do_not_hold(tmp_path: Path, text: str) -> None:
+    error = refused(write(tmp_path / "mine.toml", text))
+    assert error.what
+    assert error.why
+
+
+def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "not readable" in refused(path).what
+    path.write_bytes(b"# " + b"x" * 2**20)
+    assert "larger" in refused(path).what
+
+
+def test_extending(tmp_path: Path) -> None:
+    write(tmp_path / "_base.toml", MINIMAL + "[distill]\nepochs = 50\nlr = 0.1\n")
+    path = write(tmp_path / "mine.toml", 'extends = "_base"\n[distill]\nepochs = 60\n')
+    recipe = load_recipe(str(path))
+    assert (recipe.name, recipe.distill.epochs, recipe.distill.lr) == ("mine", 60, 0.1)
+    assert "there is no" in refused(write(tmp_path / "orphan.toml", 'extends = "nothing"\n' + MINIMAL)).what
+    write(tmp_path / "round.toml", 'extends = "round"\n' + MINIMAL)
+    assert "circle" in refused(tmp_path / "round.toml").what
+    assert refused(write(tmp_path / "odd.toml", "extends = 3\n" + MINIMAL)).what
+
+
+def test_settings() -> None:
+    recipe = load_recipe(
+        "digits",
+        ["distill.epochs=7", "teach.lr=0.5", "export.targets=['cpu', 'arm']", "description=plain words", "seed = 4"],
+    )
+    assert recipe.distill.epochs == 7
+    assert recipe.teach is not None
+    assert recipe.teach.lr == 0.5
+    assert recipe.export.targets == ("cpu", "arm")
+    assert recipe.description == "plain words"
+    assert recipe.seed == 4
+    assert load_recipe("digits", ["seed=1", "seed=2"]).seed == 2, "the last one counts"
+    assert load_recipe("digits", ["description=a=b"]).description == "a=b"
+
+
+@pytest.mark.parametrize("setting", ["x", "=3", "a..b=3", ".=3", "seed.deep=3", "distill=3", "distill.epochs=many", ""])
+def test_settings_that_do_not_hold(setting: str) -> None:
+    assert refused("digits", setting).exit_code == 2
+
+
+def test_settings_leave_the_values_alone() -> None:
+    values = {"distill": {"epochs": 3}}
+    assert apply_settings(values, ["distill.epochs=4"])["distill"]["epochs"] == 4
+    assert values == {"distill": {"epochs": 3}}
+
+
+def test_a_recipe_survives_the_manifest() -> None:
+    recipe = load_recipe("digits", ["seed=3"])
+    values = json.loads(json.dumps(recipe.model_dump(mode="json", by_alias=True)))
+    assert recipe_of(values) == recipe
+    assert isinstance(recipe_of(values), Recipe)
+
+
+def test_preflight_names_every_problem_before_any_work() -> None:
+    recipe = load_recipe(
+        "digits",
+        [
+            "teacher.model=nayer:wrn_16_3x",
+            "student.model=nayer:resnet9000",
+            "teach.data=/nowhere/train",
+            "validate.data=/nowhere/held.npz",
+            "export.targets=['cpu', 'toaster']",
+            "distill.bank_mib=0.001",
+        ],
+    )
+    with pytest.raises(UsageError) as caught:
+        preflight.check(recipe, STEPS)
+    for key in ("teacher.model", "student.model", "teach.data", "validate.data", "export.targets", "distill.bank_mib"):
+        assert f"- {key}: " in caught.value.why
+    assert "Nothing was started" in caught.value.fix
+
+
+def test_preflight_looks_only_at_what_will_run() -> None:
+    recipe = load_recipe("digits", ["validate.data=/nowhere/held.npz", "export.targets=['toaster']"])
+    preflight.check(recipe, until("student"))
+
+
+def test_a_student_that_is_its_teacher() -> None:
+    with pytest.raises(UsageError, match="same network"):
+        preflight.check(load_recipe("digits", ["student.model=nayer:wrn_16_2"]), STEPS)

@@ -1,0 +1,388 @@
+"""Running the table in a folder: what is finished is kept, whatever happened in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nayer_edge.artefacts import MANIFEST, Manifest, RunFolder, digest_of, sha256_of
+from nayer_edge.config import apply_settings
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.pipelines import steps as step_table
+from nayer_edge.pipelines.recipe import load_recipe, recipe_of
+from nayer_edge.pipelines.run import StepEvent, run_recipe
+from nayer_edge.pipelines.steps import NAMES, STEPS
+
+SAME = ("student/student.safetensors", "bank.safetensors", "generator/generator.safetensors")
+ONNX = ("export/student.fp32.onnx", "export/student.int8.cpu.onnx")
+
+# The command line with a checkpoint after every epoch, so that one is there to continue from within seconds.
+RUNNER = """
+import functools, sys
+from nayer_edge.pipelines import distill
+distill.distill = functools.partial(distill.distill, checkpoint_seconds=0)
+from nayer_edge.pipelines.cli import main
+main(sys.argv[1:])
+"""
+
+
+def again(root: Path, *settings: str, **options: Any) -> list[tuple[str, str]]:
+    """Runs the folder's own recipe once more; (step, what happened) for each."""
+    values = json.loads((root / MANIFEST).read_text())["recipe"]
+    if settings:
+        values = apply_settings(values, list(settings))
+    events: list[tuple[str, str]] = []
+
+    def note(event: StepEvent) -> None:
+        events.append((event.step.name, event.state))
+
+    run_recipe(recipe_of(values), root, on_event=note, **options)
+    return events
+
+
+def made(events: list[tuple[str, str]]) -> list[str]:
+    return [name for name, state in events if state == "finished"]
+
+
+def manifest(root: Path) -> Manifest:
+    return RunFolder.open(root).manifest
+
+
+def assert_same_results(root: Path, other: Path) -> None:
+    mine, theirs = manifest(root).files, manifest(other).files
+    assert mine.keys() == theirs.keys()
+    for name in (*SAME, *ONNX, "teacher/teacher.safetensors", "export/quantization.json", "validate/predictions.npz"):
+        assert mine[name].sha256 == theirs[name].sha256, name
+    assert RunFolder.open(root).problems() == []
+    assert RunFolder.open(root).strangers() == []
+
+
+@pytest.fixture
+def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step function that is called fails the test."""
+
+    def refuse(step: step_table.Step) -> None:
+        raise AssertionError(f"{step.name} was loaded")
+
+    monkeypatch.setattr(step_table.Step, "load", refuse)
+
+
+@pytest.mark.usefixtures("no_step")
+def test_a_second_run_keeps_every_step(finished: Path) -> None:
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.rglob("*") if path.is_file()}
+    assert again(finished) == [(name, "kept") for name in NAMES]
+    for path, (modified, content) in before.items():
+        assert path.read_bytes() == content, path
+        if path.name != MANIFEST:
+            assert path.stat().st_mtime_ns == modified, path
+
+
+def test_a_changed_limit_makes_only_gate_and_page_anew(finished: Path) -> None:
+    before = manifest(finished)
+    assert made(again(finished, "gate.accuracy.max_drop_vs_teacher=1.0")) == ["gate", "report"]
+    assert json.loads((finished / "gate" / "verdict.json").read_text())["verdict"] == "pass"
+    after = manifest(finished)
+    assert after.recipe["gate"]["accuracy"]["max_drop_vs_teacher"] == 1.0
+    for name in NAMES[: NAMES.index("gate")]:
+        assert after.steps[name] == before.steps[name]
+
+
+def test_a_changed_validation_does_not_touch_training(finished: Path) -> None:
+    events = again(finished, "validate.synthetic_images=50", last="validate")
+    assert made(events) == ["validate"]
+    assert ("student", "kept") in events
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("distill.epochs=4", "distill.epochs: 3 → 4"),
+        ("seed=1", "seed: 0 → 1"),
+        ("teacher.input.mean=[0.4]", "teacher.input.mean: [0.5] → [0.4]"),
+        ("student.model=nayer:resnet20", "student.model: nayer:resnet8 → nayer:resnet20"),
+    ],
+)
+@pytest.mark.usefixtures("no_step")
+def test_changed_training_is_refused(finished: Path, setting: str, named: str) -> None:
+    before = (finished / MANIFEST).read_bytes()
+    with pytest.raises(UsageError) as caught:
+        again(finished, setting)
+    assert caught.value.exit_code == 2
+    assert named in caught.value.why
+    assert "--fresh" in caught.value.fix
+    assert (finished / MANIFEST).read_bytes() == before
+
+
+def test_fresh_discards(finished: Path) -> None:
+    (finished / "stray").mkdir()
+    (finished / "stray" / "file").write_text("left by someone")
+    settings = ("distill.epochs=2", "teach.epochs=1", "seed=5")
+    assert made(again(finished, *settings, fresh=True, last="teacher")) == ["teacher"]
+    assert manifest(finished).steps.keys() == {"teacher"}
+    assert manifest(finished).seed == 5
+    assert RunFolder.open(finished).strangers() == []
+
+
+@pytest.mark.usefixtures("no_step")
+def test_fresh_with_a_recipe_that_cannot_run_discards_nothing(finished: Path) -> None:
+    with pytest.raises(UsageError, match="cannot run here"):
+        again(finished, "student.model=nayer:nothing", fresh=True)
+    assert RunFolder.open(finished).problems() == []
+    assert again(finished) == [(name, "kept") for name in NAMES]
+
+
+def test_stopped_between_steps_and_continued(tiny_run: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    recipe = recipe_of(manifest(tiny_run).recipe)
+    run_recipe(recipe, root, last="student")
+    assert tuple(manifest(root).steps) == NAMES[: NAMES.index("student") + 1]
+    assert not (root / "export").exists()
+    kept = manifest(root).steps["student"].finished
+    run_recipe(recipe, root)
+    assert manifest(root).steps["student"].finished == kept
+    assert_same_results(root, tiny_run)
+
+
+def start(tiny_run: Path, root: Path) -> subprocess.Popen[bytes]:
+    settings = [f"--set={key}={toml(value)}" for key, value in leaves(manifest(tiny_run).recipe)]
+    command = [sys.executable, "-c", RUNNER, "run", "digits", *settings, "--out", str(root)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def leaves(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """The settings that make the digits recipe the tiny one."""
+    for section in ("teach", "synthesis", "distill", "export"):
+        for key, value in values[section].items():
+            if isinstance(value, int | float | str):
+                yield f"{section}.{key}", value
+
+
+def toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def killed(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def test_killed_inside_a_step_and_continued(tiny_run: Path, tmp_path: Path) -> None:
+    """The process dies while it distils, after a checkpoint."""
+    root = tmp_path / "run"
+    process = start(tiny_run, root)
+    deadline = time.monotonic() + 120
+    while not (root / "student" / "checkpoint.safetensors").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    killed(process)
+    assert process.returncode == -signal.SIGKILL
+    assert "student" not in manifest(root).steps
+    run_recipe(recipe_of(manifest(tiny_run).recipe), root)
+    assert_same_results(root, tiny_run)
+
+
+def test_killed_at_a_random_moment_and_continued(tiny_run: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    process = start(tiny_run, root)
+    deadline = time.monotonic() + 120
+    while not (root / MANIFEST).exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0, 8))
+    killed(process)
+    run_recipe(recipe_of(manifest(tiny_run).recipe), root)
+    assert_same_results(root, tiny_run)
+
+
+def test_what_a_killed_write_leaves_is_removed(finished: Path) -> None:
+    left = finished / "student" / ".student.safetensors.ab12cd_9.tmp"
+    left.write_bytes(b"half")
+    mine = finished / "student" / "notes.tmp"
+    mine.write_bytes(b"not ours")
+    again(finished)
+    assert not left.exists()
+    assert mine.exists()
+
+
+def test_a_killed_start_is_no_foreign_folder(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / ".manifest.json.ab12cd_9.tmp").write_bytes(b"{")
+    (root / ".lock").touch()
+    run_recipe(load_recipe("digits", ["teach.epochs=1"]), root, last="teacher")
+    assert RunFolder.open(root).strangers() == []
+
+
+def test_a_step_that_fails_loses_nothing(finished: Path) -> None:
+    """A hold-out that is found unreadable only while the step runs."""
+    broken = finished.parent / "held.npz"
+    broken.write_bytes(b"no npz")
+    before = (finished / MANIFEST).read_bytes()
+    with pytest.raises(UsageError):
+        again(finished, f"validate.data={broken}", last="validate")
+    assert (finished / MANIFEST).read_bytes() == before
+    assert RunFolder.open(finished).problems() == []
+
+
+@pytest.mark.usefixtures("no_step")
+def test_a_hold_out_that_is_not_there_is_refused_before_any_work(finished: Path) -> None:
+    before = (finished / MANIFEST).read_bytes()
+    with pytest.raises(UsageError, match="cannot run here"):
+        again(finished, "validate.data=/nowhere/held.npz", last="validate")
+    assert (finished / MANIFEST).read_bytes() == before
+
+
+def test_files_of_an_earlier_result_do_not_stay(finished: Path) -> None:
+    again(finished, "export.targets=['cpu', 'arm']", last="int8")
+    assert (finished / "export" / "student.int8.arm.onnx").is_file()
+    again(finished, "export.targets=['cpu']", last="int8")
+    assert not (finished / "export" / "student.int8.arm.onnx").exists()
+    assert RunFolder.open(finished).strangers() == []
+
+
+@pytest.mark.usefixtures("no_step")
+def test_the_folder_of_another_recipe(finished: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        again(finished, "name=letters")
+    assert "belongs to the recipe 'digits', not to 'letters'" in caught.value.what
+
+
+@pytest.mark.usefixtures("no_step")
+def test_a_foreign_folder(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(UsageError, match="not a run folder"):
+            run_recipe(load_recipe("digits"), tmp_path, fresh=fresh)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_step")
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/nayer-edge", "/proc/self/nayer-edge/run"])
+def test_an_unwritable_folder(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(UsageError) as caught:
+        run_recipe(load_recipe("digits"), tmp_path / where)
+    assert "Cannot write" in caught.value.what
+    assert "--out" in caught.value.fix
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+@pytest.mark.usefixtures("no_step")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UsageError, match="Cannot write"):
+        run_recipe(load_recipe("digits"), tmp_path / "run")
+
+
+@pytest.mark.usefixtures("no_step")
+def test_the_lock_of_another_process(finished: Path) -> None:
+    holder = (
+        "import sys; from pathlib import Path; from nayer_edge.artefacts import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(finished)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match="Another process is working"):
+            again(finished)
+        process.kill()
+    assert again(finished) == [(name, "kept") for name in NAMES], "the lock ends with its process"
+
+
+@pytest.mark.parametrize("name", ["teacher/teacher.safetensors", "bank.safetensors", "gate/junit.xml", *ONNX])
+@pytest.mark.parametrize("change", ["flipped", "missing"])
+@pytest.mark.usefixtures("no_step")
+def test_an_altered_file_is_refused(finished: Path, name: str, change: str) -> None:
+    path = finished / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink() if change == "missing" else path.write_bytes(content)
+    with pytest.raises(IntegrityError) as caught:
+        again(finished)
+    assert caught.value.exit_code == 4
+    assert name in caught.value.why
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": "nayer-edge/manifest/2"}', "NaN"])
+def test_a_damaged_manifest(finished: Path, text: str) -> None:
+    (finished / MANIFEST).write_text(text)
+    with pytest.raises(IntegrityError):
+        run_recipe(load_recipe("digits"), finished)
+
+
+def test_parents_are_the_lineage_of_the_table(tiny_run: Path) -> None:
+    held = manifest(tiny_run)
+    assert tuple(held.steps) == NAMES
+    of_step = {step.name: {f.sha256 for f in held.files.values() if f.step == step.name} for step in STEPS}
+    for name, entry in held.files.items():
+        step = STEPS[NAMES.index(entry.step)]
+        wanted = set().union(*(of_step[parent] for parent in step.inputs)) if step.inputs else set()
+        assert set(entry.parents) == wanted, name
+        assert entry.sha256 == sha256_of(tiny_run / name)
+        assert entry.bytes == (tiny_run / name).stat().st_size
+    assert {entry.step for entry in held.files.values()} == set(NAMES)
+
+
+def test_a_digest_states_settings_and_inputs(tiny_run: Path) -> None:
+    held = manifest(tiny_run)
+    record = held.steps["onnx"]
+    inputs = {name: entry.sha256 for name, entry in held.files.items() if entry.step == "student"}
+    assert record.digest == digest_of({"step": "onnx", "settings": record.settings, "inputs": inputs})
+
+
+def own_teacher(tiny_run: Path, folder: Path) -> Path:
+    """A recipe whose teacher is the finished run's, by its weights."""
+    folder.mkdir(parents=True)
+    shutil.copy(tiny_run / "teacher" / "teacher.safetensors", folder / "w.safetensors")
+    text = """
+[teacher]
+model = "nayer:wrn_16_2"
+weights = "w.safetensors"
+classes = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+input = { channels = 1, height = 16, width = 16 }
+[student]
+model = "nayer:resnet8"
+"""
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_run_travels_without_its_teacher_weights(tiny_run: Path, tmp_path: Path) -> None:
+    recipe = own_teacher(tiny_run, tmp_path / "here")
+    root = tmp_path / "run"
+    run_recipe(load_recipe(str(recipe)), root, last="lte")
+    shutil.move(tmp_path / "here", tmp_path / "moved")
+    moved = load_recipe(str(tmp_path / "moved" / "mine.toml"))
+    events: list[StepEvent] = []
+    run_recipe(moved, root, last="lte", on_event=events.append)
+    assert [event.state for event in events] == ["kept", "kept"], "the same weights at another place"
+    shutil.rmtree(tmp_path / "moved")
+    assert [state for _, state in again(root, last="lte")] == ["kept", "kept"], "weights that are not at hand"
+
+
+def test_other_weights_under_the_same_name_are_refused(tiny_run: Path, tmp_path: Path) -> None:
+    recipe = own_teacher(tiny_run, tmp_path / "here")
+    root = tmp_path / "run"
+    run_recipe(load_recipe(str(recipe)), root, last="lte")
+    (tmp_path / "here" / "w.safetensors").write_bytes(b"other")
+    with pytest.raises(UsageError) as caught:
+        again(root, last="lte")
+    assert "teacher.weights.sha256" in caught.value.why
