@@ -24,6 +24,7 @@ from nayer_edge.errors import IntegrityError, MissingError, UsageError
 
 from .onnx_file import read_onnx
 from .targets import Target
+from .tensorrt_package import import_tensorrt
 
 BATCH = 256
 _QUIET = 3  # ONNX Runtime's severity "error"
@@ -251,8 +252,6 @@ class TensorRtRunner:
         self.path, self.name, self.provider = path, flavour, "cuda"
 
     def __enter__(self) -> Self:
-        from .to_engine import import_tensorrt
-
         trt = import_tensorrt(self.name)
         if not torch.cuda.is_available():
             raise MissingError(

@@ -7,7 +7,6 @@ no GPU in the machine; TensorRT builds on the GPU that the engine is for.
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import time
@@ -21,14 +20,12 @@ from typing import Any
 import torch
 
 from nayer_edge.artefacts import sha256_of, write_bytes
-from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra, nearest
+from nayer_edge.errors import IntegrityError, MissingError, UsageError, nearest
 
 from .coverage import zero_points
 from .onnx_file import read_onnx
 from .targets import Target, get_target
-
-_EXTRA = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
-_OLDEST = (10, 12)
+from .tensorrt_package import import_tensorrt
 
 
 @dataclass(frozen=True)
@@ -63,26 +60,6 @@ class EngineInfo:
     seconds: float
     size_bytes: int
     sha256: str
-
-
-def import_tensorrt(runtime: str) -> Any:
-    """The Python module of a flavour.
-
-    Raises:
-        MissingError: it is not installed, or older than strong typing.
-    """
-    try:
-        trt = importlib.import_module(runtime)
-    except ImportError as error:
-        raise missing_extra(runtime, _EXTRA[runtime], "Building and running engines") from error
-    numbers = re.findall(r"\d+", str(getattr(trt, "__version__", "")))[:2]
-    if runtime == "tensorrt" and tuple(map(int, numbers)) < _OLDEST:
-        raise MissingError(
-            f"TensorRT {trt.__version__} is too old.",
-            why="Strongly typed networks with explicit Q/DQ need 10.12 or newer.",
-            fix="Type: pip install --upgrade 'nayer-edge[gpu]'",
-        )
-    return trt
 
 
 def compute_capabilities(target: str | Target) -> tuple[str, ...]:

@@ -1,0 +1,34 @@
+"""Metrics for TensorBoard, beside the run folder: event files name the host, and do not belong to what ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nayer_edge.distill import Epoch
+from nayer_edge.errors import missing_extra
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoard:
+    """Writes one point per epoch to `<run>.tensorboard/`."""
+
+    def __init__(self, run: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise missing_extra("tensorboard", "tracking", 'tracking = "tensorboard"') from error
+        self.folder = run.with_name(f"{run.name}.tensorboard")
+        self._writer: SummaryWriter = SummaryWriter(str(self.folder))
+
+    def log(self, epoch: Epoch) -> None:
+        """Every figure of an epoch that is a number."""
+        for name, value in vars(epoch).items():
+            if name != "epoch" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, epoch.epoch)
+
+    def close(self) -> None:
+        """Flushes."""
+        self._writer.close()
