@@ -40,9 +40,13 @@ test-slow: install  ## the tests that take minutes each
 check: install  ## ruff and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf .check build && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target .check .
-	rm -rf build && $(BIN)/basedpyright --pythonpath $(BIN)/python --level error .check/nayer_edge
+	rm -rf build && mkdir -p build
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--target build/shipped .
+	cp pyproject.toml build/shipped/
+	$(BIN)/basedpyright --project build/shipped --pythonpath $(BIN)/python --level error
+	rm -rf build
 
 schemas: install  ## writes the published JSON Schemas anew
 	$(BIN)/python -m nayer_edge.pipelines.schemas
@@ -53,4 +57,4 @@ lock:  ## resolves requirements.lock anew (needs uv); it names no index
 		--extra sign --extra tracking --extra dev --output-file requirements.lock
 
 clean:  ## removes the environment and what was built, never a run
-	rm -rf $(VENV) .check build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

@@ -79,7 +79,7 @@ def compare(reference: np.ndarray, other: np.ndarray, *, tolerance: float) -> Pa
         UsageError: the shapes differ or there is nothing to compare.
     """
     reference, other = _paired(reference, other)
-    finite: np.ndarray = np.isfinite(reference).all(1) & np.isfinite(other).all(1)
+    finite = np.asarray(np.isfinite(reference).all(1) & np.isfinite(other).all(1))
     with np.errstate(invalid="ignore"):
         difference = np.where(finite[:, None], np.abs(reference - other), 0.0).max(axis=1)
     same = finite & (reference.argmax(1) == other.argmax(1))
@@ -97,7 +97,7 @@ def agreement(reference: np.ndarray, other: np.ndarray) -> Agreement:
         UsageError: the shapes differ or there is nothing to compare.
     """
     reference, other = _paired(reference, other)
-    finite: np.ndarray = np.isfinite(reference).all(1) & np.isfinite(other).all(1)
+    finite = np.asarray(np.isfinite(reference).all(1) & np.isfinite(other).all(1))
     same = finite & (reference.argmax(1) == other.argmax(1))
     if not finite.all():
         return Agreement(len(reference), float(same.mean()), float("inf"))

@@ -14,21 +14,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nayer_edge.config import Augment
+from nayer_edge.distributed import SINGLE, World
 
 
-def crop_and_flip(images: Num[Tensor, "B C H W"], augment: Augment, random: torch.Generator) -> Num[Tensor, "B C H W"]:
+def crop_and_flip(
+    images: Num[Tensor, "B C H W"], augment: Augment, random: torch.Generator, world: World = SINGLE
+) -> Num[Tensor, "B C H W"]:
     """Pads with zeros, crops at a random place and mirrors half of the images; differentiable.
 
     Args:
         images: any number type; the result has the same, channels-last.
         augment: the padding in pixels, and whether to flip.
         random: a stream on the images' device.
+        world: ranks whose images these are a share of; the draws are those of the whole batch.
     """
     if augment.pad == 0 and not augment.flip:
         return images
-    count, device = images.shape[0], images.device
+    count, device = images.shape[0] * world.size, images.device
     shifts = torch.randint(-augment.pad, augment.pad + 1, (2, count), generator=random, device=device, dtype=torch.long)
     flips = torch.randint(0, 2, (count,), generator=random, device=device, dtype=torch.long).bool()
+    shifts, flips = world.share(shifts, dim=1), world.share(flips)
     if not augment.flip:
         flips = torch.zeros_like(flips)
     return translate(images, shifts[0], shifts[1], flips, augment.pad)
@@ -36,9 +41,9 @@ def crop_and_flip(images: Num[Tensor, "B C H W"], augment: Augment, random: torc
 
 def translate(
     images: Num[Tensor, "B C H W"],
-    dy: Int[Tensor, B],
-    dx: Int[Tensor, B],
-    flips: Bool[Tensor, B],
+    dy: Int[Tensor, " B"],
+    dx: Int[Tensor, " B"],
+    flips: Bool[Tensor, " B"],
     pad: int,
 ) -> Num[Tensor, "B C H W"]:
     """The crop at row `pad` + dy and column `pad` + dx of each zero-padded image, mirrored where `flips`."""
@@ -59,9 +64,9 @@ class _Translate(torch.autograd.Function):
     def forward(
         ctx: Any,
         images: Num[Tensor, "B C H W"],
-        dy: Int[Tensor, B],
-        dx: Int[Tensor, B],
-        flips: Bool[Tensor, B],
+        dy: Int[Tensor, " B"],
+        dx: Int[Tensor, " B"],
+        flips: Bool[Tensor, " B"],
         pad: int,
     ) -> Num[Tensor, "B C H W"]:
         ctx.save_for_backward(dy, dx, flips)

@@ -51,7 +51,7 @@ class MemoryBank:
         return self._images[: len(self)]
 
     @property
-    def labels(self) -> Int[Tensor, N]:
+    def labels(self) -> Int[Tensor, " N"]:
         """The class that each was made for."""
         return self._labels[: len(self)]
 
@@ -60,7 +60,7 @@ class MemoryBank:
         """What the stored images take."""
         return self.images.numel()
 
-    def add(self, images: UInt8[Tensor, "B C H W"], labels: Int[Tensor, B]) -> None:
+    def add(self, images: UInt8[Tensor, "B C H W"], labels: Int[Tensor, " B"]) -> None:
         """Appends a round of images, at most the capacity.
 
         Raises:
@@ -94,7 +94,7 @@ class MemoryBank:
         places = torch.randint(0, len(self), (count,), generator=random, device=self._images.device)
         return self._images[places]
 
-    def newest(self, count: int) -> tuple[UInt8[Tensor, "B C H W"], Int[Tensor, B]]:
+    def newest(self, count: int) -> tuple[UInt8[Tensor, "B C H W"], Int[Tensor, " B"]]:
         """The images added last, oldest of them first, and their labels."""
         count = min(count, len(self))
         places = torch.arange(self.added - count, self.added, device=self._images.device) % self.capacity
@@ -110,6 +110,13 @@ class MemoryBank:
         self._images, self._labels = tensors["images"].to(device), tensors["labels"].to(device)
         self.added = int(tensors["added"])
 
+    def refill(self, images: UInt8[Tensor, "N C H W"], labels: Int[Tensor, " N"], added: int) -> None:
+        """Becomes a bank to which `added` images were ever added, the newest of them these, oldest first."""
+        device = self._images.device
+        self._images, self._labels = self._images[:0], self._labels[:0]
+        self.added = added - len(images)
+        self.add(images.to(device), labels.to(device))
+
     def save(self, path: Path) -> None:
         """Writes the bank as one safetensors file."""
         save_tensors(path, self.tensors())
@@ -121,7 +128,15 @@ class MemoryBank:
         Raises:
             IntegrityError: the file is damaged.
         """
-        tensors = load_tensors(path, "a memory bank")
+        return cls.of(load_tensors(path, "a memory bank"), device, path)
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], device: torch.device, source: Path | str) -> MemoryBank:
+        """A bank of what `tensors` returned, as large as its images.
+
+        Raises:
+            IntegrityError: they are not a bank's.
+        """
         images, labels, added = (tensors.get(name) for name in ("images", "labels", "added"))
         if (
             images is None
@@ -135,7 +150,7 @@ class MemoryBank:
             or images.shape[0] == 0
             or int(added) < images.shape[0]
         ):
-            raise IntegrityError(f"{path} is not a memory bank.")
+            raise IntegrityError(f"{source} is not a memory bank.")
         bank = cls((images.shape[1], images.shape[2], images.shape[3]), images.numel(), device)
         bank.restore(tensors)
         return bank

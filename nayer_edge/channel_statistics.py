@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def channel_statistics(x: Float[Tensor, "B C *HW"]) -> tuple[Float[Tensor, C], Float[Tensor, C]]:
+def channel_statistics(x: Float[Tensor, "B C *HW"]) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
     """Mean and biased variance over everything but the channel, float32 whatever the input; differentiable."""
     return _ChannelStatistics.apply(x)  # pyright: ignore[reportReturnType]
 

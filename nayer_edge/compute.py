@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
 from nayer_edge.errors import MissingError
 from nayer_edge.provenance import hardware
+
+
+Placed = TypeVar("Placed", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Compute:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             yield
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def place(self, model: Placed) -> Placed:
         """Moves a model to the device, convolutions channels-last."""
         return model.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 

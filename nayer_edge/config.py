@@ -128,7 +128,7 @@ class Generator(Section):
 class Synthesis(Section):
     """One synthesis round and how many of them there are (paper Alg. 1, Eq. 4 to 8)."""
 
-    batch: Count = 400
+    batch: Annotated[int, Field(ge=2)] = 400
     """images per round"""
     g_steps: Count = 30
     """optimisation steps per round"""
@@ -158,7 +158,7 @@ class Distill(Section):
     """epochs of synthesis alone"""
     steps: Count = 400
     """student steps per epoch"""
-    batch: Count = 512
+    batch: Annotated[int, Field(ge=2)] = 512
     lr: Positive = 0.2
     lr_min: Annotated[float, Field(ge=0)] = 2e-4
     """end of the cosine schedule"""
@@ -300,6 +300,8 @@ class Recipe(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of training; auto: bf16 autocast where the processor has bf16 arithmetic"""
+    tracking: Literal["none", "tensorboard"] = "none"
+    """tensorboard: metrics also go to <run>.tensorboard/ (extra: tracking)"""
     measured: Measured = Measured()
     teacher: Teacher
     teach: Teach | None = None

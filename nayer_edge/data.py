@@ -36,7 +36,7 @@ class LabelledImages:
     """
 
     images: UInt8[Tensor, "N C H W"]
-    labels: Int[Tensor, N]
+    labels: Int[Tensor, " N"]
     name: str
 
     def __len__(self) -> int:
@@ -143,11 +143,12 @@ def _parquet(path: Path, spec: InputSpec) -> LabelledImages:
             fix="Name them image (with encoded bytes) and label.",
         )
     cells = table.column(image_column).to_pylist()
-    encoded = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
+    cells = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
+    encoded = [data for data in cells if isinstance(data, bytes)]
     numbers = table.column(label_column).to_pylist()
-    if not encoded:
+    if not cells:
         raise UsageError(f"{path} holds no images.")
-    if not all(isinstance(data, bytes) for data in encoded) or not all(isinstance(number, int) for number in numbers):
+    if len(encoded) < len(cells) or not all(isinstance(number, int) for number in numbers):
         raise UsageError(
             f"{path} holds something else than encoded images and class numbers.",
             why=f"Column {image_column} is {table.schema.field(image_column).type}, "
@@ -160,7 +161,8 @@ def _parquet(path: Path, spec: InputSpec) -> LabelledImages:
 
 def _npz(path: Path, spec: InputSpec) -> LabelledImages:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because np.load leaves a file that is no archive open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(

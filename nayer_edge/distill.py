@@ -28,6 +28,7 @@ from nayer_edge.bank import MemoryBank, to_unit
 from nayer_edge.compute import Compute, random_stream
 from nayer_edge.config import Distill, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
+from nayer_edge.distributed import SINGLE, World, share_problems, synchronise_batchnorms
 from nayer_edge.errors import TrainingError, UsageError
 from nayer_edge.evaluate import agreement, logits_of
 from nayer_edge.generator import Generator
@@ -90,6 +91,8 @@ class Distillation:
         teacher: trained; it is frozen and evaluated.
         embeddings: one per class of the teacher.
         student: untrained; its input must be the teacher's.
+        world: ranks between which the work is divided. Each makes its share of every round and keeps it in its part of
+            the bank; student and generator are the same on all of them.
 
     Raises:
         UsageError: the parts do not fit each other, or the teacher has no BatchNorm.
@@ -103,16 +106,22 @@ class Distillation:
         student: Classifier,
         settings: Settings,
         compute: Compute,
+        world: World = SINGLE,
     ) -> None:
         _check_fit(teacher, embeddings, student)
-        self.settings, self.compute = settings, compute
+        _check_shares(settings, len(teacher.classes), world)
+        self.settings, self.compute, self.world = settings, compute, world
+        self.share = settings.synthesis.batch // world.size
+        """images that this rank makes in a round"""
         self.digest = settings.digest(teacher, embeddings, student.model)
         self.teacher = compute.place(teacher).eval().requires_grad_(False)
+        synchronise_batchnorms(student, world)
         self.student = compute.place(student)
+        world.broadcast(student.state_dict().values())
         self.embeddings = embeddings.embeddings.to(compute.device)
         check_teacher(self.teacher, compute)
-        self.statistics = BatchNormStatistics(self.teacher, settings.synthesis.bn_momentum)
-        self.generator = new_generator(embeddings, teacher.spec.shape, settings.synthesis, settings.generator)
+        self.statistics = BatchNormStatistics(self.teacher, settings.synthesis.bn_momentum, world)
+        self.generator = new_generator(embeddings, teacher.spec.shape, settings.synthesis, settings.generator, world)
         compute.place(self.generator)
         self.bank = MemoryBank(teacher.spec.shape, int(settings.distill.bank_mib * 2**20), compute.device)
         if settings.synthesis.batch > self.bank.capacity:
@@ -120,6 +129,10 @@ class Distillation:
                 f"The memory bank holds {self.bank.capacity} images and one round makes {settings.synthesis.batch}.",
                 fix="Raise distill.bank_mib, or lower synthesis.batch.",
             )
+        if world.size > 1:
+            # Whole rounds, so that the parts of all ranks are always those of the same rounds.
+            images = self.bank.capacity // settings.synthesis.batch * self.share
+            self.bank = MemoryBank(teacher.spec.shape, images * math.prod(teacher.spec.shape), compute.device)
         self.views = None
         if settings.distill.views:
             order = self._stream("views")
@@ -169,6 +182,7 @@ class Distillation:
         began = time.perf_counter()
         if epoch % synthesis.g_life == 0:
             generators.initialise(self.generator, self._stream("generator", epoch))
+            self.world.broadcast(generators.common_state(self.generator))
         rounds = [
             self._round(self._stream("round", epoch, number), warm, on_step)
             for number in range(synthesis.warmup_rounds if warm else synthesis.rounds)
@@ -192,7 +206,7 @@ class Distillation:
             loss_kd=None if loss_kd is None else float(loss_kd),
             agreement=agreed,
             lr=lr,
-            bank_images=len(self.bank),
+            bank_images=len(self.bank) * self.world.size,
             images_per_s=images / seconds,
             seconds=seconds,
             memory_mib=peak_memory_mib(self.compute),
@@ -226,6 +240,7 @@ class Distillation:
             self.compute,
             random,
             on_step,
+            self.world,
         )
 
     def _make_holdout(self) -> None:
@@ -241,13 +256,13 @@ class Distillation:
 
     def _agreement(self) -> Float[Tensor, ""]:
         teacher = logits_of(self.teacher, self.holdout, self.compute)
-        return agreement(logits_of(self.student, self.holdout, self.compute), teacher)
+        return self.world.mean(agreement(logits_of(self.student, self.holdout, self.compute), teacher))
 
     def _train_student(self, epoch: int, on_step: Callable[[], None]) -> tuple[Tensor, float]:
         """Student steps on the bank; returns the mean loss, on the device, and the last learning rate."""
         config = self.settings.distill
         total = (config.epochs - config.warmup_epochs) * config.steps
-        random = self._stream("student", epoch)
+        random = self._stream("student", epoch, *([] if self.world.size == 1 else ["rank", self.world.rank]))
         self.student.train()
         loss_sum = torch.zeros((), device=self.compute.device)
         lr = config.lr
@@ -255,24 +270,29 @@ class Distillation:
             lr = cosine(epoch * config.steps + step, total, config.lr, config.lr_min)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            images, teacher_logits = self._draw(random)
-            with self.compute.autocast():
-                student_logits = self.student(images)
-            loss = losses.distillation_loss(student_logits, teacher_logits, config.temperature)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            loss_sum += loss.detach()
+            loss_sum += self._student_step(*self._draw(random))
             on_step()
         self.student.eval()
-        return loss_sum / config.steps, lr
+        return self.world.mean(loss_sum) / config.steps, lr
+
+    def _student_step(self, images: Float[Tensor, "B C H W"], teacher_logits: Float[Tensor, "B K"]) -> Tensor:
+        """One step of SGD on the batch of all ranks, of which these images are a share; returns the share's loss."""
+        with self.compute.autocast():
+            student_logits = self.student(images)
+        loss = losses.distillation_loss(student_logits, teacher_logits, self.settings.distill.temperature)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.world.average_gradients(self.student.parameters())
+        self.optimizer.step()
+        return loss.detach()
 
     def _draw(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A batch of augmented images, and what the teacher says of them."""
+        """This rank's share of a batch of augmented images, and what the teacher says of them."""
         config = self.settings.distill
+        count = config.batch // self.world.size
         if self.views is not None:
-            return self.views.draw(config.batch, random)
-        images = to_unit(crop_and_flip(self.bank.draw(config.batch, random), config.augment, random))
+            return self.views.draw(count, random)
+        images = to_unit(crop_and_flip(self.bank.draw(count, random), config.augment, random))
         with torch.no_grad(), self.compute.autocast():
             return images, self.teacher(images)
 
@@ -287,13 +307,17 @@ class Distillation:
                 )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the loop needs to go on: tensors, and what is not a tensor."""
+        """Everything that the loop needs to go on: tensors, and what is not a tensor.
+
+        Every rank must call it; what rank 0 gets holds the bank and the hold-out of all, in one process's order.
+        """
         tensors = {f"student.{n}": t for n, t in self.student.backbone.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best_student.items()}
-        tensors |= {f"generator.{n}": t for n, t in self.generator.state_dict().items()}
-        tensors |= {f"bank.{n}": t for n, t in self.bank.tensors().items()}
-        tensors |= {f"views.{n}": t for n, t in (self.views.tensors() if self.views else {}).items()}
-        tensors["holdout"] = self.holdout
+        tensors |= {f"generator.{n}": t for n, t in generators.whole_state(self.generator, self.world).items()}
+        tensors |= {f"bank.{n}": t for n, t in self.whole_bank().tensors().items()}
+        tensors |= {f"views.{n}": t for n, t in self._whole_views().items()}
+        holdout = self.world.gather_rounds(self.holdout, self.share)
+        tensors["holdout"] = self.holdout if holdout is None else holdout
         for index, parameter in enumerate(self.student.parameters()):
             momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
@@ -302,14 +326,57 @@ class Distillation:
             tensors[f"memory.{index}.mean"], tensors[f"memory.{index}.var"] = mean, variance
         facts = {
             "digest": self.digest,
+            "ranks": self.world.size,
             "epoch": self.epoch,
             "best_agreement": self.best_agreement,
             "history": [vars(epoch) for epoch in self.history],
         }
         return tensors, facts
 
+    def whole_bank(self) -> MemoryBank:
+        """The images of all ranks, on rank 0's CPU, as one process would have them. Every rank must call it; others get
+        their own back."""
+        if self.world.size == 1:
+            return self.bank
+        images, labels = (self.world.gather_rounds(mine, self.share) for mine in self.bank.newest(len(self.bank)))
+        if images is None or labels is None:
+            return self.bank
+        pixels = math.prod(self.bank.shape)
+        whole = MemoryBank(self.bank.shape, self.bank.capacity * self.world.size * pixels, torch.device("cpu"))
+        whole.refill(images, labels, self.bank.added * self.world.size)
+        return whole
+
+    def whole_generator(self) -> Generator:
+        """The generator for one process, on rank 0. Every rank must call it; others get their own back."""
+        return generators.whole(self.generator, self.world)
+
+    def _restore_bank(self, tensors: dict[str, Tensor], ranks: int) -> None:
+        if ranks == self.world.size == 1:
+            self.bank.restore(tensors)
+            return
+        whole = MemoryBank.of(tensors, torch.device("cpu"), "The checkpoint")
+        batch = self.settings.synthesis.batch
+        images, labels = (
+            self.world.share_of_rounds(newest, batch) for newest in whole.newest(len(whole) // batch * batch)
+        )
+        # In a world of another size the ring has another length and begins anew, with the oldest image.
+        self.bank.refill(images, labels, whole.added // self.world.size if ranks == self.world.size else len(images))
+
+    def _whole_views(self) -> dict[str, Tensor]:
+        """The caches of all ranks, behind each other: each follows the places of its own bank."""
+        mine = self.views.tensors() if self.views else {}
+        if self.world.size == 1:
+            return mine
+        gathered = {name: self.world.gather(tensor) for name, tensor in mine.items()}
+        return {name: torch.stack(parts) for name, parts in gathered.items() if parts}
+
+    def _restore_views(self, tensors: dict[str, Tensor], ranks: int) -> None:
+        # In a world of another size images have other places; the teacher then answers anew.
+        if self.views is not None and ranks == self.world.size:
+            self.views.restore(tensors if ranks == 1 else {n: t[self.world.rank] for n, t in tensors.items()})
+
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Takes over what `state` returned."""
+        """Takes over what `state` returned on rank 0, in a world of any size."""
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -317,11 +384,11 @@ class Distillation:
         device = self.compute.device
         self.student.backbone.load_state_dict(under("student."))
         self.best_student = {name: tensor.to(device) for name, tensor in under("best.").items()}
-        self.generator.load_state_dict(under("generator."))
-        self.bank.restore(under("bank."))
-        if self.views is not None:
-            self.views.restore(under("views."))
-        self.holdout = tensors["holdout"].to(device)
+        generators.load_whole_state(self.generator, under("generator."))
+        ranks = int(facts.get("ranks", 1))
+        self._restore_bank(under("bank."), ranks)
+        self._restore_views(under("views."), ranks)
+        self.holdout = self.world.share_of_rounds(tensors["holdout"], self.settings.synthesis.batch).to(device)
         for index, parameter in enumerate(self.student.parameters()):
             if f"momentum.{index}" in tensors:
                 buffer = torch.empty_like(parameter).copy_(tensors[f"momentum.{index}"])
@@ -345,8 +412,8 @@ def distill(
     """Runs all epochs, continuing from a checkpoint of the same run where there is one.
 
     Args:
-        checkpoint: where to keep it (`<name>.safetensors`, with a json beside it); None keeps none.
-        checkpoint_seconds: at least this long between two checkpoints; 0 writes one every epoch.
+        checkpoint: where to keep it (one file, which rank 0 writes and all read); None keeps none.
+        checkpoint_seconds: at least this long between two checkpoints; 0 writes one every epoch. Rank 0's clock counts.
         on_epoch: called after each epoch with its metrics, and first with those of a continued run.
 
     Returns:
@@ -355,6 +422,9 @@ def distill(
     progress = progress or Silent()
     if checkpoint is not None:
         resume(distillation, checkpoint)
+    compute, world = distillation.compute, distillation.world
+    world.require_same([compute.device.type, compute.bf16, distillation.digest], "device, precision or inputs")
+    world.require_same(distillation.epoch, "the checkpoint that they read")
     for epoch in distillation.history:
         on_epoch(epoch)
     steps = [distillation.steps_of(epoch) for epoch in range(distillation.settings.distill.epochs)]
@@ -370,7 +440,7 @@ def distill(
             agreement=epoch.agreement,
             **{"images/s": epoch.images_per_s},
         )
-        if checkpoint is not None and time.monotonic() - written >= checkpoint_seconds:
+        if checkpoint is not None and world.from_first(time.monotonic() - written >= checkpoint_seconds):
             save_checkpoint(distillation, checkpoint)
             written = time.monotonic()
     progress.finish()
@@ -378,9 +448,13 @@ def distill(
 
 
 def save_checkpoint(distillation: Distillation, path: Path) -> None:
-    """Writes the state. Tensors and facts go into one file, so they cannot belong to different epochs."""
+    """Writes the state. Tensors and facts of all ranks go into one file, so they cannot belong to different epochs.
+
+    Every rank must call it; rank 0 writes.
+    """
     tensors, facts = distillation.state()
-    save_tensors(path, tensors, {"facts": json.dumps(facts)})
+    if distillation.world.first:
+        save_tensors(path, tensors, {"facts": json.dumps(facts)})
 
 
 def resume(distillation: Distillation, path: Path) -> bool:
@@ -399,11 +473,15 @@ def resume(distillation: Distillation, path: Path) -> bool:
 
 
 def new_generator(
-    embeddings: LabelEmbeddings, shape: tuple[int, int, int], synthesis: Synthesis, config: GeneratorConfig
+    embeddings: LabelEmbeddings,
+    shape: tuple[int, int, int],
+    synthesis: Synthesis,
+    config: GeneratorConfig,
+    world: World = SINGLE,
 ) -> Generator:
     """A generator of the right sizes, weights not yet drawn."""
     classes, dimensions = embeddings.embeddings.shape
-    return Generator(dimensions, classes, synthesis.batch, shape, config)
+    return Generator(dimensions, classes, synthesis.batch, shape, config, world)
 
 
 def cosine(step: int, total: int, start: float, end: float) -> float:
@@ -431,6 +509,15 @@ def _check_fit(teacher: Classifier, embeddings: LabelEmbeddings, student: Classi
         )
     if student.spec != teacher.spec or student.classes != teacher.classes:
         raise UsageError("Teacher and student must have the same input and the same classes.")
+
+
+def _check_shares(settings: Settings, classes: int, world: World) -> None:
+    if problems := share_problems(settings.synthesis, settings.distill, classes, world.size):
+        raise UsageError(
+            f"The batches cannot be divided between {world.size} processes:",
+            why="\n".join(f"  - {problem}" for problem in problems),
+            fix="Override these with --set, or start another number of processes.",
+        )
 
 
 @torch.no_grad()

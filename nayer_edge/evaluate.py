@@ -31,6 +31,6 @@ def agreement(a: Float[Tensor, "N K"], b: Float[Tensor, "N K"]) -> Float[Tensor,
     return (a.argmax(dim=1) == b.argmax(dim=1)).float().mean()
 
 
-def top1(logits: Float[Tensor, "N K"], labels: Int[Tensor, N]) -> float:
+def top1(logits: Float[Tensor, "N K"], labels: Int[Tensor, " N"]) -> float:
     """Fraction of images whose class is right."""
     return float((logits.argmax(dim=1) == labels.to(logits.device)).float().mean())

@@ -9,7 +9,9 @@ Shapes: B images, G groups of at most K classes (G = ⌈B/K⌉), D embedding dim
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,26 +20,38 @@ from torch import Tensor, nn
 from nayer_edge.artefacts import read_json, sha256_of, write_json
 from nayer_edge.compute import seeded
 from nayer_edge.config import Generator as GeneratorConfig
+from nayer_edge.distributed import SINGLE, World, synchronise_batchnorms
 from nayer_edge.errors import IntegrityError
 from nayer_edge.models import load_tensors, save_tensors
 
 CARD_SCHEMA = "nayer-edge/generator/1"
+_NOISY = ("noisy.weight", "noisy.bias")
 Memory = list[tuple[Tensor, Tensor]]
 """mean and variance per BatchNorm of the teacher, remembered over rounds"""
 
 
 class NoisyLinear(nn.Module):
-    """One linear map D → Z per group of labels, as one grouped product instead of a list of linears."""
+    """One linear map D → Z per group of labels, as one grouped product instead of a list of linears.
 
-    def __init__(self, groups: int, inputs: int, outputs: int) -> None:
+    Args:
+        world: ranks of which each has `groups` groups of its own, drawn from one stream.
+    """
+
+    def __init__(self, groups: int, inputs: int, outputs: int, world: World = SINGLE) -> None:
         super().__init__()
+        self.rank, self.ranks = world.rank, world.size
         self.weight = nn.Parameter(torch.empty(groups, inputs, outputs))
         self.bias = nn.Parameter(torch.empty(groups, 1, outputs))
 
     @torch.no_grad()
     def redraw(self, random: torch.Generator) -> None:
         """Weights from N(0, 1), biases 0."""
-        self.weight.normal_(generator=random)
+        if self.ranks == 1:
+            self.weight.normal_(generator=random)
+        else:
+            groups, *sizes = self.weight.shape
+            everyone = self.weight.new_empty(self.ranks * groups, *sizes).normal_(generator=random)
+            self.weight.copy_(everyone.chunk(self.ranks)[self.rank])
         self.bias.zero_()
 
     def forward(self, x: Float[Tensor, "G K D"]) -> Float[Tensor, "G K Z"]:
@@ -53,6 +67,8 @@ class Generator(nn.Module):
         batch: images per round; the noisy layer has ⌈batch/classes⌉ groups.
         shape: (channels, height, width) of the images; any sizes from 4 pixels.
         config: widths.
+        world: ranks that make equal shares of the batch. Each has the groups of its share; with fewer images than
+            classes there is one group, which all have.
     """
 
     def __init__(
@@ -62,6 +78,7 @@ class Generator(nn.Module):
         batch: int,
         shape: tuple[int, int, int],
         config: GeneratorConfig,
+        world: World = SINGLE,
     ) -> None:
         super().__init__()
         channels, self.height, self.width = shape
@@ -72,13 +89,15 @@ class Generator(nn.Module):
             "shape": list(shape),
             "config": config.model_dump(mode="json"),
         }
-        self.group = min(classes, batch)
+        share = batch // world.size
+        self.group = min(classes, share)
         # Two doublings up to 64 pixels, as published; five from a grid of 7 at ImageNet sizes.
         doublings = 2 if max(self.height, self.width) <= 64 else 5
         self.grid = (math.ceil(self.height / 2**doublings), math.ceil(self.width / 2**doublings))
         wide, narrow = 2 * config.channels, config.channels
         self.embedding_norm = nn.BatchNorm1d(embedding_dim)
-        self.noisy = NoisyLinear(math.ceil(batch / self.group), embedding_dim, config.noisy_dim)
+        own_groups = world if batch > classes else SINGLE
+        self.noisy = NoisyLinear(math.ceil(share / self.group), embedding_dim, config.noisy_dim, own_groups)
         self.project = nn.Linear(config.noisy_dim, wide * self.grid[0] * self.grid[1])
         layers: list[nn.Module] = [nn.BatchNorm2d(wide)]
         for number in range(doublings):
@@ -90,6 +109,12 @@ class Generator(nn.Module):
                 nn.LeakyReLU(0.2),
             ]
         self.body = nn.Sequential(*layers, nn.Conv2d(narrow, channels, 3, padding=1))
+        synchronise_batchnorms(self, world)
+
+    @property
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that only this rank has."""
+        return list(self.noisy.parameters()) if self.noisy.ranks > 1 else []
 
     def forward(self, embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B C H W"]:
         count = embeddings.shape[0]
@@ -110,13 +135,13 @@ def initialise(generator: Generator, random: torch.Generator) -> None:
     with seeded(random.initial_seed()):
         generator.to("cpu")
         for module in generator.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.modules.batchnorm._BatchNorm):
                 module.reset_parameters()
         generator.to(device)
     generator.noisy.redraw(random)
 
 
-def balanced_labels(count: int, classes: int, random: torch.Generator) -> Int[Tensor, B]:
+def balanced_labels(count: int, classes: int, random: torch.Generator) -> Int[Tensor, " B"]:
     """Every class once, again and again, until there are `count`; with fewer images than classes, distinct classes.
 
     Group g of the noisy layer then holds images g·K … g·K + K − 1, one of each class.
@@ -124,6 +149,49 @@ def balanced_labels(count: int, classes: int, random: torch.Generator) -> Int[Te
     if count < classes:
         return torch.randperm(classes, generator=random, device=random.device)[:count]
     return torch.arange(count, device=random.device) % classes
+
+
+def common_state(generator: Generator) -> list[Tensor]:
+    """Parameters and buffers that all ranks have."""
+    state = generator.state_dict()
+    return [state[name] for name in state if generator.noisy.ranks == 1 or name not in _NOISY]
+
+
+def whole_state(generator: Generator, world: World) -> dict[str, Tensor]:
+    """The state that one process would have: the groups of all ranks in their order. Every rank must call it; only
+    rank 0's answer is whole."""
+    state = generator.state_dict()
+    if generator.noisy.ranks > 1:
+        for name in _NOISY:
+            state[name] = torch.cat(world.gather(state[name]) or [state[name]])
+    return state
+
+
+def load_whole_state(generator: Generator, state: Mapping[str, Tensor]) -> None:
+    """Takes over what `whole_state` returned, in a world of any size."""
+    noisy = generator.noisy
+    own = {name: state[name].chunk(noisy.ranks)[noisy.rank] for name in _NOISY}
+    generator.load_state_dict({**state, **own})
+
+
+def whole(generator: Generator, world: World) -> Generator:
+    """The generator for one process, on rank 0. Every rank must call it; others get their own back."""
+    state = whole_state(generator, world)
+    if world.size == 1 or not world.first:
+        return generator
+    found = _built(generator.arguments)
+    found.load_state_dict(state)
+    return found
+
+
+def _built(arguments: Mapping[str, Any]) -> Generator:
+    return Generator(
+        int(arguments["embedding_dim"]),
+        int(arguments["classes"]),
+        int(arguments["batch"]),
+        tuple(arguments["shape"]),
+        GeneratorConfig.model_validate(arguments["config"]),
+    )
 
 
 def save(generator: Generator, memory: Memory | None, weights: Path) -> None:
@@ -149,14 +217,7 @@ def load(weights: Path) -> tuple[Generator, Memory | None]:
     try:
         if card["schema"] != CARD_SCHEMA or card["sha256"] != sha256_of(weights):
             raise ValueError("the card describes another file")
-        arguments = card["arguments"]
-        generator = Generator(
-            int(arguments["embedding_dim"]),
-            int(arguments["classes"]),
-            int(arguments["batch"]),
-            tuple(arguments["shape"]),
-            GeneratorConfig.model_validate(arguments["config"]),
-        )
+        generator = _built(card["arguments"])
         prefix = "generator."
         generator.load_state_dict(
             {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 
 def batchnorm_loss(
-    means: Sequence[Float[Tensor, _]],
-    variances: Sequence[Float[Tensor, _]],
-    running_means: Sequence[Float[Tensor, _]],
-    running_variances: Sequence[Float[Tensor, _]],
+    means: Sequence[Float[Tensor, " _"]],
+    variances: Sequence[Float[Tensor, " _"]],
+    running_means: Sequence[Float[Tensor, " _"]],
+    running_variances: Sequence[Float[Tensor, " _"]],
 ) -> Float[Tensor, ""]:
     """L_bn: Σ over BatchNorm layers of ‖σ² − σ̂²‖₂ + ‖μ − μ̂‖₂, norms not squared, σ² biased.
 
@@ -35,7 +35,7 @@ def batchnorm_loss(
     return torch.stack(residuals).sum()
 
 
-def class_loss(teacher_logits: Float[Tensor, "B K"], labels: Int[Tensor, B]) -> Float[Tensor, ""]:
+def class_loss(teacher_logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
     """L_ce: cross-entropy of the teacher's prediction to the label that the image was made for."""
     return F.cross_entropy(teacher_logits.float(), labels)
 

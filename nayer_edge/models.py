@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nayer_edge import zoo
 from nayer_edge.artefacts import read_json, sha256_of, write_atomic, write_json
 from nayer_edge.config import InputSpec
-from nayer_edge.errors import IntegrityError, UsageError, missing_extra
+from nayer_edge.errors import IntegrityError, UsageError, missing_extra, nearest
 
 CARD_SCHEMA = "nayer-edge/model/1"
 
@@ -84,11 +84,13 @@ def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
         from torchvision import models as torchvision_models
     except ImportError as error:
         raise missing_extra("torchvision", "cpu", f"The model torchvision:{name}") from error
-    try:
-        network = torchvision_models.get_model(name, weights=None, num_classes=classes)
-    except ValueError as error:
-        known = ", ".join(torchvision_models.list_models(module=torchvision_models)[:12])
-        raise UsageError(f"torchvision has no model '{name}'.", fix=f"It has {known}, …") from error
+    # Of this module alone: the others detect and segment, and may fetch weights for their backbones.
+    known = torchvision_models.list_models(module=torchvision_models)
+    if name not in known:
+        raise UsageError(
+            f"torchvision has no classifier '{name}'.{nearest(name, known)}", fix=f"It has {', '.join(known[:12])}, …"
+        )
+    network = torchvision_models.get_model(name, weights=None, num_classes=classes)
     if channels != 3:
         _replace_stem(network, channels)
     return network

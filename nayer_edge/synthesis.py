@@ -22,6 +22,7 @@ from nayer_edge.bank import to_uint8
 from nayer_edge.channel_statistics import channel_statistics
 from nayer_edge.compute import Compute
 from nayer_edge.config import Synthesis
+from nayer_edge.distributed import SINGLE, World, across_ranks
 from nayer_edge.errors import UsageError
 from nayer_edge.generator import Generator, balanced_labels
 from nayer_edge.models import Classifier, batch_norms
@@ -33,12 +34,15 @@ class BatchNormStatistics:
     The memory is an exponential mean over rounds of the last step's statistics; L_bn then compares the running
     statistics with momentum · memory + (1 − momentum) · now (published as bn_mmt; Fast-Datafree, AAAI 2022).
 
+    Args:
+        world: ranks that watch equal shares of the batch.
+
     Raises:
         UsageError: the teacher has no BatchNorm with running statistics.
     """
 
-    def __init__(self, teacher: nn.Module, momentum: float) -> None:
-        self._norms = batch_norms(teacher)
+    def __init__(self, teacher: nn.Module, momentum: float, world: World = SINGLE) -> None:
+        self._norms, self._world = batch_norms(teacher), world
         if not self._norms:
             raise UsageError(
                 "The teacher has no BatchNorm layers.",
@@ -52,7 +56,7 @@ class BatchNormStatistics:
 
     def watch(self) -> _Watch:
         """A context in which every BatchNorm's input statistics are gathered during the one forward pass."""
-        return _Watch(self._norms, self._now)
+        return _Watch(self._norms, self._now, self._world)
 
     def loss(self) -> Float[Tensor, ""]:
         """L_bn of the pass that was just watched."""
@@ -91,12 +95,15 @@ class BatchNormStatistics:
         """The same teacher and memory, for rounds that must leave no trace."""
         twin = object.__new__(BatchNormStatistics)
         twin._norms, twin.momentum, twin.memory, twin._now = self._norms, self.momentum, self.memory, {}
+        twin._world = self._world
         return twin
 
 
 class _Watch:
-    def __init__(self, norms: list[nn.modules.batchnorm._BatchNorm], now: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self._norms, self._now = norms, now
+    def __init__(
+        self, norms: list[nn.modules.batchnorm._BatchNorm], now: dict[int, tuple[Tensor, Tensor]], world: World
+    ) -> None:
+        self._norms, self._now, self._world = norms, now, world
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> None:
@@ -107,9 +114,19 @@ class _Watch:
     def _gather(self, index: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._now[index] = channel_statistics(inputs[0])
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, exception: object, *_more: object) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._world.size > 1 and exception is None:
+            self._combine()
+
+    def _combine(self) -> None:
+        """The statistics of the batch of all ranks, every layer in one message."""
+        layers = sorted(self._now)
+        sizes = [len(self._now[layer][0]) for layer in layers]
+        local = (torch.cat([self._now[layer][kind] for layer in layers]) for kind in (0, 1))
+        means, variances = across_ranks(*local)
+        self._now.update(zip(layers, zip(means.split(sizes), variances.split(sizes), strict=True), strict=True))
 
 
 @dataclass(frozen=True)
@@ -117,13 +134,13 @@ class Round:
     """What one round made.
 
     Attributes:
-        images: of the step with the lowest loss, before augmentation.
+        images: of the step with the lowest loss, before augmentation; in a world of several ranks, this one's share.
         labels: what they were made for.
-        losses: L_bn, L_ce and L_adv of that step, on the device (reading them waits for it).
+        losses: L_bn, L_ce and L_adv of that step and the whole batch, on the device (reading them waits for it).
     """
 
     images: UInt8[Tensor, "B C H W"]
-    labels: Int[Tensor, B]
+    labels: Int[Tensor, " B"]
     losses: Float[Tensor, 3]
 
 
@@ -137,6 +154,7 @@ def synthesize_round(
     compute: Compute,
     random: torch.Generator,
     on_step: Callable[[], None] = lambda: None,
+    world: World = SINGLE,
 ) -> Round:
     """Runs one round; the generator's weights and the statistics' memory go on to the next.
 
@@ -144,11 +162,12 @@ def synthesize_round(
         embeddings: of all classes, on the device.
         teacher: evaluated, frozen.
         student: for L_adv; None switches that loss off (warm-up).
-        random: a stream on the device.
+        random: a stream on the device, the same on every rank: each draws for the whole batch and takes its share.
         on_step: called after each step.
+        world: ranks that make equal shares of the batch.
     """
     generator.noisy.redraw(random)
-    labels = balanced_labels(config.batch, len(embeddings), random)
+    labels = world.share(balanced_labels(config.batch, len(embeddings), random))
     inputs = embeddings[labels]
     parameters = list(generator.parameters())
     generator.train()
@@ -160,7 +179,7 @@ def synthesize_round(
     for step in range(config.g_steps):
         with compute.autocast():
             images = generator(inputs)
-            seen = crop_and_flip(images, config.augment, random)
+            seen = crop_and_flip(images, config.augment, random, world)
             with statistics.watch():
                 teacher_logits = teacher(seen)
             student_logits = student(seen) if student is not None else None
@@ -173,14 +192,16 @@ def synthesize_round(
         loss = config.lambda_bn * loss_bn + config.lambda_ce * loss_ce + config.lambda_adv * loss_adv
         with torch.no_grad():
             # Kept on the device: comparing here would wait for it at every step.
-            better = loss < best_loss
-            parts = torch.stack((loss_bn, loss_ce, loss_adv)).detach()
+            # Judged by the whole batch, so that all ranks keep the same step.
+            whole_loss, *parts = world.mean(torch.stack((loss, loss_bn, loss_ce, loss_adv))).unbind()
+            better = whole_loss < best_loss
             best_images = images.detach() if step == 0 else torch.where(better, images.detach(), best_images)
-            best_parts = torch.where(better, parts, best_parts)
-            best_loss = torch.where(better, loss.detach(), best_loss)
+            best_parts = torch.where(better, torch.stack(parts), best_parts)
+            best_loss = torch.where(better, whole_loss, best_loss)
         optimizer.zero_grad(set_to_none=True)
         # Only the generator's gradients are wanted; the student's weights keep theirs out of it.
         loss.backward(inputs=parameters)
+        world.average_gradients(parameters, generator.own_parameters)
         optimizer.step()
         on_step()
     statistics.remember()
@@ -197,7 +218,7 @@ def draw_images(
     random: Callable[[int], torch.Generator],
     count: int,
     on_step: Callable[[], None] = lambda: None,
-) -> tuple[UInt8[Tensor, "N C H W"], Int[Tensor, N]]:
+) -> tuple[UInt8[Tensor, "N C H W"], Int[Tensor, " N"]]:
     """Fresh, class-balanced images from a trained generator, for calibration or as a synthetic hold-out.
 
     Whole rounds without L_adv on a copy of the generator, so that drawing leaves no trace; images of the last

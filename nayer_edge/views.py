@@ -83,7 +83,7 @@ class ViewCache:
         added, size = self._bank.added, len(self._bank)
         if size > len(self._known):
             grown = max(size, min(2 * len(self._known), self._bank.capacity))
-            logits = self._logits.new_empty(grown, *self._logits.shape[1:])
+            logits = self._logits.new_zeros(grown, *self._logits.shape[1:])
             known = self._known.new_zeros(grown, self.views)
             logits[: len(self._known)], known[: len(self._known)] = self._logits, self._known
             self._logits, self._known = logits, known

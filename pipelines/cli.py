@@ -3,10 +3,12 @@ imported inside the commands, so `--help` and `gate` need neither torch nor ONNX
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -21,11 +23,13 @@ from nayer_edge.errors import (
     EXIT_INTEGRITY,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    EXIT_USAGE,
     MissingError,
     NayerEdgeError,
     UsageError,
     missing_extra,
 )
+from nayer_edge.launch import launched
 from nayer_edge.text import inert
 
 if TYPE_CHECKING:
@@ -77,16 +81,31 @@ def _example(*lines: str) -> str:
     return "[bold]Example[/bold]\n\n" + "\n\n".join(f"  {line}" for line in lines)
 
 
-@app.callback()
-def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(__version__)  # noqa: T201
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    del version
     if debug:
         os.environ["NAYER_EDGE_DEBUG"] = "1"
+    rank, size = launched()
+    if size > 1 and context.invoked_subcommand != "distill":
+        if rank > 0:
+            raise typer.Exit(EXIT_USAGE)
+        raise UsageError(
+            f"Only `distill` runs as several processes, and torchrun started {size}.",
+            fix=f"Type: nayer-edge {context.invoked_subcommand} …   without torchrun",
+        )
 
 
 @app.command(epilog=_example("nayer-edge quickstart"))
@@ -134,9 +153,28 @@ def distill(
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Distils the student: teacher and class names in; student, generator and memory bank out. Takes no data set."""
-    chosen = _load_recipe(recipe, settings)
-    _run(chosen, out or _default_out(chosen), last="student", fresh=fresh, as_json=as_json)
+    """Distils the student: teacher and class names in; student, generator and memory bank out. Takes no data set.
+
+    On several GPUs or machines: torchrun --nproc-per-node 4 -m nayer_edge distill RECIPE (docs/DISTRIBUTED.md).
+    """
+
+    def work() -> None:
+        chosen = _load_recipe(recipe, settings)
+        _run(chosen, out or _default_out(chosen), last="student", fresh=fresh, as_json=as_json)
+
+    if launched()[1] == 1:
+        work()
+        return
+    from nayer_edge.distributed import joined
+
+    with joined() as world:
+        if world.first:
+            work()
+            world.from_first()
+        else:
+            from .distill import take_part
+
+            take_part(world)
 
 
 @app.command(epilog=_example("nayer-edge export runs/digits --int8 --target cpu,tensorrt-rtx"))
@@ -212,9 +250,9 @@ def calibration_data(
         raise UsageError(
             f"{out} lies inside the run folder, whose files its manifest states.", fix="Choose another folder."
         )
-    artifacts = [opened.artifact(name) for name in ("teacher", "lte", "student")]
+    teacher, embeddings, student = (opened.artifact(name) for name in ("teacher", "lte", "student"))
     console, progress = _watched(as_json)
-    source = SyntheticSource.open(*artifacts, chosen, opened)
+    source = SyntheticSource.open(teacher, embeddings, student, chosen, opened)
     rounds = -(-count // chosen.synthesis.batch)
     progress.start("draw calibration images", rounds * chosen.synthesis.g_steps)
     images, labels = source.draw_labelled("calibration", count, progress)
@@ -328,7 +366,7 @@ def report(run_folder: Run, as_json: Json = False) -> None:
     opened = _open(run_folder)
     opened.require_intact()
     load_report(opened)
-    _run(_recipe_of(run_folder), run_folder, last="report", as_json=as_json)
+    _run(_recipe_of(run_folder), run_folder, last="report", as_json=as_json, decide=False)
 
 
 @app.command(epilog=_example("nayer-edge verify runs/digits"))
@@ -358,8 +396,9 @@ def recipes(as_json: Json = False) -> None:
         _print_json([recipe.model_dump(mode="json", by_alias=True) for recipe in found])
         return
     table = Table(box=None, pad_edge=False)
-    for heading in ("recipe", "teacher", "student"):
-        table.add_column(heading)
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("teacher", "student"):
+        table.add_column(heading, overflow="fold")
     for heading in ("top-1", "± sd", "seconds"):
         table.add_column(heading, justify="right")
     for recipe in found:
@@ -438,8 +477,20 @@ def _show_lte(name: str, settings: list[str] | None, as_json: bool) -> None:
     _stdout().print(table)
 
 
-def _run(recipe: Recipe, root: Path, *, last: str | None = None, fresh: bool = False, as_json: bool = False) -> None:
-    """Runs steps, shows them, and ends with the verdict's exit code where a verdict was reached."""
+def _run(
+    recipe: Recipe,
+    root: Path,
+    *,
+    last: str | None = None,
+    fresh: bool = False,
+    as_json: bool = False,
+    decide: bool = True,
+) -> None:
+    """Runs steps, shows them, and ends with the verdict's exit code where a verdict was reached.
+
+    Args:
+        decide: False ends with 0 whatever the verdict, for a command that was not asked for one.
+    """
     from . import gate as gates
     from .run import run_recipe
     from .show import show_event
@@ -468,7 +519,7 @@ def _run(recipe: Recipe, root: Path, *, last: str | None = None, fresh: bool = F
         console.print()
         console.print(gates.verdict_table(verdict))
         console.print(f"\nReport: {root / 'report.html'}", highlight=False, soft_wrap=True)
-    if verdict is not None and verdict.verdict != "pass":
+    if decide and verdict is not None and verdict.verdict != "pass":
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -517,7 +568,14 @@ def _print_json(value: Any) -> None:
 
 
 def _fail(error: NayerEdgeError) -> NoReturn:
+    """Says what is wrong and ends with the error's exit code; called while an exception is handled."""
+    if os.environ.get("NAYER_EDGE_DEBUG"):
+        traceback.print_exc()
     console = Console(stderr=True, force_terminal=sys.stderr.isatty(), soft_wrap=True)
+    if _helps():
+        # The first rank says everything; were a reason its own, it stands here.
+        print(f"Rank {os.environ['RANK']}: {inert(error.what)} {inert(error.why)}".rstrip(), file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
     lines = [[inert(line) for line in part.splitlines()] for part in (error.what, error.why, error.fix)]
     what, why, fix = lines
     console.print(Text("Error: ", style="bold red").append("\n".join(what), style="default"))
@@ -534,28 +592,39 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # Typer colours its help on CI servers; DESIGN wants plain text there.
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        app(args=arguments, standalone_mode=True)
+        app(args=arguments, prog_name="nayer-edge", standalone_mode=True)
     except NayerEdgeError as error:
-        if os.environ.get("NAYER_EDGE_DEBUG"):
-            raise
         _fail(error)
     except ModuleNotFoundError as error:
         top = (error.name or "").partition(".")[0]
-        if os.environ.get("NAYER_EDGE_DEBUG") or top not in EXTRA_OF:
-            raise
-        _fail(missing_extra(top, EXTRA_OF[top], "This command"))
+        _fail(missing_extra(top, EXTRA_OF[top], "This command") if top in EXTRA_OF else _unexpected(error))
     except (Interrupted, KeyboardInterrupt):
         _interrupted()
     except MemoryError:
         _fail(
             MissingError("There is not enough memory.", fix="Lower synthesis.batch, distill.batch or distill.bank_mib.")
         )
+    except Exception as error:  # noqa: BLE001  tracebacks are for those who ask for them
+        _fail(_unexpected(error))
     sys.exit(EXIT_OK)
+
+
+def _unexpected(error: Exception) -> NayerEdgeError:
+    return NayerEdgeError(
+        "Something happened that nayer-edge does not expect.",
+        why=f"{type(error).__name__}: {error}",
+        fix="Repeat with `nayer-edge --debug …` to see where, and please report it.",
+    )
+
+
+def _helps() -> bool:
+    """This is a process of torchrun's, and not the one that prints."""
+    return "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 class Interrupted(BaseException):
@@ -567,5 +636,6 @@ def _interrupt(_number: int, _frame: object) -> NoReturn:
 
 
 def _interrupted() -> NoReturn:
-    print("\nInterrupted. What was finished is kept; the same command continues.", file=sys.stderr)  # noqa: T201
+    if not _helps():
+        print("\nInterrupted. What was finished is kept; the same command continues.", file=sys.stderr)  # noqa: T201
     sys.exit(EXIT_INTERRUPTED)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nayer_edge import compute as computing
-from nayer_edge import data, evaluate
+from nayer_edge import data, distributed, evaluate
 from nayer_edge import generator as generators
 from nayer_edge import lte as embeddings_of_labels
 from nayer_edge import teach as teaching
 from nayer_edge.artefacts import Artifact, RunFolder, write_bytes
+from nayer_edge.bank import MemoryBank
 from nayer_edge.compute import random_stream, seeded
 from nayer_edge.config import Recipe
 from nayer_edge.distill import Distillation, Epoch, Settings, distill
+from nayer_edge.distributed import World
+from nayer_edge.errors import TrainingError
+from nayer_edge.generator import Generator
 from nayer_edge.models import (
     build_classifier,
     load_classifier,
@@ -21,9 +26,10 @@ from nayer_edge.models import (
     read_state_dict,
     save_classifier,
 )
-from nayer_edge.progress import Progress
+from nayer_edge.progress import Progress, Silent
 
 from .picture import per_class_picture
+from .tracking import TensorBoard
 
 TEACHER = "teacher/teacher.safetensors"
 STUDENT = "student/student.safetensors"
@@ -82,26 +88,31 @@ def make_lte(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
 
 def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
     """Distils the student; keeps a checkpoint while it runs and continues from it."""
-    compute = computing.choose(config.device, config.precision)
-    network = load_classifier(out.path(teacher.files["teacher"]))
-    embeddings = embeddings_of_labels.load(out.path(lte.files["lte"]))
-    with seeded(random_stream(config.seed, "student").initial_seed()):
-        student = build_classifier(config.student.model, network.spec, network.classes)
-    settings = Settings(config.generator, config.synthesis, config.distill, config.seed)
-    run = Distillation(network, embeddings, student, settings, compute)
+    world = distributed.current()
+    files = {"teacher": out.path(teacher.files["teacher"]), "lte": out.path(lte.files["lte"])}
+    files["checkpoint"] = checkpoint = out.path(CHECKPOINT)
     lines: list[str] = []
+    board = TensorBoard(out.root) if config.tracking == "tensorboard" else None
 
     def log(epoch: Epoch) -> None:
+        if board is not None:
+            board.log(epoch)
         lines.append(json.dumps({key: _rounded(value) for key, value in vars(epoch).items()}))
         write_bytes(out.path(METRICS), ("\n".join(lines) + "\n").encode())
 
-    checkpoint = out.path(CHECKPOINT)
-    distill(run, checkpoint, progress=progress, on_epoch=log)
-    save_classifier(run.result(), out.path(STUDENT), {"distilled_from": network.model, "select": config.distill.select})
-    generators.save(run.generator, run.statistics.memory, out.path(GENERATOR))
-    run.bank.save(out.path(BANK))
-    images, labels = run.bank.newest(config.synthesis.batch * config.synthesis.rounds)
-    per_class_picture(images.cpu().numpy(), labels.tolist(), network.classes, out.path(PICTURE))
+    # Here `take_part` joins in, on the other ranks.
+    paths = {role: str(path.resolve()) for role, path in files.items()}
+    world.from_first({"recipe": config.model_dump(mode="json", by_alias=True), "files": paths})
+    run, generator, bank = _distil(config, files, progress, log)
+    if board is not None:
+        board.close()
+    student = run.result()
+    facts = {"distilled_from": run.teacher.model, "select": config.distill.select}
+    save_classifier(student, out.path(STUDENT), facts)
+    generators.save(generator, run.statistics.memory, out.path(GENERATOR))
+    bank.save(out.path(BANK))
+    images, labels = bank.newest(config.synthesis.batch * config.synthesis.rounds)
+    per_class_picture(images.cpu().numpy(), labels.tolist(), student.classes, out.path(PICTURE))
     checkpoint.unlink(missing_ok=True)
     return Artifact(
         "student",
@@ -118,9 +129,40 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
             "model": config.student.model,
             "parameters": student.parameter_count,
             "synthetic agreement": round(run.history[-1].agreement, 4),
-            "bank images": len(run.bank),
+            "bank images": len(bank),
+            **({"processes": world.size} if world.size > 1 else {}),
         },
     )
+
+
+def take_part(world: World) -> None:
+    """What every rank but the first does: waits for the student step of rank 0, and does its share of it."""
+    while True:
+        try:
+            task = world.from_first()
+        except TrainingError as error:
+            # Rank 0 ended before that step, and said why.
+            raise SystemExit(error.exit_code) from error
+        if task is None:
+            return
+        files = {role: Path(path) for role, path in task["files"].items()}
+        _distil(Recipe.model_validate(task["recipe"]), files, Silent(), lambda _epoch: None)
+
+
+def _distil(
+    config: Recipe, files: Mapping[str, Path], progress: Progress, on_epoch: Callable[[Epoch], None]
+) -> tuple[Distillation, Generator, MemoryBank]:
+    """The part of the step in which every rank takes part: the finished run, and on rank 0 the generator and bank of
+    all ranks."""
+    compute = computing.choose(config.device, config.precision)
+    network = load_classifier(files["teacher"])
+    embeddings = embeddings_of_labels.load(files["lte"])
+    with seeded(random_stream(config.seed, "student").initial_seed()):
+        student = build_classifier(config.student.model, network.spec, network.classes)
+    settings = Settings(config.generator, config.synthesis, config.distill, config.seed)
+    run = Distillation(network, embeddings, student, settings, compute, distributed.current())
+    distill(run, files["checkpoint"], progress=progress, on_epoch=on_epoch)
+    return run, run.whole_generator(), run.whole_bank()
 
 
 def _rounded(value: object) -> object:

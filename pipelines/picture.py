@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ from nayer_edge.errors import missing_extra
 from nayer_edge.text import inert
 
 COLUMNS = 10
+FONT = "DejaVu Sans"
+"""matplotlib's own"""
 MAX_CLASSES = 20
 """rows; with more classes, evenly chosen ones"""
 
@@ -26,12 +28,15 @@ def per_class_picture(images: np.ndarray, labels: Sequence[int], classes: Sequen
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.font_manager import findfont, get_font
     except ImportError as error:
         raise missing_extra("matplotlib", "cpu", "Drawing pictures") from error
     numbers = np.asarray(labels)
     present = [number for number in range(len(classes)) if (numbers == number).any()]
     step = max(1, -(-len(present) // MAX_CLASSES))
     rows = present[::step]
+    # A font of one's own would be another dependency: names that matplotlib's cannot write become numbers.
+    writable = get_font(findfont(FONT)).get_charmap()
     figure = Figure(figsize=(8, 0.62 * len(rows) + 0.3), dpi=120)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), COLUMNS, squeeze=False)
@@ -54,12 +59,13 @@ def per_class_picture(images: np.ndarray, labels: Sequence[int], classes: Sequen
                 axis.text(
                     -0.15,
                     0.5,
-                    _short(inert(classes[number])),
+                    _row_name(classes[number], number, writable),
                     transform=axis.transAxes,
                     ha="right",
                     va="center",
                     fontsize=8,
                     color="#555555",
+                    family=FONT,
                     parse_math=False,
                 )
     figure.subplots_adjust(left=0.16, right=0.99, top=0.98, bottom=0.02, wspace=0.05, hspace=0.08)
@@ -67,5 +73,8 @@ def per_class_picture(images: np.ndarray, labels: Sequence[int], classes: Sequen
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
-def _short(text: str) -> str:
+def _row_name(label: str, number: int, writable: Container[int]) -> str:
+    text = inert(label)
+    if not all(ord(character) in writable for character in text):
+        return f"class {number}"
     return text if len(text) <= 16 else text[:15] + "…"

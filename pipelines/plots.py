@@ -46,7 +46,7 @@ def curves(metrics: list[dict[str, Any]]) -> str:
         figure.patch.set_visible(False)
         figure.tight_layout()
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # Black becomes the page's own text colour, in both themes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def check(recipe: Recipe, steps: Sequence[Step]) -> None:
                 f"distill.bank_mib: {recipe.distill.bank_mib:g} MiB hold {int(images)} images, "
                 f"one round makes {recipe.synthesis.batch}"
             )
+        problems += _processes(recipe)
     if "int8" in names:
         problems += _targets(recipe)
     if "validate" in names:
@@ -75,6 +77,20 @@ def _model(key: str, name: str, recipe: Recipe) -> list[str]:
     except UsageError as error:
         return [f"{key}: {error.what} {error.fix}".strip()]
     return []
+
+
+def _processes(recipe: Recipe) -> list[str]:
+    """What keeps several processes from sharing the work."""
+    import torch
+
+    from nayer_edge.distributed import current, share_problems
+
+    size = current().size
+    problems = share_problems(recipe.synthesis, recipe.distill, len(recipe.teacher.classes), size)
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if size > 1 and recipe.device != "cpu" and 0 < gpus < here:
+        problems.append(f"device: {here} processes and {gpus} GPUs on this machine; each process needs its own")
+    return problems
 
 
 def _targets(recipe: Recipe) -> list[str]:

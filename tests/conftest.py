@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,15 +33,21 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture
+def tiny_settings() -> list[str]:
+    """`--set` items that make the digits recipe run in seconds."""
+    return list(TINY)
+
+
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny digits recipe. Read only: copy it before changing anything."""
     from nayer_edge.pipelines.recipe import load_recipe
     from nayer_edge.pipelines.run import run_recipe
 
     root = tmp_path_factory.mktemp("runs") / "digits"
     run_recipe(load_recipe("digits", list(TINY)), root)
-    yield root
+    return root
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -146,9 +146,7 @@ def teacher_with_statistics(teacher: nn.Module, images: Tensor) -> tuple[Tensor,
     logits = teacher(images)
     for hook in hooks:
         hook.remove()
-    statistics = [
-        (entered[layer].mean([0, 2, 3]), entered[layer].var([0, 2, 3], unbiased=False)) for layer in layers
-    ]
+    statistics = [(entered[layer].mean([0, 2, 3]), entered[layer].var([0, 2, 3], unbiased=False)) for layer in layers]
     return logits, statistics, layers
 
 

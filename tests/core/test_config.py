@@ -151,7 +151,7 @@ def test_settings_reach_into_sections_and_leave_the_recipe_alone() -> None:
 
 @pytest.mark.parametrize("setting", ["", "a", "=1", "a..b=1", ".=1", "name.x=1"])
 def test_settings_of_another_form(setting: str) -> None:
-    with pytest.raises(UsageError, match="not of the form|is a value, not a section"):
+    with pytest.raises(UsageError, match=r"not of the form|is a value, not a section"):
         apply_settings(GOOD, [setting])
 
 

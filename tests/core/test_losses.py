@@ -46,9 +46,7 @@ def test_adversarial_loss_is_never_positive_and_zero_for_equal_networks(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
-def test_distillation_loss_is_kl_at_temperature(
-    logits: tuple[torch.Tensor, torch.Tensor], temperature: float
-) -> None:
+def test_distillation_loss_is_kl_at_temperature(logits: tuple[torch.Tensor, torch.Tensor], temperature: float) -> None:
     teacher, student = logits
     p = softmax(teacher.double().numpy() / temperature)
     q = softmax(student.double().numpy() / temperature)

@@ -210,7 +210,7 @@ def test_damaged_state_dicts(network: Classifier, tmp_path: Path, keep: int) -> 
     path = tmp_path / "w.pt"
     torch.save(network.backbone.state_dict(), path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(IntegrityError, match="cannot be read|can be read safely"):
+    with pytest.raises(IntegrityError, match="can be read safely"):
         read_state_dict(path)
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from nayer_edge import losses
 from nayer_edge import generator as generators
+from nayer_edge import losses
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.bank import to_uint8
 from nayer_edge.compute import Compute, choose
@@ -52,7 +53,7 @@ class Bench:
             self.ours, self.embeddings, self.teacher, student, self.statistics, self.config, compute, random
         )
 
-    def reference_round(self, seed: int, student: Classifier | None = None):  # noqa: ANN201
+    def reference_round(self, seed: int, student: Classifier | None = None) -> Any:
         """The reference's, with the same draws."""
         random = torch.Generator().manual_seed(seed)
         made = self.reference.synthesis_round(

@@ -231,10 +231,10 @@ def test_a_step_that_fails_loses_nothing(finished: Path) -> None:
     """A hold-out that is found unreadable only while the step runs."""
     broken = finished.parent / "held.npz"
     broken.write_bytes(b"no npz")
-    before = (finished / MANIFEST).read_bytes()
+    before = manifest(finished)
     with pytest.raises(UsageError):
         again(finished, f"validate.data={broken}", last="validate")
-    assert (finished / MANIFEST).read_bytes() == before
+    assert manifest(finished) == before
     assert RunFolder.open(finished).problems() == []
 
 

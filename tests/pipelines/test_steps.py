@@ -39,7 +39,7 @@ def test_every_setting_that_changes_a_result_is_read_by_a_step() -> None:
     """What no step lists would be changed without anything being made anew."""
     recipe = load_recipe("digits").model_dump(mode="json", by_alias=True)
     read = {key.split(".")[0] for step in STEPS for key in step.settings}
-    assert set(recipe) - read == {"name", "description", "measured"}
+    assert set(recipe) - read == {"name", "description", "measured", "tracking"}
 
 
 def test_a_step_that_draws_images_reads_what_they_depend_on() -> None:

@@ -1,0 +1,619 @@
+"""The command line as a person and a CI server meet it. Exit codes are the contract."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from nayer_edge.artefacts import MANIFEST, RunFolder, sha256_of, write_json
+from nayer_edge.pipelines.cli import app
+from nayer_edge.pipelines.recipe import recipe_of
+from nayer_edge.pipelines.run import run_recipe
+from nayer_edge.pipelines.schemas import load
+
+ONNX = "export/student.fp32.onnx"
+REPORT = "validate/report.json"
+HOSTILE = "\x1b[2J<script>alert(1)</script>\x1b]0;owned\x07 ::error::owned [x](http://evil.example) $x_2$"
+CLASSES = (HOSTILE, "нуль", "zwölf", "três", "猫", "שש", "🎱", "<b>&amp;", "'\"`|", "9")
+
+Invoke = Callable[..., Any]
+
+
+def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(name, command) of every command, those of groups included."""
+    group = group or typer.main.get_command(app)
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands())
+NAMES = [" ".join(name) for name in COMMANDS]
+
+
+def settings_of(root: Path) -> list[str]:
+    """What makes the digits recipe the one of a finished run."""
+    values = json.loads((root / MANIFEST).read_text())["recipe"]
+    return [
+        f"--set={section}.{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for section in ("teach", "synthesis", "distill", "export")
+        for key, value in values[section].items()
+        if isinstance(value, int | float | str)
+    ]
+
+
+def record_again(root: Path, name: str) -> None:
+    """Enters a file into the manifest as it now is."""
+    run = RunFolder.open(root)
+    path = run.path(name)
+    update = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+    run.manifest.files[name] = run.manifest.files[name].model_copy(update=update)
+    run.save()
+
+
+def policy(folder: Path, text: str) -> Path:
+    path = folder / "policy.toml"
+    path.write_text(text)
+    return path
+
+
+LENIENT = "[accuracy]\nmax_drop_vs_fp32 = 1.0\nmax_drop_vs_teacher = 1.0\n"
+
+
+# What the commands offer
+
+
+@pytest.mark.parametrize("name", ["", "lte", *NAMES])
+def test_help_fits_80_columns_and_shows_an_example(invoke: Invoke, name: str) -> None:
+    answer = invoke(*name.split(), "--help")
+    assert answer.code == 0
+    assert answer.err == ""
+    assert max(map(len, answer.out.splitlines())) <= 80
+    if name in NAMES:
+        assert "Example" in answer.out
+        assert f"nayer-edge {name}" in answer.out.split("Example")[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_are_commands_that_exist(invoke: Invoke, name: str) -> None:
+    command = COMMANDS[tuple(name.split())]
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    text = re.sub(r"\s+", " ", invoke(*name.split(), "--help").out.split("Example")[1])
+    for example in text.split("nayer-edge ")[1:]:
+        assert example.startswith(name)
+        assert set(re.findall(r"(?<!\S)--?[a-z][a-z0-9-]*", example)) <= options
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_has_json(name: str) -> None:
+    assert any("--json" in parameter.opts for parameter in COMMANDS[tuple(name.split())].params)
+
+
+def test_version(invoke: Invoke) -> None:
+    assert invoke("--version").out == "0.1.0\n"
+
+
+def test_no_command_shows_help(invoke: Invoke) -> None:
+    assert "Usage: nayer-edge" in invoke().out
+    assert "lte show" in invoke("lte").out or "show" in invoke("lte").out
+
+
+# The base install
+
+
+def test_help_gate_and_verify_work_without_heavy_packages(
+    spawn: Invoke, without: Callable[..., dict[str, str]], finished: Path
+) -> None:
+    env = without()
+    path = policy(finished.parent, LENIENT)
+    for arguments in (
+        ["--help"],
+        ["run", "--help"],
+        ["recipes"],
+        ["gate", finished, "--policy", path],
+        ["verify", finished],
+        ["doctor"],
+    ):
+        answer = spawn(*arguments, env=env)
+        assert (answer.code, answer.err) == (0, ""), arguments
+
+
+@pytest.mark.parametrize("command", ["--help", "gate", "verify", "recipes", "doctor"])
+def test_nothing_heavy_is_imported(finished: Path, command: str) -> None:
+    arguments = [command] + ([str(finished)] if command in ("gate", "verify") else [])
+    program = (
+        "import sys\nfrom nayer_edge.__main__ import main\nsys.argv[1:] = sys.argv[1:]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'transformers', 'tensorrt', 'scipy', 'jinja2'}\n"
+        "found = heavy & {name.partition('.')[0] for name in sys.modules}\n"
+        "print(f'heavy: {sorted(found)}', file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert done.stderr.endswith("heavy: []\n")
+
+
+def test_help_does_not_import_pydantic() -> None:
+    program = (
+        "import sys\nfrom nayer_edge.__main__ import main\nsys.argv = ['nayer-edge', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\nassert 'pydantic' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "arguments"),
+    [
+        ("torch", ["run", "digits", "--out", "out"]),
+        ("torch", ["lte", "show", "digits"]),
+        ("onnxruntime", ["bench", "RUN"]),
+        ("jinja2", ["report", "RUN"]),
+        ("sklearn", ["validate", "RUN", "--data", "digits"]),
+    ],
+)
+def test_missing_extra(
+    spawn: Invoke,
+    without: Callable[..., dict[str, str]],
+    finished: Path,
+    tmp_path: Path,
+    blocked: str,
+    arguments: list[str],
+) -> None:
+    run = RunFolder.open(finished)
+    run.forget("report")
+    run.forget("validate" if blocked == "sklearn" else "report")
+    before = run.manifest
+    answer = spawn(*[str(finished) if a == "RUN" else a for a in arguments], env=without(blocked), cwd=tmp_path)
+    assert answer.code == 3
+    assert "pip install 'nayer-edge[cpu]'" in answer.err
+    assert "Traceback" not in answer.err
+    assert not (tmp_path / "out").exists(), "nothing is begun that cannot go on"
+    assert RunFolder.open(finished).manifest == before
+
+
+# Wrong usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gaet"], ["Did you mean 'gate'?"]),
+        (["run", "digts"], ["There is no recipe 'digts'. Did you mean 'digits'?", "nayer-edge recipes"]),
+        (["run", "nowhere.toml"], ["There is no recipe file nowhere.toml."]),
+        (["run"], ["Missing argument"]),
+        (["run", "digits", "--nutil", "lte"], ["--nutil", "--until"]),
+        (["run", "digits", "--until", "studnet"], ["Did you mean 'student'?", "The steps are: teacher"]),
+        (["run", "digits", "--set", "distill.epoch=3"], ["unknown key 'distill.epoch'. Did you mean 'epochs'?"]),
+        (["run", "digits", "--set", "x"], ["'x' is not of the form a.b=c.", "For example: --set"]),
+        (["lte", "show", "digts"], ["Did you mean 'digits'?"]),
+        (["gate", "nowhere"], ["nowhere is not a run folder.", "nayer-edge run"]),
+        (["verify", "nowhere"], ["nowhere is not a run folder."]),
+        (["report", "nowhere"], ["nowhere is not a run folder."]),
+        (["export", "nowhere"], ["nowhere is not a run folder."]),
+        (["validate", "nowhere"], ["nowhere is not a run folder."]),
+        (["bench", "nowhere"], ["nowhere is not a run folder."]),
+        (["validate", "nowhere", "--data", "digits", "--synthetic"], ["exclude each other"]),
+        (["teach", "own.toml"], ["There is no recipe file own.toml."]),
+    ],
+)
+def test_wrong_usage(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = invoke(*arguments)
+    assert answer.code == 2
+    for word in words:
+        assert word in answer.err
+    assert "Traceback" not in answer.err
+    assert list(tmp_path.iterdir()) == [], "nothing was written"
+
+
+def test_several_problems_at_once(invoke: Invoke, tmp_path: Path) -> None:
+    answer = invoke(
+        "run", "digits", "--out", tmp_path / "run",
+        "--set", "distil.epochs=3", "--set", "teach.lr=-1", "--set", "synthesis.g_step=3", "--set", "seed=x",
+    )  # fmt: skip
+    assert answer.code == 2
+    for word in ("'distil'. Did you mean 'distill'?", "teach.lr", "Did you mean 'g_steps'?", "seed"):
+        assert word in answer.err
+    assert answer.err.count("\n  - ") == 4
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_is_not_trained_here(invoke: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[teacher]\nmodel = "nayer:resnet20"\nweights = "w.safetensors"\nclasses = ["a", "b"]\n'
+        '[student]\nmodel = "nayer:resnet8"\n'
+    )
+    answer = invoke("teach", path)
+    assert answer.code == 2
+    assert "has no [teach] section" in answer.err
+    answer = invoke("run", path, "--out", tmp_path / "run")
+    assert answer.code == 2
+    assert "teacher.weights: there is no" in answer.err
+
+
+def test_a_file_in_the_way(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    answer = invoke("run", "digits", "--out", tmp_path / "file" / "run")
+    assert answer.code == 2
+    assert "Cannot write" in answer.err
+
+
+def test_changed_training_settings(invoke: Invoke, finished: Path) -> None:
+    answer = invoke("run", "digits", *settings_of(finished), "--set", "distill.epochs=9", "--out", finished)
+    assert answer.code == 2
+    assert "Changed since: distill.epochs: 3 → 9." in answer.err
+    assert "--fresh" in answer.err
+
+
+# The gate
+
+
+def test_gate_exit_codes(invoke: Invoke, finished: Path) -> None:
+    folder = finished.parent
+    assert invoke("gate", finished, "--policy", policy(folder, LENIENT)).code == 0
+    assert invoke("gate", finished, "--policy", policy(folder, LENIENT + "[size]\nmax_bytes = 1\n")).code == 1
+    answer = invoke("gate", finished, "--policy", policy(folder, LENIENT + "[size]\nmax_byte = 1\n"))
+    assert answer.code == 2
+    assert "unknown key 'size.max_byte'. Did you mean 'max_bytes'?" in answer.err
+    assert invoke("gate", finished, "--policy", folder / "nowhere.toml").code == 2
+    content = bytearray((finished / ONNX).read_bytes())
+    content[100] ^= 1
+    (finished / ONNX).write_bytes(content)
+    answer = invoke("gate", finished, "--policy", policy(folder, LENIENT))
+    assert answer.code == 4
+    assert ONNX in answer.err
+
+
+def test_gate_without_a_report(invoke: Invoke, tiny_run: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    RunFolder.create(root, json.loads((tiny_run / MANIFEST).read_text())["recipe"], 0, {}, {})
+    answer = invoke("gate", root)
+    assert answer.code == 2
+    assert f"nayer-edge validate {root}" in answer.err
+
+
+@pytest.mark.parametrize("command", ["gate", "report"])
+def test_a_report_older_than_the_artefacts(invoke: Invoke, finished: Path, command: str) -> None:
+    with (finished / ONNX).open("ab") as file:
+        file.write(b"\0")
+    record_again(finished, ONNX)
+    answer = invoke(command, finished)
+    assert answer.code == 4
+    assert "stale" in answer.err
+    assert f"nayer-edge validate {finished}" in answer.err
+
+
+def test_gate_writes_where_it_is_told(invoke: Invoke, finished: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    answer = invoke(
+        "gate", finished, "--policy", policy(tmp_path, LENIENT),
+        "--junit", tmp_path / "out" / "j.xml", "--json-out", tmp_path / "v.json", "--summary", tmp_path / "s.md",
+    )  # fmt: skip
+    assert answer.code == 0
+    assert ET.parse(tmp_path / "out" / "j.xml").getroot().get("failures") == "0"
+    assert json.loads((tmp_path / "v.json").read_text())["verdict"] == "pass"
+    assert (tmp_path / "s.md").read_text().startswith("### nayer-edge gate: ✓ pass")
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert invoke("gate", finished, "--junit", tmp_path).code == 2
+
+
+def test_printed_policy_is_a_policy(invoke: Invoke, finished: Path, tmp_path: Path) -> None:
+    answer = invoke("gate", finished, "--print-policy")
+    assert answer.code == 0
+    path = policy(tmp_path, answer.out)
+    assert invoke("gate", finished, "--policy", path, "--print-policy").out == answer.out
+
+
+def test_report_ends_well_whatever_the_verdict(invoke: Invoke, finished: Path) -> None:
+    assert invoke("gate", finished).code == 1
+    answer = invoke("report", finished)
+    assert answer.code == 0
+    assert "gate: fail" in answer.out
+    assert str(finished / "report.html") in answer.out
+
+
+# Integrity
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("flipped", f"{ONNX} was altered"),
+        ("missing", f"{ONNX} is missing"),
+        ("added", "export/extra.onnx is not in the manifest"),
+        ("link", "export/extra.onnx is not in the manifest"),
+    ],
+)
+def test_verify(invoke: Invoke, finished: Path, change: str, sentence: str) -> None:
+    answer = invoke("verify", finished)
+    assert answer.code == 0
+    assert "files match the manifest" in answer.out
+    path = finished / ONNX
+    if change == "flipped":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif change == "missing":
+        path.unlink()
+    elif change == "added":
+        (finished / "export" / "extra.onnx").write_bytes(b"x")
+    else:
+        (finished / "export" / "extra.onnx").symlink_to("/etc/hostname")
+    answer = invoke("verify", finished)
+    assert answer.code == 4
+    assert f"✗ {sentence}" in answer.out
+    assert answer.out.count("✗") == 1
+    answer = invoke("verify", finished, "--json")
+    assert answer.code == 4
+    assert sentence in json.loads(answer.out)["problems"][0]
+
+
+def test_a_manifest_that_points_outside(invoke: Invoke, finished: Path) -> None:
+    values = json.loads((finished / MANIFEST).read_text())
+    values["files"]["../../../etc/hostname"] = values["files"].pop(ONNX)
+    (finished / MANIFEST).write_text(json.dumps(values))
+    for command in ("verify", "gate", "validate", "report"):
+        answer = invoke(command, finished)
+        assert answer.code == 4, command
+        assert "Traceback" not in answer.err
+
+
+# For machines
+
+
+def json_commands(root: Path, folder: Path) -> dict[str, list[str | Path]]:
+    same: list[str | Path] = [*settings_of(root), "--out", root]
+    return {
+        "quickstart": same,
+        "run": ["digits", *same],
+        "teach": ["digits", *same],
+        "distill": ["digits", *same],
+        "export": [root, "--int8"],
+        "calibration-data": [root, "-n", "20", "--format", "npz,png", "--out", folder / "calibration"],
+        "validate": [root],
+        "gate": [root],
+        "report": [root],
+        "bench": [root, "--batch", "1", "--runs", "5"],
+        "verify": [root],
+        "recipes": [],
+        "doctor": [],
+        "lte build": ["digits"],
+        "lte show": ["digits"],
+    }
+
+
+def test_json_is_all_that_stands_on_standard_output(invoke: Invoke, finished: Path, tmp_path: Path) -> None:
+    table = json_commands(finished, tmp_path)
+    assert set(table) == set(NAMES), "a new command has --json, and stands in this table"
+    answers = {}
+    for name, arguments in table.items():
+        answer = invoke(*name.split(), *arguments, "--json")
+        assert answer.code in (0, 1), (name, answer.err)
+        answers[name] = json.loads(answer.out)
+    assert answers["run"]["verdict"] == answers["gate"]
+    assert answers["gate"]["schema"] == "nayer-edge/verdict/1"
+    assert answers["teach"]["verdict"] is None
+    assert answers["verify"] == {"run": str(finished), "files": len(RunFolder.open(finished).manifest.files),
+                                 "problems": []}  # fmt: skip
+    assert "digits" in [recipe["name"] for recipe in answers["recipes"]]
+    assert {line["what"] for line in answers["doctor"]} >= {"processor", "torch", "onnxruntime"}
+    assert [row["label"] for row in answers["lte show"]["labels"]][:2] == ["zero", "one"]
+    assert answers["lte build"] == answers["lte show"]
+
+
+def test_json_of_an_error_is_empty(invoke: Invoke) -> None:
+    answer = invoke("gate", "nowhere", "--json")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("Error: ")
+
+
+def test_no_colour_codes_off_a_terminal(spawn: Invoke, finished: Path) -> None:
+    env = {"GITHUB_ACTIONS": "true", "FORCE_COLOR": "1", "CI": "true", "PY_COLORS": "1", "TERM": "xterm-256color"}
+    for arguments in (
+        ["--help"],
+        ["gate", "--help"],
+        ["gate", finished],
+        ["gate", "nowhere"],
+        ["gaet"],
+        ["verify", finished],
+        ["recipes"],
+        ["doctor"],
+        ["report", finished],
+    ):
+        answer = spawn(*arguments, env=env)
+        assert "\x1b" not in answer.out + answer.err, arguments
+    assert any(line.startswith("::error ") for line in spawn("gate", finished, env=env).out.splitlines())
+
+
+# Interruption and failure
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed(tiny_run: Path, tmp_path: Path, number: signal.Signals) -> None:
+    root = tmp_path / "run"
+    for name in ("teacher", "lte.safetensors", MANIFEST):
+        copy = shutil.copytree if (tiny_run / name).is_dir() else shutil.copy
+        root.mkdir(exist_ok=True)
+        copy(tiny_run / name, root / name)
+    run = RunFolder.open(root)
+    for step in list(run.manifest.steps)[2:]:
+        run.forget(step)
+    command = [sys.executable, "-m", "nayer_edge", "run", "digits", *settings_of(tiny_run), "--out", str(root)]
+    with subprocess.Popen(
+        [*command, "--set", "distill.epochs=100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (root / "metrics.jsonl").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "\nInterrupted. What was finished is kept; the same command continues.\n"
+    recipe = recipe_of(json.loads((tiny_run / MANIFEST).read_text())["recipe"])
+    done = run_recipe(recipe, root, last="student")
+    for name in ("student/student.safetensors", "bank.safetensors"):
+        assert sha256_of(root / name) == sha256_of(tiny_run / name)
+    assert done.problems() == []
+
+
+def test_tracebacks_are_for_those_who_ask(spawn: Invoke, tmp_path: Path) -> None:
+    answer = spawn("run", "digts", cwd=tmp_path)
+    assert answer.code == 2
+    assert "Traceback" not in answer.err
+    answer = spawn("--debug", "run", "digts", cwd=tmp_path)
+    assert answer.code == 2, "the exit code is the same"
+    assert "Traceback" in answer.err
+    assert "There is no recipe 'digts'." in answer.err
+
+
+def test_what_nobody_expected_has_no_traceback_either(
+    spawn: Invoke, without: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    env = without("rich.table")
+    hook = Path(env["PYTHONPATH"]) / "sitecustomize.py"
+    hook.write_text("import nayer_edge.artefacts as a\ndef broken(*_):\n    raise RuntimeError('boom')\n"
+                    "a.RunFolder.open = broken\n")  # fmt: skip
+    answer = spawn("verify", tmp_path, env=env)
+    assert answer.code == 1
+    assert "RuntimeError: boom" in answer.err
+    assert "--debug" in answer.err
+    assert "Traceback" not in answer.err
+    assert "Traceback" in spawn("--debug", "verify", tmp_path, env=env).err
+
+
+# Names in any script, and names that would act
+
+
+@pytest.fixture(scope="module")
+def named(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of a finished run whose classes have such names."""
+    folder = tmp_path_factory.mktemp("named")
+    values = json.loads((tiny_run / MANIFEST).read_text())["recipe"]
+    text = f"""
+description = {json.dumps(HOSTILE)}
+[teacher]
+model = "nayer:wrn_16_2"
+classes = {json.dumps(CLASSES, ensure_ascii=False)}
+input = {{ channels = 1, height = 16, width = 16 }}
+[teach]
+data = "digits"
+epochs = 1
+[lte]
+encoder = "random"
+prompt = "{{label}}"
+[student]
+model = "nayer:resnet8"
+[generator]
+noisy_dim = 32
+channels = 8
+[synthesis]
+batch = 20
+g_steps = 1
+warmup_rounds = 1
+rounds = 1
+[distill]
+epochs = 2
+warmup_epochs = 1
+steps = 2
+batch = 16
+bank_mib = 1
+holdout_rounds = 1
+[export]
+calibration_images = 20
+calibration_method = "minmax"
+[validate]
+data = {json.dumps(values["validate"]["data"])}
+[gate.per_class]
+max_drop = 0.01
+advisory = false
+"""
+    (folder / "named.toml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def assert_inert(text: str) -> None:
+    assert not any(ord(character) < 32 and character not in "\n\t" for character in text)
+    assert "\x7f" not in text
+    assert "<script" not in text
+    assert "\n::" not in text
+
+
+def test_any_class_names_from_recipe_to_gate(invoke: Invoke, named: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(named)
+    answer = invoke("run", "named.toml")
+    assert answer.code == 1, answer.err
+    assert "Report: runs/named/report.html" in answer.out
+    root = named / "runs" / "named"
+    card = json.loads((root / "student" / "student.json").read_text(encoding="utf-8"))
+    assert tuple(card["classes"]) == CLASSES
+    assert_inert(answer.out.replace("<script", "script"))
+    assert "\x1b" not in answer.out
+
+    # One image of every class lost, so that the gate has something to say about each.
+    report = json.loads((root / REPORT).read_text(encoding="utf-8"))
+    assert [each["label"] for each in report["artifacts"][-1]["per_class"]] == list(CLASSES)
+    (int8,) = [artifact for artifact in report["artifacts"] if artifact["name"] == "int8.cpu"]
+    for each in int8["per_class"]:
+        each["lost"], each["gained"] = each["n"], 0
+    write_json(root / REPORT, report)
+    record_again(root, REPORT)
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    answer = invoke("gate", root, "--junit", "j.xml", "--summary", "s.md", "--json-out", "v.json")
+    assert answer.code == 1
+    assert "script" in answer.out, "the name is shown"
+    assert "\x1b" not in answer.out
+    assert "\x07" not in answer.out
+    assert all(line.startswith("::error ") for line in answer.out.splitlines() if line.startswith("::"))
+    junit = (named / "j.xml").read_text(encoding="utf-8")
+    assert_inert(junit)
+    assert "script" in ET.parse(named / "j.xml").getroot().findtext(".//failure[@type='fail']", "") or "script" in junit
+    assert_inert((named / "s.md").read_text(encoding="utf-8"))
+    assert "\\u001b" not in (named / "v.json").read_text(encoding="utf-8")
+
+    answer = invoke("report", root)
+    assert answer.code == 0
+    page = (root / "report.html").read_text(encoding="utf-8")
+    assert_inert(page)
+    assert "&lt;script&gt;" in page
+
+    answer = invoke("lte", "show", "named.toml")
+    assert answer.code == 0
+    assert "\x1b" not in answer.out
+    assert {"нуль", "猫", "🎱", "zwölf"} <= set(re.findall(r"\S+", answer.out))
+    answer = invoke("lte", "show", "named.toml", "--json")
+    assert [row["label"] for row in json.loads(answer.out)["labels"]] == list(CLASSES)
+
+
+def test_standard_output_that_knows_only_ascii(spawn: Invoke, finished: Path) -> None:
+    answer = spawn("gate", finished, env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"})
+    assert answer.code == 1
+    assert "gate: fail" in answer.out
+
+
+def test_output_into_a_closed_pipe(finished: Path) -> None:
+    command = f"{sys.executable} -m nayer_edge gate {finished} | head -c 1 >/dev/null"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=dict(os.environ))
+    assert "Traceback" not in done.stderr
+
+
+def test_schemas_name_what_the_files_hold(finished: Path) -> None:
+    assert load("manifest")["$id"] == json.loads((finished / MANIFEST).read_text())["schema"]

@@ -1,0 +1,26 @@
+"""TensorBoard's files hold what metrics.jsonl holds, and lie outside the run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nayer_edge.artefacts import RunFolder
+from nayer_edge.pipelines.recipe import load_recipe
+from nayer_edge.pipelines.run import run_recipe
+
+
+def test_the_board_shows_the_metrics(tmp_path: Path, tiny_settings: list[str]) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra 'tracking'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    root = tmp_path / "run"
+    run_recipe(load_recipe("digits", [*tiny_settings, "tracking=tensorboard"]), root, last="student")
+    board = EventAccumulator(str(tmp_path / "run.tensorboard")).Reload()
+    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    shown = {point.step: point.value for point in board.Scalars("loss_bn")}
+    assert shown == pytest.approx({line["epoch"]: line["loss_bn"] for line in lines}, rel=1e-4)
+    assert len(board.Scalars("loss_kd")) == sum(line["loss_kd"] is not None for line in lines) > 0
+    assert RunFolder.open(root).strangers() == []

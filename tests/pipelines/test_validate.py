@@ -1,0 +1,281 @@
+"""`report.json` beside an independent recomputation, on a hold-out and on synthetic images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from PIL import Image
+
+from nayer_edge.artefacts import MANIFEST, RunFolder, sha256_of
+from nayer_edge.config import InputSpec
+from nayer_edge.data import digits
+from nayer_edge.errors import EXIT_USAGE
+from nayer_edge.pipelines.measurements import PREDICTIONS_PATH, REPORT_PATH
+from nayer_edge.pipelines.recipe import recipe_of
+from nayer_edge.pipelines.run import run_recipe
+from nayer_edge.pipelines.schemas import load
+from nayer_edge.pipelines.validate import count_pairs, ranked, same
+
+Invoke = Callable[..., Any]
+CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def report_of(root: Path) -> dict[str, Any]:
+    return json.loads((root / REPORT_PATH).read_text(encoding="utf-8"))
+
+
+def predictions_of(root: Path) -> dict[str, np.ndarray]:
+    with np.load(root / PREDICTIONS_PATH, allow_pickle=False) as file:
+        return dict(file)
+
+
+def measured(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [artifact for artifact in report["artifacts"] if artifact["status"] == "measured"]
+
+
+def assert_agrees(report: dict[str, Any], held: dict[str, np.ndarray]) -> None:
+    """Every number of the report that predictions decide, counted image by image."""
+    labels = held["labels"].tolist()
+    first = {name: ranks[:, 0].tolist() for name, ranks in held.items() if name != "labels"}
+
+    def top1(name: str) -> float:
+        return sum(guess == label for guess, label in zip(first[name], labels, strict=True)) / len(labels)
+
+    def agreement(name: str) -> float:
+        return sum(a == b for a, b in zip(first[name], first["teacher"], strict=True)) / len(labels)
+
+    def pairs(reference: str, name: str, chosen: int | None = None) -> dict[str, int]:
+        counts = {"n": 0, "both_right": 0, "lost": 0, "gained": 0, "both_wrong": 0}
+        for mine, other, label in zip(first[name], first[reference], labels, strict=True):
+            if chosen is not None and label != chosen:
+                continue
+            counts["n"] += 1
+            kind = {(1, 1): "both_right", (1, 0): "lost", (0, 1): "gained", (0, 0): "both_wrong"}
+            counts[kind[other == label, mine == label]] += 1
+        return counts
+
+    assert report["dataset"]["n"] == len(labels)
+    assert report["teacher"]["top1"] == pytest.approx(top1("teacher"))
+    assert report["student"]["top1"] == pytest.approx(top1("student"))
+    assert report["student"]["agreement"] == pytest.approx(agreement("student"))
+    for artifact in measured(report):
+        name = artifact["name"]
+        assert artifact["top1"] == pytest.approx(top1(name))
+        assert artifact["agreement"] == pytest.approx(agreement(name))
+        assert artifact["paired"] == {"vs_fp32": pairs("fp32", name), "vs_teacher": pairs("teacher", name)}
+        for number, each in enumerate(artifact["per_class"]):
+            counts = pairs("fp32", name, number)
+            assert each == {"label": CLASSES[number], **{key: counts[key] for key in ("n", "lost", "gained")}}
+
+
+def test_the_report_is_what_the_predictions_say(tiny_run: Path) -> None:
+    report, held = report_of(tiny_run), predictions_of(tiny_run)
+    assert {artifact["name"] for artifact in measured(report)} == {"fp32", "int8.cpu"}
+    assert held.keys() == {"labels", "teacher", "student", "fp32", "int8.cpu"}
+    assert_agrees(report, held)
+
+
+def test_the_labels_are_those_of_the_hold_out(tiny_run: Path) -> None:
+    held, images = predictions_of(tiny_run), digits("holdout", InputSpec(channels=1, height=16, width=16))
+    assert held["labels"].tolist() == images.labels.tolist()
+    assert len(held["labels"]) == 600
+    assert report_of(tiny_run)["dataset"] == {"kind": "holdout", "n": 600, "name": "digits (holdout)"}
+
+
+def test_predictions_are_ranks(tiny_run: Path) -> None:
+    for name, ranks in predictions_of(tiny_run).items():
+        if name == "labels":
+            continue
+        assert ranks.shape == (600, 5)
+        assert ranks.min() >= 0
+        assert ranks.max() < 10
+        assert all(len(set(row)) == 5 for row in ranks.tolist())
+
+
+def test_the_report_follows_the_published_schema(tiny_run: Path) -> None:
+    report = report_of(tiny_run)
+    jsonschema.validate(report, load("report"))
+    assert report["schema"] == "nayer-edge/report/1"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**report, "teacher": {"top1": 2.0, "params": 3}}, load("report"))
+
+
+def test_files_hashes_and_sizes_are_true(tiny_run: Path) -> None:
+    report = report_of(tiny_run)
+    assert report["predictions_sha256"] == sha256_of(tiny_run / PREDICTIONS_PATH)
+    for artifact in report["artifacts"]:
+        path = tiny_run / artifact["file"]
+        assert artifact["sha256"] == sha256_of(path)
+        assert artifact["size_bytes"] == path.stat().st_size
+
+
+def test_parameters_are_those_of_the_networks(tiny_run: Path) -> None:
+    from safetensors.numpy import load_file
+
+    report = report_of(tiny_run)
+    for name in ("teacher", "student"):
+        tensors = load_file(tiny_run / name / f"{name}.safetensors")
+        trained = {
+            key: value for key, value in tensors.items() if not key.endswith(("running_mean", "running_var", "tracked"))
+        }
+        assert report[name]["params"] == sum(value.size for value in trained.values())
+
+
+def test_measurements_are_of_this_machine(tiny_run: Path) -> None:
+    for artifact in measured(report_of(tiny_run)):
+        assert 0 < artifact["latency_ms"]["p50"] <= artifact["latency_ms"]["p95"]
+        assert artifact["threads"] >= 1
+        assert artifact["precision_verified"]
+        if artifact["name"] == "fp32":
+            assert artifact["speedup_vs_fp32"] == pytest.approx(1)
+            assert artifact["max_abs_diff"] < 1e-3
+            assert artifact["int8_coverage"] is None
+        else:
+            assert artifact["int8_coverage"] == 1
+            assert artifact["max_abs_diff"] > 1e-6, "INT8 is not FP32"
+
+
+def test_synthetic_images_have_no_truth(invoke: Invoke, finished: Path) -> None:
+    values = json.loads((finished / MANIFEST).read_text())["recipe"]
+    values["validate"] = {"data": None, "synthetic_images": 60}
+    run_recipe(recipe_of(values), finished, last="validate")
+    report, held = report_of(finished), predictions_of(finished)
+    jsonschema.validate(report, load("report"))
+    assert report["dataset"] == {"kind": "synthetic", "n": 60, "name": "drawn from the trained generator"}
+    assert "labels" not in held
+    assert report["teacher"]["top1"] is None
+    assert report["student"]["top1"] is None
+    for artifact in measured(report):
+        assert artifact["top1"] is None
+        assert artifact["paired"] == {"vs_fp32": None, "vs_teacher": None}
+        assert artifact["per_class"] == []
+        agreed = held[artifact["name"]][:, 0] == held["teacher"][:, 0]
+        assert artifact["agreement"] == pytest.approx(agreed.mean())
+
+    answer = invoke("gate", finished, "--json")
+    checks = json.loads(answer.out)["checks"]
+    assert answer.code == 1
+    for check in checks:
+        if check["name"].startswith("accuracy"):
+            assert check["synthetic"]
+            assert "synthetic" in check["detail"]
+    assert "synthetic" in invoke("gate", finished).out
+    assert invoke("report", finished).code == 0
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "Measured on 60 synthetic images" in page
+
+
+def test_the_command_chooses_the_images(invoke: Invoke, finished: Path) -> None:
+    values = json.loads((finished / MANIFEST).read_text())
+    assert values["recipe"]["validate"]["data"] == "digits"
+    assert invoke("validate", finished, "--synthetic").code == 0
+    assert report_of(finished)["dataset"]["kind"] == "synthetic"
+    assert invoke("validate", finished, "--data", "digits").code == 0
+    assert report_of(finished)["dataset"]["kind"] == "holdout"
+    run = RunFolder.open(finished)
+    assert run.problems() == []
+    assert run.manifest.steps["student"].digest == values["steps"]["student"]["digest"]
+
+
+def test_synthetic_images_are_drawn_alike_every_time(finished: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    values = json.loads((finished / MANIFEST).read_text())["recipe"]
+    values["validate"] = {"data": None, "synthetic_images": 30}
+    for root in (finished, other):
+        run_recipe(recipe_of(values), root, last="validate")
+    assert sha256_of(finished / PREDICTIONS_PATH) == sha256_of(other / PREDICTIONS_PATH)
+
+
+# Hold-outs of the user
+
+
+def pixels(count: int = 20, shape: tuple[int, ...] = (16, 16)) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def test_an_npz_of_the_user(invoke: Invoke, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels = np.arange(20) % 10
+    np.savez(tmp_path / "held.npz", images=pixels(), labels=labels)
+    answer = invoke("validate", finished, "--data", "held.npz")
+    assert answer.code == 0, answer.err
+    report, held = report_of(finished), predictions_of(finished)
+    assert report["dataset"] == {"kind": "holdout", "n": 20, "name": "held.npz"}
+    assert held["labels"].tolist() == labels.tolist()
+    assert_agrees(report, held)
+
+
+def test_a_folder_of_class_folders(invoke: Invoke, finished: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("nine", "zero")):
+        (tmp_path / "held" / name).mkdir(parents=True)
+        for index, image in enumerate(pixels(2 + number)):
+            Image.fromarray(image).save(tmp_path / "held" / name / f"{index}.png")
+    assert invoke("validate", finished, "--data", tmp_path / "held").code == 0
+    assert report_of(finished)["dataset"] == {"kind": "holdout", "n": 5, "name": "held"}
+    assert sorted(predictions_of(finished)["labels"].tolist()) == [0, 0, 0, 9, 9]
+    assert_agrees(report_of(finished), predictions_of(finished))
+
+
+def bad(folder: Path) -> dict[str, Path]:
+    """Hold-outs that cannot be used, by what is wrong with them."""
+    labels = np.arange(20) % 10
+    np.savez(folder / "size.npz", images=pixels(20, (8, 8)), labels=labels)
+    np.savez(folder / "float.npz", images=pixels().astype(np.float32), labels=labels)
+    np.savez(folder / "outside.npz", images=pixels(), labels=labels + 1)
+    np.savez(folder / "negative.npz", images=pixels(), labels=labels - 1)
+    np.savez(folder / "short.npz", images=pixels(), labels=labels[:-1])
+    np.savez(folder / "none.npz", images=pixels(0), labels=labels[:0])
+    np.savez(folder / "names.npz", pictures=pixels(), labels=labels)
+    np.savez(folder / "object.npz", images=np.array([object()]), labels=np.array([0]))
+    np.savez(folder / "real.npz", images=pixels(), labels=labels / 2)
+    (folder / "garbage.npz").write_bytes(b"garbage")
+    (folder / "garbage.parquet").write_bytes(b"garbage")
+    (folder / "empty").mkdir()
+    (folder / "unknown" / "ten").mkdir(parents=True)
+    (folder / "bare" / "nine").mkdir(parents=True)
+    (folder / "broken" / "nine").mkdir(parents=True)
+    (folder / "broken" / "nine" / "1.png").write_bytes(b"no picture")
+    (folder / "text.txt").write_text("text")
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
+def test_hold_outs_that_cannot_be_used(invoke: Invoke, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    before = RunFolder.open(finished).manifest
+    found = bad(tmp_path / "bad")
+    assert len(found) == 16
+    for name, path in {**found, "nowhere": tmp_path / "nowhere"}.items():
+        answer = invoke("validate", finished, "--data", path)
+        assert answer.code == EXIT_USAGE, name
+        assert "Traceback" not in answer.err, name
+        assert name.split(".")[0] in answer.err, name
+        assert RunFolder.open(finished).manifest == before, f"{name}: what was measured before is kept"
+    assert RunFolder.open(finished).problems() == []
+    assert invoke("gate", finished).code == 1
+
+
+# The small functions
+
+
+def test_ranks_break_ties_by_class() -> None:
+    logits = np.array([[0.0, 2.0, 2.0, 1.0, 2.0, -1.0, 0.5]])
+    assert ranked(logits).tolist() == [[1, 2, 4, 3, 6]]
+    assert ranked(np.array([[1.0, 3.0]])).tolist() == [[1, 0]]
+
+
+def test_pairs() -> None:
+    reference = np.array([True, True, True, False, False, False])
+    artefact = np.array([True, False, False, True, False, False])
+    counts = count_pairs(reference, artefact)
+    assert (counts.n, counts.both_right, counts.lost, counts.gained, counts.both_wrong) == (6, 1, 2, 1, 2)
+
+
+def test_same() -> None:
+    assert same(np.array([[1, 2], [3, 4]]), np.array([[1, 9], [4, 3]])) == 0.5

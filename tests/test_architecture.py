@@ -1,0 +1,299 @@
+"""What the layout promises, read from the source: imports point one way, the gate is light, nothing is unpickled."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nayer_edge.config import Recipe
+from nayer_edge.pipelines.steps import NAMES, STEPS
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"nayer_edge": "nayer_edge", "export": "nayer_edge.export", "pipelines": "nayer_edge.pipelines"}
+LAYERS = ("nayer_edge", "export", "pipelines")
+BASE_INSTALL = {"typer", "rich", "pydantic"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement: what it names, absolutely, and how it was written."""
+
+    module: str
+    names: tuple[str, ...]
+    level: int
+    line: int
+    lazy: bool
+    """inside a function, or for type checkers only"""
+
+
+def module_of(path: Path) -> str:
+    """The import name of a source file."""
+    folder, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([FOLDERS[folder], *(part for part in rest if part != "__init__")])
+
+
+SOURCES = {module_of(path): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
+TREES = {module: ast.parse(path.read_text(encoding="utf-8"), str(path)) for module, path in SOURCES.items()}
+MODULES = sorted(SOURCES)
+
+
+def layer_of(module: str) -> str:
+    for layer in ("export", "pipelines"):
+        if module == FOLDERS[layer] or module.startswith(FOLDERS[layer] + "."):
+            return layer
+    return "nayer_edge"
+
+
+def imports_of(module: str) -> Iterator[Import]:
+    package = module if SOURCES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(alias.name, (), 0, child.lineno, lazy)
+            elif isinstance(child, ast.ImportFrom):
+                base = package.rsplit(".", child.level - 1)[0] if child.level else ""
+                name = ".".join(part for part in (base, child.module) if part)
+                yield Import(name, tuple(alias.name for alias in child.names), child.level, child.lineno, lazy)
+            else:
+                function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                typing = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+                yield from visit(child, lazy or function or typing)
+
+    yield from visit(TREES[module], False)
+
+
+def project_modules(found: Import) -> set[str]:
+    """The project's modules that an import loads: the named one, submodules named in it, and their packages."""
+    named = {found.module, *(f"{found.module}.{name}" for name in found.names)} & SOURCES.keys()
+    return named | {parent for name in named for parent in parents(name)}
+
+
+def parents(module: str) -> Iterator[str]:
+    while "." in module:
+        module = module.rpartition(".")[0]
+        yield module
+
+
+def reached(start: str, *, lazy: bool) -> set[str]:
+    """The project's modules that importing one loads in turn, with or without imports inside functions."""
+    seen: set[str] = set()
+    waiting = {start, *parents(start)}
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        for found in imports_of(module):
+            if lazy or not found.lazy:
+                waiting |= project_modules(found) - seen
+    return seen
+
+
+def third_party(modules: set[str], *, lazy: bool) -> set[str]:
+    tops = {
+        found.module.partition(".")[0]
+        for module in modules
+        for found in imports_of(module)
+        if found.level == 0 and (lazy or not found.lazy)
+    }
+    return tops - set(sys.stdlib_module_names) - {"nayer_edge"}
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert len(SOURCES) > 40
+    assert {layer_of(module) for module in MODULES} == set(LAYERS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    if module == "nayer_edge.__main__":
+        return
+    height = LAYERS.index(layer_of(module))
+    for found in imports_of(module):
+        for target in project_modules(found) - set(parents(module)):
+            assert LAYERS.index(layer_of(target)) <= height, f"line {found.line} imports {target}"
+
+
+def test_only_the_start_of_the_command_line_is_excepted() -> None:
+    found = [entry for entry in imports_of("nayer_edge.__main__") if entry.module != "__future__"]
+    assert [(entry.module, entry.names, entry.lazy) for entry in found] == [
+        ("nayer_edge.pipelines.cli", ("main",), True)
+    ]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_siblings_relatively_and_the_core_absolutely(module: str) -> None:
+    """The one form that editors and type checkers follow although the folders are mapped."""
+    layer = layer_of(module)
+    for found in imports_of(module):
+        if not project_modules(found) and found.level == 0:
+            continue
+        here = f"line {found.line}"
+        if found.level == 0:
+            assert layer == "nayer_edge" or layer_of(found.module) != layer, f"{here}: a sibling, write it relatively"
+        else:
+            assert project_modules(found), f"{here} imports {found.module}, which does not exist"
+            assert layer_of(found.module) != "nayer_edge" or layer == "nayer_edge", f"{here}: the core, absolutely"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def walk(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join((*path[path.index(module) :], module))
+        if module in done:
+            return
+        for found in imports_of(module):
+            if not found.lazy:
+                for target in project_modules(found) - set(parents(module)) - {module}:
+                    walk(target, (*path, module))
+        done.add(module)
+
+    for module in MODULES:
+        walk(module, ())
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["nayer_edge.__main__", *(f"nayer_edge.pipelines.{name}" for name in ("cli", "gate", "recipe", "doctor", "steps"))],
+)
+def test_the_light_path_needs_the_base_install_only(module: str) -> None:
+    modules = reached(module, lazy=False)
+    assert third_party(modules, lazy=False) <= BASE_INSTALL
+
+
+def test_the_gate_is_light_to_the_last_function() -> None:
+    """Nothing heavy waits inside a function either: `gate` is what a CI server runs."""
+    modules = reached("nayer_edge.pipelines.gate", lazy=True)
+    assert third_party(modules, lazy=True) <= BASE_INSTALL
+
+
+def test_distillation_takes_no_data_set() -> None:
+    modules = reached("nayer_edge.distill", lazy=True)
+    assert "nayer_edge.synthesis" in modules, "the search follows imports"
+    assert "nayer_edge.data" not in modules
+    assert "nayer_edge.teach" not in modules
+    assert not third_party(modules, lazy=True) & {"sklearn", "pyarrow", "PIL", "datasets"}
+
+
+def test_distillation_runs_where_no_data_set_can_be_loaded(tiny_run: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+
+BLOCKED = ("nayer_edge.data", "nayer_edge.teach", "nayer_edge.pipelines", "sklearn", "pyarrow", "datasets")
+
+sys.modules.update(dict.fromkeys(BLOCKED))  # importing any of them fails
+root = Path(sys.argv[1])
+opened = set()
+sys.addaudithook(lambda event, args: opened.add(str(args[0])) if event == "open" else None)
+
+from nayer_edge import compute, lte
+from nayer_edge.artefacts import RunFolder
+from nayer_edge.compute import random_stream, seeded
+from nayer_edge.config import make_recipe
+from nayer_edge.distill import Distillation, Settings, distill
+from nayer_edge.models import build_classifier, load_classifier
+
+recipe = make_recipe(RunFolder.open(root).manifest.recipe, "of the run")
+teacher = load_classifier(root / "teacher" / "teacher.safetensors")
+embeddings = lte.load(root / "lte.safetensors")
+with seeded(random_stream(recipe.seed, "student").initial_seed()):
+    student = build_classifier(recipe.student.model, teacher.spec, teacher.classes)
+settings = Settings(recipe.generator, recipe.synthesis, recipe.distill, recipe.seed)
+made = distill(Distillation(teacher, embeddings, student, settings, compute.choose("cpu", recipe.precision)))
+wanted = load_classifier(root / "student" / "student.safetensors").state_dict()
+assert all((value == made.state_dict()[name]).all() for name, value in wanted.items()), "another student"
+inside = {name for name in opened if name.startswith(str(root))}
+allowed = ("manifest.json", "teacher.safetensors", "teacher.json", "lte.safetensors", "student.safetensors",
+           "student.json")
+assert all(name.endswith(allowed) for name in inside), inside
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tiny_run)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program.split("root =")[0] + "import nayer_edge.data"], text=True, capture_output=True
+    )
+    assert "ModuleNotFoundError" in done.stderr, "the lock holds"
+
+
+# The step table
+
+
+def test_the_step_table_is_consistent() -> None:
+    keys = {field.alias or name for name, field in Recipe.model_fields.items()}
+    for number, step in enumerate(STEPS):
+        assert set(step.inputs) <= set(NAMES[:number]), step.name
+        module, _, function = step.function.partition(":")
+        tree = TREES[f"nayer_edge.pipelines.{module}"]
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, step.function
+        assert {key.split(".")[0] for key in step.settings} <= keys, step.name
+
+
+# What must not be written
+
+
+def calls(module: str) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def keywords(call: ast.Call) -> dict[str, str]:
+    return {keyword.arg or "**": ast.unparse(keyword.value) for keyword in call.keywords}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_unpickled_or_handed_to_a_shell(module: str) -> None:
+    forbidden = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load", "joblib.load"}
+    for name, call in calls(module):
+        here = f"line {call.lineno}: {ast.unparse(call)[:80]}"
+        given = keywords(call)
+        assert name not in forbidden, here
+        if name == "torch.load":
+            assert given.get("weights_only") == "True", here
+        if name.endswith("np.load") or name == "numpy.load":
+            assert given.get("allow_pickle") == "False", here
+        assert given.get("shell", "False") == "False", here
+        assert given.get("trust_remote_code", "False") == "False", here
+        assert given.get("allow_pickle", "False") == "False", here
+        assert given.get("weights_only", "True") == "True", here
+    modules = {found.module.partition(".")[0] for found in imports_of(module)}
+    assert not modules & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_options_in_dictionaries_trust_no_remote_code(module: str) -> None:
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value in ("trust_remote_code", "shell", "allow_pickle"):
+                    assert ast.unparse(value) == "False", f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_says_what_it_is(module: str) -> None:
+    text = ast.get_docstring(TREES[module])
+    if SOURCES[module].name == "__init__.py" and not TREES[module].body:
+        return
+    assert text, "a module begins with a docstring"
+    assert text.split("\n\n")[0].rstrip().endswith((".", ":")), "a sentence"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_functions_have_docstrings(module: str) -> None:
+    for node in TREES[module].body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"line {node.lineno}: {node.name}"
+
+
+def test_no_two_modules_that_nobody_can_tell_apart() -> None:
+    assert not {"utils", "util", "helpers", "misc", "common"} & {module.rpartition(".")[2] for module in MODULES}

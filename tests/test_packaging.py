@@ -1,0 +1,259 @@
+"""What is shipped: the wheel's exact files, the base install outside the checkout, the pins, the extras."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+FOLDERS = {"nayer_edge": "nayer_edge", "export": "nayer_edge/export", "pipelines": "nayer_edge/pipelines"}
+JUNK = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+
+def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the tree without network."""
+    tree = tmp_path_factory.mktemp("tree")
+    for folder in (*FOLDERS, "tests"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=JUNK)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    done = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tree / "dist", cwd=tree)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = (tree / "dist").iterdir()
+    return found
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    """An environment that holds the wheel, what its base install requires, and nothing else."""
+    folder = tmp_path_factory.mktemp("base")
+    venv.create(folder, symlinks=True)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
+    for name in requirements("nayer-edge"):
+        for file in metadata.files(name) or []:
+            source = Path(str(file.locate()))
+            if ".." not in file.parts and file.suffix != ".pyc" and source.is_file():
+                (site / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, site / file)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return folder / "bin" / "python"
+
+
+def requirements(name: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    """What a distribution needs without extras, and what that needs in turn."""
+    found: set[str] = set()
+    for line in metadata.requires(name) or []:
+        needed = re.match(r"[A-Za-z0-9._-]+", line)
+        marker = line.partition(";")[2]
+        if needed is None or "extra" in marker or "sys_platform" in marker or "platform_system" in marker:
+            continue
+        try:
+            metadata.version(needed[0])
+        except metadata.PackageNotFoundError:
+            continue
+        if needed[0] not in seen | found:
+            found |= {needed[0]} | requirements(needed[0], seen | found | {needed[0]})
+    return found
+
+
+def expected_files() -> set[str]:
+    """By rule: every Python file under the three folders, and package data as pyproject.toml names it."""
+    found = set()
+    for folder, name in FOLDERS.items():
+        found |= {f"{name}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
+    for package, patterns in SETUPTOOLS["package-data"].items():
+        source = package_folder(package)
+        for path in source.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns):
+                found.add(f"{package.replace('.', '/')}/{path.name}")
+    return found
+
+
+def package_folder(package: str) -> Path:
+    for name, folder in sorted(SETUPTOOLS["package-dir"].items(), key=lambda entry: -len(entry[0])):
+        if package == name or package.startswith(name + "."):
+            return ROOT / folder / package[len(name) :].lstrip(".").replace(".", "/")
+    raise AssertionError(package)
+
+
+def test_the_wheel_holds_exactly_what_it_should(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert archive.testzip() is None
+    assert names == expected_files()
+
+
+def test_package_data_is_nothing_forgotten(wheel: Path) -> None:
+    """Every file in the packages that is not Python is shipped."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for folder, name in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix != ".pyc":
+                assert f"{name}/{path.relative_to(ROOT / folder).as_posix()}" in names, path
+
+
+def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+    assert wheel.name == "nayer_edge-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name.partition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
+        assert "licenses/LICENSE" in held
+        facts = archive.read(held["METADATA"]).decode()
+        assert "Requires-Python: >=3.11" in facts
+        assert "License-Expression: Apache-2.0" in facts
+        assert "nayer-edge = nayer_edge.__main__:main" in archive.read(held["entry_points.txt"]).decode()
+        assert str(ROOT).encode() not in b"".join(archive.read(name) for name in archive.namelist())
+
+
+def outside(base: Path, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return run(base, "-I", "-m", "nayer_edge", *arguments, cwd=cwd, env=environment)
+
+
+def test_the_base_install_outside_the_checkout(base: Path, tiny_run: Path, tmp_path: Path) -> None:
+    done = run(base, "-I", "-c", "import nayer_edge; print(nayer_edge.__file__)", cwd=tmp_path)
+    assert done.stdout.startswith(str(base.parents[1])), done.stderr
+    for heavy in ("torch", "numpy", "onnx", "jinja2"):
+        assert run(base, "-I", "-c", f"import {heavy}", cwd=tmp_path).returncode == 1, heavy
+
+    done = outside(base, "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "quickstart" in done.stdout
+    done = outside(base, "--version", cwd=tmp_path)
+    assert done.stdout == "0.1.0\n"
+    done = outside(base, "recipes", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shipped = {path.stem for path in (ROOT / "pipelines" / "recipes").glob("[!_]*.toml")}
+    assert {recipe["name"] for recipe in json.loads(done.stdout)} == shipped
+
+    root = shutil.copytree(tiny_run, tmp_path / "run")
+    done = outside(base, "gate", root, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "gate: fail" in done.stdout
+    (tmp_path / "policy.toml").write_text("[accuracy]\nmax_drop_vs_fp32 = 1.0\n")
+    done = outside(base, "gate", root, "--policy", "policy.toml", "--junit", "j.xml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "j.xml").is_file()
+    assert outside(base, "verify", root, cwd=tmp_path).returncode == 0
+    assert outside(base, "doctor", cwd=tmp_path).returncode == 0
+    done = outside(base, "quickstart", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "pip install 'nayer-edge[cpu]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_schemas_are_read_from_the_wheel(base: Path, tmp_path: Path) -> None:
+    program = "from nayer_edge.pipelines.schemas import load; print(load('report')['$id'])"
+    assert run(base, "-I", "-c", program, cwd=tmp_path).stdout == "nayer-edge/report/1\n"
+
+
+# Pins and extras
+
+
+def test_packages_are_the_folders() -> None:
+    found = set()
+    for folder, name in FOLDERS.items():
+        for path in (ROOT / folder).rglob("__init__.py"):
+            relative = path.parent.relative_to(ROOT / folder).as_posix()
+            found.add(name.replace("/", ".") + ("" if relative == "." else "." + relative.replace("/", ".")))
+    assert set(SETUPTOOLS["packages"]) == found
+
+
+def lock_entries() -> list[str]:
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_the_lock_pins_with_hashes_and_names_no_index() -> None:
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert not re.search(r"://|index|find-links|trusted-host|\bfile:|@ ", text)
+    entries = lock_entries()
+    assert len(entries) > 50
+    pattern = re.compile(r"[a-z0-9][a-z0-9._-]*(\[[a-z0-9,-]+\])?==[^\s;]+( *;[^;]*?)?( +--hash=sha256:[0-9a-f]{64})+")
+    for entry in entries:
+        assert pattern.fullmatch(entry), entry[:100]
+    names = [entry.partition("==")[0] + "|" + entry.partition(";")[2].partition("--hash")[0] for entry in entries]
+    assert len(set(names)) == len(names), "one pin each"
+
+
+def normalised(requirement: str) -> str:
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert found is not None
+    return re.sub(r"[-_.]+", "-", found[0]).lower()
+
+
+def test_the_lock_covers_what_pyproject_asks_for() -> None:
+    locked = {normalised(entry) for entry in lock_entries()}
+    extras = PROJECT["project"]["optional-dependencies"]
+    for extra in ("cpu", "dev", "lm", "rtx", "timm", "sign", "tracking"):
+        assert {normalised(line) for line in extras[extra]} <= locked, extra
+    assert {normalised(line) for line in PROJECT["project"]["dependencies"]} <= locked
+    assert {normalised(line) for line in PROJECT["build-system"]["requires"]} <= locked
+
+
+def test_cpu_and_gpu_differ_only_where_they_must() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    cpu, gpu = set(extras["cpu"]), set(extras["gpu"])
+    assert {normalised(line) for line in cpu - gpu} == {"onnxruntime"}
+    assert {normalised(line) for line in gpu - cpu} == {"onnxruntime-gpu", "tensorrt"}
+    assert PROJECT["tool"]["uv"]["conflicts"] == [[{"extra": "cpu"}, {"extra": "gpu"}]]
+
+
+def test_extras_are_those_that_errors_and_documents_name() -> None:
+    from nayer_edge.pipelines.cli import EXTRA_OF
+
+    extras = set(PROJECT["project"]["optional-dependencies"])
+    assert {"cpu", "gpu", "rtx", "lm", "timm", "sign", "tracking", "dev"} <= extras
+    assert set(EXTRA_OF.values()) <= extras
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *sorted(ROOT.glob("[nep]*/**/*.py"))]:
+        for name in re.findall(r"nayer-edge\[([a-z,]+)\]", path.read_text(encoding="utf-8")):
+            assert set(name.split(",")) <= extras, (path, name)
+
+
+def test_the_base_install_is_light() -> None:
+    assert {normalised(line) for line in PROJECT["project"]["dependencies"]} == {"typer", "rich", "pydantic"}
+
+
+def ignored(name: str) -> bool:
+    lines = [line.strip() for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()]
+    return any(fnmatch.fnmatch(name, line.strip("/")) for line in lines if line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("name", ["uv.lock", ".venv", "runs", "build", "dist", "x.egg-info", "__pycache__"])
+def test_what_git_ignores(name: str) -> None:
+    assert ignored(name)
+    assert not ignored("requirements.lock")
+
+
+def test_the_version_is_one(run_version: Callable[[], str]) -> None:
+    import nayer_edge
+
+    assert nayer_edge.__version__ == PROJECT["project"]["version"] == run_version()
+
+
+@pytest.fixture
+def run_version() -> Callable[[], str]:
+    return lambda: run(sys.executable, "-m", "nayer_edge", "--version").stdout.strip()
