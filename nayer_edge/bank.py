@@ -156,11 +156,11 @@ class MemoryBank:
         return bank
 
 
-def to_uint8(images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
+def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """[0, 1] → 0 … 255, rounded to the nearest."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def to_unit(images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+def to_unit(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """0 … 255 → [0, 1]."""
     return images.float() / 255

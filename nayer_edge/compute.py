@@ -14,7 +14,6 @@ from torch import nn
 from nayer_edge.errors import MissingError
 from nayer_edge.provenance import hardware
 
-
 Placed = TypeVar("Placed", bound=nn.Module)
 
 

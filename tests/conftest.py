@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+# The shapes in these modules' signatures are executed, in tests only.
+SHAPED = ("losses", "augment", "channel_statistics", "generator", "bank", "synthesis", "evaluate", "views")
+install_import_hook([f"nayer_edge.{module}" for module in SHAPED], "beartype.beartype")
 
 # A terminal of 80 columns without colours, whatever the server that runs the tests sets.
 os.environ["COLUMNS"] = "80"

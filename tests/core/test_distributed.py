@@ -181,6 +181,15 @@ def finished(run: Distillation) -> dict[str, Any]:
     }
 
 
+def averaged(world: World) -> list[Tensor | None]:
+    """Gradients rank + 1 of a parameter that all have, of one of this rank's own, and none of a third."""
+    parameters = [nn.Parameter(torch.zeros(2, 3)) for _ in range(3)]
+    for parameter in parameters[:2]:
+        parameter.grad = torch.full((2, 3), world.rank + 1.0)
+    world.average_gradients(parameters, own=parameters[1:2])
+    return [parameter.grad for parameter in parameters]
+
+
 def work_all(world: World, out: Path) -> dict[str, Any]:
     resharded = begin(world, **CACHED)
     assert resume(resharded, out / "one.safetensors")
@@ -203,6 +212,7 @@ def work_all(world: World, out: Path) -> dict[str, Any]:
         "cached": finished(begin(world, **CACHED)),
         "resharded bank": resharded.bank.tensors(),
         "resharded": finished(resharded),
+        "gradients": averaged(world),
         "mismatch": mismatch,
         "said": world.from_first({"what": "é", "rank": world.rank}),
     }
@@ -368,6 +378,15 @@ def test_synchronised_batchnorm_is_batchnorm_of_the_whole_batch(two: list[dict[s
 
 
 # ------------------------------------------------------------------ student
+
+
+def test_gradients_are_those_of_the_mean_loss(two: list[dict[str, Any]]) -> None:
+    """Adam does not see a factor, so no round would show that a rank's own gradients lack it."""
+    for rank, found in enumerate(two):
+        common, own, none = found["gradients"]
+        assert torch.equal(common, torch.full((2, 3), 1.5))
+        assert torch.equal(own, torch.full((2, 3), (rank + 1) / 2))
+        assert none is None
 
 
 def test_student_steps_on_a_given_batch_are_those_of_one_process(two: list[dict[str, Any]]) -> None:

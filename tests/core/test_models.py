@@ -64,7 +64,7 @@ def test_torchvision_models_get_another_stem(channels: int) -> None:
     [
         ("resnet8", "does not say where"),
         ("keras:resnet8", "no model source 'keras'"),
-        ("torchvision:resnet19", "torchvision has no model 'resnet19'"),
+        ("torchvision:resnet19", "torchvision has no classifier 'resnet19'"),
         ("nayer:resnet9", "Did you mean 'resnet8'"),
         ("nayer:", "no network"),
         ("", "does not say where"),
