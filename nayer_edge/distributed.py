@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 
 from nayer_edge.channel_statistics import channel_statistics
@@ -178,9 +180,9 @@ def joined() -> Iterator[World]:
     if cuda and local < torch.cuda.device_count():
         torch.cuda.set_device(local)
     try:
-        store, _rank, _size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
+        store, _rank, _size = next(rendezvous("env://", timeout=STEP_TIMEOUT))
         # torchrun may keep its store over restarts; the addresses in it are then those of processes that have ended.
-        store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
         messages = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
@@ -190,7 +192,7 @@ def joined() -> Iterator[World]:
         ) from error
     except RuntimeError as error:
         raise TrainingError("The processes of this run did not find each other.", why=_first_line(error)) from error
-    _current = World(rank, size, messages)
+    _current = World(rank, size, messages)  # pyright: ignore[reportArgumentType] (every rank is a member)
     try:
         yield _current
         # Only at a good end: with a rank lost, NCCL would wait for it here. The system closes what an error leaves.
@@ -238,7 +240,8 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
-    def forward(self, x: Float[Tensor, "B C *HW"]) -> Float[Tensor, "B C *HW"]:
+    def forward(self, input: Float[Tensor, "B C *HW"]) -> Float[Tensor, "B C *HW"]:
+        x = input
         if not self.training:
             return super().forward(x)
         mean, variance = across_ranks(*channel_statistics(x))

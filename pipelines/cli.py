@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from nayer_edge.config import Recipe
     from nayer_edge.progress import Progress
 
+    from .run import StepEvent
+
 EXTRA_OF = {
     "numpy": "cpu",
     "torch": "cpu",
@@ -496,8 +498,18 @@ def _run(
     from .show import show_event
 
     console, progress = _watched(as_json)
+
+    def watch(event: StepEvent) -> None:
+        # Steps that report no progress of their own still show that something moves.
+        if event.state == "started":
+            progress.start(event.step.title, 0)
+        else:
+            progress.finish()
+        show_event(console, event)
+
     if not as_json:
         console.print(Text(f"{recipe.name} → {root}", style="bold"))
+    progress.start("looks at recipe and folder", 0)
     try:
         done = run_recipe(
             recipe,
@@ -505,7 +517,7 @@ def _run(
             last=last,
             fresh=fresh,
             progress=progress,
-            on_event=lambda event: show_event(console, event),
+            on_event=watch,
         )
     finally:
         progress.finish()

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from nayer_edge.text import inert
 
 from .run import StepEvent
+
+
+class _BarOverFigures(Progress):
+    """A bar, and the newest figures on a line of their own: beside each other they do not fit 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if task.fields["figures"]:
+                yield Text(f"    {task.fields['figures']}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class Bars:
@@ -23,21 +35,19 @@ class Bars:
         self._task = TaskID(0)
 
     def start(self, what: str, total: int) -> None:
-        """Shows a new bar."""
+        """Shows a new bar; one that only moves where nobody knows how much there is to do (`total` 0)."""
         self.finish()
-        self._bars = Progress(
+        self._bars = _BarOverFigures(
             TextColumn("  {task.description}"),
-            BarColumn(bar_width=14),
-            TextColumn("{task.percentage:>3.0f} %"),
+            BarColumn(bar_width=20),
+            *([TextColumn("{task.percentage:>3.0f} %")] if total else []),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[figures]}"),
+            *([TextColumn("left"), TimeRemainingColumn(compact=True)] if total else []),
             console=self._console,
             transient=True,
         )
         self._bars.start()
-        self._task = self._bars.add_task(escape(what), total=total, figures="")
+        self._task = self._bars.add_task(escape(what), total=total or None, figures="")
 
     def advance(self, count: int = 1) -> None:
         """Moves the bar."""
@@ -47,7 +57,7 @@ class Bars:
     def figures(self, **figures: float | str) -> None:
         """Replaces the text behind the bar."""
         if self._bars is not None:
-            self._bars.update(self._task, figures=escape(written(figures)))
+            self._bars.update(self._task, figures=written(figures))
 
     def finish(self) -> None:
         """Removes the bar."""
@@ -109,6 +119,8 @@ def show_event(console: Console, event: StepEvent) -> None:
     console.print(f"✓ {name} {event.seconds:6.1f} s  {event.step.title}", style="green", markup=False, highlight=False)
     if event.numbers:
         facts = written({key: value for key, value in event.numbers.items() if value is not None})
-        # Whoever reads lines, not a terminal, gets each of them whole.
-        whole = not console.is_terminal
-        console.print(f"            {facts}", style="dim", markup=False, highlight=False, soft_wrap=whole)
+        if console.is_terminal:
+            console.print(Padding(Text(facts), (0, 0, 0, 12)), style="dim")
+        else:
+            # Whoever reads lines, not a terminal, gets each of them whole.
+            console.print(f"            {facts}", markup=False, highlight=False, soft_wrap=True)

