@@ -34,11 +34,6 @@ STUDIES: dict[str, dict[str, list[str]]] = {
         "16 views": ["distill.views=16"],
         "4 views": ["distill.views=4"],
     },
-    "bank": {
-        "unbounded": [],
-        "600 images, oldest leave": ["distill.bank_mib=0.147", "distill.bank_policy=oldest"],
-        "600 images, random leave": ["distill.bank_mib=0.147", "distill.bank_policy=random"],
-    },
     "embeddings": {
         "MiniLM": [],
         "one-hot": ["lte.encoder=onehot"],
