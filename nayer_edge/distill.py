@@ -302,7 +302,7 @@ class Distillation:
             if value is not None and not math.isfinite(value):
                 raise TrainingError(
                     f"{name} became {value} in epoch {epoch.epoch}.",
-                    why="The last checkpoint, from before that epoch, is kept.",
+                    why="A checkpoint, where one was written before that epoch (once a minute), is kept.",
                     fix="Lower distill.lr or synthesis.lr, or type --set precision=fp32.",
                 )
 

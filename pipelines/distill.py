@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nayer_edge import compute as computing
-from nayer_edge import data, distributed, evaluate
+from nayer_edge import data, distributed
 from nayer_edge import generator as generators
 from nayer_edge import lte as embeddings_of_labels
 from nayer_edge import teach as teaching
@@ -172,12 +172,3 @@ def _rounded(value: object) -> object:
 def card_of(weights: str) -> str:
     """The name of the card beside a weights file."""
     return weights.removesuffix(".safetensors") + ".json"
-
-
-def teacher_accuracy(recipe: Recipe, teacher: Path, holdout: str) -> float:
-    """Top-1 of a saved teacher on labelled hold-out images, for `teach`."""
-    compute = computing.choose(recipe.device, "fp32")
-    network = load_classifier(teacher)
-    images = data.load(holdout, "holdout", network.spec, network.classes)
-    compute.place(network)
-    return evaluate.top1(evaluate.logits_of(network, images.images, compute), images.labels)
