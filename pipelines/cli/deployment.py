@@ -1,0 +1,139 @@
+"""The commands that make what runs on a device: export, calibration-data, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from nayer_edge.errors import MissingError, UsageError
+
+from .shared import Json, Run, app, example, open_run, print_json, recipe_in, run_steps, stdout, watched
+
+
+@app.command(epilog=example("nayer-edge export runs/digits --int8 --target cpu,tensorrt-rtx"))
+def export(
+    run_folder: Run,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize, with images from the generator.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Also write an FP16 graph.")] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", help="cpu, arm, tensorrt, tensorrt-rtx; comma-separated or repeated."),
+    ] = None,
+    engine: Annotated[
+        bool, typer.Option("--engine/--no-engine", help="Build engines for the targets that have them.")
+    ] = True,
+    compute_capability: Annotated[
+        str | None, typer.Option("--compute-capability", metavar="SM", help="For TensorRT-RTX: sm75, sm89, sm120, …")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Writes ONNX: FP32, with --int8 one quantized graph per target, and their engines.
+
+    What this machine cannot build is marked, everything else is finished, and the exit code is 3.
+    """
+    chosen = recipe_in(run_folder)
+    changes: dict[str, Any] = {"fp16": fp16, "engines": engine}
+    if targets := [name.strip() for item in target or [] for name in item.split(",") if name.strip()]:
+        from nayer_edge.export.targets import get_target
+
+        changes["targets"] = tuple(dict.fromkeys(get_target(name).name for name in targets))
+    if compute_capability is not None:
+        changes["compute_capability"] = compute_capability
+    chosen = chosen.model_copy(update={"export": chosen.export.model_copy(update=changes)})
+    run_steps(chosen, run_folder, last="engine" if int8 else "onnx", as_json=as_json)
+    if int8:
+        _require_engines(run_folder)
+
+
+def _require_engines(root: Path) -> None:
+    """Ends with exit 3 if an engine that was asked for could not be built."""
+    from nayer_edge.artefacts import read_json
+
+    opened = open_run(root)
+    records = read_json(opened.path(opened.artifact("engine").files["engines"]), "the list of engines")
+    missing = [record for record in records if record["status"] == "unavailable"]
+    if missing:
+        names = ", ".join(record["name"] for record in missing)
+        raise MissingError(
+            f"Everything was exported but {names}.",
+            why="\n".join(dict.fromkeys(record["reason"] for record in missing)),
+            fix="Build them where that is installed, or ask for the ONNX files alone with --no-engine.",
+        )
+
+
+@app.command(
+    "calibration-data",
+    epilog=example("nayer-edge calibration-data runs/digits -n 512 --format npz,png --out calibration"),
+)
+def calibration_data(
+    run_folder: Run,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=1_000_000, help="How many images.")] = 512,
+    formats: Annotated[str, typer.Option("--format", help="npz, npy, png, polygraphy; comma-separated.")] = "npz",
+    out: Annotated[Path, typer.Option("--out", help="The folder to write to.")] = Path("calibration"),
+    as_json: Json = False,
+) -> None:
+    """Draws class-balanced synthetic images from the trained generator, for our own and other tools."""
+    from nayer_edge.export.calibration_data import write_calibration_data
+
+    from ..deploy import SyntheticSource
+
+    opened, chosen = open_run(run_folder), recipe_in(run_folder)
+    opened.require_intact()
+    if out.resolve().is_relative_to(run_folder.resolve()):
+        raise UsageError(
+            f"{out} lies inside the run folder, whose files its manifest states.", fix="Choose another folder."
+        )
+    teacher, embeddings, student = (opened.artifact(name) for name in ("teacher", "lte", "student"))
+    console, progress = watched(as_json)
+    source = SyntheticSource.open(teacher, embeddings, student, chosen, opened)
+    rounds = -(-count // chosen.synthesis.batch)
+    progress.start("draw calibration images", rounds * chosen.synthesis.g_steps)
+    images, labels = source.draw_labelled("calibration", count, progress)
+    progress.finish()
+    wanted = [name.strip() for name in formats.split(",") if name.strip()]
+    written = write_calibration_data(images, labels, chosen.teacher.classes, out, wanted)
+    if as_json:
+        print_json({"images": len(images), "files": {name: str(path) for name, path in written.items()}})
+        return
+    for name, path in written.items():
+        console.print(f"✓ {name:<11} {len(images)} images  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(epilog=example("nayer-edge bench runs/digits --batch 1,8,64"))
+def bench(
+    run_folder: Run,
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes, comma-separated.")] = "1,8,64",
+    runs: Annotated[int, typer.Option("--runs", min=5, help="Timed rounds per batch size.")] = 100,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Latency and throughput of every artefact that this machine can run, measured in turns in one process."""
+    from ..bench import measure
+
+    try:
+        batches = [int(part) for part in batch.split(",")]
+    except ValueError as error:
+        raise UsageError(f"'{batch}' is no list of batch sizes.", fix="For example: --batch 1,8,64") from error
+    timings = measure(open_run(run_folder), recipe_in(run_folder), batches, runs, threads)
+    if as_json:
+        print_json([vars(timing) for timing in timings])
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("artefact")
+    for heading in ("batch", "threads", "p50 ms", "p95 ms", "p99 ms", "images/s", "× FP32"):
+        table.add_column(heading, justify="right")
+    for timing in timings:
+        table.add_row(
+            timing.runner,
+            str(timing.batch),
+            str(timing.threads),
+            f"{timing.p50:.3f}",
+            f"{timing.p95:.3f}",
+            f"{timing.p99:.3f}",
+            f"{timing.images_per_s:.0f}",
+            f"{timing.ratio:.2f}",
+        )
+    stdout().print(table)

@@ -1,0 +1,79 @@
+"""The commands that measure and decide: validate, gate, report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nayer_edge.errors import EXIT_FAILED, UsageError
+
+from .shared import Json, Run, app, example, open_run, print_json, recipe_in, run_steps, stdout
+
+
+@app.command(epilog=example("nayer-edge validate runs/digits --data digits"))
+def validate(
+    run_folder: Run,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Labelled hold-out: folder of class folders, .parquet, .npz, or digits."),
+    ] = None,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Use fresh synthetic images instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Runs every artefact beside the teacher; writes predictions.npz and report.json."""
+    if data is not None and synthetic:
+        raise UsageError("--data and --synthetic exclude each other.")
+    chosen = recipe_in(run_folder)
+    if data is not None or synthetic:
+        if data is not None and data != "digits":
+            data = str(Path(data).expanduser().resolve())
+        chosen = chosen.model_copy(update={"validate_": chosen.validate_.model_copy(update={"data": data})})
+    run_steps(chosen, run_folder, last="validate", as_json=as_json)
+
+
+@app.command(epilog=example("nayer-edge gate runs/digits --policy policy.toml --junit junit.xml --summary summary.md"))
+def gate(
+    run_folder: Run,
+    policy: Annotated[Path | None, typer.Option("--policy", help="A policy in TOML.")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json-out", help="Write the verdict as JSON here.")] = None,
+    summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown here.")] = None,
+    print_policy: Annotated[bool, typer.Option("--print-policy", help="Print the policy in force, and end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Gives the verdict on a validated run: exit 0 pass, 1 fail or inconclusive, 2 usage, 4 tampered or stale."""
+    from nayer_edge.artefacts import write_json
+
+    from .. import gate as gates
+
+    if print_policy:
+        print(gates.policy_toml(gates.load_policy(open_run(run_folder), policy)), end="")  # noqa: T201
+        return
+    verdict = gates.run_gate(run_folder, policy)
+    if junit is not None:
+        gates.write_junit(verdict, junit)
+    if json_out is not None:
+        write_json(json_out, gates.verdict_json(verdict))
+    if summary is not None:
+        gates.append_summary(verdict, summary)
+    if as_json:
+        print_json(gates.verdict_json(verdict))
+    else:
+        stdout().print(gates.verdict_table(verdict))
+    gates.print_annotations(verdict, sys.stdout if not as_json else sys.stderr)
+    if verdict.verdict != "pass":
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command(epilog=example("nayer-edge report runs/digits"))
+def report(run_folder: Run, as_json: Json = False) -> None:
+    """Writes one self-contained HTML page about the run, making stale steps anew."""
+    from ..gate import load_report
+
+    opened = open_run(run_folder)
+    opened.require_intact()
+    load_report(opened)
+    run_steps(recipe_in(run_folder), run_folder, last="report", as_json=as_json, decide=False)

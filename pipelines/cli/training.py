@@ -1,0 +1,82 @@
+"""The commands that make a student: quickstart, run, teach, distill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nayer_edge.errors import UsageError
+from nayer_edge.launch import launched
+
+from .shared import Fresh, Json, Out, RecipeName, Settings, app, default_out, example, load_recipe, run_steps
+
+
+@app.command(epilog=example("nayer-edge quickstart"))
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="The run folder.")] = Path("runs/digits"),
+    fresh: Fresh = False,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """The whole pipeline on real handwritten digits: teacher, data-free student, INT8, verdict, report."""
+    run_steps(load_recipe("digits", settings), out, fresh=fresh, as_json=as_json)
+
+
+@app.command(epilog=example("nayer-edge run digits --set distill.epochs=20 --out runs/mine"))
+def run(
+    recipe: RecipeName,
+    until: Annotated[str | None, typer.Option("--until", metavar="STEP", help="Stop after this step.")] = None,
+    settings: Settings = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Runs a recipe; continues where it stopped."""
+    chosen = load_recipe(recipe, settings)
+    run_steps(chosen, out or default_out(chosen), last=until, fresh=fresh, as_json=as_json)
+
+
+@app.command(epilog=example("nayer-edge teach digits --out runs/teacher"))
+def teach(recipe: RecipeName, settings: Settings = None, out: Out = None, as_json: Json = False) -> None:
+    """Trains a recipe's teacher on its labelled images (for demonstrations and benchmarks)."""
+    chosen = load_recipe(recipe, settings)
+    if chosen.teach is None:
+        raise UsageError(
+            f"The recipe '{chosen.name}' has no [teach] section: its teacher comes from teacher.weights.",
+            fix="Choose a recipe that trains one, for example: nayer-edge teach digits",
+        )
+    run_steps(chosen, out or default_out(chosen), last="teacher", as_json=as_json)
+
+
+@app.command(epilog=example("nayer-edge distill digits --out runs/digits"))
+def distill(
+    recipe: RecipeName,
+    settings: Settings = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Distils the student: teacher and class names in; student, generator and memory bank out. Takes no data set.
+
+    On several GPUs or machines: torchrun --nproc-per-node 4 -m nayer_edge distill RECIPE (docs/DISTRIBUTED.md).
+    """
+
+    def work() -> None:
+        chosen = load_recipe(recipe, settings)
+        run_steps(chosen, out or default_out(chosen), last="student", fresh=fresh, as_json=as_json)
+
+    if launched()[1] == 1:
+        work()
+        return
+    from nayer_edge.distributed import joined
+
+    with joined() as world:
+        if world.first:
+            work()
+            world.from_first()
+        else:
+            from ..distill import take_part
+
+            take_part(world)
