@@ -54,7 +54,7 @@ schemas: install  ## writes the published JSON Schemas anew
 lock:  ## resolves requirements.lock anew (needs uv); it names no index
 	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-annotate --no-header --quiet --upgrade --extra cpu --extra rtx --extra lm --extra timm \
-		--extra sign --extra tracking --extra dev --output-file requirements.lock
+		--extra sign --extra sbom --extra tracking --extra dev --output-file requirements.lock
 
 clean:  ## removes the environment and what was built, never a run
 	rm -rf $(VENV) build dist *.egg-info

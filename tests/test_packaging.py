@@ -208,7 +208,7 @@ def normalised(requirement: str) -> str:
 def test_the_lock_covers_what_pyproject_asks_for() -> None:
     locked = {normalised(entry) for entry in lock_entries()}
     extras = PROJECT["project"]["optional-dependencies"]
-    for extra in ("cpu", "dev", "lm", "rtx", "timm", "sign", "tracking"):
+    for extra in ("cpu", "dev", "lm", "rtx", "timm", "sign", "sbom", "tracking"):
         assert {normalised(line) for line in extras[extra]} <= locked, extra
     assert {normalised(line) for line in PROJECT["project"]["dependencies"]} <= locked
     assert {normalised(line) for line in PROJECT["build-system"]["requires"]} <= locked
@@ -226,7 +226,7 @@ def test_extras_are_those_that_errors_and_documents_name() -> None:
     from nayer_edge.pipelines.cli import EXTRA_OF
 
     extras = set(PROJECT["project"]["optional-dependencies"])
-    assert {"cpu", "gpu", "rtx", "lm", "timm", "sign", "tracking", "dev"} <= extras
+    assert {"cpu", "gpu", "rtx", "lm", "timm", "sign", "sbom", "tracking", "dev"} <= extras
     assert set(EXTRA_OF.values()) <= extras
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *sorted(ROOT.glob("[nep]*/**/*.py"))]:
         for name in re.findall(r"nayer-edge\[([a-z,]+)\]", path.read_text(encoding="utf-8")):
