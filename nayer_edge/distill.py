@@ -302,7 +302,7 @@ class Distillation:
             if value is not None and not math.isfinite(value):
                 raise TrainingError(
                     f"{name} became {value} in epoch {epoch.epoch}.",
-                    why="A checkpoint, where one was written before that epoch (once a minute), is kept.",
+                    why="The last checkpoint is kept; one is written after the first epoch, and then once a minute.",
                     fix="Lower distill.lr or synthesis.lr, or type --set precision=fp32.",
                 )
 
@@ -430,7 +430,8 @@ def distill(
     steps = [distillation.steps_of(epoch) for epoch in range(distillation.settings.distill.epochs)]
     progress.start("distill", sum(steps))
     progress.advance(sum(steps[: distillation.epoch]))
-    written = time.monotonic()
+    # The first epoch is always kept: what goes wrong, often does so in the next.
+    written = -math.inf
     while not distillation.finished:
         epoch = distillation.run_epoch(progress.advance)
         on_epoch(epoch)

@@ -154,15 +154,20 @@ def _distil(
 ) -> tuple[Distillation, Generator, MemoryBank]:
     """The part of the step in which every rank takes part: the finished run, and on rank 0 the generator and bank of
     all ranks."""
+    run = open_distillation(config, files["teacher"], files["lte"])
+    distill(run, files["checkpoint"], progress=progress, on_epoch=on_epoch)
+    return run, run.whole_generator(), run.whole_bank()
+
+
+def open_distillation(config: Recipe, teacher: Path, lte: Path) -> Distillation:
+    """The distillation of a recipe, at its beginning, from the files of a saved teacher and its embeddings."""
     compute = computing.choose(config.device, config.precision)
-    network = load_classifier(files["teacher"])
-    embeddings = embeddings_of_labels.load(files["lte"])
+    network = load_classifier(teacher)
+    embeddings = embeddings_of_labels.load(lte)
     with seeded(random_stream(config.seed, "student").initial_seed()):
         student = build_classifier(config.student.model, network.spec, network.classes)
     settings = Settings(config.generator, config.synthesis, config.distill, config.seed)
-    run = Distillation(network, embeddings, student, settings, compute, distributed.current())
-    distill(run, files["checkpoint"], progress=progress, on_epoch=on_epoch)
-    return run, run.whole_generator(), run.whole_bank()
+    return Distillation(network, embeddings, student, settings, compute, distributed.current())
 
 
 def _rounded(value: object) -> object:

@@ -47,8 +47,10 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
     values = _extended(path)
     # The file's name is the recipe's, unless it says otherwise.
     values.setdefault("name", path.stem)
-    recipe = make_recipe(apply_settings(values, settings or []), name_or_path)
     typed = {setting.partition("=")[0].replace(" ", "") for setting in settings or []}
+    if "teacher.weights" in typed:
+        values = _without_teach(values)
+    recipe = make_recipe(apply_settings(values, settings or []), name_or_path)
     return _resolve(recipe, lambda key: Path.cwd() if key in typed else path.parent)
 
 
@@ -69,7 +71,18 @@ def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
     other = path.parent / f"{base}{SUFFIX}"
     if not other.is_file():
         raise UsageError(f"{path} extends '{base}', and there is no {other}.", fix="Name a file beside it.")
-    return _merged(_extended(other, depth + 1), values)
+    below = _extended(other, depth + 1)
+    return _merged(_without_teach(below) if _names_weights(values) else below, values)
+
+
+def _names_weights(values: dict[str, Any]) -> bool:
+    teacher = values.get("teacher")
+    return isinstance(teacher, dict) and "weights" in teacher
+
+
+def _without_teach(values: dict[str, Any]) -> dict[str, Any]:
+    """Who names weights over a recipe that trains its teacher wants that one not trained."""
+    return {key: value for key, value in values.items() if key != "teach"}
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -215,3 +215,24 @@ def test_preflight_looks_only_at_what_will_run() -> None:
 def test_a_student_that_is_its_teacher() -> None:
     with pytest.raises(UsageError, match="same network"):
         preflight.check(load_recipe("digits", ["student.model=nayer:wrn_16_2"]), STEPS)
+
+
+def test_weights_of_ones_own_take_the_place_of_training(tmp_path: Path) -> None:
+    """--set teacher.weights=… and a recipe that extends another with weights drop the [teach] below them."""
+    assert load_recipe("digits").teach is not None
+    taken = load_recipe("digits", ["teacher.weights=mine.safetensors"])
+    assert taken.teach is None
+    assert taken.teacher.weights == str(Path.cwd() / "mine.safetensors")
+    (tmp_path / "base.toml").write_text(
+        '[teacher]\nmodel = "nayer:wrn_16_1"\nclasses = ["a", "b"]\n[teach]\ndata = "digits"\n'
+        '[student]\nmodel = "nayer:resnet8"\n'
+    )
+    (tmp_path / "child.toml").write_text('extends = "base"\n[teacher]\nweights = "mine.safetensors"\n')
+    child = load_recipe(str(tmp_path / "child.toml"))
+    assert child.teach is None
+    assert child.teacher.weights == str(tmp_path / "mine.safetensors")
+
+
+def test_weights_and_training_at_once_stay_an_error() -> None:
+    with pytest.raises(UsageError, match=r"either teacher.weights or a \[teach\] section"):
+        load_recipe("digits", ["teacher.weights=mine.safetensors", "teach.data=digits"])
