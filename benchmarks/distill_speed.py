@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -24,10 +25,12 @@ from typing import Any
 import torch
 
 from nayer_edge import lte, provenance
-from nayer_edge.compute import choose, random_stream
+from nayer_edge.bank import MemoryBank
+from nayer_edge.compute import Compute, choose, random_stream
 from nayer_edge.config import LTE, Distill, Generator, InputSpec, Synthesis
 from nayer_edge.distill import Distillation, Settings, peak_memory_mib
 from nayer_edge.models import build_classifier
+from nayer_edge.views import ViewCache
 
 sys.path.insert(0, str(Path(__file__).parent))
 from published import Published
@@ -109,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "draws_per_image": round(arguments.student_steps * arguments.student_batch / images_in_bank, 1),
         },
         "memory_mib": {"peak": round(peak_memory_mib(compute)), "before_the_bank": round(memory_before)},
-        "bank_bytes_per_image": 3 * 32 * 32,
+        "bank_growth": _bank_growth(compute, arguments.views),
         "sizes": {
             "teacher": "nayer:wrn_40_2",
             "student": arguments.student,
@@ -173,6 +176,43 @@ def _student(
     ]
     hit_rate = 0.0 if ours.views is None else 1 - ours.views.computed / ours.views.asked
     return times, hit_rate, curve
+
+
+def _bank_growth(compute: Compute, views: int) -> list[dict[str, float]]:
+    """Memory beside a growing bank and its cache of views, MiB: the bytes of the images, those of the cached logits,
+    and what the process grew by (the storage grows by doubling, and keeps old and new while it copies)."""
+    spec = InputSpec()
+    bank = MemoryBank(spec.shape, 2**31, compute.device)
+    teacher = build_classifier("nayer:wrn_10_1", spec, CLASSES).to(compute.device).eval()
+    stream = random_stream(0, "growth", device=compute.device)
+    cache = ViewCache(bank, Distill().augment, views, teacher, compute, stream) if views else None
+    before, found = _memory_mib(compute), []
+    round_of = torch.zeros(4096, *spec.shape, dtype=torch.uint8, device=compute.device)
+    labels = torch.zeros(4096, dtype=torch.long, device=compute.device)
+    for images in (4096, 16384, 65536, 163840):
+        while len(bank) < images:
+            bank.add(round_of, labels)
+        if cache is not None:
+            cache.draw(8, stream)
+        held = images * spec.channels * spec.height * spec.width / 2**20
+        cached = 0.0 if cache is None else sum(t.numel() * t.element_size() for t in cache.tensors().values()) / 2**20
+        found.append(
+            {
+                "images": images,
+                "images_mib": round(held, 1),
+                "cached_logits_mib": round(cached, 1),
+                "process_grew_mib": round(_memory_mib(compute) - before, 1),
+            }
+        )
+    return found
+
+
+def _memory_mib(compute: Compute) -> float:
+    """In use now: allocated on a GPU, resident on a CPU."""
+    if compute.device.type == "cuda":
+        return torch.cuda.memory_allocated() / 2**20
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def _timed(ours: Distillation, work: Callable[[], object]) -> float:

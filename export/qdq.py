@@ -46,7 +46,7 @@ def with_qdq(model: ModelProto, ranges: Ranges, target: Target, *, float_nodes: 
         quantizer = QDQQuantizer(
             copy,
             True,  # one weight scale per output channel
-            False,  # full 8 bits: the targets have VNNI, SDOT or tensor cores
+            target.weight_max < 127,  # ONNX Runtime's "reduced range" is 7 bits
             _TYPES[target.weights],
             _TYPES[target.activations],
             TensorsData(CalibrationMethod.MinMax, data),

@@ -109,7 +109,7 @@ def _add_twin(
     constants = {
         f"{name}_scale": np.array(scale, np.float32),
         f"{name}_zero": np.array(zero, target.activations),
-        f"{name}_weight": rounded_weight(node, weights[w]),
+        f"{name}_weight": rounded_weight(node, weights[w], target),
     }
     channel = 1 if node.op_type in ("Conv", "ConvTranspose") else -1
     rank = weights[w].ndim if channel == 1 else 2
@@ -148,14 +148,15 @@ def activation_scale(low: float, high: float, target: Target) -> tuple[float, in
     return scale, int(np.clip(smallest - round(low / scale), smallest, smallest + 255))
 
 
-def rounded_weight(node: NodeProto, weight: np.ndarray) -> np.ndarray:
-    """A weight after symmetric INT8 rounding with one scale per output channel, back in float32."""
+def rounded_weight(node: NodeProto, weight: np.ndarray, target: Target) -> np.ndarray:
+    """A weight after the target's symmetric rounding with one scale per output channel, back in float32."""
     transposed = any(a.name == "transB" and a.i for a in node.attribute)
     axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0 if transposed else 1}.get(node.op_type, weight.ndim - 1)
     others = tuple(a for a in range(weight.ndim) if a != axis)
-    scale = np.abs(weight).max(axis=others, keepdims=True) / 127
+    largest = target.weight_max
+    scale = np.abs(weight).max(axis=others, keepdims=True) / largest
     scale = np.where(scale > 0, scale, 1.0)
-    return (np.clip(np.rint(weight / scale), -127, 127) * scale).astype(np.float32)
+    return (np.clip(np.rint(weight / scale), -largest, largest) * scale).astype(np.float32)
 
 
 def bias_corrected(graph: ModelProto, errors: Mapping[str, LayerError]) -> ModelProto:

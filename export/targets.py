@@ -25,6 +25,8 @@ class Target:
         activations: integer type of activations.
         symmetric: activations have zero point 0 (a refusal by the parser otherwise, for TensorRT).
         weights: integer type of weights; always symmetric, one scale per output channel.
+        weight_max: largest magnitude of a quantized weight: 127, or 64 (7 bits) where a processor adds two products in
+            16 bits.
         bias: "int32" (scale = input scale × weight scale) or "float" (left as it is).
         outputs: Q/DQ also on the outputs of quantized operators, so that they chain in INT8.
         residual: which inputs of a residual Add get Q/DQ: "both", or "skip" (the other one fuses with its
@@ -41,6 +43,7 @@ class Target:
     activations: Literal["uint8", "int8"]
     symmetric: bool
     weights: Literal["int8"]
+    weight_max: Literal[127, 64]
     bias: Literal["int32", "float"]
     outputs: bool
     residual: Literal["both", "skip"]
@@ -60,6 +63,7 @@ TARGETS: dict[str, Target] = {
             activations="uint8",
             symmetric=False,
             weights="int8",
+            weight_max=64,
             bias="int32",
             outputs=True,
             residual="both",
@@ -67,8 +71,9 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "int8"),
             engine=False,
             session_options=(),
-            why="x86 multiplies unsigned by signed bytes (VNNI); signed activations are not fused by ONNX "
-            "Runtime there and run no faster than FP32.",
+            why="x86 multiplies unsigned by signed bytes; signed activations are not fused by ONNX Runtime there "
+            "and run no faster than FP32. Processors without VNNI (AVX2: Intel before 2019, AMD before Zen 4) add "
+            "two products in 16 bits, which 8-bit weights overflow: 7 bits give the same answers on both.",
         ),
         Target(
             name="arm",
@@ -76,6 +81,7 @@ TARGETS: dict[str, Target] = {
             activations="int8",
             symmetric=False,
             weights="int8",
+            weight_max=127,
             bias="int32",
             outputs=True,
             residual="both",
@@ -93,6 +99,7 @@ TARGETS: dict[str, Target] = {
             activations="int8",
             symmetric=True,
             weights="int8",
+            weight_max=127,
             bias="float",
             outputs=False,
             residual="skip",
@@ -110,6 +117,7 @@ TARGETS: dict[str, Target] = {
             activations="int8",
             symmetric=True,
             weights="int8",
+            weight_max=127,
             bias="float",
             outputs=False,
             residual="skip",

@@ -160,7 +160,7 @@ def to_int8(
         "calibration": _images_record(calibration, provenance),
         "holdout": None if holdout is None else _images_record(holdout, provenance),
         "activations": target.activations + (" symmetric" if target.symmetric else " asymmetric"),
-        "weights": f"{target.weights} symmetric per channel",
+        "weights": f"{target.weights} symmetric per channel, at most ±{target.weight_max}",
         "bias": target.bias,
         "rest": rest,
         "coverage": {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
@@ -233,3 +234,28 @@ def test_a_damaged_file_is_an_integrity_error(trained: Path, tmp_path: Path) -> 
     (tmp_path / "cut.onnx").write_bytes(trained.read_bytes()[:-1000])
     with pytest.raises(IntegrityError):
         to_int8(tmp_path / "cut.onnx", tmp_path / "q.onnx", CALIBRATION, "cpu", method="minmax")
+
+
+def test_the_cpu_graph_says_the_same_with_and_without_vnni(tmp_path: Path) -> None:
+    """Without VNNI, x86 adds two products of bytes in 16 bits, where 255 · 127 · 2 does not fit: bright images under
+    large weights of one sign would be clipped. The fused kernels must agree with Q/DQ computed in float, on any x86."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            next(layer.parameters()).uniform_(0.9, 1.0)
+    to_onnx(model.eval(), SHAPE, tmp_path / "fp32.onnx", metadata={"nayer_edge.classes": "[]"})
+    images = 1 - 0.1 * np.random.default_rng(0).random((64, *SHAPE), dtype=np.float32)
+    made = to_int8(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", images, "cpu", method="minmax")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    exact = ort.InferenceSession(str(made.path), options, providers=["CPUExecutionProvider"])
+    expected = exact.run(None, {exact.get_inputs()[0].name: images})[0]
+    assert made.coverage.fraction == 1
+    np.testing.assert_allclose(run_onnx(made.path, images), expected, rtol=0.01)
+    for initializer in onnx.load(made.path).graph.initializer:
+        values = onnx.numpy_helper.to_array(initializer)
+        if values.dtype == np.int8 and values.ndim > 1:
+            assert 2 * 255 * int(np.abs(values.astype(int)).max()) < 2**15
