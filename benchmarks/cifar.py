@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def one(arguments: argparse.Namespace, seed: int) -> None:
         "hardware": provenance.hardware() | {"compute": compute.reason},
         "versions": provenance.versions(),
         "commit": commit(),
-        "command": "python benchmarks/cifar.py " + " ".join(sys.argv[1:]),
+        "command": command(arguments, seed),
     }
     result.parent.mkdir(parents=True, exist_ok=True)
     write_json(result, figures)
@@ -164,6 +164,14 @@ def ready_teacher(arguments: argparse.Namespace) -> list[str]:
     if arguments.recipe.startswith("cifar10-w402-") and weights.is_file():
         return [f"teacher.weights={json.dumps(str(weights))}"]
     return []
+
+
+def command(arguments: argparse.Namespace, seed: int) -> str:
+    """What makes this run again, wherever its folders lie."""
+    words = ["--recipe", arguments.recipe, "--protocol", arguments.protocol, "--seeds", str(seed)]
+    words += ["--variant", arguments.variant] if arguments.variant else []
+    words += [word for setting in arguments.settings for word in ("--set", setting)]
+    return shlex.join(["python", "benchmarks/cifar.py", *words])
 
 
 def commit() -> str:
