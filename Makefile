@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow check lock schemas clean
+.PHONY: help install quickstart test test-slow faults check lock schemas clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: install  ## the test suite, under 15 minutes on two cores
 
 test-slow: install  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+faults: install  ## does every kind of fault many times, and counts what was lost (nothing), under ten minutes
+	$(BIN)/python -m tests.faults
 
 # Types are checked on what ships: editors and checkers cannot follow the mapping of an editable install.
 check: install  ## ruff and the type checker

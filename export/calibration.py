@@ -119,6 +119,7 @@ def compute_ranges(
     tensors: Collection[str],
     methods: Sequence[str],
     target: Target,
+    bits: int = 8,
 ) -> dict[str, Ranges]:
     """Runs the FP32 graph on calibration images and finds each tensor's range by each method.
 
@@ -128,7 +129,8 @@ def compute_ranges(
         operators: operator types whose inputs and outputs are wanted.
         tensors: those of them whose range matters; the others get their extremes by every method.
         methods: of METHODS.
-        target: decides whether ranges are symmetric and how many levels MSE assumes.
+        target: decides whether ranges are symmetric.
+        bits: how many levels MSE assumes.
 
     Returns:
         method → tensor → (lowest, highest). Deterministic: the same images give the same ranges.
@@ -153,7 +155,9 @@ def compute_ranges(
             coarse = {name: _rebinned(h, _ENTROPY_BINS) for name, h in histograms.items()}
             found["entropy"] = extremes | _with_collector(coarse, "entropy")
         if "mse" in methods:
-            found["mse"] = extremes | {name: mse_range(h, symmetric=target.symmetric) for name, h in histograms.items()}
+            found["mse"] = extremes | {
+                name: mse_range(h, symmetric=target.symmetric, bits=bits) for name, h in histograms.items()
+            }
     return {method: found[method] for method in methods}
 
 
@@ -247,16 +251,17 @@ def _with_collector(histograms: Mapping[str, Histogram], method: str) -> Ranges:
     return dead | {name: (float(data[0]), float(data[1])) for name, data in found.items()}
 
 
-def mse_range(histogram: Histogram, *, symmetric: bool, candidates: int = 80) -> tuple[float, float]:
-    """The range whose 8-bit quantization has the least mean squared error over a histogram.
+def mse_range(histogram: Histogram, *, symmetric: bool, candidates: int = 80, bits: int = 8) -> tuple[float, float]:
+    """The range whose quantization has the least mean squared error over a histogram.
 
     Both ends are shrunk together, then each alone, from the extremes down to a fifth of them; clipping and
     rounding errors are summed over the bins' centres. One (candidates, bins) array is alive at a time.
 
     Args:
         histogram: of one tensor.
-        symmetric: 254 steps around zero (TensorRT), else 255 steps between the ends.
+        symmetric: 2^b − 2 steps around zero (TensorRT), else 2^b − 1 steps between the ends.
         candidates: ranges tried per search.
+        bits: b.
 
     Returns:
         (lowest, highest).
@@ -272,7 +277,7 @@ def mse_range(histogram: Histogram, *, symmetric: bool, candidates: int = 80) ->
         if symmetric:
             highs = np.maximum(-lows, highs)
             lows = -highs
-        steps = 254.0 if symmetric else 255.0
+        steps = 2.0**bits - (2 if symmetric else 1)
         scale = ((highs - lows) / steps)[:, None]
         zero = np.rint(-lows[:, None] / scale)
         level = np.clip(np.rint(values / scale) + zero, 0, steps)

@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from .onnx_file import metadata_of, read_onnx
 from .runners import OrtRunner
-from .targets import PRODUCTS, Product, Target, exclusion, get_target
+from .targets import FLOAT_PRODUCTS, PRODUCTS, Product, Target, exclusion, get_target
 
 # What ONNX Runtime's fusions make of a product between Q/DQ pairs.
 INT8_KERNELS = {
@@ -94,9 +94,13 @@ def eligible_products(model: ModelProto, target: Target) -> tuple[list[NodeProto
     producers = _producers(model)
     eligible, excluded = [], []
     for node in model.graph.node:
-        if node.op_type not in PRODUCTS:
+        if node.op_type in FLOAT_PRODUCTS:
+            product = Product(node.op_type, constant_weight=False)
+        elif node.op_type in PRODUCTS:
+            product = _product(node, constants, producers)
+        else:
             continue
-        reason = exclusion(_product(node, constants, producers), target)
+        reason = exclusion(product, target)
         if reason is None:
             eligible.append(node)
         else:

@@ -134,6 +134,7 @@ class OrtRunner:
         threads: intra-operator threads; all that the process may use by default.
         batch: images per pass.
         target: applies the session options that stand for this target's device.
+        as_written: keeps Q/DQ pairs as they are, computed in float, instead of fusing them into kernels for bytes.
 
     Raises:
         IntegrityError: the file is not ONNX, was cut short, does not load, or reads outside its folder.
@@ -150,9 +151,10 @@ class OrtRunner:
         threads: int | None = None,
         batch: int = BATCH,
         target: Target | None = None,
+        as_written: bool = False,
     ) -> None:
         self.path, self.provider, self.threads = path, provider, threads or available_threads()
-        self._batch, self._target = batch, target
+        self._batch, self._target, self._as_written = batch, target, as_written
         self._session: ort.InferenceSession | None = None
 
     def __enter__(self) -> Self:
@@ -204,6 +206,8 @@ class OrtRunner:
         options.log_severity_level = _QUIET
         # Idle threads of one session must not take the processor from another that is being timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._as_written:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         for key, value in self._target.session_options if self._target else ():
             options.add_session_config_entry(key, value)
         return options

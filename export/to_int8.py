@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -22,6 +23,7 @@ from nayer_edge.errors import UsageError
 
 from .calibration import METHODS, Ranges, compute_ranges, require_images
 from .coverage import FLOAT_NODES, Coverage, eligible_products, int8_coverage
+from .finetune import FineTuner
 from .fp16 import converted
 from .onnx_file import metadata_of, read_onnx, strip, write_onnx
 from .parity import Agreement, agreement
@@ -38,6 +40,8 @@ from .sensitivity import (
 from .targets import Target, get_target, quantized_operators
 
 Method = Literal["auto", "minmax", "percentile", "entropy", "mse"]
+FINETUNED = "finetuned"
+"""in the place of a method: ranges and weights learnt by fine-tuning"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Int8Result:
     Attributes:
         path: the INT8 file.
         target: its target.
-        method: calibration method used.
+        method: calibration method used, or "finetuned".
         scores: method → agreement with FP32 on the hold-out; empty where nothing was compared.
         coverage: what runs in INT8.
         float_nodes: eligible products left in float.
@@ -79,6 +83,8 @@ def to_int8(
     bias_correction: Literal["auto", "on", "off"] = "auto",
     max_drop: float | None = None,
     sensitivity: bool = False,
+    finetune: FineTuner | None = None,
+    teacher_logits: np.ndarray | None = None,
     provenance: str = "synthetic",
 ) -> Int8Result:
     """Quantizes an FP32 classifier for one target.
@@ -99,10 +105,15 @@ def to_int8(
         max_drop: largest fraction of hold-out images on which INT8 may choose another class than FP32; the
             most sensitive layers return to float until it holds in the real runtime. Needs hold-out images.
         sensitivity: measure every layer alone for the record, even where nothing has to fall back.
+        finetune: fine-tunes the calibrated network; what it finds is kept where it agrees with FP32 better than
+            calibration alone does. Needs hold-out images.
+        teacher_logits: (n, classes), of the hold-out, for the record of fine-tuning.
         provenance: where the calibration images came from, for the record.
 
     Raises:
-        UsageError: no or wrong images, an unknown method or target, nothing to quantize, already quantized.
+        UsageError: no or wrong images, an unknown method or target, nothing to quantize, already quantized, an
+            operator that cannot be fine-tuned.
+        TrainingError: fine-tuning diverged.
         IntegrityError: the FP32 file is damaged.
     """
     target = get_target(target) if isinstance(target, str) else target
@@ -119,10 +130,14 @@ def to_int8(
         )
     if max_drop is not None and holdout is None:
         raise UsageError("A largest drop can only be held where it is measured.", fix="Give hold-out images.")
+    if finetune is not None and holdout is None:
+        raise UsageError("Fine-tuning is kept only where it is measured to help.", fix="Give hold-out images.")
     with tempfile.TemporaryDirectory(prefix="nayer-edge-") as name:
         search = _Search(fp32_path, source, target, calibration, holdout, reference_logits, Path(name))
         search.calibrate(METHODS if method == "auto" else (method,), float_nodes)
         search.correct_bias(bias_correction, float_nodes)
+        if finetune is not None:
+            search.finetune(finetune, float_nodes, teacher_logits)
         rows, trail = [], []
         if sensitivity or (max_drop is not None and search.best().top1 < 1 - max_drop):
             rows = search.sensitivity(float_nodes)
@@ -173,6 +188,7 @@ def to_int8(
         },
         "float_nodes": sorted(float_nodes),
         "bias_correction": search.correction,
+        "finetune": search.finetuning,
         "max_drop": max_drop,
         "drop_held": None if max_drop is None else search.best().top1 >= 1 - max_drop,
         "fall_back": trail,
@@ -206,24 +222,35 @@ class _Search:
         self.scores: dict[str, Agreement] = {}
         self._errors: dict[str, LayerError] = {}
         self.correction: dict[str, Any] = {"applied": False}
+        self.finetuning: dict[str, Any] | None = None
         self.measured: Agreement | None = None
 
     def quantized(self, float_nodes: Collection[str], method: str = "") -> ModelProto:
         """The graph with Q/DQ, its biases corrected where the layer is quantized and correction was "
         "chosen."""
-        errors = {name: e for name, e in self._errors.items() if name not in float_nodes}
-        graph = bias_corrected(self.graph, errors) if errors else self.graph
+        graph = self._corrected(float_nodes)
         return with_qdq(graph, self.ranges[method or self.method], self._target, float_nodes=float_nodes)
+
+    def _corrected(self, float_nodes: Collection[str]) -> ModelProto:
+        errors = {name: e for name, e in self._errors.items() if name not in float_nodes}
+        return bias_corrected(self.graph, errors) if errors else self.graph
 
     def measure(self, float_nodes: Collection[str], method: str = "") -> Agreement:
         """Agreement with FP32 on the hold-out of `quantized`, in ONNX Runtime."""
+        self.measured = agreement(self._fp32_logits(), self._logits(float_nodes, method))
+        return self.measured
+
+    def _fp32_logits(self) -> np.ndarray:
         assert self._holdout is not None
         if self._reference is None:
             self._reference = run_onnx(self._fp32_path, self._holdout)
+        return self._reference
+
+    def _logits(self, float_nodes: Collection[str], method: str = "") -> np.ndarray:
+        assert self._holdout is not None
         candidate = self._folder / "candidate.onnx"
         _write(self.quantized(float_nodes, method), candidate, self._source, {})
-        self.measured = agreement(self._reference, run_onnx(candidate, self._holdout))
-        return self.measured
+        return run_onnx(candidate, self._holdout, as_written=not _native(self._target))
 
     def best(self) -> Agreement:
         """Agreement of what has been chosen so far."""
@@ -257,6 +284,32 @@ class _Search:
                 self._errors, self.measured = {}, before
                 self.correction["applied"] = False
 
+    def finetune(self, tuner: FineTuner, float_nodes: Collection[str], teacher: np.ndarray | None) -> None:
+        """Takes over what fine-tuning finds if it agrees with FP32 better than what was chosen before."""
+        before, calibrated = self.best(), self._logits(float_nodes)
+        tuned = tuner(self._corrected(float_nodes), self.ranges[self.method], self._target, float_nodes)
+        kept = self.graph, self._errors
+        self.graph, self._errors, self.ranges[FINETUNED] = tuned.graph, {}, tuned.ranges
+        logits = self._logits(float_nodes, FINETUNED)
+        after = agreement(self._fp32_logits(), logits)
+        chosen = _rank(after) > _rank(before)
+        self.scores[FINETUNED] = after
+        self.finetuning = {
+            "chosen": chosen,
+            "start": self.method,
+            "calibrated": before.as_record(),
+            "finetuned": after.as_record(),
+            "gain": after.top1 - before.top1,
+            **tuned.record,
+        }
+        if teacher is not None:
+            versions = {"fp32": self._fp32_logits(), "calibrated": calibrated, "finetuned": logits}
+            self.finetuning["vs_teacher"] = {name: agreement(teacher, of).as_record() for name, of in versions.items()}
+        if chosen:
+            self.method, self.measured, self.correction["applied"] = FINETUNED, after, False
+        else:
+            self.graph, self._errors = kept
+
     def sensitivity(self, float_nodes: Collection[str]) -> list[LayerSensitivity]:
         """Every eligible layer alone: its noise, and the whole model's agreement where there is a "
         "hold-out."""
@@ -281,14 +334,25 @@ def _rank(score: Agreement) -> tuple[float, float]:
 
 def measured_in(target: Target) -> str:
     """Where this module's agreement scores are measured, in words."""
-    if target.name == "cpu":
+    if _native(target):
         return "ONNX Runtime, CPUExecutionProvider"
     return "ONNX Runtime on this processor, Q/DQ computed in float: the arithmetic of the graph, not of the device"
 
 
-def run_onnx(path: Path, images: np.ndarray) -> np.ndarray:
-    """Logits (n, classes) of an ONNX file in ONNX Runtime's CPU provider."""
-    with OrtRunner(path, batch=64) as runner:
+def _native(target: Target) -> bool:
+    """The target's device multiplies as this processor does, so that what is measured here is what it computes."""
+    on_arm = platform.machine().lower() in ("aarch64", "arm64")
+    return target.name == ("arm" if on_arm else "cpu")
+
+
+def run_onnx(path: Path, images: np.ndarray, *, as_written: bool = False) -> np.ndarray:
+    """Logits (n, classes) of an ONNX file in ONNX Runtime's CPU provider.
+
+    Args:
+        as_written: computes Q/DQ in float, without kernels for bytes. Those for signed activations overflow on x86
+            processors without VNNI, which says nothing about an ARM or TensorRT device.
+    """
+    with OrtRunner(path, batch=64, as_written=as_written) as runner:
         return runner.infer(images)
 
 

@@ -25,6 +25,8 @@ from nayer_edge.errors import IntegrityError, UsageError
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+SIGNATURE = "model.sig"
+"""over all other files of the run (OpenSSF model signing); the manifest cannot name it"""
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 """names that `write_atomic` gives to files until they are whole"""
 MANIFEST_SCHEMA = "nayer-edge/manifest/1"
@@ -74,11 +76,16 @@ class StepRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Forgotten:
-    """A step's entries that were taken out of the manifest; `record` is None where it had none."""
+    """A step's entries that were taken out of the manifest; `record` is None where it had none.
+
+    Attributes:
+        before: steps and files as the manifest listed them before, in that order.
+    """
 
     step: str
     record: StepRecord | None
     files: Mapping[str, FileRecord]
+    before: tuple[Mapping[str, StepRecord], Mapping[str, FileRecord]]
 
 
 class Manifest(BaseModel):
@@ -125,7 +132,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     os.close(handle)
     temporary = Path(name)
     try:
-        write(temporary)
+        _write(temporary, write)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         # mkstemp makes private files; artefacts are meant to be read by others.
@@ -142,6 +149,19 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(temporary: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write`; what a library says of the system in its own kind of exception becomes an OSError again."""
+    try:
+        write(temporary)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors' writer has an exception of its own, whose text ends with the system's
+        match = re.search(r"os error (\d{1,4})", str(error))
+        if match is None:
+            raise
+        raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -171,6 +191,11 @@ def read_json(path: Path, what: str) -> Any:
         raise IntegrityError(f"{path} is missing, so {what} cannot be read.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is not readable as {what}.", why=f"{error}") from error
+
+
+def _is_plain(path: Path) -> bool:
+    """A file itself: no link, folder, pipe or device."""
+    return path.is_file() and not path.is_symlink()
 
 
 def _refuse_constant(name: str) -> float:
@@ -218,6 +243,12 @@ class RunFolder:
                 f"{root} is not a run folder.",
                 why=f"It holds no {MANIFEST}.",
                 fix="Type: nayer-edge run RECIPE --out DIR   (nayer-edge recipes lists them)",
+            )
+        if (root / MANIFEST).is_symlink():
+            raise IntegrityError(
+                f"{root / MANIFEST} is a link.",
+                why="What it points to is not part of the run.",
+                fix="Do not use this folder: it was altered. Fetch it again from where it was made.",
             )
         try:
             manifest = Manifest.model_validate(read_json(root / MANIFEST, "the manifest"))
@@ -296,7 +327,8 @@ class RunFolder:
     def forget(self, step: str) -> Forgotten:
         """Takes a step and its files out of the manifest (the files stay until they are overwritten)."""
         files = {name: entry for name, entry in self.manifest.files.items() if entry.step == step}
-        forgotten = Forgotten(step, self.manifest.steps.pop(step, None), files)
+        before = dict(self.manifest.steps), dict(self.manifest.files)
+        forgotten = Forgotten(step, self.manifest.steps.pop(step, None), files, before)
         self.manifest.files = {n: f for n, f in self.manifest.files.items() if f.step != step}
         self.save()
         return forgotten
@@ -308,8 +340,8 @@ class RunFolder:
         files = {**self.manifest.files, **forgotten.files}
         if RunFolder(self.root, self.manifest.model_copy(update={"files": files})).problems(list(forgotten.files)):
             return False
-        self.manifest.files = files
-        self.manifest.steps[forgotten.step] = forgotten.record
+        # In the old order: a signature over the manifest then holds again.
+        self.manifest.steps, self.manifest.files = map(dict, forgotten.before)
         self.save()
         return True
 
@@ -345,17 +377,20 @@ class RunFolder:
             path, record = self.path(name), self.manifest.files[name]
             if not path.is_file():
                 found.append(f"{name} is missing")
+            elif path.is_symlink():
+                found.append(f"{name} was altered: it is a link")
             elif path.stat().st_size != record.bytes or sha256_of(path) != record.sha256:
                 found.append(f"{name} was altered: its SHA-256 is not the manifest's")
         return found
 
     def strangers(self) -> list[str]:
         """Files in the folder that the manifest does not know."""
-        known = {MANIFEST, LOCK, *self.manifest.files}
+        known = {MANIFEST, LOCK, SIGNATURE, *self.manifest.files}
         found = []
         for path in sorted(self.root.rglob("*")):
             name = path.relative_to(self.root).as_posix()
-            if (path.is_symlink() or not path.is_dir()) and name not in known:
+            known_here = name in known and (name not in (LOCK, SIGNATURE) or _is_plain(path))
+            if not known_here and (path.is_symlink() or not path.is_dir()):
                 found.append(name)
         return found
 
@@ -389,7 +424,8 @@ def lock_folder(root: Path) -> Iterator[None]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        file = (root / LOCK).open("a")
+        # Never through a link: the lock of a folder lies in it.
+        file = os.fdopen(os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "rb+")
     except OSError as error:
         raise UsageError(
             f"Cannot write to {root}.",

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.models import load_tensors, save_tensors
+from nayer_edge.tensors import load_tensors, save_tensors
 
 _FIRST_ALLOCATION = 4096
 

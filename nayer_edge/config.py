@@ -10,13 +10,27 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from nayer_edge.errors import UsageError, nearest
+from nayer_edge.model_names import BRING_WEIGHTS
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Fit = Literal["exact", "stretch", "center-crop"]
+"""what is done with a picture that is not of the model's size: refuse it, resize it, or resize and crop it"""
+Arguments = dict[str, bool | int | float | str]
+EMBEDDING_FILES = (".safetensors", ".npz", ".npy")
+"""what the name of a file of embeddings ends with"""
 
 
 class Section(BaseModel):
@@ -59,15 +73,38 @@ class Augment(Section):
 
 
 class Teacher(Section):
-    """The trained classifier. Either `weights` are given, or a [teach] section trains it (for demonstrations)."""
+    """The trained classifier. Either `weights` are given, or a [teach] section trains it (for demonstrations); hf: and
+    python: models may bring their own."""
 
     model: str
-    """nayer:wrn_40_2, torchvision:…"""
+    """nayer:wrn_40_2, torchvision:resnet18, timm:resnet18, hf:<hub id or folder>, python:<module or file.py>:<factory>
+    (runs only with --trust-code)"""
+    arguments: Arguments = {}
+    """further arguments of the network, for its library or factory"""
     weights: str | None = None
-    """a .safetensors file or a state dict; relative to the recipe; $NAYER_EDGE_DATA is expanded"""
-    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=100_000)]
-    """class names in the order of the classifier's outputs"""
+    """a .safetensors file or a state dict, relative to the recipe ($NAYER_EDGE_DATA is expanded); or those that a
+    library publishes, as torchvision:IMAGENET1K_V1 or timm:a1_in1k"""
+    weights_key: str | None = None
+    """where in the file they are, or the prefix of their names; needed where it holds several, as state_dict_ema"""
+    weights_ignore: tuple[str, ...] = ()
+    """beginnings of names in the file that are no part of the network, as "projector." """
+    classes: Annotated[
+        tuple[str, ...],
+        Field(min_length=2, max_length=100_000),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 100_000},
+                    {"type": "string", "description": "a text, JSON or CSV file of class names"},
+                ]
+            }
+        ),
+    ]
+    """class names in the order of the classifier's outputs, or a file of them, relative to the recipe"""
     input: InputSpec = InputSpec()
+    """what is not written comes from the library's own description of the weights, where it has one"""
+    input_from: str = ""
+    """where that came from; written when the recipe is read"""
 
     @field_validator("classes")
     @classmethod
@@ -101,12 +138,28 @@ class LTE(Section):
 
     encoder: str = "all-MiniLM-L6-v2"
     """all-MiniLM-L6-v2, a hub id or folder for transformers, a file of embeddings, onehot, or random"""
-    prompt: str = "a photo of a {label}"
+    prompt: str | tuple[str, ...] = "a photo of a {label}"
+    """one template, or several whose embeddings are averaged (Radford et al. 2021, §3.1.4)"""
+    synonyms: Literal["first", "all", "average"] = "first"
+    """what of "tench, Tinca tinca" stands in the prompt: first: tench (where classes share it, the whole label); all:
+    the label as it is; average: each name in a prompt of its own, averaged"""
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The prompts, one or several."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def precomputed(self) -> bool:
+        """The encoder is a file of embeddings."""
+        return self.encoder.lower().endswith(EMBEDDING_FILES)
 
     @model_validator(mode="after")
     def _prompt_has_label(self) -> LTE:
-        if "{label}" not in self.prompt:
-            raise ValueError("the prompt must contain {label}")
+        if not self.templates or not all("{label}" in template for template in self.templates):
+            raise ValueError("the prompt must contain {label}, and so must each of several")
+        if any(len(template.splitlines()) > 1 for template in self.templates):
+            raise ValueError("a prompt is one line")
         return self
 
 
@@ -114,6 +167,9 @@ class Student(Section):
     """The compact network to train."""
 
     model: str
+    """as teacher.model; torchvision:mobilenet_v3_small@32 lowers a library network's strides for 32-pixel images"""
+    arguments: Arguments = {}
+    """further arguments of the network, for its library or factory"""
 
 
 class Generator(Section):
@@ -200,6 +256,14 @@ class Export(Section):
     layers return to float until it holds"""
     sensitivity: bool = False
     """measure every layer alone, whether or not one has to return to float"""
+    finetune: bool = False
+    """train the INT8 network with its rounding on images of the memory bank; kept where it agrees better with FP32 on
+    the synthetic hold-out than calibration alone"""
+    finetune_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    finetune_steps: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """steps per epoch, of distill.batch images each"""
+    finetune_lr: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
+    """peak step of Adam, as a fraction of each channel's root mean square weight"""
     fp16: bool = False
     """also write an FP16 graph (always written where an engine is to be built)"""
     engines: bool = True
@@ -213,6 +277,9 @@ class Validate(Section):
 
     data: str | None = None
     """labelled hold-out images (they only measure); none: fresh synthetic images"""
+    fit: Fit = "exact"
+    """pictures that are not of the model's size or kind: exact refuses them, with their count; stretch resizes them;
+    center-crop resizes the shorter side to 8/7 of the model's and cuts the middle out"""
     synthetic_images: Count = 2000
     """how many, where there is no hold-out"""
 
@@ -264,18 +331,40 @@ class PerClassPolicy(Section):
     """report, but do not fail"""
 
 
+class BaselinePolicy(Section):
+    """Paired accuracy drop against the same artefact of the baseline run that `gate --references` names."""
+
+    max_drop: Fraction | None = None
+
+
 class Policy(Section):
     """What an artefact must satisfy before it ships. A check whose limit is absent is not made."""
 
     artifacts: Annotated[tuple[str, ...], Field(min_length=1)] = ("int8.cpu",)
     """names as in report.json"""
     accuracy: AccuracyPolicy = AccuracyPolicy(max_drop_vs_fp32=0.015, max_drop_vs_teacher=0.04)
+    baseline: BaselinePolicy = BaselinePolicy()
     agreement: AgreementPolicy = AgreementPolicy()
     latency: LatencyPolicy = LatencyPolicy()
     size: SizePolicy = SizePolicy()
     int8: Int8Policy = Int8Policy(min_coverage=1.0)
     parity: ParityPolicy = ParityPolicy(max_abs_diff=1e-3)
     per_class: PerClassPolicy = PerClassPolicy()
+
+
+class Baseline(Section):
+    """The release to compare with."""
+
+    run: Annotated[str, Field(min_length=1)]
+    """a validated run folder, or a folder with its report.json and predictions.npz; relative to this file"""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """of its report.json; without it, whoever can write there can lower the bar"""
+
+
+class References(Section):
+    """`references.toml`: what `gate` compares a run with, beside the limits of the policy."""
+
+    baseline: Baseline
 
 
 class Measured(Section):
@@ -316,7 +405,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _teacher_has_weights(self) -> Recipe:
-        if (self.teacher.weights is None) == (self.teach is None):
+        brings_its_own = self.teacher.model.startswith(tuple(f"{source}:" for source in BRING_WEIGHTS))
+        none = self.teacher.weights is None and self.teach is None
+        if (self.teacher.weights is not None and self.teach is not None) or (none and not brings_its_own):
             raise ValueError("give either teacher.weights or a [teach] section that trains the teacher")
         return self
 
@@ -396,6 +487,22 @@ def make_policy(values: dict[str, Any], source: str) -> Policy:
             f"The policy {source} does not hold:",
             why="\n".join(f"  - {sentence}" for sentence in problems_of(error, Policy)),
             fix="Mend these lines. `nayer-edge gate RUN --print-policy` shows the one in force.",
+        ) from error
+
+
+def make_references(values: dict[str, Any], source: str) -> References:
+    """Checks what a run is to be compared with; all problems are reported at once.
+
+    Raises:
+        UsageError: it does not hold.
+    """
+    try:
+        return References.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(
+            f"The references {source} do not hold:",
+            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, References)),
+            fix='Mend these lines. For example: [baseline] run = "runs/last"',
         ) from error
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nayer_edge import generator as generators
-from nayer_edge import losses
+from nayer_edge import health, losses
 from nayer_edge.artefacts import digest_of
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.bank import MemoryBank, to_unit
@@ -29,13 +30,15 @@ from nayer_edge.compute import Compute, random_stream
 from nayer_edge.config import Distill, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.distributed import SINGLE, World, share_problems, synchronise_batchnorms
-from nayer_edge.errors import TrainingError, UsageError
+from nayer_edge.errors import IntegrityError, TrainingError, UsageError
 from nayer_edge.evaluate import agreement, logits_of
 from nayer_edge.generator import Generator
+from nayer_edge.interrupts import Deferred
 from nayer_edge.lte import LabelEmbeddings
-from nayer_edge.models import Classifier, load_tensors, save_tensors, weights_digest
+from nayer_edge.models import Classifier, weights_digest
 from nayer_edge.progress import Progress, Silent
 from nayer_edge.synthesis import BatchNormStatistics, Round, synthesize_round
+from nayer_edge.tensors import load_tensors, save_tensors
 from nayer_edge.views import ViewCache
 
 
@@ -82,6 +85,12 @@ class Epoch:
     seconds: float
     memory_mib: float
     """peak of the device's memory, or the process's resident peak on a CPU"""
+    synthetic_classes: int = 0
+    """different classes that the teacher sees in the newest images"""
+    distinct: float = 1.0
+    """fraction of the newest images that are no copies of another"""
+    student_spread: float | None = None
+    """largest difference between the student's logits of two hold-out images"""
 
 
 class Distillation:
@@ -113,7 +122,7 @@ class Distillation:
         self.settings, self.compute, self.world = settings, compute, world
         self.share = settings.synthesis.batch // world.size
         """images that this rank makes in a round"""
-        self.digest = settings.digest(teacher, embeddings, student.model)
+        self.digest = settings.digest(teacher, embeddings, student.identity)
         self.teacher = compute.place(teacher).eval().requires_grad_(False)
         synchronise_batchnorms(student, world)
         self.student = compute.place(student)
@@ -190,11 +199,14 @@ class Distillation:
         parts = torch.stack([made.losses for made in rounds]).mean(dim=0)
         for made in rounds:
             self.bank.add(made.images, made.labels)
+        signs = health.look_at_images(self.teacher, rounds[-1].images, self.compute)
+        shares, distinct = map(self.world.mean, signs)
         if epoch == max(distill.warmup_epochs - 1, 0):
             self._make_holdout()
         loss_kd, lr = (None, None) if warm else self._train_student(epoch - distill.warmup_epochs, on_step)
-        agreed = float(self._agreement()) if len(self.holdout) else 0.0
-        seconds = time.perf_counter() - began
+        agreed, spread = self._compare() if len(self.holdout) else (0.0, 0.0)
+        # A clock may be set back, and must not end the run.
+        seconds = max(time.perf_counter() - began, 1e-9)
         images = len(rounds) * synthesis.batch * synthesis.g_steps + (0 if warm else distill.steps * distill.batch)
         loss_bn, loss_ce, loss_adv = parts.tolist()
         found = Epoch(
@@ -210,6 +222,9 @@ class Distillation:
             images_per_s=images / seconds,
             seconds=seconds,
             memory_mib=peak_memory_mib(self.compute),
+            synthetic_classes=int((shares > 0).sum()),
+            distinct=float(distinct),
+            student_spread=None if warm else spread,
         )
         self._check_finite(found)
         if not warm and agreed > self.best_agreement and distill.select == "agreement":
@@ -254,9 +269,13 @@ class Distillation:
         self.generator, self.statistics = kept
         self.holdout = torch.cat([made.images for made in rounds])
 
-    def _agreement(self) -> Float[Tensor, ""]:
+    def _compare(self) -> tuple[float, float]:
+        """Agreement of student and teacher on the synthetic hold-out, and how far the student's answers spread."""
         teacher = logits_of(self.teacher, self.holdout, self.compute)
-        return self.world.mean(agreement(logits_of(self.student, self.holdout, self.compute), teacher))
+        student = logits_of(self.student, self.holdout, self.compute)
+        found = torch.stack((agreement(student, teacher), health.spread(student)))
+        agreed, spread = self.world.mean(found).tolist()
+        return agreed, spread
 
     def _train_student(self, epoch: int, on_step: Callable[[], None]) -> tuple[Tensor, float]:
         """Student steps on the bank; returns the mean loss, on the device, and the last learning rate."""
@@ -418,6 +437,13 @@ def distill(
 
     Returns:
         The student to ship.
+
+    A SIGINT or SIGTERM takes effect after the running epoch, whose state is then in the checkpoint, and a second one
+    at once; so does the first where the checkpoint already holds all finished epochs, or several ranks work.
+
+    Raises:
+        TrainingError: a loss is not finite, or what the run makes is worthless.
+        IntegrityError: the checkpoint is damaged.
     """
     progress = progress or Silent()
     if checkpoint is not None:
@@ -431,19 +457,35 @@ def distill(
     progress.start("distill", sum(steps))
     progress.advance(sum(steps[: distillation.epoch]))
     # The first epoch is always kept: what goes wrong, often does so in the next.
-    written = -math.inf
-    while not distillation.finished:
-        epoch = distillation.run_epoch(progress.advance)
-        on_epoch(epoch)
-        progress.figures(
-            epoch=f"{epoch.epoch}/{distillation.settings.distill.epochs}",
-            loss=epoch.loss_bn if epoch.loss_kd is None else epoch.loss_kd,
-            agreement=epoch.agreement,
-            **{"images/s": epoch.images_per_s},
-        )
-        if checkpoint is not None and world.from_first(time.monotonic() - written >= checkpoint_seconds):
-            save_checkpoint(distillation, checkpoint)
-            written = time.monotonic()
+    written, saved = -math.inf, distillation.epoch
+    with Deferred(lambda: checkpoint is not None and world.size == 1 and distillation.epoch > saved) as interrupt:
+
+        def on_step() -> None:
+            nonlocal told
+            progress.advance()
+            if interrupt.asked and not told:
+                told = True
+                progress.notice("Interrupted: the running epoch is finished and kept. Again stops at once.")
+
+        told = False
+        while not distillation.finished:
+            epoch = distillation.run_epoch(on_step)
+            on_epoch(epoch)
+            progress.figures(
+                epoch=f"{epoch.epoch}/{distillation.settings.distill.epochs}",
+                loss=epoch.loss_bn if epoch.loss_kd is None else epoch.loss_kd,
+                agreement=epoch.agreement,
+                **{"images/s": epoch.images_per_s},
+            )
+            if notice := health.judge(distillation.history, distillation.finished):
+                progress.notice(notice)
+            # The last one too: what is still to be written may be interrupted.
+            done = bool(interrupt.asked) or distillation.finished
+            due = done or time.monotonic() - written >= checkpoint_seconds
+            if checkpoint is not None and world.from_first(due):
+                save_checkpoint(distillation, checkpoint)
+                written, saved = time.monotonic(), distillation.epoch
+            interrupt.act()
     progress.finish()
     return distillation.result()
 
@@ -459,17 +501,28 @@ def save_checkpoint(distillation: Distillation, path: Path) -> None:
 
 
 def resume(distillation: Distillation, path: Path) -> bool:
-    """Continues from a checkpoint of the same run; False where there is none."""
+    """Continues from a checkpoint of the same run; False where there is none.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
     if not path.is_file():
         return False
     from safetensors import safe_open
 
     tensors = load_tensors(path, "a checkpoint")
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-    if facts.get("digest") != distillation.digest:
-        return False
-    distillation.restore(tensors, facts)
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+        if facts.get("digest") != distillation.digest:
+            return False
+        distillation.restore(tensors, facts)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{path} is not a checkpoint of this run.",
+            why=f"{error}".splitlines()[0] if f"{error}" else type(error).__name__,
+            fix=f"Remove it: the student is then distilled from the first epoch. Type: rm {shlex.quote(str(path))}",
+        ) from error
     return True
 
 

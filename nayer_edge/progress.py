@@ -20,6 +20,10 @@ class Progress(Protocol):
         """The newest figures, for example loss and agreement at the end of an epoch."""
         ...
 
+    def notice(self, text: str) -> None:
+        """Something that whoever watches should know now, and read again later."""
+        ...
+
     def finish(self) -> None:
         """It is all done."""
         ...
@@ -35,6 +39,9 @@ class Silent:
         """Ignored."""
 
     def figures(self, **figures: float | str) -> None:
+        """Ignored."""
+
+    def notice(self, text: str) -> None:
         """Ignored."""
 
     def finish(self) -> None:

@@ -19,3 +19,12 @@ def inert(text: str) -> str:
     'cat\ufffd[2J'
     """
     return _UNSAFE.sub("\ufffd", text)
+
+
+def printed(text: str) -> str:
+    """`text` made inert, for a place where a line may begin: no workflow command (`::`, `##[`) of a CI server acts.
+
+    >>> printed("::error::x")
+    ':\u200b:error:\u200b:x'
+    """
+    return re.sub(r":(?=:)|#(?=#\[)", "\\g<0>\N{ZERO WIDTH SPACE}", inert(text))

@@ -12,10 +12,12 @@ from nayer_edge import compute as computing
 from nayer_edge import generator as generators
 from nayer_edge import lte as embeddings_of_labels
 from nayer_edge.artefacts import Artifact, RunFolder, write_json
-from nayer_edge.bank import to_unit
+from nayer_edge.augment import crop_and_flip
+from nayer_edge.bank import MemoryBank, to_unit
 from nayer_edge.compute import random_stream
 from nayer_edge.config import Recipe
 from nayer_edge.errors import IntegrityError, MissingError
+from nayer_edge.export.finetune import FineTuner, Schedule
 from nayer_edge.export.fp16 import to_fp16
 from nayer_edge.export.parity import compare, edge_cases
 from nayer_edge.export.runners import OrtRunner, TorchRunner
@@ -104,6 +106,8 @@ def make_int8(
     calibration = source.draw("calibration", wanted, progress)
     holdout = source.draw("calibration hold-out", wanted, progress)
     progress.finish()
+    tuner = _fine_tuner(source, student, config, out, progress) if config.export.finetune else None
+    teacher_logits = None if tuner is None else source.teacher_logits(holdout)
     files, records, numbers = {}, {}, {}
     for target in config.export.targets:
         result = to_int8(
@@ -115,13 +119,38 @@ def make_int8(
             holdout_images=holdout,
             max_drop=config.export.max_drop,
             sensitivity=config.export.sensitivity,
+            finetune=tuner,
+            teacher_logits=teacher_logits,
         )
         files[f"int8 {target} onnx"] = int8_file(target)
         records[target] = result.record
         numbers[f"{target} method"] = result.method
+        if tuner is not None:
+            numbers[f"{target} fine-tuning gain"] = _short(result.record["finetune"]["gain"])
         numbers[f"{target} int8 coverage"] = _short(result.coverage.fraction)
     write_json(out.path(QUANTIZATION), records)
     return Artifact("int8", {**files, "quantization": QUANTIZATION}, numbers)
+
+
+def _fine_tuner(
+    source: SyntheticSource, student: Artifact, config: Recipe, out: RunFolder, progress: Progress
+) -> FineTuner:
+    """Fine-tunes on augmented images of the run's memory bank, against the teacher's logits."""
+    device, settings = source.compute.device, config.export
+    bank = MemoryBank.load(out.path(student.files["bank"]), device)
+
+    def draw(random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        images = to_unit(crop_and_flip(bank.draw(config.distill.batch, random), config.distill.augment, random))
+        with torch.no_grad(), source.compute.autocast():
+            return images, source.teacher(images)
+
+    def stream(epoch: int) -> torch.Generator:
+        return random_stream(config.seed, "finetune", epoch, device=device)
+
+    schedule = Schedule(
+        settings.finetune_epochs, settings.finetune_steps, settings.finetune_lr, config.distill.temperature
+    )
+    return FineTuner(draw, schedule, stream, device, progress)
 
 
 def wants_fp16(config: Recipe) -> bool:
@@ -223,6 +252,12 @@ class SyntheticSource:
             progress.advance,
         )
         return to_unit(images).cpu().numpy(), labels.cpu().numpy()
+
+    def teacher_logits(self, images: np.ndarray) -> np.ndarray:
+        """The teacher's logits (n, classes) for images (n, C, H, W) in [0, 1]."""
+        with torch.no_grad():
+            batches = torch.from_numpy(images).split(256)
+            return torch.cat([self.teacher(part.to(self.compute.device)).float().cpu() for part in batches]).numpy()
 
 
 def _short(value: float) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nayer_edge import compute as computing
-from nayer_edge import data, distributed
+from nayer_edge import data, distributed, teachers
 from nayer_edge import generator as generators
 from nayer_edge import lte as embeddings_of_labels
 from nayer_edge import teach as teaching
@@ -22,8 +22,7 @@ from nayer_edge.generator import Generator
 from nayer_edge.models import (
     build_classifier,
     load_classifier,
-    load_weights,
-    read_state_dict,
+    quicken_batch_norms,
     save_classifier,
 )
 from nayer_edge.progress import Progress, Silent
@@ -46,25 +45,31 @@ def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artif
     compute = computing.choose(config.device, config.precision)
     random = random_stream(config.seed, "teacher")
     with seeded(random.initial_seed()):
-        teacher = build_classifier(config.teacher.model, config.teacher.input, config.teacher.classes)
+        teacher = teachers.untrained(config.teacher)
     facts: dict[str, object] = {}
     if config.teach is not None:
         images = data.load(config.teach.data, "train", config.teacher.input, config.teacher.classes)
+        quicken_batch_norms(teacher)
         teaching.teach(teacher, images, config.teach, compute, config.seed, progress)
         facts = {
             "trained_on": images.name,
             "images": len(images),
-            "teach": config.teach.model_dump(mode="json"),
+            # Not where the images lay: the card travels with the teacher.
+            "teach": config.teach.model_dump(mode="json", exclude={"data"}),
         }
     else:
-        source = Path(str(config.teacher.weights))
-        load_weights(teacher, read_state_dict(source), source)
-        facts = {"source": source.name}
+        teacher, facts = teachers.load(config.teacher, teacher)
+    if config.teacher.input_from:
+        facts["input_from"] = config.teacher.input_from
     save_classifier(teacher, out.path(TEACHER), facts)
     return Artifact(
         "teacher",
         {"teacher": TEACHER, "teacher card": card_of(TEACHER)},
-        {"model": config.teacher.model, "parameters": teacher.parameter_count},
+        {
+            "model": teacher.model,
+            "parameters": teacher.parameter_count,
+            **{name: str(facts[name]) for name in ("source", "key", "input_from") if name in facts},
+        },
     )
 
 
@@ -90,7 +95,7 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
     """Distils the student; keeps a checkpoint while it runs and continues from it."""
     world = distributed.current()
     files = {"teacher": out.path(teacher.files["teacher"]), "lte": out.path(lte.files["lte"])}
-    files["checkpoint"] = checkpoint = out.path(CHECKPOINT)
+    files["checkpoint"] = out.path(CHECKPOINT)
     lines: list[str] = []
     board = TensorBoard(out.root) if config.tracking == "tensorboard" else None
 
@@ -113,7 +118,6 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
     bank.save(out.path(BANK))
     images, labels = bank.newest(config.synthesis.batch * config.synthesis.rounds)
     per_class_picture(images.cpu().numpy(), labels.tolist(), student.classes, out.path(PICTURE))
-    checkpoint.unlink(missing_ok=True)
     return Artifact(
         "student",
         {
@@ -126,7 +130,7 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
             "picture": PICTURE,
         },
         {
-            "model": config.student.model,
+            "model": student.model,
             "parameters": student.parameter_count,
             "synthetic agreement": round(run.history[-1].agreement, 4),
             "bank images": len(bank),
@@ -165,7 +169,8 @@ def open_distillation(config: Recipe, teacher: Path, lte: Path) -> Distillation:
     network = load_classifier(teacher)
     embeddings = embeddings_of_labels.load(lte)
     with seeded(random_stream(config.seed, "student").initial_seed()):
-        student = build_classifier(config.student.model, network.spec, network.classes)
+        student = build_classifier(config.student.model, network.spec, network.classes, config.student.arguments)
+    quicken_batch_norms(student)
     settings = Settings(config.generator, config.synthesis, config.distill, config.seed)
     return Distillation(network, embeddings, student, settings, compute, distributed.current())
 

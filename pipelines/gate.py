@@ -11,23 +11,26 @@ import os
 import re
 import shlex
 import xml.etree.ElementTree as ET  # writes only; nothing is parsed
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from nayer_edge.artefacts import Artifact, RunFolder, read_json, sha256_of, write_bytes, write_json
+from nayer_edge.artefacts import Artifact, RunFolder, sha256_of, write_bytes, write_json
 from nayer_edge.config import Policy, Recipe, make_policy, parse_toml
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.progress import Progress
 from nayer_edge.text import inert
 
-from .judgement import CHECKS, Check, Verdict, judge
-from .measurements import PREDICTIONS_PATH, REPORT_PATH, REPORT_SCHEMA, Report
+from .baseline import load_baseline
+from .judgement import CHECKS, Baseline, Check, Verdict, judge
+from .measurements import PREDICTIONS_PATH, REPORT_PATH, Report, read_report
+from .wording import promise
 
 VERDICT_SCHEMA = "nayer-edge/verdict/1"
 VERDICT_PATH = "gate/verdict.json"
@@ -37,21 +40,42 @@ _MARK = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 _COLOUR = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
-def run_gate(run_root: Path, policy_file: Path | None = None) -> Verdict:
+def run_gate(run_root: Path, policy_file: Path | None = None, references: Path | None = None) -> Verdict:
     """Judges a run folder.
 
     Args:
         run_root: the run folder.
         policy_file: a policy in TOML; the one of the run's recipe by default.
+        references: a `references.toml` that names the release to compare with.
 
     Raises:
-        UsageError: no run, no report yet, one of a newer version, or a policy that does not hold (exit 2).
-        IntegrityError: a file differs from the manifest, or the report from the files (exit 4).
+        UsageError: no run, no report yet, one of a newer version, a policy or references that do not hold, or a
+            baseline that was measured on other images (exit 2).
+        IntegrityError: a file differs from the manifest, the report from the files, or the baseline from what the
+            references name (exit 4).
     """
     run = RunFolder.open(run_root)
     policy = load_policy(run, policy_file)
+    if references is not None and policy.baseline.max_drop is None:
+        raise UsageError(
+            f"{references} names a baseline, and the policy sets no limit to the drop against it.",
+            fix="Add to the policy, for one point: [baseline] max_drop = 0.01",
+        )
     run.require_intact()
-    return judge(load_report(run), policy)
+    report = load_report(run)
+    baseline = None if references is None else load_baseline(references, run, report, policy.artifacts)
+    return _judged(report, policy, baseline)
+
+
+def _judged(report: Report, policy: Policy, baseline: Baseline | None = None) -> Verdict:
+    """The judgement, with what it can and cannot promise."""
+    notes = list(promise(report.dataset)) if report.dataset.kind == "synthetic" else []
+    if baseline is not None:
+        notes.append(
+            f"Compared with the baseline '{baseline.name}' (its report.json has the SHA-256 "
+            f"{baseline.report_sha256[:12]}…) on the same {report.dataset.n:,} images."
+        )
+    return replace(judge(report, policy, baseline), notes=tuple(notes))
 
 
 def load_policy(run: RunFolder, policy_file: Path | None = None) -> Policy:
@@ -78,31 +102,12 @@ def load_report(run: RunFolder) -> Report:
         raise UsageError(f"{run.root} has not been validated.", f"It holds no {REPORT_PATH}.", again)
     if REPORT_PATH not in run.manifest.files:
         raise IntegrityError(f"{path} is not in the manifest, so nobody answers for it.", fix=again)
-    values = read_json(path, "a report")
-    _refuse_newer(values, path)
-    try:
-        report = Report.model_validate(values)
-    except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        reason = f"{where}: {error.errors()[0]['msg']}."
-        raise IntegrityError(f"{path} is not a report of this version.", reason, again) from error
+    report = read_report(path, again)
     if found := _stale(run, report):
         raise IntegrityError(
             f"{path} is stale: it does not speak of the files in {run.root}.", "; ".join(found) + ".", again
         )
     return report
-
-
-def _refuse_newer(values: object, path: Path) -> None:
-    stated = values.get("schema") if isinstance(values, dict) else None
-    family, _, version = REPORT_SCHEMA.rpartition("/")
-    match = re.fullmatch(rf"{re.escape(family)}/(\d{{1,9}})", stated) if isinstance(stated, str) else None
-    if match and int(match[1]) > int(version):
-        raise UsageError(
-            f"{path} has the schema {stated}, and this version reads {REPORT_SCHEMA}.",
-            "A newer nayer-edge wrote it.",
-            "Type: pip install --upgrade nayer-edge",
-        )
 
 
 def _stale(run: RunFolder, report: Report) -> list[str]:
@@ -129,11 +134,40 @@ def _hash(run: RunFolder, name: str) -> str | None:
     return record.sha256 if record else sha256_of(path)
 
 
+def require_outputs(run_root: Path, outputs: Mapping[str, Path | None], inputs: Sequence[Path | None] = ()) -> None:
+    """Refuses outputs that would alter a run folder, overwrite what the gate reads, or overwrite each other.
+
+    Args:
+        outputs: option → file to write.
+        inputs: the policy and the references.
+
+    Raises:
+        UsageError: with what is wrong.
+    """
+    taken = {path.resolve(): "which the gate reads" for path in inputs if path is not None}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        place = path.resolve()
+        if place.is_relative_to(run_root.resolve()):
+            raise UsageError(
+                f"{option} {path} lies inside the run folder, whose files its manifest states.",
+                why="A verdict written there would make the run look altered.",
+                fix=f"Choose a file outside {run_root}; the pipeline's own verdict is in {VERDICT_PATH}.",
+            )
+        if place in taken:
+            raise UsageError(f"{option} would overwrite {path}, {taken[place]}.", fix="Choose another file.")
+        taken[place] = f"which {option} writes"
+
+
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
     """The verdict as the contract of `verdict.json` states it; texts are made inert."""
+    baseline = verdict.baseline
     return {
         "schema": VERDICT_SCHEMA,
         "verdict": verdict.verdict,
+        "notes": [inert(note) for note in verdict.notes],
+        "baseline": baseline and {"name": inert(baseline.name), "report_sha256": baseline.report_sha256},
         "checks": [
             {
                 "name": check.name,
@@ -167,6 +201,8 @@ def junit_xml(verdict: Verdict) -> bytes:
         else:
             prefix = f"advisory, {check.verdict}: " if check.advisory else ""
             ET.SubElement(case, "system-out").text = prefix + detail
+    if verdict.notes:
+        ET.SubElement(suite, "system-out").text = "\n".join(inert(note) for note in verdict.notes)
     ET.indent(suites)
     return ET.tostring(suites, encoding="utf-8", xml_declaration=True) + b"\n"
 
@@ -191,6 +227,8 @@ def summary_markdown(verdict: Verdict) -> str:
     for check in verdict.checks:
         words = [_MARK[check.verdict], _title(check), check.artifact, *_figures(check), check.detail]
         lines.append("| " + " | ".join(_literal(word) for word in words) + " |")
+    for note in verdict.notes:
+        lines += ["", _literal(note)]
     return "\n".join(lines) + "\n"
 
 
@@ -265,7 +303,8 @@ def verdict_table(verdict: Verdict) -> Group:
         table.add_row(mark, _shown(_title(check)), _shown(check.artifact), *map(_shown, _figures(check)))
         sentences.add_row(mark, _shown(check.detail))
     overall = Text(f"{_MARK[verdict.verdict]} gate: {verdict.verdict}", style=f"bold {_COLOUR[verdict.verdict]}")
-    return Group(table, "", sentences, "", overall)
+    notes = [line for note in verdict.notes for line in (_shown(note), "")]
+    return Group(table, "", sentences, "", *notes, overall)
 
 
 def _shown(text: str) -> Text:
@@ -334,7 +373,7 @@ def make_verdict(validate: Artifact, *, config: Recipe, out: RunFolder, progress
     """
     del validate, progress
     out.require_intact()
-    verdict = judge(load_report(out), config.gate)
+    verdict = _judged(load_report(out), config.gate)
     write_json(out.path(VERDICT_PATH), verdict_json(verdict))
     write_junit(verdict, out.path(JUNIT_PATH))
     return Artifact("gate", {"verdict": VERDICT_PATH, "junit": JUNIT_PATH}, {"verdict": verdict.verdict})

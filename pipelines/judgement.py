@@ -8,7 +8,7 @@ never change it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -66,17 +66,40 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """The release before, paired with this one on the same images.
+
+    Attributes:
+        name: of its folder.
+        report_sha256: of its report.json.
+        paired: artefact → counts, the baseline's artefact of the same name being the reference.
+    """
+
+    name: str
+    report_sha256: str
+    paired: Mapping[str, Paired]
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """The verdict on a run, and every check behind it."""
+    """The verdict on a run, and every check behind it.
+
+    Attributes:
+        notes: sentences about what such a verdict can and cannot promise.
+        baseline: the release that it was compared with.
+    """
 
     verdict: Outcome
     checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+    baseline: Baseline | None = None
 
 
 CHECKS = {
     "runtime": "",
     "accuracy_drop_vs_fp32": "fraction",
     "accuracy_drop_vs_teacher": "fraction",
+    "accuracy_drop_vs_baseline": "fraction",
     "agreement": "fraction",
     "per_class_drop": "fraction",
     "int8_coverage": "fraction",
@@ -88,25 +111,27 @@ CHECKS = {
 """names of the checks and the unit of their observed value, bound and limit"""
 
 
-def judge(report: Report, policy: Policy) -> Verdict:
+def judge(report: Report, policy: Policy, baseline: Baseline | None = None) -> Verdict:
     """Compares a report with a policy.
 
     Args:
         report: what `validate` measured.
         policy: what an artefact must satisfy.
+        baseline: the release before; where the policy limits the drop against it and there is none, that check fails.
 
     Returns:
         The verdict, with the checks in the order of the policy's artefacts.
     """
-    checks = [check for name in dict.fromkeys(policy.artifacts) for check in _judge_artifact(report, policy, name)]
+    names = dict.fromkeys(policy.artifacts)
+    checks = [check for name in names for check in _judge_artifact(report, policy, baseline, name)]
     if policy.parity.max_abs_diff is not None:
         checks.append(_parity(report, policy.parity.max_abs_diff))
     deciding = {check.verdict for check in checks if not check.advisory}
     overall: Outcome = "fail" if "fail" in deciding else "inconclusive" if "inconclusive" in deciding else "pass"
-    return Verdict(overall, tuple(checks))
+    return Verdict(overall, tuple(checks), baseline=baseline)
 
 
-def _judge_artifact(report: Report, policy: Policy, name: str) -> Iterator[Check]:
+def _judge_artifact(report: Report, policy: Policy, baseline: Baseline | None, name: str) -> Iterator[Check]:
     found = _find(report, name)
     if isinstance(found, str):
         yield Check("runtime", name, None, None, None, "fail", found)
@@ -127,6 +152,8 @@ def _judge_artifact(report: Report, policy: Policy, name: str) -> Iterator[Check
             yield _synthetic_drop_vs_teacher(report, found, limit, alpha)
         else:
             yield _drop("accuracy_drop_vs_teacher", "the teacher", found, found.paired.vs_teacher, limit, alpha)
+    if (limit := policy.baseline.max_drop) is not None:
+        yield _drop_vs_baseline(baseline, found, limit, alpha)
     if (limit := policy.agreement.min) is not None:
         yield _agreement(report, found, limit, alpha)
     if (limit := policy.per_class.max_drop) is not None and not is_reference:
@@ -194,6 +221,20 @@ def _drop(
     else:
         detail = f"{sentence}, the limit is {limit_text}."
     return Check(name, artifact.name, drop, bound, limit, verdict, detail)
+
+
+def _drop_vs_baseline(baseline: Baseline | None, artifact: ArtifactReport, limit: float, alpha: float) -> Check:
+    name = "accuracy_drop_vs_baseline"
+    if baseline is None:
+        detail = (
+            f"The policy limits the drop of {artifact.name} against the release before, and none was named: "
+            "give the gate --references references.toml."
+        )
+        return Check(name, artifact.name, None, None, limit, "fail", detail)
+    if artifact.name not in baseline.paired:
+        detail = f"The baseline '{baseline.name}' has no measured artefact '{artifact.name}' to compare with."
+        return Check(name, artifact.name, None, None, limit, "fail", detail)
+    return _drop(name, f"the baseline '{baseline.name}'", artifact, baseline.paired[artifact.name], limit, alpha)
 
 
 def _synthetic_drop_vs_teacher(report: Report, artifact: ArtifactReport, limit: float, alpha: float) -> Check:

@@ -6,9 +6,14 @@ ground truth: `top1` and the paired counts are null, and agreement with the teac
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nayer_edge.artefacts import read_json
+from nayer_edge.errors import IntegrityError, UsageError
 
 REPORT_SCHEMA = "nayer-edge/report/1"
 REPORT_PATH = "validate/report.json"
@@ -29,6 +34,8 @@ class Dataset(_Part):
     kind: Literal["holdout", "synthetic"]
     n: Annotated[int, Field(ge=1)]
     name: str
+    sha256: Digest | None = None
+    """of the pixels as the networks saw them and of the labels, in order: equal ones can be paired image by image"""
 
 
 class Network(_Part):
@@ -120,3 +127,31 @@ class Report(_Part):
     predictions_sha256: Digest
     hardware: dict[str, Any] = Field(default_factory=dict)
     created: str = ""
+
+
+def read_report(path: Path, again: str) -> Report:
+    """Reads a `report.json`.
+
+    Args:
+        again: what to type to have it made anew.
+
+    Raises:
+        UsageError: a newer version wrote it.
+        IntegrityError: it is missing or damaged.
+    """
+    values = read_json(path, "a report")
+    stated = values.get("schema") if isinstance(values, dict) else None
+    family, _, version = REPORT_SCHEMA.rpartition("/")
+    match = re.fullmatch(rf"{re.escape(family)}/(\d{{1,9}})", stated) if isinstance(stated, str) else None
+    if match and int(match[1]) > int(version):
+        raise UsageError(
+            f"{path} has the schema {stated}, and this version reads {REPORT_SCHEMA}.",
+            "A newer nayer-edge wrote it.",
+            "Type: pip install --upgrade nayer-edge",
+        )
+    try:
+        return Report.model_validate(values)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        reason = f"{where}: {error.errors()[0]['msg']}."
+        raise IntegrityError(f"{path} is not a report of this version.", reason, again) from error

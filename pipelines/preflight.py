@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nayer_edge.config import Recipe
-from nayer_edge.errors import UsageError
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.model_names import published_weights
 
 from .recipe import BUILT_IN_DATA
 from .steps import Step
+
+if TYPE_CHECKING:
+    from nayer_edge.models import Classifier
 
 
 def check(recipe: Recipe, steps: Sequence[Step]) -> None:
@@ -27,10 +32,12 @@ def check(recipe: Recipe, steps: Sequence[Step]) -> None:
     if "teacher" in names:
         problems += _path("teacher.weights", recipe.teacher.weights)
         problems += _path("teach.data", recipe.teach.data if recipe.teach else None)
-        problems += _model("teacher.model", recipe.teacher.model, recipe)
+        problems += _teacher(recipe)
+    if "lte" in names:
+        problems += _embeddings(recipe)
     if "student" in names:
-        problems += _model("student.model", recipe.student.model, recipe)
-        if recipe.student.model == recipe.teacher.model:
+        problems += _student(recipe)
+        if (recipe.student.model, recipe.student.arguments) == (recipe.teacher.model, recipe.teacher.arguments):
             problems.append(f"student.model: the same network as the teacher ({recipe.teacher.model})")
         images = recipe.distill.bank_mib * 2**20 / _pixels(recipe)
         if images < recipe.synthesis.batch:
@@ -42,7 +49,8 @@ def check(recipe: Recipe, steps: Sequence[Step]) -> None:
     if "int8" in names:
         problems += _targets(recipe)
     if "validate" in names:
-        problems += _path("validate.data", recipe.validate_.data)
+        missing = _path("validate.data", recipe.validate_.data)
+        problems += [f"{problem} (nayer-edge validate RUN --data names another)" for problem in missing]
     if problems:
         raise UsageError(
             f"The recipe '{recipe.name}' cannot run here:",
@@ -57,7 +65,7 @@ def _pixels(recipe: Recipe) -> int:
 
 
 def _path(key: str, value: str | None) -> list[str]:
-    if value is None or value in BUILT_IN_DATA or Path(value).exists():
+    if value is None or value in BUILT_IN_DATA or published_weights(value) or Path(value).exists():
         return []
     if value.startswith("$"):
         variable = value[1:].split("/", 1)[0]
@@ -65,17 +73,54 @@ def _path(key: str, value: str | None) -> list[str]:
     return [f"{key}: there is no {value}"]
 
 
-def _model(key: str, name: str, recipe: Recipe) -> list[str]:
-    import torch
-
-    from nayer_edge.models import build_classifier
+def _embeddings(recipe: Recipe) -> list[str]:
+    from nayer_edge import lte
 
     try:
-        # Without memory for the weights: only the name is tried.
+        lte.check(recipe.teacher.classes, recipe.lte)
+    except (UsageError, IntegrityError) as error:
+        return ["lte.encoder: " + " ".join(part for part in (error.what, error.why, error.fix) if part)]
+    return []
+
+
+def _teacher(recipe: Recipe) -> list[str]:
+    from nayer_edge.teachers import untrained
+
+    return _model("teacher.model", lambda: untrained(recipe.teacher), teaches=True)
+
+
+def _student(recipe: Recipe) -> list[str]:
+    from nayer_edge.models import build_classifier
+
+    student, teacher = recipe.student, recipe.teacher
+    return _model(
+        "student.model", lambda: build_classifier(student.model, teacher.input, teacher.classes, student.arguments)
+    )
+
+
+def _model(key: str, build: Callable[[], Classifier], *, teaches: bool = False) -> list[str]:
+    """What keeps a network from being built, from taking the images, or from teaching without data."""
+    import torch
+
+    from nayer_edge.models import rehearse
+    from nayer_edge.teachers import require_batch_norms
+
+    def tried() -> None:
+        network = build()
+        if teaches:
+            require_batch_norms(network)
+        rehearse(network)
+
+    try:
+        # Without memory for the weights: they are not there yet.
         with torch.device("meta"):
-            build_classifier(name, recipe.teacher.input, recipe.teacher.classes)
-    except UsageError as error:
-        return [f"{key}: {error.what} {error.fix}".strip()]
+            tried()
+    except (UsageError, RuntimeError):
+        # What cannot be done without numbers is done with them, and what is wrong is wrong again.
+        try:
+            tried()
+        except UsageError as error:
+            return [f"{key}: " + " ".join(part for part in (error.what, error.why, error.fix) if part)]
     return []
 
 

@@ -21,16 +21,21 @@ from nayer_edge.artefacts import (
     is_vacant,
     lock_folder,
     remove_temporaries,
-    sha256_of,
 )
 from nayer_edge.config import Recipe
+from nayer_edge.data_digest import digest_of_data
 from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.labels import labels_beside
+from nayer_edge.model_names import parse, published_weights
 from nayer_edge.progress import Progress, Silent
 
 from . import preflight
+from .recipe import BUILT_IN_DATA, portable
 from .steps import Step, settings_of, until
 
-WEIGHTS_DIGEST = "teacher.weights.sha256"
+NAMED_FILES = {"teacher.weights": True, "teach.data": False, "validate.data": True}
+"""keys of the recipe that name files of the user's, and whether every byte of a folder counts (training images may be
+too many to be read each time)"""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def _refuse(recipe: Recipe, root: Path, steps: tuple[Step, ...], fresh: bool) ->
 
 def _open(recipe: Recipe, root: Path, steps: tuple[Step, ...]) -> tuple[RunFolder, dict[str, Any]]:
     """The run with this recipe, and the recipe that it had before."""
-    values = recipe.model_dump(mode="json", by_alias=True)
+    values = portable(recipe, root)
     if not (root / MANIFEST).is_file():
         return RunFolder.create(root, values, recipe.seed, provenance.versions(), provenance.hardware()), values
     run = RunFolder.open(root)
@@ -130,14 +135,30 @@ def _to_make(step: Step, recipe: Recipe, record: StepRecord | None) -> bool:
 
 
 def _settings(step: Step, recipe: Recipe, record: StepRecord | None) -> dict[str, Any]:
-    """The recipe's values that a step reads. Weights count by what is in them, not by where they lie; where the
-    file is not at hand, as on another machine, those that a finished step was made from."""
+    """The recipe's values that a step reads. Files count by what is in them, not by where they lie; where they are not
+    at hand, as on another machine, those that a finished step was made from."""
     found = settings_of(step, recipe.model_dump(mode="json", by_alias=True))
-    if step.name == "teacher" and recipe.teacher.weights is not None:
-        del found["teacher"]["weights"]
-        weights = Path(recipe.teacher.weights)
-        before = record.settings.get(WEIGHTS_DIGEST) if record else None
-        found[WEIGHTS_DIGEST] = sha256_of(weights) if weights.is_file() else before
+
+    def count(name: str, path: Path | None, contents: bool = True) -> None:
+        before = record.settings.get(f"{name}.sha256") if record else None
+        found[f"{name}.sha256"] = digest_of_data(path, contents=contents) if path and path.exists() else before
+
+    for name, contents in NAMED_FILES.items():
+        section, _, key = name.partition(".")
+        value = (found.get(section) or {}).get(key)
+        if value is not None and value not in BUILT_IN_DATA and published_weights(value) is None:
+            del found[section][key]
+            count(name, Path(value), contents)
+    encoder = Path(str((found.get("lte") or {}).get("encoder") or ""))
+    if encoder.is_absolute():
+        del found["lte"]["encoder"]
+        count("lte.encoder", encoder)
+        if names := labels_beside(encoder):
+            count("lte.labels", names)
+    for section in ("teacher", "student"):
+        if section in found and (model := parse(found[section]["model"])).local:
+            found[section]["model"] = model.portable
+            count(f"{section}.model", model.path)
     return found
 
 
@@ -176,6 +197,7 @@ def _run_step(
                 fix="Restore the file, or start over with --fresh.",
             )
         if record.digest == digest:
+            _discard_scratch(step, run)
             on_event(StepEvent(step, "kept", "finished before", record.seconds, dict(record.numbers)))
             return
         reason = "; ".join(_changes(record.settings, settings)) or "its inputs changed"
@@ -190,7 +212,8 @@ def _run_step(
         if run.restore(before):
             _adopt(run, former)
         raise
-    seconds = time.perf_counter() - began
+    # A clock may be set back, and must not lose what was made.
+    seconds = max(time.perf_counter() - began, 0.0)
     run.record(
         artifact,
         digest=digest,
@@ -200,7 +223,14 @@ def _run_step(
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     run.remove_leftovers(before)
+    _discard_scratch(step, run)
     on_event(StepEvent(step, "finished", reason, seconds, dict(artifact.numbers)))
+
+
+def _discard_scratch(step: Step, run: RunFolder) -> None:
+    """Not before the manifest names what the step made: until then a kill would lose it."""
+    for name in step.scratch:
+        run.path(name).unlink(missing_ok=True)
 
 
 def _require_intact_inputs(run: RunFolder, inputs: list[Artifact]) -> None:

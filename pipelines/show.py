@@ -59,6 +59,10 @@ class Bars:
         if self._bars is not None:
             self._bars.update(self._task, figures=written(figures))
 
+    def notice(self, text: str) -> None:
+        """Prints a line above the bar, where it stays."""
+        self._console.print(_notice(text))
+
     def finish(self) -> None:
         """Removes the bar."""
         if self._bars is not None:
@@ -89,8 +93,16 @@ class Lines:
             share = 100 * self._done / self._total
             self._console.print(f"  {self._what} {share:3.0f} %  {written(figures)}", markup=False, highlight=False)
 
+    def notice(self, text: str) -> None:
+        """Prints a line."""
+        self._console.print(_notice(text), soft_wrap=True)
+
     def finish(self) -> None:
         """Nothing to do."""
+
+
+def _notice(text: str) -> Text:
+    return Text(f"! {inert(text)}", style="yellow")
 
 
 def written(figures: Mapping[str, object]) -> str:

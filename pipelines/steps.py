@@ -27,6 +27,9 @@ class Step:
         inputs: steps whose artefacts it takes, in the order of its parameters.
         settings: dotted keys of the recipe that it reads.
         makes: the files, for people.
+        writes: the files, as patterns (`*` within one folder): what may lie in the run folder while the step is
+            unfinished.
+        scratch: files that it needs to go on after a kill, and that are removed when it is finished.
         trains: it takes long enough that a change of settings never discards it without being told to.
     """
 
@@ -36,6 +39,8 @@ class Step:
     inputs: tuple[str, ...]
     settings: tuple[str, ...]
     makes: str
+    writes: tuple[str, ...]
+    scratch: tuple[str, ...] = ()
     trains: bool = False
 
     def load(self) -> Callable[..., Artifact]:
@@ -54,6 +59,7 @@ STEPS = (
         (),
         ("teacher", "teach", *_TRAINING),
         "teacher/teacher.safetensors",
+        ("teacher/teacher.safetensors", "teacher/teacher.json"),
         trains=True,
     ),
     Step(
@@ -63,6 +69,7 @@ STEPS = (
         (),
         ("teacher.classes", "lte"),
         "lte.safetensors",
+        ("lte.safetensors",),
     ),
     Step(
         "student",
@@ -71,6 +78,16 @@ STEPS = (
         ("teacher", "lte"),
         ("student", "generator", "synthesis", "distill", *_TRAINING),
         "student/ generator/ bank.safetensors metrics.jsonl",
+        (
+            "student/student.safetensors",
+            "student/student.json",
+            "generator/generator.safetensors",
+            "generator/generator.json",
+            "generator/synthetic.png",
+            "bank.safetensors",
+            "metrics.jsonl",
+        ),
+        scratch=("student/checkpoint.safetensors",),
         trains=True,
     ),
     Step(
@@ -80,6 +97,7 @@ STEPS = (
         ("student",),
         ("export.opset", "export.fp16", "export.engines", "export.targets"),
         "export/student.fp32.onnx",
+        ("export/student.fp32.onnx", "export/student.fp16.onnx"),
     ),
     Step(
         "int8",
@@ -93,9 +111,15 @@ STEPS = (
             "export.calibration_method",
             "export.max_drop",
             "export.sensitivity",
+            "export.finetune",
+            "export.finetune_epochs",
+            "export.finetune_steps",
+            "export.finetune_lr",
+            "distill",
             *_TRAINING,
         ),
         "export/student.int8.<target>.onnx export/quantization.json",
+        ("export/student.int8.*.onnx", "export/quantization.json"),
     ),
     Step(
         "engine",
@@ -104,6 +128,7 @@ STEPS = (
         ("onnx", "int8"),
         ("export.targets", "export.engines", "export.compute_capability"),
         "export/student.<precision>.<target>.<sm>.engine export/engines.json",
+        ("export/student.*.engine", "export/engines.json"),
     ),
     Step(
         "validate",
@@ -112,15 +137,29 @@ STEPS = (
         ("teacher", "lte", "student", "onnx", "int8", "engine"),
         ("validate", "synthesis", "seed", "device", "precision"),
         "validate/report.json validate/predictions.npz",
+        ("validate/report.json", "validate/predictions.npz"),
     ),
-    Step("gate", "gives the verdict", "gate:make_verdict", ("validate",), ("gate",), "gate/verdict.json"),
+    Step(
+        "gate",
+        "gives the verdict",
+        "gate:make_verdict",
+        ("validate",),
+        ("gate",),
+        "gate/verdict.json",
+        ("gate/verdict.json", "gate/junit.xml"),
+    ),
     Step(
         "report",
         "writes the page",
         "report:make_page",
-        ("student", "int8", "validate", "gate"),
-        (),
+        ("teacher", "lte", "student", "onnx", "int8", "engine", "validate", "gate"),
+        # It shows the whole recipe.
+        (
+            *("name", "description", "measured", "teacher", "teach", "lte", "student", "generator", "synthesis"),
+            *("distill", "export", "validate", "gate", "tracking", *_TRAINING),
+        ),
         "report.html",
+        ("report.html",),
     ),
 )
 NAMES = tuple(step.name for step in STEPS)

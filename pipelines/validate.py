@@ -1,11 +1,17 @@
-"""Every artefact beside the teacher, on the same images: per-image predictions and `report.json`, measurements only."""
+"""Every artefact beside the teacher, on the same images: per-image predictions and `report.json`, measurements only.
+
+The images pass once, a batch at a time, through every network. What stays of each is its five likeliest classes per
+image: 50,000 pictures of ImageNet's size need one batch of pixels, and 1 MB per network.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
+import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +21,12 @@ import numpy as np
 from nayer_edge import data, provenance
 from nayer_edge.artefacts import Artifact, RunFolder, read_json, sha256_of, write_atomic, write_json
 from nayer_edge.config import Recipe
-from nayer_edge.errors import MissingError
-from nayer_edge.export.benchmark import benchmark
+from nayer_edge.errors import MissingError, UsageError
+from nayer_edge.export.benchmark import Timing, benchmark
 from nayer_edge.export.coverage import int8_coverage
-from nayer_edge.export.runners import OrtRunner, Runner, TorchRunner
+from nayer_edge.export.runners import BATCH, OrtRunner, Runner, TorchRunner, as_bytes
 from nayer_edge.export.targets import TARGETS, Target, get_target
+from nayer_edge.image_stream import ImageStream
 from nayer_edge.models import load_classifier
 from nayer_edge.progress import Progress
 
@@ -39,15 +46,37 @@ from .measurements import (
 
 TOP = 5
 LATENCY_RUNS = 200
+BATCH_VALUES = 2**23
+"""pixel values in memory at once, 32 MiB as float32; small images come in batches of `BATCH`"""
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of one validation; labels are null where nobody knows the truth."""
+    """The images of one validation.
 
-    pixels: np.ndarray
-    labels: np.ndarray | None
-    dataset: Dataset
+    Attributes:
+        stream: of them; its labels are true where `truth` says so, and else what the generator was asked for.
+    """
+
+    stream: ImageStream
+    truth: bool
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one pass over the images left behind.
+
+    Attributes:
+        ranks: network → its likeliest classes per image, likeliest first; (n, min(5, K)), int32.
+        max_abs_diff: network → largest absolute logit difference from "student"; None where it is not a number.
+        not_finite: network → images with an answer that is not a number.
+        sha256: of the pixels and labels, in order.
+    """
+
+    ranks: Mapping[str, np.ndarray]
+    max_abs_diff: Mapping[str, float | None]
+    not_finite: Mapping[str, int]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -85,60 +114,47 @@ def make_report(
     """Runs everything and writes `predictions.npz` and `report.json`."""
     del onnx, int8
     images = _images(teacher, lte, student, config, out, progress)
-    teacher_network = load_classifier(out.path(teacher.files["teacher"]))
-    student_network = load_classifier(out.path(student.files["student"]))
-    progress.start("validate", 2 + len(candidates(config)))
-    with TorchRunner(teacher_network) as runner:
-        teacher_logits = runner.infer(images.pixels)
-    progress.advance()
-    with TorchRunner(student_network) as runner:
-        student_logits = runner.infer(images.pixels)
-    progress.advance()
-    predictions = {"teacher": ranked(teacher_logits), "student": ranked(student_logits)}
-    reports: list[ArtifactReport] = []
-    with contextlib.ExitStack() as open_runners:
-        runners: dict[str, Runner] = {}
-        for candidate in candidates(config):
-            found = _measure(candidate, out, images, student_logits, predictions, runners, open_runners)
-            reports.append(found)
-            progress.advance()
-        timings = (
-            {timing.runner: timing for timing in benchmark(runners, student_network.spec.shape, runs=LATENCY_RUNS)}
-            if runners
-            else {}
-        )
+    networks = {
+        "teacher": load_classifier(out.path(teacher.files["teacher"])),
+        "student": load_classifier(out.path(student.files["student"])),
+    }
+    classes, shape = networks["student"].classes, networks["student"].spec.shape
+    with contextlib.ExitStack() as stack:
+        opened, refused = _open(config, out, stack)
+        with TorchRunner(networks["teacher"]) as teacher_runner, TorchRunner(networks["student"]) as student_runner:
+            runners: dict[str, Runner] = {"teacher": teacher_runner, "student": student_runner, **opened}
+            seen = run_over(runners, images.stream, shape, len(classes), progress)
+        # A graph made for another device runs here, and says nothing about that device's speed.
+        here = [c.name for c in candidates(config) if c.name in opened and native(get_target(c.target))]
+        timings = benchmark({name: opened[name] for name in here}, shape, runs=LATENCY_RUNS) if here else []
+    labels = images.stream.labels if images.truth else None
     reports = [
-        report.model_copy(
-            update={
-                "latency_ms": Latency(p50=timings[report.name].p50, p95=timings[report.name].p95),
-                "threads": timings[report.name].threads,
-                "speedup_vs_fp32": timings[report.name].ratio,
-            }
-        )
-        if report.name in timings
-        else report
-        for report in reports
+        _report(candidate, out, refused.get(candidate.name), seen, labels, classes) for candidate in candidates(config)
     ]
-    reports += _engines(engine, out)
-    reports = [_paired(report, predictions, images, student_network.classes) for report in reports]
-    labels = {} if images.labels is None else {"labels": images.labels.astype(np.int32)}
-    _save_predictions(out.path(PREDICTIONS_PATH), {**labels, **predictions})
+    for timing in timings:
+        reports = [_timed(report, timing) if report.name == timing.runner else report for report in reports]
+    arrays = {} if labels is None else {"labels": labels.astype(np.int32)}
+    _save_predictions(out.path(PREDICTIONS_PATH), {**arrays, **seen.ranks})
     report = Report(
         run=config.name,
-        dataset=images.dataset,
-        teacher=Network(top1=_top1(predictions["teacher"], images.labels), params=teacher_network.parameter_count),
-        student=Network(
-            top1=_top1(predictions["student"], images.labels),
-            params=student_network.parameter_count,
-            agreement=same(predictions["student"], predictions["teacher"]),
+        dataset=Dataset(
+            kind="synthetic" if labels is None else "holdout",
+            n=len(images.stream),
+            name=images.stream.name,
+            sha256=seen.sha256,
         ),
-        artifacts=tuple(reports),
+        teacher=Network(top1=_top1(seen.ranks["teacher"], labels), params=networks["teacher"].parameter_count),
+        student=Network(
+            top1=_top1(seen.ranks["student"], labels),
+            params=networks["student"].parameter_count,
+            agreement=same(seen.ranks["student"], seen.ranks["teacher"]),
+        ),
+        artifacts=(*reports, *_engines(engine, out)),
         predictions_sha256=sha256_of(out.path(PREDICTIONS_PATH)),
         hardware=provenance.hardware(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     write_json(out.path(REPORT_PATH), report.model_dump(mode="json", by_alias=True))
-    progress.finish()
     return Artifact("validate", {"report": REPORT_PATH, "predictions": PREDICTIONS_PATH}, _numbers(report))
 
 
@@ -146,33 +162,100 @@ def _images(
     teacher: Artifact, lte: Artifact, student: Artifact, config: Recipe, out: RunFolder, progress: Progress
 ) -> Images:
     """The recipe's labelled hold-out, or fresh rounds of the generator that nothing was trained or calibrated on."""
-    if config.validate_.data is not None:
-        spec = config.teacher.input
-        found = data.load(config.validate_.data, "holdout", spec, config.teacher.classes)
-        pixels = found.images.numpy().astype(np.float32) / 255
-        return Images(pixels, found.labels.numpy(), Dataset(kind="holdout", n=len(found), name=found.name))
-    count = config.validate_.synthetic_images
+    chosen = config.validate_
+    if chosen.data is not None:
+        found = data.open_images(chosen.data, "holdout", config.teacher.input, config.teacher.classes, chosen.fit)
+        return Images(found, truth=True)
     source = SyntheticSource.open(teacher, lte, student, config, out)
-    progress.start("draw hold-out images", -(-count // config.synthesis.batch) * config.synthesis.g_steps)
-    pixels = source.draw("validate", count, progress)
+    rounds = -(-chosen.synthetic_images // config.synthesis.batch)
+    progress.start("draw hold-out images", rounds * config.synthesis.g_steps)
+    drawn, labels = source.draw_labelled("validate", chosen.synthetic_images, progress)
     progress.finish()
-    return Images(pixels, None, Dataset(kind="synthetic", n=count, name="drawn from the trained generator"))
+    pixels = as_bytes(drawn)
+
+    def batches(size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(pixels), size):
+            yield pixels[start : start + size]
+
+    return Images(ImageStream("drawn from the trained generator", labels.astype(np.int64), batches), truth=False)
 
 
-def _measure(
+def batch_size(shape: tuple[int, int, int]) -> int:
+    """How many images of this shape are in memory at once."""
+    return max(1, min(BATCH, BATCH_VALUES // math.prod(shape)))
+
+
+def run_over(
+    runners: Mapping[str, Runner], images: ImageStream, shape: tuple[int, int, int], classes: int, progress: Progress
+) -> Seen:
+    """One pass of all images through all networks.
+
+    Args:
+        runners: open ones; the logits of all are compared with those of "student".
+        shape: (C, H, W) of the images.
+        classes: of the networks.
+
+    Raises:
+        UsageError: the stream holds another number of images than it has labels.
+    """
+    count, done = len(images), 0
+    ranks = {name: np.empty((count, min(TOP, classes)), np.int32) for name in runners}
+    furthest, not_finite = dict.fromkeys(runners, 0.0), dict.fromkeys(runners, 0)
+    digest = hashlib.sha256(repr((count, *shape)).encode())
+    progress.start("validate", count)
+    for pixels in images.batches(batch_size(shape)):
+        place = slice(done, done + len(pixels))
+        done += len(pixels)
+        if done > count:
+            break
+        digest.update(pixels.tobytes())
+        unit = pixels.astype(np.float32) / 255
+        logits = {name: runner.infer(unit) for name, runner in runners.items()}
+        for name, found in logits.items():
+            ranks[name][place] = ranked(found)
+            not_finite[name] += int((~np.isfinite(found)).any(axis=1).sum())
+            # Unlike max(), this keeps what is not a number.
+            furthest[name] = float(np.maximum(furthest[name], np.abs(found - logits["student"]).max()))
+        progress.advance(len(pixels))
+        progress.figures(images=f"{done:,}/{count:,}")
+    progress.finish()
+    if done != count:
+        raise UsageError(
+            f"{images.name} changed while it was read: {count:,} images were announced, {done:,} came.",
+            fix="Repeat the command when nobody writes to it.",
+        )
+    digest.update(images.labels.astype("<i8").tobytes())
+    differences = {name: value if math.isfinite(value) else None for name, value in furthest.items()}
+    return Seen(ranks, differences, not_finite, digest.hexdigest())
+
+
+def _open(
+    config: Recipe, out: RunFolder, stack: contextlib.ExitStack
+) -> tuple[dict[str, Runner], dict[str, MissingError]]:
+    """The recipe's graphs in their runtime, and why those that do not open do not."""
+    opened: dict[str, Runner] = {}
+    refused = {}
+    for candidate in candidates(config):
+        try:
+            runner = OrtRunner(out.path(candidate.file), target=get_target(candidate.target))
+            opened[candidate.name] = stack.enter_context(runner)
+        except MissingError as error:
+            refused[candidate.name] = error
+    return opened, refused
+
+
+def _report(
     candidate: Candidate,
     out: RunFolder,
-    images: Images,
-    student_logits: np.ndarray,
-    predictions: dict[str, np.ndarray],
-    runners: dict[str, Runner],
-    open_runners: contextlib.ExitStack,
+    refused: MissingError | None,
+    seen: Seen,
+    labels: np.ndarray | None,
+    classes: Sequence[str],
 ) -> ArtifactReport:
-    """Predictions and static facts of one file; its runner stays open for the timing."""
-    path = out.path(candidate.file)
-    target = get_target(candidate.target)
+    """What was measured of one file, except its speed."""
+    path, name = out.path(candidate.file), candidate.name
     facts: dict[str, Any] = {
-        "name": candidate.name,
+        "name": name,
         "file": candidate.file,
         "target": candidate.target,
         "precision": candidate.precision,
@@ -180,24 +263,57 @@ def _measure(
         "size_bytes": path.stat().st_size,
         "sha256": sha256_of(path),
     }
-    try:
-        runner = open_runners.enter_context(OrtRunner(path, target=target))
-    except MissingError as error:
-        return ArtifactReport(**facts, status="unavailable", reason=str(error))
-    logits = runner.infer(images.pixels)
-    predictions[candidate.name] = ranked(logits)
-    # A graph made for another device runs here, and says nothing about that device's speed.
-    if native(target):
-        runners[candidate.name] = runner
-    coverage = int8_coverage(path, target) if candidate.precision == "int8" else None
+    if refused is not None:
+        return ArtifactReport(**facts, status="unavailable", reason=str(refused))
+    coverage = int8_coverage(path, get_target(candidate.target)) if candidate.precision == "int8" else None
+    if labels is not None:
+        right = {network: ranks[:, 0] == labels for network, ranks in seen.ranks.items()}
+        against = {
+            "paired": PairedCounts(
+                vs_fp32=count_pairs(right["fp32"], right[name]) if "fp32" in right else None,
+                vs_teacher=count_pairs(right["teacher"], right[name]),
+            ),
+            "per_class": _per_class(right.get("fp32"), right[name], labels, classes),
+        }
+        facts |= against
+    verified = coverage.verified and coverage.int8 > 0 if coverage else candidate.precision == "fp32"
+    broken = seen.not_finite[name]
     return ArtifactReport(
         **facts,
         status="measured",
-        precision_verified=coverage.verified and coverage.int8 > 0 if coverage else candidate.precision == "fp32",
-        top1=_top1(predictions[candidate.name], images.labels),
-        agreement=same(predictions[candidate.name], predictions["teacher"]),
-        max_abs_diff=float(np.abs(logits - student_logits).max()),
+        reason=f"its answer is not a number on {broken:,} of {len(seen.ranks[name]):,} images" if broken else None,
+        precision_verified=verified and not broken,
+        top1=_top1(seen.ranks[name], labels),
+        agreement=same(seen.ranks[name], seen.ranks["teacher"]),
+        max_abs_diff=seen.max_abs_diff[name],
         int8_coverage=coverage.fraction if coverage else None,
+    )
+
+
+def _per_class(
+    fp32: np.ndarray | None, mine: np.ndarray, labels: np.ndarray, classes: Sequence[str]
+) -> tuple[ClassCounts, ...]:
+    """Per class how many images it has, and how many of them were lost and gained against FP32."""
+    if fp32 is None:
+        return ()
+
+    def counts(chosen: np.ndarray) -> np.ndarray:
+        return np.bincount(labels[chosen], minlength=len(classes))
+
+    every = np.ones(len(labels), bool)
+    rows = zip(classes, counts(every), counts(fp32 & ~mine), counts(mine & ~fp32), strict=True)
+    return tuple(
+        ClassCounts(label=label, n=int(n), lost=int(lost), gained=int(gained)) for label, n, lost, gained in rows
+    )
+
+
+def _timed(report: ArtifactReport, timing: Timing) -> ArtifactReport:
+    return report.model_copy(
+        update={
+            "latency_ms": Latency(p50=timing.p50, p95=timing.p95),
+            "threads": timing.threads,
+            "speedup_vs_fp32": timing.ratio,
+        }
     )
 
 
@@ -228,28 +344,6 @@ def _engines(engine: Artifact, out: RunFolder) -> list[ArtifactReport]:
         else:
             reports.append(ArtifactReport(**facts, status="unavailable", reason=record["reason"]))
     return reports
-
-
-def _paired(
-    report: ArtifactReport, predictions: Mapping[str, np.ndarray], images: Images, classes: Sequence[str]
-) -> ArtifactReport:
-    """Adds the paired counts, where there is a truth to count against."""
-    if report.status != "measured" or images.labels is None:
-        return report
-    labels = images.labels
-    right = {name: ranks[:, 0] == labels for name, ranks in predictions.items()}
-    mine, fp32 = right[report.name], right["fp32"]
-    per_class = tuple(
-        ClassCounts(
-            label=label,
-            n=int((labels == number).sum()),
-            lost=int((fp32 & ~mine)[labels == number].sum()),
-            gained=int((mine & ~fp32)[labels == number].sum()),
-        )
-        for number, label in enumerate(classes)
-    )
-    paired = PairedCounts(vs_fp32=count_pairs(fp32, mine), vs_teacher=count_pairs(right["teacher"], mine))
-    return report.model_copy(update={"paired": paired, "per_class": per_class})
 
 
 def count_pairs(reference: np.ndarray, artefact: np.ndarray) -> Paired:

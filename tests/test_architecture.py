@@ -177,7 +177,9 @@ def test_the_gate_is_light_to_the_last_function() -> None:
 def test_distillation_takes_no_data_set() -> None:
     modules = reached("nayer_edge.distill", lazy=True)
     assert "nayer_edge.synthesis" in modules, "the search follows imports"
-    assert "nayer_edge.data" not in modules
+    readers = {f"nayer_edge.{name}" for name in ("data", "array_images", "encoded_images", "image_stream")}
+    assert readers <= SOURCES.keys()
+    assert not readers & modules
     assert "nayer_edge.teach" not in modules
     assert not third_party(modules, lazy=True) & {"sklearn", "pyarrow", "PIL", "datasets"}
 

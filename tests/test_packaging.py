@@ -107,12 +107,12 @@ def test_the_wheel_holds_exactly_what_it_should(wheel: Path) -> None:
 
 
 def test_package_data_is_nothing_forgotten(wheel: Path) -> None:
-    """Every file in the packages that is not Python is shipped."""
+    """Every file in the packages that is not Python is shipped, but for examples to be copied from a checkout."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     for folder, name in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and path.suffix != ".pyc":
+            if path.is_file() and path.suffix != ".pyc" and path.parent != ROOT / "pipelines" / "ci":
                 assert f"{name}/{path.relative_to(ROOT / folder).as_posix()}" in names, path
 
 

@@ -135,7 +135,8 @@ def test_the_commands_of_the_readme_run(
     ran = set()
     for command in OF_README:
         name = command.words[1]
-        if name not in RUNNABLE:
+        # The reader's own teacher: test_your_own_model.py.
+        if name not in RUNNABLE or "trial.toml" in command.words:
             continue
         with pytest.raises(SystemExit) as ended:
             main(list(command.words[1:]))

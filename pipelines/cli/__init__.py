@@ -4,6 +4,7 @@ imported inside the commands, so `--help` and `gate` need neither torch nor ONNX
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -19,16 +20,16 @@ from nayer_edge.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_USAGE,
-    MissingError,
     NayerEdgeError,
     UsageError,
     missing_extra,
 )
 from nayer_edge.launch import launched
+from nayer_edge.scarcity import scarce
 from nayer_edge.text import inert
 
 # Importing a module registers its commands, in the order of the help.
-from . import training, deployment, judging, trust, setup  # noqa: F401  isort:skip
+from . import training, deployment, judging, trust, setup, starting, embeddings  # noqa: F401  isort:skip
 from .shared import app
 
 EXTRA_OF = {
@@ -106,6 +107,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="replace")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    # Libraries log tracebacks of errors that they raise as well.
+    logging.getLogger("onnxruntime").addHandler(logging.NullHandler())
+    logging.getLogger("onnxruntime").propagate = bool(os.environ.get("NAYER_EDGE_DEBUG"))
     try:
         app(args=arguments, prog_name="nayer-edge", standalone_mode=True)
     except NayerEdgeError as error:
@@ -115,12 +119,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(missing_extra(top, EXTRA_OF[top], "This command") if top in EXTRA_OF else _unexpected(error))
     except (Interrupted, KeyboardInterrupt):
         _interrupted()
-    except MemoryError:
-        _fail(
-            MissingError("There is not enough memory.", fix="Lower synthesis.batch, distill.batch or distill.bank_mib.")
-        )
     except Exception as error:  # noqa: BLE001  tracebacks are for those who ask for them
-        _fail(_unexpected(error))
+        _fail(scarce(error) or _unexpected(error))
     sys.exit(EXIT_OK)
 
 

@@ -10,14 +10,28 @@ from rich.table import Table
 
 from nayer_edge.errors import MissingError, UsageError
 
-from .shared import Json, Run, app, example, open_run, print_json, recipe_in, run_steps, stdout, watched
+from .shared import Json, Run, TrustCode, app, example, open_run, print_json, recipe_in, run_steps, stdout, watched
 
 
-@app.command(epilog=example("nayer-edge export runs/digits --int8 --target cpu,tensorrt-rtx"))
+@app.command(
+    epilog=example(
+        "nayer-edge export runs/digits --int8 --target cpu,tensorrt-rtx",
+        "nayer-edge export runs/digits --int8 --finetune",
+    )
+)
 def export(
     run_folder: Run,
     int8: Annotated[bool, typer.Option("--int8", help="Quantize, with images from the generator.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Also write an FP16 graph.")] = False,
+    finetune: Annotated[
+        bool | None,
+        typer.Option(
+            "--finetune/--no-finetune",
+            help="With --int8: train the quantized network on synthetic images; kept where it agrees better with FP32 "
+            "than calibration alone. By default as the run's recipe says.",
+            show_default=False,
+        ),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option("--target", help="cpu, arm, tensorrt, tensorrt-rtx; comma-separated or repeated."),
@@ -28,14 +42,19 @@ def export(
     compute_capability: Annotated[
         str | None, typer.Option("--compute-capability", metavar="SM", help="For TensorRT-RTX: sm75, sm89, sm120, …")
     ] = None,
+    trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Writes ONNX: FP32, with --int8 one quantized graph per target, and their engines.
 
     What this machine cannot build is marked, everything else is finished, and the exit code is 3.
     """
+    if finetune and not int8:
+        raise UsageError("There is nothing to fine-tune without --int8.", fix="Add --int8.")
     chosen = recipe_in(run_folder)
     changes: dict[str, Any] = {"fp16": fp16, "engines": engine}
+    if finetune is not None:
+        changes["finetune"] = finetune
     if targets := [name.strip() for item in target or [] for name in item.split(",") if name.strip()]:
         from nayer_edge.export.targets import get_target
 
@@ -73,6 +92,7 @@ def calibration_data(
     count: Annotated[int, typer.Option("-n", "--count", min=1, max=1_000_000, help="How many images.")] = 512,
     formats: Annotated[str, typer.Option("--format", help="npz, npy, png, polygraphy; comma-separated.")] = "npz",
     out: Annotated[Path, typer.Option("--out", help="The folder to write to.")] = Path("calibration"),
+    trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Draws class-balanced synthetic images from the trained generator, for our own and other tools."""

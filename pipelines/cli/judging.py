@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from nayer_edge.errors import EXIT_FAILED, UsageError
 
-from .shared import Json, Run, app, example, open_run, print_json, recipe_in, run_steps, stdout
+from .shared import Json, Run, TrustCode, app, example, open_run, print_json, recipe_in, run_steps, stdout
 
 
 @app.command(epilog=example("nayer-edge validate runs/digits --data digits"))
@@ -18,19 +18,28 @@ def validate(
     run_folder: Run,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Labelled hold-out: folder of class folders, .parquet, .npz, or digits."),
+        typer.Option(
+            "--data", help="Labelled hold-out: class folders, .parquet, .npz, torchvision's formats, or digits."
+        ),
+    ] = None,
+    fit: Annotated[
+        Literal["exact", "stretch", "center-crop"] | None,
+        typer.Option("--fit", help="Pictures of another size: exact refuses them; stretch; center-crop."),
     ] = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Use fresh synthetic images instead.")] = False,
+    trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Runs every artefact beside the teacher; writes predictions.npz and report.json."""
     if data is not None and synthetic:
         raise UsageError("--data and --synthetic exclude each other.")
     chosen = recipe_in(run_folder)
+    changes: dict[str, Any] = {}
     if data is not None or synthetic:
-        if data is not None and data != "digits":
-            data = str(Path(data).expanduser().resolve())
-        chosen = chosen.model_copy(update={"validate_": chosen.validate_.model_copy(update={"data": data})})
+        changes["data"] = data if data in (None, "digits") else str(Path(data).expanduser().resolve())
+    if fit is not None:
+        changes["fit"] = fit
+    chosen = chosen.model_copy(update={"validate_": chosen.validate_.model_copy(update=changes)})
     run_steps(chosen, run_folder, last="validate", as_json=as_json)
 
 
@@ -38,6 +47,9 @@ def validate(
 def gate(
     run_folder: Run,
     policy: Annotated[Path | None, typer.Option("--policy", help="A policy in TOML.")] = None,
+    references: Annotated[
+        Path | None, typer.Option("--references", help="A references.toml: the release to compare with.")
+    ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json-out", help="Write the verdict as JSON here.")] = None,
     summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown here.")] = None,
@@ -52,7 +64,9 @@ def gate(
     if print_policy:
         print(gates.policy_toml(gates.load_policy(open_run(run_folder), policy)), end="")  # noqa: T201
         return
-    verdict = gates.run_gate(run_folder, policy)
+    outputs = {"--junit": junit, "--json-out": json_out, "--summary": summary}
+    gates.require_outputs(run_folder, outputs, [policy, references])
+    verdict = gates.run_gate(run_folder, policy, references)
     if junit is not None:
         gates.write_junit(verdict, junit)
     if json_out is not None:
@@ -69,7 +83,7 @@ def gate(
 
 
 @app.command(epilog=example("nayer-edge report runs/digits"))
-def report(run_folder: Run, as_json: Json = False) -> None:
+def report(run_folder: Run, trust_code: TrustCode = False, as_json: Json = False) -> None:
     """Writes one self-contained HTML page about the run, making stale steps anew."""
     from ..gate import load_report
 

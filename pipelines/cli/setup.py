@@ -1,17 +1,20 @@
-"""The commands that come before a run: recipes, doctor, lte."""
+"""The commands that come before a run: recipes, students, doctor."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from nayer_edge.errors import UsageError
 from nayer_edge.text import inert
 
-from .shared import Json, RecipeName, Settings, app, example, load_recipe, percent, print_json, stdout
+from .shared import Json, TrustCode, app, example, load_recipe, percent, print_json, stdout, watched
 
-lte_app = typer.Typer(no_args_is_help=True, help="Label-text embeddings: build the cache, look at it.")
-app.add_typer(lte_app, name="lte")
+if TYPE_CHECKING:
+    from nayer_edge.config import InputSpec
 
 
 @app.command(epilog=example("nayer-edge recipes"))
@@ -43,6 +46,82 @@ def recipes(as_json: Json = False) -> None:
     stdout().print("\nRun one with: nayer-edge run NAME", style="dim")
 
 
+@app.command(epilog=example("nayer-edge students --input 3x32x32 --classes 10", "nayer-edge students timm:resnet10t"))
+def students(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Networks as in student.model.", show_default="those that suit the size")
+    ] = None,
+    size: Annotated[str, typer.Option("--input", metavar="CxHxW", help="Channels, height, width.")] = "3x32x32",
+    classes: Annotated[int, typer.Option("--classes", help="How many classes.")] = 10,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Export, quantize and time each (seconds each).")
+    ] = True,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads.")] = 1,
+    trust_code: TrustCode = False,
+    as_json: Json = False,
+) -> None:
+    """What students cost: parameters, multiply-accumulates, INT8 size and CPU latency."""
+    from .. import students as costs
+
+    spec = _input_spec(size)
+    chosen = models or costs.students_for(spec)
+    _, progress = watched(as_json)
+    progress.start("measure students", len(chosen))
+    try:
+        found = costs.measure(
+            chosen, spec, classes, latency=latency, threads=threads, on_student=lambda _: progress.advance()
+        )
+    finally:
+        progress.finish()
+    if as_json:
+        print_json([vars(cost) for cost in found])
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("student", overflow="fold")
+    for heading in ("params", "MACs", "INT8 size", *(("FP32 ms", "INT8 ms") if latency else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cost in found:
+        times = [f"{value:.2f}" for value in (cost.fp32_ms, cost.int8_ms) if value is not None]
+        table.add_row(
+            Text(inert(cost.model)),
+            _short(cost.params),
+            _short(cost.macs),
+            ("" if cost.int8_measured else "≈ ") + _short(cost.int8_bytes) + "B",
+            *times,
+        )
+    stdout().print(table)
+    if latency:
+        note = (
+            f"ONNX Runtime on this CPU, {threads} thread{'s' * (threads > 1)}, batch 1, median; INT8 size of the file, "
+            "quantized for x86 with noise."
+        )
+    else:
+        note = "INT8 size (≈) computed from the weights; without --no-latency it is exported, quantized and timed."
+    stdout().print("\n" + note, style="dim")
+
+
+def _input_spec(size: str) -> InputSpec:
+    from pydantic import ValidationError
+
+    from nayer_edge.config import InputSpec, problems_of
+
+    try:
+        channels, height, width = (int(part) for part in size.lower().replace("×", "x").split("x"))
+        return InputSpec(channels=channels, height=height, width=width)
+    except ValidationError as error:
+        raise UsageError(f"--input {size} does not hold.", why=" ".join(problems_of(error, InputSpec))) from error
+    except ValueError as error:
+        raise UsageError(f"'{size}' is no input size.", fix="For example: --input 3x224x224") from error
+
+
+def _short(value: int) -> str:
+    """1234567 → "1.23 M"."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value} "
+
+
 @app.command(epilog=example("nayer-edge doctor"))
 def doctor(as_json: Json = False) -> None:
     """Says what this machine can do, what is missing, and the line that installs it."""
@@ -52,54 +131,13 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print_json([vars(line) for line in found])
         return
+    group = found[0].group
     for line in found:
+        if line.group != group:
+            stdout().print()
+            group = line.group
         mark, style = ("✓", "green") if line.ok else ("·", "yellow")
         text = Text(f"{mark} {line.what:<22} ", style=style)
-        stdout().print(text.append(line.found, style="default"), soft_wrap=True)
+        stdout().print(text.append(inert(line.found), style="default"), soft_wrap=True)
         if line.fix:
             stdout().print(f"  {line.fix}", style="dim", markup=False, highlight=False, soft_wrap=True)
-
-
-@lte_app.command("build", epilog=example("nayer-edge lte build digits", "nayer-edge lte build my.toml"))
-def lte_build(recipe: RecipeName, settings: Settings = None, as_json: Json = False) -> None:
-    """Builds a recipe's embeddings into the cache; a second call reads them from there."""
-    _show_lte(recipe, settings, as_json)
-
-
-@lte_app.command("show", epilog=example("nayer-edge lte show digits"))
-def lte_show(recipe: RecipeName, settings: Settings = None, as_json: Json = False) -> None:
-    """Shows a recipe's label embeddings: encoder, prompt, and each label's nearest neighbour."""
-    _show_lte(recipe, settings, as_json)
-
-
-def _show_lte(name: str, settings: list[str] | None, as_json: bool) -> None:
-    import torch
-
-    from nayer_edge import lte
-
-    recipe = load_recipe(name, settings)
-    found = lte.build(recipe.teacher.classes, recipe.lte)
-    unit = torch.nn.functional.normalize(found.embeddings, dim=1)
-    similarity = (unit @ unit.T).fill_diagonal_(-1)
-    nearest = similarity.max(dim=1)
-    rows = [
-        {"label": label, "nearest": found.labels[int(index)], "cosine": round(float(value), 4)}
-        for label, value, index in zip(found.labels, nearest.values, nearest.indices, strict=True)
-    ]
-    facts = {
-        "encoder": found.encoder,
-        "prompt": found.prompt,
-        "classes": len(found.labels),
-        "dimensions": found.embeddings.shape[1],
-        "mean_cosine": round(lte.mean_cosine(found.embeddings), 4),
-        "digest": found.digest,
-    }
-    if as_json:
-        print_json({**facts, "labels": rows})
-        return
-    for key, value in facts.items():
-        stdout().print(f"{key:<12} {inert(str(value))}", markup=False, highlight=False)
-    table = Table("label", "nearest label", "cosine", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(Text(inert(str(row["label"]))), Text(inert(str(row["nearest"]))), f"{row['cosine']:.3f}")
-    stdout().print(table)

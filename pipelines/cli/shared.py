@@ -37,6 +37,22 @@ Settings = Annotated[
     typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe; repeatable."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder.", show_default="runs/<recipe>")]
+
+
+def _trust(context: typer.Context, trust: bool) -> bool:
+    if trust:
+        from nayer_edge.user_code import trusting
+
+        # Until this command ends.
+        context.with_resource(trusting())
+    return trust
+
+
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-code", callback=_trust, help="Run the code that a `python:` model of the recipe names."),
+]
+"""read by its callback: a command only declares it"""
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: empties the run folder first.")]
 
 
@@ -133,7 +149,7 @@ def recipe_in(root: Path) -> Recipe:
     """The resolved recipe of a run folder."""
     from ..recipe import recipe_of
 
-    return recipe_of(open_run(root).manifest.recipe)
+    return recipe_of(open_run(root).manifest.recipe, root)
 
 
 def percent(fraction: float | None) -> str:

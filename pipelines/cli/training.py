@@ -10,7 +10,7 @@ import typer
 from nayer_edge.errors import UsageError
 from nayer_edge.launch import launched
 
-from .shared import Fresh, Json, Out, RecipeName, Settings, app, default_out, example, load_recipe, run_steps
+from .shared import Fresh, Json, Out, RecipeName, Settings, TrustCode, app, default_out, example, load_recipe, run_steps
 
 
 @app.command(epilog=example("nayer-edge quickstart"))
@@ -31,6 +31,7 @@ def run(
     settings: Settings = None,
     out: Out = None,
     fresh: Fresh = False,
+    trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Runs a recipe; continues where it stopped."""
@@ -39,7 +40,9 @@ def run(
 
 
 @app.command(epilog=example("nayer-edge teach digits --out runs/teacher"))
-def teach(recipe: RecipeName, settings: Settings = None, out: Out = None, as_json: Json = False) -> None:
+def teach(
+    recipe: RecipeName, settings: Settings = None, out: Out = None, trust_code: TrustCode = False, as_json: Json = False
+) -> None:
     """Trains a recipe's teacher on its labelled images (for demonstrations and benchmarks)."""
     chosen = load_recipe(recipe, settings)
     if chosen.teach is None:
@@ -56,6 +59,7 @@ def distill(
     settings: Settings = None,
     out: Out = None,
     fresh: Fresh = False,
+    trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Distils the student: teacher and class names in; student, generator and memory bank out. Takes no data set.

@@ -1,28 +1,124 @@
-"""The commands that say whether a run is what it was: verify."""
+"""The commands that say whether a run is what it was, and what it is made of: verify, sign, sbom."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from nayer_edge.errors import EXIT_INTEGRITY
+from nayer_edge.errors import EXIT_INTEGRITY, EXIT_INTERRUPTED
 from nayer_edge.text import inert
 
 from .shared import Json, Run, app, example, open_run, print_json, stdout
 
 
-@app.command(epilog=example("nayer-edge verify runs/digits"))
-def verify(run_folder: Run, as_json: Json = False) -> None:
-    """Re-hashes every file of the manifest and finds altered, missing and added files."""
+@app.command(epilog=example("nayer-edge verify runs/digits", "nayer-edge verify runs/digits --key key.pub"))
+def verify(
+    run_folder: Run,
+    key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM): also check the signature.")] = None,
+    expect: Annotated[
+        str | None,
+        typer.Option("--expect", metavar="SHA256", help="Digest of manifest.json, as `verify` printed it before."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Re-hashes every file of the manifest and finds altered, missing and added files.
+
+    With --key or --expect it also finds any change of the manifest itself. Exit 4 where something is wrong, 130 where
+    the run was interrupted and is only unfinished.
+    """
+    from ..verification import continuation, examine, require_expected
+
     opened = open_run(run_folder)
-    altered, added = opened.problems(), [f"{name} is not in the manifest" for name in opened.strangers()]
-    problems = altered + added
+    found = examine(opened)
+    if not found.problems:
+        if expect is not None:
+            require_expected(found, expect)
+        if key is not None:
+            from ..signing import require_signed
+
+            require_signed(opened, key)
+    fix = f"nayer-edge verify {run_folder} --key KEY.pub"
     if as_json:
-        print_json({"run": str(run_folder), "files": len(opened.manifest.files), "problems": problems})
-    elif problems:
-        for problem in problems:
+        print_json(
+            {
+                "run": str(run_folder),
+                "files": found.files,
+                "manifest_sha256": found.manifest_sha256,
+                "signature": "checked" if key and not found.problems else "not checked" if found.signed else None,
+                "problems": list(found.problems),
+                "unfinished": list(found.unfinished),
+                "left": list(found.left),
+            }
+        )
+    elif found.problems:
+        for problem in found.problems:
             stdout().print(Text(f"✗ {inert(problem)}", style="red"))
     else:
-        stdout().print(f"✓ {len(opened.manifest.files)} files match the manifest of {run_folder}")
-    if problems:
+        stdout().print(f"✓ {found.files} files match the manifest of {inert(str(run_folder))}", highlight=False)
+        stdout().print(f"  manifest SHA-256 {found.manifest_sha256}", highlight=False, soft_wrap=True)
+        if key is not None:
+            stdout().print("✓ the signature holds, and covers every file")
+        elif found.signed:
+            stdout().print(Text(f"· it is signed; to check that: {inert(fix)}"), soft_wrap=True)
+        if found.left:
+            steps = ", ".join(found.unfinished)
+            stdout().print(
+                Text(f"· interrupted in {steps}: nothing answers yet for {inert(', '.join(found.left))}"),
+                soft_wrap=True,
+            )
+            stdout().print(Text(f"  continue with: {inert(continuation(opened))}", style="bold"), soft_wrap=True)
+    if found.problems:
         raise typer.Exit(EXIT_INTEGRITY)
+    if found.left:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command(epilog=example("nayer-edge sign runs/digits --key key.pem"))
+def sign(
+    run_folder: Run,
+    key: Annotated[Path, typer.Option("--key", help="Private key (PEM, NIST P-256, P-384 or P-521).")],
+    as_json: Json = False,
+) -> None:
+    """Signs a finished run with a local key; `verify --key` checks it with the public half. No network.
+
+    The signature is kept in the run folder (model.sig) and covers all its files. See docs/SECURITY.md for keys.
+    """
+    from ..signing import sign as sign_run
+    from ..verification import examine
+
+    opened = open_run(run_folder)
+    path = sign_run(opened, key)
+    found = examine(opened)
+    if as_json:
+        print_json({"run": str(run_folder), "signature": str(path), "manifest_sha256": found.manifest_sha256})
+    else:
+        stdout().print(f"✓ signed {found.files} files and the manifest: {inert(str(path))}", highlight=False)
+
+
+@app.command(epilog=example("nayer-edge sbom runs/digits --out bom.json"))
+def sbom(
+    run_folder: Run,
+    out: Annotated[Path | None, typer.Option("--out", help="Write here.", show_default="standard output")] = None,
+    as_json: Json = False,
+) -> None:
+    """Writes a bill of materials (CycloneDX ML-BOM): networks, files, hashes, lineage, data provenance, software."""
+    import json
+
+    from nayer_edge.artefacts import write_bytes
+
+    from ..sbom import make_sbom
+
+    text = make_sbom(open_run(run_folder))
+    if out is None:
+        print(text, end="")  # noqa: T201
+        return
+    write_bytes(out, text.encode())
+    if as_json:
+        values = json.loads(text)
+        facts = {"serial_number": values["serialNumber"], "components": len(values["components"])}
+        print_json({"run": str(run_folder), "out": str(out), **facts})
+    else:
+        stdout().print(f"✓ {inert(str(out))}", highlight=False)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from nayer_edge.artefacts import MANIFEST_SCHEMA, Manifest, write_json
-from nayer_edge.config import Policy, Recipe
+from nayer_edge.config import Policy, Recipe, References
 
 from ..gate import VERDICT_SCHEMA
 from ..judgement import CHECKS
@@ -22,6 +22,7 @@ def schemas() -> dict[str, dict[str, Any]]:
     return {
         "recipe": _of(Recipe, "nayer-edge/recipe/1"),
         "policy": _of(Policy, "nayer-edge/policy/1"),
+        "references": _of(References, "nayer-edge/references/1"),
         "report": _of(Report, REPORT_SCHEMA),
         "manifest": _of(Manifest, MANIFEST_SCHEMA),
         "verdict": _verdict(),
@@ -58,12 +59,23 @@ def _verdict() -> dict[str, Any]:
         "properties": {
             "schema": {"const": VERDICT_SCHEMA},
             "verdict": outcome,
+            "notes": {
+                "type": "array",
+                "items": {"type": "string"},
+                "description": "what a verdict on such images can and cannot promise, and what it was compared with",
+            },
+            "baseline": {
+                "type": ["object", "null"],
+                "description": "the release that this one was compared with",
+                "properties": {"name": {"type": "string"}, "report_sha256": {"type": "string"}},
+                "required": ["name", "report_sha256"],
+            },
             "checks": {
                 "type": "array",
                 "items": {"type": "object", "properties": check, "required": list(check)},
             },
         },
-        "required": ["schema", "verdict", "checks"],
+        "required": ["schema", "verdict", "notes", "baseline", "checks"],
     }
 
 

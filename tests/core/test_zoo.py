@@ -17,7 +17,8 @@ from nayer_edge.compute import choose
 from nayer_edge.config import InputSpec
 from nayer_edge.data import load
 from nayer_edge.errors import UsageError
-from nayer_edge.models import Classifier, load_weights, read_state_dict
+from nayer_edge.models import Classifier
+from nayer_edge.state_dicts import load_weights, read_state_dict
 
 
 def conv(inputs: int, outputs: int, size: int = 3) -> int:

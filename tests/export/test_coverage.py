@@ -13,7 +13,8 @@ from torch import nn
 
 from nayer_edge.config import InputSpec
 from nayer_edge.export.coverage import int8_coverage
-from nayer_edge.export.to_int8 import to_int8
+from nayer_edge.export.targets import CARRIERS, FLOAT_PRODUCTS, PRODUCTS
+from nayer_edge.export.to_int8 import prepared, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models import build_classifier
 
@@ -76,6 +77,45 @@ def test_products_of_two_activations_are_excluded_with_a_reason(tmp_path: Path) 
     assert [name for name, _ in found.excluded] == ["attention"]
     assert "no constant weight" in found.excluded[0][1]
     assert found.eligible == 1
+
+
+def test_products_without_an_int8_form_are_excluded_and_not_passed_over(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node("Einsum", ["x", "w"], ["xw"], name="mixing", equation="ij,jk->ik"),
+            helper.make_node("MatMul", ["xw", "w"], ["y"], name="projection"),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 4])],
+        [numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    found = int8_coverage(tmp_path / "m.onnx")
+    assert found.eligible == 1
+    ((name, reason),) = found.excluded
+    assert name == "mixing"
+    assert reason.startswith("no quantized form")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "nayer:wrn_10_1",
+        "nayer:vgg11_bn",
+        pytest.param("torchvision:mobilenet_v3_small", marks=pytest.mark.slow),
+        pytest.param("torchvision:shufflenet_v2_x0_5", marks=pytest.mark.slow),
+        pytest.param("torchvision:efficientnet_b0", marks=pytest.mark.slow),
+        pytest.param("torchvision:convnext_tiny", marks=pytest.mark.slow),
+    ],
+)
+def test_the_table_decides_about_every_operator_of_a_student(model: str, tmp_path: Path) -> None:
+    """None is quantized or left in float by accident."""
+    size = 32 if model.startswith("torchvision") else 16
+    network = build_classifier(model, InputSpec(height=size, width=size), ["a", "b"])
+    to_onnx(network, (3, size, size), tmp_path / "fp32.onnx")
+    found = {node.op_type for node in prepared(tmp_path / "fp32.onnx", tmp_path / "prepared.onnx").graph.node}
+    assert found <= {*PRODUCTS, *FLOAT_PRODUCTS, *(carrier.op_type for carrier in CARRIERS)}
 
 
 def test_nothing_eligible_is_a_coverage_of_zero(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from nayer_edge.errors import UsageError
 from nayer_edge.export.targets import (
     CARRIERS,
     EXCLUSIONS,
+    FLOAT_PRODUCTS,
     PRODUCTS,
     TARGETS,
     Product,
@@ -52,6 +53,8 @@ def test_x86_multiplies_unsigned_by_signed_and_tensorrt_is_symmetric() -> None:
         (Product("Conv", True, 64, 1, 1), "cpu", None),
         (Product("Gemm", True, 1, 64, 10), "cpu", None),
         (Product("MatMul", False), "cpu", "two activations"),
+        (Product("Einsum", False), "cpu", "no quantized form"),
+        (Product("LSTM", False), "tensorrt", "no quantized form"),
         (Product("ConvTranspose", True, 1, 64, 64), "cpu", "transposed convolution"),
         (Product("ConvTranspose", True, 1, 64, 64), "tensorrt", None),
         (Product("Conv", True, 1, 64, 64), "tensorrt", None),
@@ -70,7 +73,9 @@ def test_every_exclusion_and_carrier_states_its_reason_once() -> None:
     assert all(len(e.reason) > 20 and set(e.targets) <= set(TARGETS) for e in EXCLUSIONS)
     assert all(c.reason for c in CARRIERS)
     assert len({c.op_type for c in CARRIERS}) == len(CARRIERS)
-    assert not {c.op_type for c in CARRIERS} & set(PRODUCTS)
+    assert len({*PRODUCTS, *FLOAT_PRODUCTS}) == len(PRODUCTS) + len(FLOAT_PRODUCTS)
+    assert not {c.op_type for c in CARRIERS} & {*PRODUCTS, *FLOAT_PRODUCTS}
+    assert not set(quantized_operators(get_target("cpu"))) & set(FLOAT_PRODUCTS)
 
 
 def test_only_products_can_be_asked_about() -> None:

@@ -84,7 +84,9 @@ def test_int8_agrees_with_fp32_and_the_best_method_wins(trained: Path, tmp_path:
     assert set(result.scores) == set(METHODS)
     best = max(result.scores.values(), key=lambda s: (s.top1, -s.mean_kl))
     assert result.scores[result.method] == best
-    measured = agreement(run_onnx(trained, HOLDOUT), run_onnx(result.path, HOLDOUT))
+    # Another device's graph is measured as it is written: this processor's fused kernels are not that device's.
+    int8 = run_onnx(result.path, HOLDOUT, as_written=target != "cpu")
+    measured = agreement(run_onnx(trained, HOLDOUT), int8)
     assert measured.top1 >= 0.985
     assert measured.mean_kl < 1e-2
     assert result.coverage.fraction == 1.0

@@ -378,6 +378,13 @@ def test_a_manifest_that_points_outside(invoke: Invoke, finished: Path) -> None:
 # For machines
 
 
+def private_key(folder: Path) -> Path:
+    path = folder / "key.pem"
+    command = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
 def json_commands(root: Path, folder: Path) -> dict[str, list[str | Path]]:
     same: list[str | Path] = [*settings_of(root), "--out", root]
     return {
@@ -392,10 +399,15 @@ def json_commands(root: Path, folder: Path) -> dict[str, list[str | Path]]:
         "report": [root],
         "bench": [root, "--batch", "1", "--runs", "5"],
         "verify": [root],
+        "sign": [root, "--key", private_key(folder)],
+        "sbom": [root],
         "recipes": [],
+        "students": ["--input", "1x16x16", "--no-latency"],
         "doctor": [],
         "lte build": ["digits"],
         "lte show": ["digits"],
+        # The run's own teacher has a card beside it, which answers everything.
+        "init": [root / "teacher" / "teacher.safetensors", "--out", folder / "own.toml", "--effort", "trial"],
     }
 
 
@@ -410,8 +422,10 @@ def test_json_is_all_that_stands_on_standard_output(invoke: Invoke, finished: Pa
     assert answers["run"]["verdict"] == answers["gate"]
     assert answers["gate"]["schema"] == "nayer-edge/verdict/1"
     assert answers["teach"]["verdict"] is None
-    assert answers["verify"] == {"run": str(finished), "files": len(RunFolder.open(finished).manifest.files),
-                                 "problems": []}  # fmt: skip
+    assert answers["verify"]["files"] == len(RunFolder.open(finished).manifest.files)
+    assert [answers["verify"][key] for key in ("problems", "unfinished", "left")] == [[], [], []]
+    assert answers["sign"]["manifest_sha256"] == answers["verify"]["manifest_sha256"]
+    assert answers["sbom"]["bomFormat"] == "CycloneDX"
     assert "digits" in [recipe["name"] for recipe in answers["recipes"]]
     assert {line["what"] for line in answers["doctor"]} >= {"processor", "torch", "onnxruntime"}
     assert [row["label"] for row in answers["lte show"]["labels"]][:2] == ["zero", "one"]
@@ -468,7 +482,7 @@ def test_interrupted_and_resumed(tiny_run: Path, tmp_path: Path, number: signal.
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "\nInterrupted. What was finished is kept; the same command continues.\n"
-    recipe = recipe_of(json.loads((tiny_run / MANIFEST).read_text())["recipe"])
+    recipe = recipe_of(json.loads((tiny_run / MANIFEST).read_text())["recipe"], tiny_run)
     done = run_recipe(recipe, root, last="student")
     for name in ("student/student.safetensors", "bank.safetensors"):
         assert sha256_of(root / name) == sha256_of(tiny_run / name)

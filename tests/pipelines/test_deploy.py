@@ -117,7 +117,7 @@ def test_nothing_says_where_it_was_made(tiny_run: Path) -> None:
 
 def test_calibration_and_hold_outs_are_different_images(tiny_run: Path) -> None:
     run = RunFolder.open(tiny_run)
-    recipe = recipe_of(run.manifest.recipe)
+    recipe = recipe_of(run.manifest.recipe, run.root)
     source = SyntheticSource.open(*(run.artifact(name) for name in ("teacher", "lte", "student")), recipe, run)
     drawn = {name: source.draw(name, 20, Silent()) for name in ("calibration", "calibration hold-out", "validate")}
     seen: dict[bytes, str] = {}
@@ -135,7 +135,7 @@ def test_calibration_and_hold_outs_are_different_images(tiny_run: Path) -> None:
 
 def test_calibration_images_are_class_balanced(tiny_run: Path) -> None:
     run = RunFolder.open(tiny_run)
-    recipe = recipe_of(run.manifest.recipe)
+    recipe = recipe_of(run.manifest.recipe, run.root)
     source = SyntheticSource.open(*(run.artifact(name) for name in ("teacher", "lte", "student")), recipe, run)
     _, labels = source.draw_labelled("calibration", 40, Silent())
     assert np.bincount(np.asarray(labels), minlength=10).tolist() == [4] * 10

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
+from xmlschema import XMLSchema, XMLSchemaValidationError
 
 from nayer_edge.artefacts import Artifact, RunFolder, sha256_of, write_json
 from nayer_edge.config import Policy, make_policy, make_recipe
@@ -32,6 +34,7 @@ from nayer_edge.pipelines.gate import (
     make_verdict,
     policy_toml,
     print_annotations,
+    require_outputs,
     run_gate,
     summary_markdown,
     verdict_json,
@@ -52,6 +55,9 @@ HOSTILE = (
     "[a](http://evil.example) ![b](http://evil.example/i.png) `c` **d** | e | www.evil.example "
     "a@evil.example https://evil.example %0A::warning::x ]]> & \" ' \\"
 )
+
+
+SCHEMA = XMLSchema(Path(__file__).with_name("junit.xsd"))
 
 
 def report_values(root: Path) -> dict[str, Any]:
@@ -349,7 +355,7 @@ def test_the_step_judges_by_the_recipe_and_writes_into_the_run(root: Path, limit
     made = make_verdict(run.artifact("validate"), config=recipe, out=run, progress=Silent())
     written = json.loads((root / "gate" / "verdict.json").read_text())
     assert written["verdict"] == made.numbers["verdict"] == expected
-    assert_junit(ET.parse(root / "gate" / "junit.xml").getroot())
+    assert_junit((root / "gate" / "junit.xml").read_bytes())
     record(run, "gate", **made.files)
     assert run_gate(root).verdict == "pass", "recorded outputs do not disturb the next run"
     (root / INT8).write_bytes(b"tampered")
@@ -384,41 +390,37 @@ def test_verdict_json_is_the_published_contract(root: Path, tmp_path: Path) -> N
     assert "\x1b" not in json.dumps(verdict_json(hostile_verdict()), ensure_ascii=False)
 
 
-# What Jenkins' junit-10.xsd says of the elements that we write: required and allowed attributes, children.
-JUNIT = {
-    "testsuites": (set(), {"name", "time", "tests", "failures", "disabled", "errors"}, {"testsuite"}),
-    "testsuite": (
-        {"name"},
-        {"name", "tests", "failures", "errors", "time", "disabled", "skipped", "timestamp", "hostname", "id"},
-        {"testcase", "properties", "system-out", "system-err"},
-    ),
-    "testcase": (
-        {"name"},
-        {"name", "assertions", "time", "timestamp", "classname", "status", "class", "file", "line"},
-        {"skipped", "error", "failure", "system-out", "system-err"},
-    ),
-    "failure": (set(), {"type", "message"}, set()),
-    "system-out": (set(), set(), set()),
-}
+def assert_junit(xml: bytes) -> None:
+    """Valid against tests/pipelines/junit.xsd, with counts that are those of the elements."""
+    SCHEMA.validate(io.BytesIO(xml))
+    root = ET.fromstring(xml)
+    for element in [root, *root.iter("testsuite")]:
+        assert int(element.attrib["tests"]) == len(list(element.iter("testcase")))
+        assert int(element.attrib["failures"]) == len(list(element.iter("failure")))
 
 
-def assert_junit(element: ET.Element) -> None:
-    required, allowed, children = JUNIT[element.tag]
-    assert required <= set(element.attrib) <= allowed, element.tag
-    for name in ("tests", "failures", "errors", "skipped"):
-        if name in element.attrib:
-            assert int(element.attrib[name]) >= 0
-    for child in element:
-        assert child.tag in children
-        assert_junit(child)
+@pytest.mark.parametrize(
+    "xml",
+    [
+        b"<testsuites><testcase name='a' classname='b'/></testsuites>",
+        b"<testsuite name='a' tests='one' failures='0' errors='0'/>",
+        b"<testsuite name='a' tests='0' failures='0'/>",
+        b"<testsuite name='a' tests='0' failures='0' errors='0' verdict='x'/>",
+        b"<testsuites><testsuite name='a' tests='1' failures='0' errors='0'><testcase name='x'/>"
+        b"</testsuite></testsuites>",
+    ],
+)
+def test_the_schema_refuses_what_is_no_junit(xml: bytes) -> None:
+    with pytest.raises(XMLSchemaValidationError):
+        SCHEMA.validate(io.BytesIO(xml))
 
 
 def test_junit(tmp_path: Path) -> None:
     verdict = hostile_verdict()
     write_junit(verdict, tmp_path / "out" / "junit.xml")
+    assert_junit((tmp_path / "out" / "junit.xml").read_bytes())
     suites = ET.parse(tmp_path / "out" / "junit.xml").getroot()
     assert suites.tag == "testsuites"
-    assert_junit(suites)
     (suite,) = suites
     cases = list(suite)
     assert [case.get("name") for case in cases] == [check.name for check in verdict.checks]
@@ -431,9 +433,67 @@ def test_junit(tmp_path: Path) -> None:
     assert cases[1].get("classname") == f"nayer-edge.gate.{inert(HOSTILE)}"
 
 
+def test_a_synthetic_verdict_says_what_it_can_and_cannot_promise_everywhere(root: Path) -> None:
+    values = report_values(root)
+    for artifact in values["artifacts"]:
+        artifact |= {"top1": None, "paired": {"vs_fp32": None, "vs_teacher": None}, "per_class": [], "agreement": 1.0}
+    write_report(
+        root,
+        dataset={"kind": "synthetic", "n": 2000, "name": "drawn from the trained generator"},
+        artifacts=values["artifacts"],
+    )
+    verdict = run_gate(root)
+    assert verdict.verdict == "pass"
+    value = verdict_json(verdict)
+    jsonschema.validate(value, load("verdict"))
+    assert [check["name"] for check in value["checks"] if check["synthetic"]] == [
+        "accuracy_drop_vs_fp32",
+        "accuracy_drop_vs_teacher",
+        "parity",
+    ]
+    assert_junit(junit_xml(verdict))
+    shown = {
+        "table": " ".join(rendered(verdict).split()),
+        "json": json.dumps(value, ensure_ascii=False),
+        "junit": " ".join(ET.fromstring(junit_xml(verdict)).find("testsuite").findtext("system-out").split()),
+        "summary": MarkdownIt().render(summary_markdown(verdict)),
+    }
+    for name, text in shown.items():
+        for words in (
+            "These images are synthetic",
+            "the artefact answers as its teacher does on images like these",
+            "What it cannot promise: any accuracy on real images.",
+        ):
+            assert words in text, name
+    assert "synthetic" not in json.dumps(verdict_json(replace(verdict, notes=()))["notes"])
+
+
+def test_a_verdict_on_labelled_images_needs_no_such_words(root: Path) -> None:
+    assert run_gate(root).notes == ()
+    assert "cannot promise" not in rendered(run_gate(root))
+
+
+def test_outputs_never_alter_a_run_nor_each_other(root: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(root / "gate")
+    policy = tmp_path / "policy.toml"
+    for outputs, words in (
+        ({"--junit": root / "gate" / "junit.xml"}, "lies inside the run folder"),
+        ({"--json-out": root / "x.json"}, "lies inside the run folder"),
+        ({"--summary": link / "s.md"}, "lies inside the run folder"),
+        ({"--summary": root / ".." / root.name / "s.md"}, "lies inside the run folder"),
+        ({"--junit": tmp_path / "x", "--json-out": tmp_path / "." / "x"}, "which --junit writes"),
+        ({"--json-out": policy}, "which the gate reads"),
+    ):
+        with pytest.raises(UsageError, match=words) as caught:
+            require_outputs(root, outputs, [policy, None])
+        assert caught.value.fix
+    require_outputs(root, {"--junit": tmp_path / "a", "--json-out": tmp_path / "b", "--summary": None}, [policy])
+
+
 def test_junit_of_real_verdict_has_no_failures(root: Path) -> None:
+    assert_junit(junit_xml(run_gate(root)))
     suites = ET.fromstring(junit_xml(run_gate(root)))
-    assert_junit(suites)
     assert suites.get("failures") == "0"
     assert suites.find(".//failure") is None
 
@@ -441,6 +501,7 @@ def test_junit_of_real_verdict_has_no_failures(root: Path) -> None:
 @given(st.text(st.characters()))
 def test_junit_holds_any_text(text: str) -> None:
     verdict = Verdict("fail", (Check("size", text, 1, None, 0, "fail", text),))
+    assert_junit(junit_xml(verdict))
     (failure,) = ET.fromstring(junit_xml(verdict)).iter("failure")
     assert (failure.text or "") == inert(text)
     assert failure.get("message") == inert(text)
@@ -587,7 +648,7 @@ def test_policy_toml_names_every_key() -> None:
             assert all(key in text for key in field.annotation.model_fields)
 
 
-@pytest.mark.parametrize("name", ["recipe", "policy", "report", "verdict", "manifest"])
+@pytest.mark.parametrize("name", ["recipe", "policy", "references", "report", "verdict", "manifest"])
 def test_committed_schemas_are_up_to_date(name: str) -> None:
     assert load(name) == schema_writer.schemas()[name], "type: make schemas"
     jsonschema.Draft202012Validator.check_schema(load(name))
@@ -598,7 +659,7 @@ def test_schemas_are_written_beside_the_module(tmp_path: Path) -> None:
     schema_writer.write(tmp_path)
     for path in tmp_path.iterdir():
         assert json.loads(path.read_text()) == load(path.name.split(".")[0])
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_files_of_a_run_follow_their_schemas(root: Path) -> None:

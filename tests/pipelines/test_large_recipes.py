@@ -1,4 +1,4 @@
-"""The 64- and 224-pixel recipes, where no such data is at hand: their own networks and sizes, random teachers, few steps."""
+"""The 64- and 224-pixel recipes, where no such data is at hand: own networks and sizes, random teachers, few steps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from nayer_edge.compute import seeded
-from nayer_edge.models import build_classifier, load_tensors, save_tensors
+from nayer_edge.models import build_classifier
 from nayer_edge.pipelines.recipe import load_recipe
 from nayer_edge.pipelines.run import run_recipe
+from nayer_edge.tensors import load_tensors, save_tensors
 
 FEW = [
     "synthesis.batch=4",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nayer_edge.pipelines.picture import COLUMNS, MAX_CLASSES, per_class_picture
+from nayer_edge.pipelines.picture import COLUMNS, MAX_CLASSES, STRIP_HEIGHT, class_strips, per_class_picture
 
 
 def images(count: int, channels: int = 1, height: int = 8, width: int = 8) -> np.ndarray:
@@ -78,3 +79,30 @@ def test_any_name(tmp_path: Path, name: str) -> None:
 def test_more_images_than_columns(tmp_path: Path) -> None:
     per_class_picture(images(10 * COLUMNS), [0] * 10 * COLUMNS, ["a", "b"], tmp_path / "p.png")
     assert size_of(tmp_path / "p.png")[1] < 200
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_strips_hold_the_images(channels: int) -> None:
+    given = images(25, channels, 5, 9)
+    strips = class_strips(given, [0, 3] * 12 + [7])
+    assert [(strip.number, strip.images) for strip in strips] == [(0, 10), (3, 10), (7, 1)]
+    with Image.open(io.BytesIO(strips[1].png)) as picture:
+        pixels = np.asarray(picture)
+    shown = 3 if channels in (3, 4) else 1
+    assert pixels.shape == (5, 10 * 10 - 1, shown + 1)
+    for place, image in enumerate(given[1:21:2]):
+        assert (pixels[:, 10 * place : 10 * place + 9, :shown] == image[:shown].transpose(1, 2, 0)).all()
+    assert (pixels[:, 9, -1] == 0).all(), "clear between the images"
+
+
+def test_strips_of_large_images_are_small() -> None:
+    given = np.random.default_rng(0).integers(0, 256, (4, 3, 224, 448), dtype=np.uint8)
+    (strip,) = class_strips(given, [0] * 4)
+    with Image.open(io.BytesIO(strip.png)) as picture:
+        assert picture.height == STRIP_HEIGHT
+        assert picture.width == 4 * 2 * STRIP_HEIGHT + 3 * 3
+
+
+@pytest.mark.parametrize("classes", [MAX_CLASSES, MAX_CLASSES + 1, 1000])
+def test_at_most_twenty_strips(classes: int) -> None:
+    assert len(class_strips(images(classes), range(classes))) <= MAX_CLASSES

@@ -11,7 +11,7 @@ import pytest
 from nayer_edge.config import Recipe, apply_settings
 from nayer_edge.errors import UsageError
 from nayer_edge.pipelines import preflight
-from nayer_edge.pipelines.recipe import Shipped, load_recipe, recipe_of, shipped
+from nayer_edge.pipelines.recipe import Shipped, load_recipe, portable, recipe_of, shipped
 from nayer_edge.pipelines.schemas import load
 from nayer_edge.pipelines.steps import STEPS, until
 
@@ -184,8 +184,8 @@ def test_settings_leave_the_values_alone() -> None:
 def test_a_recipe_survives_the_manifest() -> None:
     recipe = load_recipe("digits", ["seed=3"])
     values = json.loads(json.dumps(recipe.model_dump(mode="json", by_alias=True)))
-    assert recipe_of(values) == recipe
-    assert isinstance(recipe_of(values), Recipe)
+    assert recipe_of(values, Path()) == recipe
+    assert isinstance(recipe_of(values, Path()), Recipe)
 
 
 def test_preflight_names_every_problem_before_any_work() -> None:
@@ -236,3 +236,37 @@ def test_weights_of_ones_own_take_the_place_of_training(tmp_path: Path) -> None:
 def test_weights_and_training_at_once_stay_an_error() -> None:
     with pytest.raises(UsageError, match=r"either teacher.weights or a \[teach\] section"):
         load_recipe("digits", ["teacher.weights=mine.safetensors", "teach.data=digits"])
+
+
+def test_what_goes_into_a_manifest_names_nobodys_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """$NAYER_EDGE_DATA first, then the run folder where both are on one side, then ~; all are found again."""
+    home, store = tmp_path / "home" / "someone", tmp_path / "store"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NAYER_EDGE_DATA", str(store))
+    root = tmp_path / "work" / "runs" / "mine"
+    for path, wanted in (
+        (store / "cifar10" / "test.parquet", "$NAYER_EDGE_DATA/cifar10/test.parquet"),
+        (tmp_path / "work" / "held", "../../held"),
+        (root / "inside", "inside"),
+        (home / "held.npz", "~/held.npz"),
+        (Path("/another-disk/held"), "/another-disk/held"),
+    ):
+        recipe = load_recipe("digits", [f"validate.data={path}"])
+        values = portable(recipe, root)
+        assert values["validate"]["data"] == wanted
+        assert recipe_of(values, root).validate_.data == str(path)
+    at_home = home / "runs" / "mine"
+    assert (
+        portable(load_recipe("digits", [f"validate.data={home / 'held'}"]), at_home)["validate"]["data"] == "../../held"
+    )
+    assert portable(load_recipe("digits"), root)["validate"]["data"] == "digits"
+    assert portable(load_recipe("digits", ["validate.data=$NOWHERE/x"]), root)["validate"]["data"] == "$NOWHERE/x"
+
+
+def test_a_model_of_ones_own_file_is_told_relative_too(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("")
+    root = tmp_path / "runs" / "mine"
+    recipe = load_recipe("digits", [f"student.model=python:{tmp_path / 'net.py'}:make"])
+    values = portable(recipe, root)
+    assert values["student"]["model"] == "python:../../net.py:make"
+    assert recipe_of(values, root).student.model == recipe.student.model

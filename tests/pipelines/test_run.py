@@ -47,7 +47,7 @@ def again(root: Path, *settings: str, **options: Any) -> list[tuple[str, str]]:
     def note(event: StepEvent) -> None:
         events.append((event.step.name, event.state))
 
-    run_recipe(recipe_of(values), root, on_event=note, **options)
+    run_recipe(recipe_of(values, root), root, on_event=note, **options)
     return events
 
 
@@ -144,7 +144,7 @@ def test_fresh_with_a_recipe_that_cannot_run_discards_nothing(finished: Path) ->
 
 def test_stopped_between_steps_and_continued(tiny_run: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    recipe = recipe_of(manifest(tiny_run).recipe)
+    recipe = recipe_of(manifest(tiny_run).recipe, tiny_run)
     run_recipe(recipe, root, last="student")
     assert tuple(manifest(root).steps) == NAMES[: NAMES.index("student") + 1]
     assert not (root / "export").exists()
@@ -188,7 +188,7 @@ def test_killed_inside_a_step_and_continued(tiny_run: Path, tmp_path: Path) -> N
     killed(process)
     assert process.returncode == -signal.SIGKILL
     assert "student" not in manifest(root).steps
-    run_recipe(recipe_of(manifest(tiny_run).recipe), root)
+    run_recipe(recipe_of(manifest(tiny_run).recipe, tiny_run), root)
     assert_same_results(root, tiny_run)
 
 
@@ -204,7 +204,7 @@ def test_killed_at_a_random_moment_and_continued(tiny_run: Path, tmp_path: Path)
         time.sleep(0.01)
     time.sleep(random.Random(seed).uniform(0, 8))
     killed(process)
-    run_recipe(recipe_of(manifest(tiny_run).recipe), root)
+    run_recipe(recipe_of(manifest(tiny_run).recipe, tiny_run), root)
     assert_same_results(root, tiny_run)
 
 

@@ -36,10 +36,16 @@ def test_names_differ() -> None:
 
 
 def test_every_setting_that_changes_a_result_is_read_by_a_step() -> None:
-    """What no step lists would be changed without anything being made anew."""
+    """What no step lists would be changed without anything being made anew. The page only shows what it reads."""
     recipe = load_recipe("digits").model_dump(mode="json", by_alias=True)
-    read = {key.split(".")[0] for step in STEPS for key in step.settings}
+    read = {key.split(".")[0] for step in STEPS if step.name != "report" for key in step.settings}
     assert set(recipe) - read == {"name", "description", "measured", "tracking"}
+
+
+def test_the_page_shows_the_whole_recipe_and_every_step() -> None:
+    report = STEPS[NAMES.index("report")]
+    assert set(report.settings) == set(load_recipe("digits").model_dump(mode="json", by_alias=True))
+    assert report.inputs == NAMES[:-1]
 
 
 def test_a_step_that_draws_images_reads_what_they_depend_on() -> None:

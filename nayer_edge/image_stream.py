@@ -1,0 +1,76 @@
+"""Labelled images as a stream of batches, and how a picture is made to fit the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nayer_edge.config import Fit, InputSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CROP_SHARE = 0.875
+"""of each side that a centre crop keeps: 224 of 256, as ImageNet classifiers are usually measured"""
+
+MAX_IMAGES = 10_000_000
+"""a file that claims more is not read"""
+
+GREY_MODES = ("1", "L", "LA")
+COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+"""Pillow's modes of eight bits per channel; the others (I, F, I;16 …) have no single way to become bytes"""
+
+
+@dataclass(frozen=True)
+class ImageStream:
+    """Labelled images that are read when they are asked for, a batch at a time, as often as one likes.
+
+    Attributes:
+        name: how a report calls them.
+        labels: class numbers in the model's order, (N,), int64; known before any image is decoded.
+        batches: batches(size) yields uint8 arrays (at most size, C, H, W) in the order of the labels.
+    """
+
+    name: str
+    labels: np.ndarray
+    batches: Callable[[int], Iterator[np.ndarray]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def misfit(size: tuple[int, int], mode: str, spec: InputSpec, fit: Fit) -> str:
+    """Why a picture cannot be measured as it is; the empty string where it can.
+
+    Args:
+        size: (width, height).
+        mode: Pillow's mode.
+    """
+    if mode not in GREY_MODES + COLOUR_MODES:
+        return f"pixels of type {mode} instead of 8 bits per channel"
+    if fit == "exact" and spec.channels == 1 and mode not in GREY_MODES:
+        return f"colour ({mode}) instead of grey"
+    if fit == "exact" and size != (spec.width, spec.height):
+        return f"{size[0]}×{size[1]} instead of {spec.width}×{spec.height} pixels (width × height)"
+    return ""
+
+
+def fitted(picture: Image, spec: InputSpec, fit: Fit) -> np.ndarray:
+    """A picture as uint8 of the model's shape, (C, H, W); C is 1 or 3. Resizing is bilinear with antialiasing."""
+    from PIL import Image
+
+    picture = picture.convert("L" if spec.channels == 1 else "RGB")
+    if picture.size != (spec.width, spec.height):
+        if fit == "center-crop":
+            scale = max(spec.width / picture.width, spec.height / picture.height) / CROP_SHARE
+            wide, high = (max(1, round(side * scale)) for side in picture.size)
+            picture = picture.resize((wide, high), Image.Resampling.BILINEAR)
+            left, top = round((wide - spec.width) / 2), round((high - spec.height) / 2)
+            picture = picture.crop((left, top, left + spec.width, top + spec.height))
+        else:
+            picture = picture.resize((spec.width, spec.height), Image.Resampling.BILINEAR)
+    pixels = np.array(picture, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()

@@ -1,0 +1,65 @@
+"""SIGINT and SIGTERM, put off until finished work is on the disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+
+class Deferred:
+    """A context in which the first SIGINT or SIGTERM only sets `asked` while there is something to save.
+
+    Where there is nothing to save, and at the second signal, what handled them before acts at once. Outside the main
+    thread, which alone receives signals, it does nothing.
+
+    Args:
+        unsaved: there is finished work that would be lost.
+    """
+
+    def __init__(self, unsaved: Callable[[], bool]) -> None:
+        self._unsaved = unsaved
+        self._kept: dict[int, Callable[[int, FrameType | None], object] | int] = {}
+        self.asked = 0
+        """the signal that waits; 0 while there is none"""
+
+    def __enter__(self) -> Deferred:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                # None: installed by another language, which cannot be put back.
+                if handler is not None and handler != signal.SIG_IGN:
+                    self._kept[number] = handler
+                    signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, exception: object, *_more: object) -> None:
+        self._restore()
+        if self.asked and exception is None:
+            self.act()
+
+    def act(self) -> None:
+        """Does what the signal asked for, if one waits: finished work has been saved."""
+        if self.asked:
+            number, self.asked = self.asked, 0
+            self._act(number, None)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or not self._unsaved():
+            self._act(number, frame)
+        else:
+            self.asked = number
+
+    def _act(self, number: int, frame: FrameType | None) -> None:
+        handler = self._kept[number]
+        if callable(handler):
+            handler(number, frame)
+        else:
+            self._restore()
+            os.kill(os.getpid(), number)
+
+    def _restore(self) -> None:
+        for number, handler in self._kept.items():
+            signal.signal(number, handler)

@@ -1,0 +1,116 @@
+"""What a model's name says, read without building anything: its source, and the file of the user's that it stands on.
+
+nayer:wrn_40_2                      our zoo
+torchvision:mobilenet_v3_small      a torchvision classifier; `…@32` lowers its strides for 32-pixel images
+timm:resnet18.a1_in1k               a timm classifier; `…@32` likewise
+hf:microsoft/resnet-18@<revision>   a classifier of transformers, from the hub or from a local folder (hf:./folder)
+python:package.module:factory       the user's own code, or python:path/to/file.py:factory
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nayer_edge.errors import UsageError, nearest
+
+SOURCES = ("nayer", "torchvision", "timm", "hf", "python")
+BRING_WEIGHTS = ("hf", "python")
+"""sources whose models may come with weights of their own"""
+PUBLISHED = ("torchvision", "timm")
+"""sources whose published weights can be named: teacher.weights = "torchvision:IMAGENET1K_V1" """
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model's name in its parts.
+
+    Attributes:
+        source: one of `SOURCES`.
+        name: what follows, less what is in the other parts: architecture, folder, hub id, module or file.
+        small: the image size in pixels that the strides are lowered for; None leaves them as the library has them.
+        revision: of a hub model.
+        factory: of a python model.
+    """
+
+    source: str
+    name: str
+    small: int | None = None
+    revision: str | None = None
+    factory: str = ""
+
+    @property
+    def local(self) -> bool:
+        """It stands on a file or folder of the user's, which may not be at hand."""
+        return (self.source == "python" and self.name.endswith(".py")) or (
+            self.source == "hf" and Path(self.name).is_absolute()
+        )
+
+    @property
+    def path(self) -> Path | None:
+        """That file or folder, where it is at hand."""
+        path = Path(self.name)
+        return path if self.local and path.exists() else None
+
+    @property
+    def portable(self) -> str:
+        """The name without this machine's folders."""
+        name = Path(self.name).name if self.local else self.name
+        tail = f"@{self.small or self.revision}" if self.small or self.revision else ""
+        return f"{self.source}:{name}{tail}" + (f":{self.factory}" if self.factory else "")
+
+
+def parse(model: str) -> ModelName:
+    """Takes a name apart.
+
+    Raises:
+        UsageError: there is no such source, or a python model names no factory.
+    """
+    source, colon, name = model.partition(":")
+    if not colon:
+        raise UsageError(
+            f"'{model}' does not say where the model comes from.",
+            fix=f"Write nayer:{model} for our zoo, torchvision:{model}, timm:{model}, hf:{model}, "
+            "or python:package.module:factory.",
+        )
+    if source not in SOURCES:
+        raise UsageError(
+            f"There is no model source '{source}' (in '{model}').{nearest(source, SOURCES)}",
+            fix=f"Sources: {', '.join(SOURCES)}.",
+        )
+    if source == "python":
+        target, _, factory = name.rpartition(":")
+        if not target or not factory.isidentifier():
+            raise UsageError(
+                f"'{model}' names no factory.",
+                fix="Write python:package.module:factory, or python:path/to/file.py:factory.",
+            )
+        return ModelName(source, target, factory=factory)
+    if source == "hf":
+        whole = Path(name).expanduser()
+        if whole.is_dir() or whole.is_absolute():
+            return ModelName(source, str(whole.absolute()))
+        identifier, _, revision = name.partition("@")
+        return ModelName(source, identifier, revision=revision or None)
+    if source in ("torchvision", "timm") and (match := re.fullmatch(r"(.+)@(\d{1,4})", name)):
+        return ModelName(source, match[1], small=int(match[2]))
+    return ModelName(source, name)
+
+
+def located(model: str, folder: Path) -> str:
+    """The name with its file or folder made absolute; relative ones start at `folder`."""
+    source, _, name = model.partition(":")
+    if source == "python":
+        target, _, factory = name.rpartition(":")
+        if target.endswith(".py"):
+            return f"python:{(folder / Path(target).expanduser()).resolve()}:{factory}"
+    elif source == "hf" and (path := folder / Path(name).expanduser()).is_dir():
+        return f"hf:{path.resolve()}"
+    return model
+
+
+def published_weights(weights: str | None) -> tuple[str, str] | None:
+    """(source, name) of weights that a library publishes, as in "torchvision:IMAGENET1K_V1"; None for a file."""
+    source, colon, name = (weights or "").partition(":")
+    return (source, name) if colon and source in PUBLISHED else None

@@ -1,0 +1,97 @@
+"""Fitting a library's network, built for 224-pixel photographs, to other images: their channels and their size."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nayer_edge.errors import UsageError
+
+TRACE_PIXELS = 224
+"""what the libraries' networks are built for; all of their strides show at this size"""
+LAST_GRID = 4
+"""shortest side of the last feature map that the strides are lowered for; 224-pixel networks end at 7"""
+
+
+def replace_channels(network: nn.Module, channels: int) -> None:
+    """Gives the first convolution another number of input channels (library models are built for three)."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            options: dict[str, Any] = {
+                "stride": module.stride,
+                "padding": module.padding,
+                "dilation": module.dilation,
+                "bias": module.bias is not None,
+            }
+            stem = nn.Conv2d(channels, module.out_channels, module.kernel_size, **options)  # pyright: ignore[reportArgumentType]
+            _replace(network, name, stem)
+            return
+
+
+def lower_strides(network: nn.Module, channels: int, pixels: int) -> list[str]:
+    """Sets the first strides of a network to 1, so that images of `pixels` still end on a grid of at least four.
+
+    A network of total stride 32 sees a 32-pixel image as one position; with its first two strides set to 1, as in the
+    literature's CIFAR variants, it ends at 4×4. All layers that work at one resolution change together, so branches
+    that meet again stay of one size. Kernels, and so the shapes of all weights, stay those of the library; a strided
+    pooling layer becomes the identity.
+
+    Returns:
+        Names of the changed layers.
+
+    Raises:
+        UsageError: the network does not work by strided layers, or is small enough already.
+    """
+    levels = _strided_levels(network, channels)
+    strides = [max(_stride(module) for _, module in level) for level in levels]
+    changed: list[str] = []
+    for number, level in enumerate(levels):
+        if math.ceil(pixels / math.prod(strides[number:])) >= LAST_GRID:
+            break
+        for name, module in level:
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+            else:
+                _replace(network, name, nn.Identity())
+            changed.append(name)
+    if not changed:
+        raise UsageError(
+            f"Its strides cannot be lowered for images of {pixels} pixels.",
+            why=f"They multiply to {math.prod(strides)} as they are." if strides else "It has no strided layers.",
+            fix=f"Name it without @{pixels}.",
+        )
+    return changed
+
+
+def _strided_levels(network: nn.Module, channels: int) -> list[list[tuple[str, nn.Module]]]:
+    """Strided convolutions and pooling layers by the resolution that they see, the finest first."""
+    twin = copy.deepcopy(network).to("meta").eval()
+    seen: dict[int, list[str]] = {}
+    handles = []
+
+    def watch(name: str) -> Any:
+        def gather(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.setdefault(min(inputs[0].shape[-2:]), []).append(name)
+
+        return gather
+
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and _stride(module) > 1:
+            handles.append(module.register_forward_pre_hook(watch(name)))
+    with torch.no_grad():
+        twin(torch.zeros(1, channels, TRACE_PIXELS, TRACE_PIXELS, device="meta"))
+    return [[(name, network.get_submodule(name)) for name in seen[size]] for size in sorted(seen, reverse=True)]
+
+
+def _stride(module: nn.Module) -> int:
+    stride: Any = module.stride
+    return stride if isinstance(stride, int) else max(stride)
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(network.get_submodule(parent), attribute, module)

@@ -1,0 +1,174 @@
+"""The commands for label-text embeddings: `lte build` and `lte show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from nayer_edge.errors import UsageError
+from nayer_edge.text import inert, printed
+
+from .shared import Json, Settings, app, example, load_recipe, print_json, stdout
+
+if TYPE_CHECKING:
+    from nayer_edge.config import LTE
+    from nayer_edge.lte import LabelEmbeddings
+
+lte_app = typer.Typer(no_args_is_help=True, help="Label-text embeddings: build the cache, look at it.")
+app.add_typer(lte_app, name="lte")
+
+ROWS = 40
+"""labels up to which the table shows all; with more, those that lie closest together"""
+CELL = 26
+"""columns of a label in the table, so that it fits 80"""
+
+RecipeOrNone = Annotated[
+    str | None, typer.Argument(help="A shipped recipe's name, or a .toml file.", show_default=False)
+]
+Labels = Annotated[
+    Path | None, typer.Option("--labels", help="Class names: a text, JSON or CSV file. Instead of the recipe's.")
+]
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder", help="all-MiniLM-L6-v2, a hub id or folder, a .safetensors, .npz or .npy file, onehot, random."
+    ),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="A template with {label}; repeatable: several are averaged."),
+]
+Synonyms = Annotated[
+    str | None, typer.Option("--synonyms", help="Of 'tench, Tinca tinca': first, all, or average.", show_default=False)
+]
+OutFile = Annotated[Path | None, typer.Option("--out", help="Also write the embeddings here (.safetensors).")]
+Picture = Annotated[Path | None, typer.Option("--picture", help="Also draw a heat map of similarities (.png, .svg).")]
+
+
+@lte_app.command(
+    "build",
+    epilog=example("nayer-edge lte build digits", "nayer-edge lte build --labels names.txt --out names.safetensors"),
+)
+def lte_build(
+    recipe: RecipeOrNone = None,
+    labels: Labels = None,
+    encoder: Encoder = None,
+    prompt: Prompt = None,
+    synonyms: Synonyms = None,
+    out: OutFile = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Builds the embeddings of a recipe, or of a file of class names, into the cache; a second call reads them from
+    there, without a language model."""
+    found = _embeddings(recipe, labels, encoder, prompt, synonyms, settings)
+    if out is not None:
+        from nayer_edge import lte
+
+        if out.suffix != ".safetensors":
+            raise UsageError(f"Embeddings cannot be written as '{out.name}'.", fix="Let --out end with .safetensors.")
+        lte.save(found, out)
+    _show(found, as_json, None)
+
+
+@lte_app.command("show", epilog=example("nayer-edge lte show digits", "nayer-edge lte show digits --picture lte.png"))
+def lte_show(
+    recipe: RecipeOrNone = None,
+    labels: Labels = None,
+    encoder: Encoder = None,
+    prompt: Prompt = None,
+    synonyms: Synonyms = None,
+    picture: Picture = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Shows label embeddings: encoder, prompt, which labels lie close together, and a picture of it."""
+    _show(_embeddings(recipe, labels, encoder, prompt, synonyms, settings), as_json, picture)
+
+
+def _embeddings(
+    recipe: str | None,
+    labels: Path | None,
+    encoder: str | None,
+    prompt: list[str] | None,
+    synonyms: str | None,
+    settings: list[str] | None,
+) -> LabelEmbeddings:
+    """Those of the recipe, with what the options say instead."""
+    from nayer_edge import lte, precomputed
+    from nayer_edge.config import LTE
+    from nayer_edge.labels import read_labels
+
+    chosen = None if recipe is None else load_recipe(recipe, settings)
+    if chosen is None and settings:
+        raise UsageError("--set overrides a recipe's values, and no recipe is named.", fix="Name one.")
+    given = {"encoder": encoder, "prompt": prompt, "synonyms": synonyms}
+    if prompt and len(prompt) == 1:
+        given["prompt"] = prompt[0]
+    config = _checked(
+        {
+            **(LTE() if chosen is None else chosen.lte).model_dump(),
+            **{key: value for key, value in given.items() if value is not None and value != []},
+        }
+    )
+    names = read_labels(labels) if labels is not None else chosen.teacher.classes if chosen is not None else None
+    if names is None and config.precomputed:
+        names = precomputed.read(Path(config.encoder).expanduser()).labels
+    if names is None:
+        raise UsageError(
+            "Whose embeddings? There is neither a recipe nor a file of class names.",
+            fix="Type: nayer-edge lte show digits   or: nayer-edge lte show --labels names.txt",
+        )
+    return lte.build(names, config)
+
+
+def _checked(values: dict[str, Any]) -> LTE:
+    from pydantic import ValidationError
+
+    from nayer_edge.config import LTE, problems_of
+
+    try:
+        return LTE.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(
+            "These options do not hold:",
+            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, LTE)),
+            fix="Type: nayer-edge lte show --help",
+        ) from error
+
+
+def _show(found: LabelEmbeddings, as_json: bool, picture: Path | None) -> None:
+    from ..similarity import heat_map, summary
+
+    if picture is not None:
+        heat_map(found, picture)
+    facts = summary(found)
+    if as_json:
+        print_json(facts)
+        return
+    rows = facts.pop("labels")
+    for key, value in facts.items():
+        for number, line in enumerate(value if isinstance(value, list) else [value]):
+            text = inert(str(line))
+            short = f"{text[:16]}…" if key in ("digest", "revision") and len(text) > 20 else text
+            stdout().print(f"{key if number == 0 else '':<12} {short}", markup=False, highlight=False)
+    if len(rows) > ROWS:
+        rows = sorted(rows, key=lambda row: -row["cosine"])[:ROWS]
+        stdout().print(f"\nThe {ROWS} labels that lie closest to another:", highlight=False)
+    else:
+        stdout().print()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("label", "nearest label"):
+        table.add_column(heading, max_width=CELL, no_wrap=True, overflow="ellipsis")
+    table.add_column("cosine", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        bar = Text("█" * round(12 * max(0.0, row["cosine"])), style="cyan")
+        table.add_row(Text(printed(row["label"])), Text(printed(row["nearest"])), f"{row['cosine']:.3f}", bar)
+    stdout().print(table)
+    if picture is not None:
+        stdout().print(f"\nPicture: {picture}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,421 @@
+"""Hold-outs in the formats that they are published in, read a batch at a time, and what does not fit the model."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import tracemalloc
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+from scipy.io import savemat
+
+from nayer_edge.array_images import CIFAR_FILES
+from nayer_edge.config import Fit, InputSpec
+from nayer_edge.data import load, open_images
+from nayer_edge.errors import UsageError
+from nayer_edge.image_stream import ImageStream
+from nayer_edge.npy import read_header
+
+GREY = InputSpec(channels=1, height=28, width=28)
+COLOUR = InputSpec(channels=3, height=32, width=32)
+TEN = tuple(str(number) for number in range(10))
+
+
+def pixels(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def opened(path: Path, spec: InputSpec = COLOUR, classes: tuple[str, ...] = TEN, fit: Fit = "exact") -> ImageStream:
+    return open_images(str(path), "holdout", spec, classes, fit)
+
+
+def whole(stream: ImageStream, size: int = 3) -> np.ndarray:
+    batches = list(stream.batches(size))
+    assert all(len(batch) <= size for batch in batches)
+    assert all(batch.dtype == np.uint8 for batch in batches)
+    return np.concatenate(batches)
+
+
+def refused(path: Path, spec: InputSpec = COLOUR, classes: tuple[str, ...] = TEN, fit: Fit = "exact") -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        whole(opened(path, spec, classes, fit))
+    assert caught.value.fix, "an error says what to type or change next"
+    return caught.value
+
+
+# ------------------------------------------------------------------ torchvision's formats
+
+
+def idx(images: np.ndarray) -> bytes:
+    """The published format: a zero word, the type 8 (unsigned bytes), the number of dimensions, sizes, data."""
+    head = bytes((0, 0, 8, images.ndim)) + b"".join(size.to_bytes(4, "big") for size in images.shape)
+    return head + images.tobytes()
+
+
+def write_mnist(folder: Path, images: np.ndarray, labels: np.ndarray, ending: str = "", part: str = "t10k") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        data = idx(array)
+        (folder / f"{part}-{name}-ubyte{ending}").write_bytes(gzip.compress(data) if ending else data)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("place", ["root", "set", "raw", "file"])
+def test_mnist(tmp_path: Path, ending: str, place: str) -> None:
+    images, labels = pixels(7, 28, 28), np.arange(7, dtype=np.uint8)
+    raw = tmp_path / "FashionMNIST" / "raw"
+    write_mnist(raw, images, labels, ending)
+    write_mnist(raw, images[:2], labels[:2], ending, "train")
+    path = {
+        "root": tmp_path,
+        "set": tmp_path / "FashionMNIST",
+        "raw": raw,
+        "file": raw / f"t10k-images-idx3-ubyte{ending}",
+    }[place]
+    stream = opened(path, GREY)
+    assert stream.labels.tolist() == labels.tolist()
+    assert stream.name == "t10k-images-idx3-ubyte"
+    assert (whole(stream)[:, 0] == images).all()
+    assert (whole(stream)[:, 0] == images).all(), "a stream is read as often as one likes"
+    assert len(load(str(raw), "train", GREY, TEN)) == 2
+
+
+def test_torchvision_reads_what_we_read(tmp_path: Path) -> None:
+    """The same folder through torchvision's own reader."""
+    from torchvision.datasets import MNIST
+
+    images, labels = pixels(5, 28, 28), np.array([3, 1, 4, 1, 5], np.uint8)
+    write_mnist(tmp_path / "MNIST" / "raw", images, labels)
+    write_mnist(tmp_path / "MNIST" / "raw", images, labels, part="train")
+    theirs = MNIST(str(tmp_path), train=False)
+    ours = opened(tmp_path, GREY)
+    assert [np.asarray(picture).tolist() for picture, _ in theirs] == whole(ours)[:, 0].tolist()
+    assert [label for _, label in theirs] == ours.labels.tolist()
+
+
+def test_two_sets_in_one_root_are_not_guessed_between(tmp_path: Path) -> None:
+    for name in ("MNIST", "KMNIST"):
+        write_mnist(tmp_path / name / "raw", pixels(2, 28, 28), np.zeros(2, np.uint8))
+    assert "2 data sets" in refused(tmp_path, GREY).what
+
+
+def test_damaged_mnist(tmp_path: Path) -> None:
+    write_mnist(tmp_path, pixels(4, 28, 28), np.zeros(4, np.uint8))
+    images, labels = tmp_path / "t10k-images-idx3-ubyte", tmp_path / "t10k-labels-idx1-ubyte"
+    good = images.read_bytes()
+    for data in (b"", good[:12], b"\0\0\x0d\x03" + good[4:], good[:4] + b"\xff" * 4 + good[8:], good[:-1]):
+        images.write_bytes(data)
+        assert str(images) in str(refused(tmp_path, GREY))
+    images.write_bytes(good)
+    labels.write_bytes(idx(np.zeros(3, np.uint8)))
+    assert "4 images and 3 labels" in refused(tmp_path, GREY).what
+    labels.unlink()
+    assert str(labels) in refused(tmp_path, GREY).what
+
+
+@pytest.mark.parametrize("name", list(CIFAR_FILES))
+@pytest.mark.parametrize("split", ["holdout", "train"])
+def test_cifar_binary(tmp_path: Path, name: str, split: Any) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    images, labels = [], []
+    for number, file in enumerate(CIFAR_FILES[name][split]):
+        part, fine = pixels(5, 3072, seed=number), np.arange(5, dtype=np.uint8) + number
+        coarse = np.full((5, 1), 77, np.uint8)
+        head = [coarse, fine[:, None]] if name == "cifar-100-binary" else [fine[:, None]]
+        (folder / file).write_bytes(np.concatenate([*head, part], axis=1).tobytes())
+        images.append(part.reshape(5, 3, 32, 32))
+        labels += fine.tolist()
+    for path in (folder, tmp_path):
+        stream = open_images(str(path), split, COLOUR, TEN, "exact")
+        assert stream.labels.tolist() == labels
+        assert (whole(stream) == np.concatenate(images)).all()
+    (folder / CIFAR_FILES[name][split][0]).write_bytes(b"\0" * 3000)
+    with pytest.raises(UsageError, match="no whole number of records"):
+        open_images(str(folder), split, COLOUR, TEN, "exact")
+
+
+def test_pickled_cifar_is_refused_and_never_opened(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "executed",))
+
+    for name, binary in (("cifar-10-batches-py", "cifar-10-binary"), ("cifar-100-python", "cifar-100-binary")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "test_batch").write_bytes(pickle.dumps(Trap()))
+        for path in (folder, tmp_path, folder / "test_batch"):
+            error = refused(path)
+            assert "never unpickles" in error.what
+            assert "binary version" in error.fix
+        assert binary in refused(folder).fix
+    assert not (tmp_path / "executed").exists()
+
+
+def test_stl10(tmp_path: Path) -> None:
+    """Columns before rows, labels from 1."""
+    spec = InputSpec(channels=3, height=96, width=96)
+    images, folder = pixels(4, 3, 96, 96), tmp_path / "stl10_binary"
+    folder.mkdir()
+    (folder / "test_X.bin").write_bytes(images.transpose(0, 1, 3, 2).tobytes())
+    (folder / "test_y.bin").write_bytes(bytes((1, 10, 3, 2)))
+    stream = opened(tmp_path, spec)
+    assert stream.labels.tolist() == [0, 9, 2, 1]
+    assert (whole(stream) == images).all()
+    (folder / "test_y.bin").write_bytes(bytes((1, 10, 3)))
+    assert "4 images and 3 labels" in refused(folder, spec).what
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_svhn(tmp_path: Path, compressed: bool) -> None:
+    images = pixels(5, 3, 32, 32)
+    labels = np.array([[1], [10], [9], [2], [10]], np.uint8)
+    path = tmp_path / "test_32x32.mat"
+    savemat(path, {"X": images.transpose(2, 3, 1, 0), "y": labels}, do_compression=compressed)
+    for place in (path, tmp_path):
+        stream = opened(place)
+        assert stream.labels.tolist() == [1, 0, 9, 2, 0]
+        assert (whole(stream) == images).all()
+    good = path.read_bytes()
+    for data in (b"", good[:200], good[:-40], b"x" * 500):
+        path.write_bytes(data)
+        refused(path)
+    savemat(path, {"X": images, "y": labels})
+    assert "labels" in refused(path).why
+    savemat(path, {"X": images.transpose(2, 3, 1, 0), "y": labels / 2})
+    assert "float64" in refused(path).why
+
+
+# ------------------------------------------------------------------ folders and parquet
+
+
+def png(shape: tuple[int, ...], seed: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels(*shape, seed=seed)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_folder(root: Path, shapes: list[tuple[int, ...]]) -> None:
+    for number, shape in enumerate(shapes):
+        (root / TEN[number % 10]).mkdir(parents=True, exist_ok=True)
+        (root / TEN[number % 10] / f"{number:03}.png").write_bytes(png(shape, number))
+
+
+def test_pictures_in_folders_below_a_class_are_found(tmp_path: Path) -> None:
+    write_folder(tmp_path, [(32, 32, 3)])
+    (tmp_path / "0" / "images").mkdir()
+    (tmp_path / "0" / "images" / "x.JPEG").write_bytes(png((32, 32, 3), 9))
+    stream = opened(tmp_path)
+    assert stream.labels.tolist() == [0, 0]
+    assert (whole(stream)[1] == pixels(32, 32, 3, seed=9).transpose(2, 0, 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_everything_that_does_not_fit_is_counted_and_named_at_once(tmp_path: Path, kind: str) -> None:
+    shapes = [(32, 32, 3)] * 3 + [(40, 30, 3)] * 2 + [(16, 16, 3)]
+    if kind == "folder":
+        write_folder(tmp_path, shapes)
+        (tmp_path / "7").mkdir()
+        (tmp_path / "7" / "bad.png").write_bytes(b"no picture")
+        Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "7" / "deep.png")
+        path, first = tmp_path, "3/003.png"
+    else:
+        deep = io.BytesIO()
+        Image.fromarray(np.zeros((32, 32), np.uint16)).save(deep, "PNG")
+        cells = [*(png(shape) for shape in shapes), b"no picture", deep.getvalue()]
+        path, first = tmp_path / "x.parquet", "x.parquet, row 3"
+        parquet.write_table(pa.table({"image": cells, "label": list(range(8))}), path)
+    error = refused(path)
+    assert error.what.startswith("5 of the 8 images")
+    assert "32×32 pixels" in error.what
+    assert f"2 × 30×40 instead of 32×32 pixels (width × height), first {first}." in error.why
+    assert "1 × 16×16 instead of 32×32" in error.why
+    assert "1 × not readable as an image" in error.why
+    assert "1 × pixels of type I;16 instead of 8 bits per channel" in error.why
+    assert "--fit center-crop" in error.fix
+
+
+def test_colour_is_not_silently_made_grey(tmp_path: Path) -> None:
+    write_folder(tmp_path, [(28, 28, 3), (28, 28)])
+    error = refused(tmp_path, GREY)
+    assert error.what.startswith("1 of the 2 images")
+    assert "colour (RGB) instead of grey" in error.why
+    assert whole(opened(tmp_path, GREY, fit="stretch")).shape == (2, 1, 28, 28)
+
+
+def test_grey_pictures_are_colour_pictures_too(tmp_path: Path) -> None:
+    """ImageNet's validation set holds some; every reader of it repeats the grey value."""
+    write_folder(tmp_path, [(32, 32)])
+    (image,) = whole(opened(tmp_path))
+    assert (image == pixels(32, 32)[None]).all()
+
+
+def test_stretch_and_center_crop(tmp_path: Path) -> None:
+    """A picture whose outer eighth is white: the crop sees none of it, the stretch does."""
+    (tmp_path / "3").mkdir()
+    picture = np.full((256, 512, 3), 255, np.uint8)
+    picture[16:240, 144:368] = (10, 20, 30)
+    Image.fromarray(picture).save(tmp_path / "3" / "x.png")
+    spec = InputSpec(channels=3, height=224, width=224)
+    (cropped,) = whole(opened(tmp_path, spec, fit="center-crop"))
+    assert cropped.shape == (3, 224, 224)
+    assert {tuple(pixel) for pixel in cropped.reshape(3, -1).T.tolist()} == {(10, 20, 30)}
+    (stretched,) = whole(opened(tmp_path, spec, fit="stretch"))
+    assert stretched[:, 112, 112].tolist() == [10, 20, 30]
+    assert stretched[:, 0, 0].tolist() == [255, 255, 255]
+
+
+def test_center_crop_is_torchvisions(tmp_path: Path) -> None:
+    from torchvision.transforms import v2
+
+    (tmp_path / "0").mkdir()
+    picture = Image.fromarray(pixels(300, 400, 3)).resize((400, 300))
+    picture.save(tmp_path / "0" / "x.png")
+    theirs = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(picture)
+    (ours,) = whole(opened(tmp_path, InputSpec(channels=3, height=224, width=224), fit="center-crop"))
+    assert (ours == np.asarray(theirs).transpose(2, 0, 1)).all()
+
+
+def test_arrays_are_resized_like_pictures(tmp_path: Path) -> None:
+    write_mnist(tmp_path, pixels(3, 28, 28), np.arange(3, dtype=np.uint8))
+    assert "3 images of shape (1, 28, 28); the model eats (3, 32, 32)" in refused(tmp_path).what
+    found = whole(opened(tmp_path, fit="stretch"))
+    theirs = Image.fromarray(pixels(3, 28, 28)[1]).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+    assert (found[1] == np.asarray(theirs).transpose(2, 0, 1)).all()
+
+
+def test_a_folder_of_parquet_parts(tmp_path: Path) -> None:
+    for part in range(3):
+        cells = [{"bytes": png((32, 32, 3), 10 * part + row), "path": None} for row in range(4)]
+        table = pa.table({"image": cells, "label": [part] * 4})
+        parquet.write_table(table, tmp_path / f"test-{part:05}-of-00003.parquet", row_group_size=3)
+    stream = opened(tmp_path)
+    assert stream.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert (whole(stream, 5)[9] == pixels(32, 32, 3, seed=21).transpose(2, 0, 1)).all()
+
+
+def test_a_picture_that_breaks_off_is_named_when_it_is_reached(tmp_path: Path) -> None:
+    write_folder(tmp_path, [(32, 32, 3)] * 4)
+    path = tmp_path / "2" / "002.png"
+    path.write_bytes(path.read_bytes()[:200])
+    assert f"{path} is not a readable image" in refused(tmp_path).what
+
+
+# ------------------------------------------------------------------ npz
+
+
+def test_npz_in_fortran_order_says_how_to_save_it(tmp_path: Path) -> None:
+    images = np.asfortranarray(pixels(4, 32, 32, 3))
+    np.savez(tmp_path / "x.npz", images=images, labels=np.zeros(4, int))
+    assert "ascontiguousarray" in refused(tmp_path / "x.npz").fix
+
+
+def npy(shape: str, dtype: str = "|u1", data: bytes = b"") -> bytes:
+    head = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + data
+
+
+def test_an_npz_that_claims_more_than_it_holds(tmp_path: Path) -> None:
+    """Headers of terabytes: refused before anything of that size is asked for."""
+    path = tmp_path / "x.npz"
+    tracemalloc.start()
+    for images, labels in (
+        ("(1000000000, 32, 32, 3)", "(1000000000,)"),
+        ("(4, 32, 32, 3)", "(99999999999999,)"),
+        ("(-4, 32, 32, 3)", "(4,)"),
+        ("(4, 32, 32, True)", "(4,)"),
+        ("__import__('os').getcwd()", "(4,)"),
+        ("(" * 5000, "(4,)"),
+    ):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("images.npy", npy(images))
+            archive.writestr("labels.npy", npy(labels, "<i8"))
+        refused(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 2**20
+
+
+def test_headers_are_read_as_numpy_reads_them() -> None:
+    for array in (np.zeros((3, 4), ">i4"), np.zeros(0, np.uint8), np.zeros((2, 2, 2), np.float16, order="F")):
+        file = io.BytesIO()
+        np.save(file, array)
+        file.seek(0)
+        header = read_header(file)
+        assert (header.shape, np.dtype(header.dtype)) == (array.shape, array.dtype)
+        assert header.fortran == (array.flags.f_contiguous and not array.flags.c_contiguous)
+        assert header.data_bytes == array.nbytes == len(file.read())
+
+
+def test_headers_that_lie_about_themselves(tmp_path: Path) -> None:
+    long = b"\x93NUMPY\x02\x00" + (20_000).to_bytes(4, "little") + b" " * 20_000
+    with pytest.raises(ValueError, match="claims 20000 bytes"):
+        read_header(io.BytesIO(long))
+    for data in (b"", b"\x93NUMPY", b"\x93NUMPY\x09\x00" + b" " * 20, b"\x93NUMPY\x01\x00\x02\x00{}"):
+        with pytest.raises(ValueError, match=r"no \.npy array|lacks a part"):
+            read_header(io.BytesIO(data))
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("images.npy", npy("(1, 32, 32, 3)", data=bytes(3072 + 1)))
+        archive.writestr("labels.npy", npy("(1,)", "<i8", bytes(8)))
+    assert "says something else" in refused(tmp_path / "x.npz").why
+
+
+# ------------------------------------------------------------------ bounded memory
+
+
+@pytest.mark.parametrize("kind", ["npz", "compressed npz", "idx.gz", "parquet", "folder", "parquet row group"])
+def test_memory_holds_a_batch_and_not_the_set(tmp_path: Path, kind: str) -> None:
+    """The set is 24 MiB of pixels and more; a batch of 16 images is 192 KiB. numpy's and Python's own allocations are
+    traced, Arrow's are asked of its pool."""
+    count, spec = 2048, InputSpec(channels=3, height=64, width=64)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    labels = np.arange(count) % 10
+    path = tmp_path / "x"
+    if kind.endswith("npz"):
+        path = tmp_path / "x.npz"
+        save = np.savez_compressed if kind.startswith("compressed") else np.savez
+        save(path, images=np.tile(noise, (count // 8, 1, 1, 1)), labels=labels)
+    elif kind == "idx.gz":
+        spec = InputSpec(channels=1, height=112, width=112)
+        grey = np.tile(noise.reshape(8, 64 * 192)[:, : 112 * 109].reshape(8, 109, 112), (count // 8, 1, 1))
+        write_mnist(path, np.pad(grey, ((0, 0), (0, 3), (0, 0))), labels.astype(np.uint8), ".gz")
+    else:
+        encoded = []
+        for image in noise:
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "PNG", compress_level=0)
+            encoded.append(file.getvalue())
+        if kind == "folder":
+            for number in range(count):
+                (path / TEN[number % 10]).mkdir(parents=True, exist_ok=True)
+                (path / TEN[number % 10] / f"{number}.png").write_bytes(encoded[number % 8])
+        else:
+            path = tmp_path / "x.parquet"
+            # Each picture its own, so that no dictionary makes the file small.
+            cells = [encoded[number % 8] + number.to_bytes(4, "big") for number in range(count)]
+            rows = count if kind == "parquet row group" else 100
+            table = pa.table({"image": cells, "label": labels})
+            # Pages of 16 rows: a page, and not the row group, is what has to be in memory.
+            options = {"use_dictionary": False, "data_page_size": 2**17, "write_batch_size": 16}
+            parquet.write_table(table, path, row_group_size=rows, **options)
+            del cells, table
+    pool = pa.default_memory_pool()
+    pool.release_unused()
+    before = pool.bytes_allocated()
+    tracemalloc.start()
+    stream, seen, arrow = opened(path, spec), 0, 0
+    for batch in stream.batches(16):
+        seen += len(batch)
+        arrow = max(arrow, pool.bytes_allocated() - before)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen == count
+    assert peak + arrow < 6 * 2**20, f"{peak / 2**20:.1f} MiB traced, {arrow / 2**20:.1f} MiB of Arrow's"

@@ -1,0 +1,73 @@
+"""What libraries say of memory and disks becomes an error that a person can act on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from nayer_edge.errors import MissingError, UsageError
+from nayer_edge.scarcity import scarce
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you"),
+        RuntimeError("could not execute a primitive"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("unable to mmap 316652 bytes from file <x>: Cannot allocate memory (12)"),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    ],
+)  # fmt: skip
+def test_memory(error: Exception) -> None:
+    found = scarce(error)
+    assert isinstance(found, MissingError)
+    assert "memory" in found.what
+    assert "bank_mib" in found.fix
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_disks_also_where_another_error_came_of_it(number: int) -> None:
+    try:
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError:
+            raise ValueError("the optimised model cannot be read") from None
+    except ValueError as error:
+        found = scarce(error)
+    assert isinstance(found, UsageError)
+    assert os.strerror(number) in found.why
+    assert "TMPDIR" in found.fix
+
+
+def test_other_errors_are_not_explained_away() -> None:
+    for error in (
+        ValueError("x"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        OSError(errno.ENOENT, "x"),
+    ):
+        assert scarce(error) is None
+
+
+def test_what_torch_says_where_there_is_no_memory() -> None:
+    """The words are PyTorch's own, of the version that is installed."""
+    program = """
+import resource, torch
+from nayer_edge.scarcity import scarce
+limit = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**26
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    torch.empty(2**30, dtype=torch.uint8)
+except Exception as error:
+    print(type(scarce(error)).__name__)
+"""
+    assert resource.getpagesize() > 0
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "MissingError\n", done.stderr

@@ -1,0 +1,85 @@
+"""Numbers that lie: weights, losses and images that are wrong in a way that runs on for hours if nobody looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import processes
+from .hostile import _teacher
+from .kit import Kit, Tally
+
+Weights = dict[str, Tensor]
+
+
+def lies(kit: Kit, tries: int) -> Tally:
+    """Each of them ends with exit 1, or 2 where the weights show it, names what is wrong, and says what to change."""
+    tally = Tally("numbers that lie (NaN, constant, dead, collapsed, copies)")
+    for number in range(tries):
+        what, weights, settings, words = CASES[number % len(CASES)]
+        recipe = kit.recipe
+        if weights is not None:
+            from nayer_edge.models import load_tensors, save_tensors
+
+            path = kit.room().with_suffix(".safetensors")
+            save_tensors(path, weights(load_tensors(kit.finished / "teacher" / "teacher.safetensors", "weights")))
+            recipe = _teacher(kit, path)
+        sets = [part for setting in (*settings, f"seed={number}") for part in ("--set", setting)]
+        root = kit.room()
+        outcome = processes.run("run", recipe, "--out", root, "--until", "student", *sets)
+        wrong = outcome.wrong(1, 2)
+        if not wrong and not all(word in outcome.err for word in words):
+            wrong = f"it does not say {' and '.join(words)}: {outcome.err}"
+        if not wrong and (root / "student" / "student.safetensors").exists():
+            wrong = "a student was written"
+        tally.count(wrong, what)
+    return tally
+
+
+def healthy(kit: Kit, tries: int) -> Tally:
+    """No false alarm: the same run with other seeds has nothing to say."""
+    tally = Tally("no false alarm with other seeds")
+    for number in range(tries):
+        root = kit.room()
+        outcome = processes.run(*kit.run(root), "--until", "student", "--set", f"seed={100 + number}")
+        wrong = outcome.wrong(0)
+        tally.count(wrong or ("a notice: " + outcome.out if "! For" in outcome.out else ""), f"seed {100 + number}")
+    return tally
+
+
+def _filled(value: float, part: str = "") -> Callable[[Weights], Weights]:
+    return lambda weights: {
+        name: torch.full_like(tensor, value) if part in name and tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def _one_class(weights: Weights) -> Weights:
+    """A teacher that sees one class in every image, with logits that still differ."""
+    bias = max(name for name in weights if name.endswith("bias") and weights[name].shape == (3,))
+    return {**weights, bias: torch.tensor([0.0, 1e4, 0.0])}
+
+
+def _one_nan(weights: Weights) -> Weights:
+    name = next(name for name, tensor in weights.items() if tensor.ndim == 4)
+    tensor = weights[name].clone()
+    tensor[0, 0, 0, 0] = torch.nan
+    return {**weights, name: tensor}
+
+
+LONG = ("distill.epochs=24", "distill.warmup_epochs=22", "distill.steps=1", "synthesis.warmup_rounds=1")
+"""epochs enough for what is judged only after many"""
+
+CASES: tuple[tuple[str, Callable[[Weights], Weights] | None, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("a teacher of NaN", _filled(torch.nan), (), ("NaN or infinity", "checkpoint")),
+    ("one weight is NaN", _one_nan, (), ("NaN or infinity", "checkpoint")),
+    ("a teacher of infinities", _filled(torch.inf), (), ("NaN or infinity", "checkpoint")),
+    ("a constant teacher", _filled(0.0), (), ("the same answer", "weights")),
+    ("losses that become NaN", None, ("distill.lr=1e30",), ("became", "distill.lr")),
+    ("synthesis that becomes NaN", None, ("synthesis.lr=1e30",), ("became", "synthesis.lr")),
+    ("all synthetic images of one class", _one_class, LONG, ("one and the same class", "lambda_ce")),
+    ("synthetic images that are copies", None, (*LONG, "synthesis.lr=1e4"), ("copies", "noisy_dim")),
+    ("a dead student", None, ("distill.lr=300", "distill.lr_min=300", "distill.steps=30"), ("dead", "distill.lr")),
+)

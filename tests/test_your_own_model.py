@@ -1,0 +1,118 @@
+"""The way from a checkpoint to an artefact: exactly the commands of docs/YOUR_OWN_MODEL.md, on a small case."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from nayer_edge.pipelines.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "YOUR_OWN_MODEL.md"
+CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def documents() -> ModuleType:
+    """`test_readme.py` beside this file, for its way to read a document."""
+    path = Path(__file__).with_name("test_readme.py")
+    specification = importlib.util.spec_from_file_location("nayer_edge_documents", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+OURS = documents().OURS
+README = [c.words for c in OURS if c.document == "README.md" and c.section == "Your own teacher"]
+COMMANDS = [c.words for c in OURS if c.document == "docs/YOUR_OWN_MODEL.md"]
+LONG = [words for words in COMMANDS if (words[1] == "run" and "mine.toml" in words) or "runs/mine" in words]
+"""those of the real run"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher that was trained for a moment on real digits, saved as people do."""
+    from nayer_edge import compute, data
+    from nayer_edge import teach as teaching
+    from nayer_edge.config import Augment, InputSpec, Teach
+    from nayer_edge.evaluate import logits_of, top1
+    from nayer_edge.models import build_classifier
+
+    folder = tmp_path_factory.mktemp("own")
+    spec = InputSpec(channels=1, height=16, width=16, mean=(0.5,), std=(0.5,))
+    torch.manual_seed(0)
+    network = build_classifier("nayer:resnet20", spec, CLASSES)
+    settings = Teach(data="digits", epochs=6, batch=64, lr=0.1, augment=Augment(pad=1, flip=False))
+    here = compute.choose("cpu", "fp32")
+    teaching.teach(network, data.load("digits", "train", spec, CLASSES), settings, here, 0)
+    held = data.load("digits", "holdout", spec, CLASSES)
+    assert top1(logits_of(network, held.images, here), held.labels) > 0.9
+    weights = {f"module.{name}": value for name, value in network.backbone.state_dict().items()}
+    torch.save({"epoch": 6, "state_dict": weights, "optimizer": {"state": {}}}, folder / "teacher.pt")
+    (folder / "labels.txt").write_text("\n".join(CLASSES) + "\n")
+    return folder
+
+
+@pytest.fixture
+def type_in(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[[tuple[str, ...]], tuple[int, str]]]:
+    """Types a command in the folder of the teacher: (exit code, what was shown)."""
+    monkeypatch.chdir(teacher)
+    for name in ("NAYER_EDGE_DEBUG", "_TYPER_FORCE_DISABLE_TERMINAL"):
+        monkeypatch.setenv(name, "")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def command(words: tuple[str, ...]) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(list(words[1:]))
+        shown = capfd.readouterr()
+        return int(str(ended.value.code)), shown.out + shown.err
+
+    yield command
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_the_page_goes_the_whole_way() -> None:
+    assert {words[1] for words in COMMANDS} >= {"doctor", "init", "lte", "run", "verify", "gate", "bench"}
+    assert len(LONG) == 4
+    assert len(README) == 3
+    assert set(README) <= set(COMMANDS), "what the README shows is of this page"
+
+
+def test_the_commands_up_to_the_trial(type_in: Callable[[tuple[str, ...]], tuple[int, str]], teacher: Path) -> None:
+    for words in COMMANDS:
+        if words not in LONG:
+            code, shown = type_in(words)
+            assert code == 0, f"{' '.join(words)}\n{shown}"
+    assert (teacher / "labels.png").read_bytes().startswith(b"\x89PNG")
+    assert (teacher / "runs" / "trial" / "export" / "student.int8.cpu.onnx").is_file()
+    report = json.loads((teacher / "runs" / "trial" / "validate" / "report.json").read_text())
+    assert report["dataset"]["kind"] == "synthetic"
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_real_run(type_in: Callable[[tuple[str, ...]], tuple[int, str]], teacher: Path) -> None:
+    """From a foreign key layout to a gated INT8 artefact."""
+    for words in COMMANDS:
+        if words[1] == "init":
+            type_in((*words, "--force"))
+        elif words in LONG:
+            code, shown = type_in(words)
+            assert code == 0, f"{' '.join(words)}\n{shown}"
+    verdict = json.loads((teacher / "runs" / "mine" / "gate" / "verdict.json").read_text())
+    assert verdict["verdict"] == "pass"
+    report = json.loads((teacher / "runs" / "mine" / "validate" / "report.json").read_text())
+    assert report["dataset"]["kind"] == "holdout"
+    assert (teacher / "junit.xml").is_file()
