@@ -341,7 +341,8 @@ class RunFolder:
         if RunFolder(self.root, self.manifest.model_copy(update={"files": files})).problems(list(forgotten.files)):
             return False
         # In the old order: a signature over the manifest then holds again.
-        self.manifest.steps, self.manifest.files = map(dict, forgotten.before)
+        steps, files = forgotten.before
+        self.manifest.steps, self.manifest.files = dict(steps), dict(files)
         self.save()
         return True
 

@@ -4,6 +4,9 @@ Built from the manifest and the cards alone, so the same run gives the same byte
 they are added to what it writes, and the whole is checked against CycloneDX's JSON Schema by the library's validator.
 """
 
+# The library's serializing decorator hides the constructors and attributes of its classes from type checkers.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import datetime
