@@ -73,8 +73,8 @@ def with_qdq(model: ModelProto, ranges: Ranges, target: Target, *, float_nodes: 
 
 
 def _stranded(model: ModelProto, quantized: Collection[str], operators: Collection[str]) -> set[str]:
-    """Carriers that no chain of carriers joins to a quantized product: in INT8 they would only lose "
-    "accuracy."""
+    """Carriers that no chain of carriers joins to a quantized product: in INT8 they would only lose
+    accuracy."""
     carriers = [n for n in model.graph.node if n.op_type in operators and n.op_type not in PRODUCTS]
     joined: set[str] = set()
     for node in model.graph.node:
@@ -91,8 +91,8 @@ def _stranded(model: ModelProto, quantized: Collection[str], operators: Collecti
 
 
 def calibrated_tensors(model: ModelProto, target: Target) -> set[str]:
-    """Tensors whose range decides how `with_qdq` quantizes: not those that a ReLU clips next, nor the "
-    "logits."""
+    """Tensors whose range decides how `with_qdq` quantizes: not those that a ReLU clips next, nor the
+    logits."""
     operators = quantized_operators(target)
     products = {node.name for node in eligible_products(model, target)[0]}
     found: set[str] = set()
@@ -124,16 +124,16 @@ def _no_advice() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ResidualAdd:
-    """An Add whose one input comes straight from a quantized convolution, and which of its inputs is the "
-    "skip."""
+    """An Add whose one input comes straight from a quantized convolution, and which of its inputs is the
+    skip."""
 
     name: str
     skip: int
 
 
 def _residual_adds(model: ModelProto, quantized: Collection[str]) -> list[ResidualAdd]:
-    """Finds residual adds. Of two convolutions the deeper one is the main branch, which TensorRT fuses "
-    "with the Add."""
+    """Finds residual adds. Of two convolutions the deeper one is the main branch, which TensorRT fuses
+    with the Add."""
     producers = {name: node for node in model.graph.node for name in node.output}
     consumers: dict[str, int] = {}
     depth: dict[str, int] = {}

@@ -133,7 +133,7 @@ def to_int8(
     if finetune is not None and holdout is None:
         raise UsageError("Fine-tuning is kept only where it is measured to help.", fix="Give hold-out images.")
     with tempfile.TemporaryDirectory(prefix="nayer-edge-") as name:
-        search = _Search(fp32_path, source, target, calibration, holdout, reference_logits, Path(name))
+        search = _Search(fp32_path, source, target, rest, calibration, holdout, reference_logits, Path(name))
         search.calibrate(METHODS if method == "auto" else (method,), float_nodes)
         search.correct_bias(bias_correction, float_nodes)
         if finetune is not None:
@@ -150,8 +150,6 @@ def to_int8(
             float_nodes = kept | set(extra)
         quantized = search.quantized(float_nodes)
         chosen, scores, ranges = search.method, search.scores, search.ranges[search.method]
-    if rest == "float16":
-        quantized = converted(quantized)
     _write(
         quantized,
         path,
@@ -208,12 +206,14 @@ class _Search:
         fp32_path: Path,
         source: ModelProto,
         target: Target,
+        rest: str,
         calibration: np.ndarray,
         holdout: np.ndarray | None,
         reference: np.ndarray | None,
         folder: Path,
     ) -> None:
         self._fp32_path, self._source, self._target, self._folder = fp32_path, source, target, folder
+        self._rest = rest
         self._calibration, self._holdout, self._reference = calibration, holdout, reference
         self.graph = prepared(fp32_path, folder / "prepared.onnx")
         _require_quantizable(self.graph, target, fp32_path)
@@ -226,10 +226,11 @@ class _Search:
         self.measured: Agreement | None = None
 
     def quantized(self, float_nodes: Collection[str], method: str = "") -> ModelProto:
-        """The graph with Q/DQ, its biases corrected where the layer is quantized and correction was "
-        "chosen."""
+        """The graph as it would be shipped: Q/DQ, biases corrected where the layer is quantized and correction was
+        chosen, the rest in the type that was asked for."""
         graph = self._corrected(float_nodes)
-        return with_qdq(graph, self.ranges[method or self.method], self._target, float_nodes=float_nodes)
+        quantized = with_qdq(graph, self.ranges[method or self.method], self._target, float_nodes=float_nodes)
+        return converted(quantized) if self._rest == "float16" else quantized
 
     def _corrected(self, float_nodes: Collection[str]) -> ModelProto:
         errors = {name: e for name, e in self._errors.items() if name not in float_nodes}
@@ -311,8 +312,8 @@ class _Search:
             self.graph, self._errors = kept
 
     def sensitivity(self, float_nodes: Collection[str]) -> list[LayerSensitivity]:
-        """Every eligible layer alone: its noise, and the whole model's agreement where there is a "
-        "hold-out."""
+        """Every eligible layer alone: its noise, and the whole model's agreement where there is a
+        hold-out."""
         errors = layer_errors(self.graph, self.ranges[self.method], self._target, self._feed())
         rows, kept = [], self.measured
         for name, error in errors.items():
