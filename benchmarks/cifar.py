@@ -4,11 +4,11 @@
     NAYER_EDGE_DATA=… python benchmarks/cifar.py --recipe cifar10-w402-w161-e100 --protocol cpu --seeds 0
 
 Training images serve only to train the teacher, test images only to measure: after every `--test-every` epochs, beside
-the run and without effect on it. Three accuracies of the student are written, each under its own name: `last`, the last
-epoch's; `chosen`, of the epoch that agreed best with the teacher on the synthetic hold-out; `max_over_epochs`, the
-figure that the paper reports, which is chosen on test data. The protocol `cpu` is scaled down to what two cores do in
-some minutes; its figures compare only with each other. The run folder stays, and `nayer-edge export`, `validate` and
-`gate` go on from it.
+the run and without effect on it (`--keep-students` keeps the student of each in `NAME.students/`). Three accuracies of
+the student are written, each under its own name: `last`, the last epoch's; `chosen`, of the epoch that agreed best with
+the teacher on the synthetic hold-out; `max_over_epochs`, the figure that the paper reports, which is chosen on test
+data. The protocol `cpu` is scaled down to what two cores do in some minutes; its figures compare only with each other.
+The run folder stays, and `nayer-edge export`, `validate` and `gate` go on from it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from nayer_edge.distill import Distillation, Epoch, distill, save_checkpoint
 from nayer_edge.pipelines import distill as steps
 from nayer_edge.pipelines.recipe import load_recipe
 from nayer_edge.pipelines.run import run_recipe
+from nayer_edge.tensors import save_tensors
 
 RESULTS = Path(__file__).parent / "results" / "cifar"
 
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--test-every", type=int, default=1, metavar="EPOCHS")
+    parser.add_argument("--keep-students", action="store_true", help="keep the student of every tested epoch")
     parser.add_argument("--own-teacher", action="store_true", help="train the recipe's teacher, though one is at hand")
     arguments = parser.parse_args()
     for seed in (int(part) for part in arguments.seeds.split(",")):
@@ -84,7 +86,8 @@ def one(arguments: argparse.Namespace, seed: int) -> None:
     distillation = steps.open_distillation(recipe, run.path(steps.TEACHER), run.path(steps.EMBEDDINGS))
     teacher = evaluate.top1(evaluate.logits_of(distillation.teacher, test.images, compute), test.labels)
     print(f"{name}: teacher {100 * teacher:.2f} %, {compute.reason}", flush=True)
-    tested = Tested(distillation, test, root.with_suffix(".tested.json"), arguments.test_every)
+    students = root.with_name(f"{root.name}.students") if arguments.keep_students else None
+    tested = Tested(distillation, test, root.with_suffix(".tested.json"), arguments.test_every, students)
     checkpoint = run.path(steps.CHECKPOINT)
     checkpoint.parent.mkdir(exist_ok=True)
     distill(distillation, checkpoint, on_epoch=tested.see)
@@ -120,8 +123,11 @@ def one(arguments: argparse.Namespace, seed: int) -> None:
 class Tested:
     """Accuracy on the test images by epoch, kept beside the run so that a continued run knows what it had."""
 
-    def __init__(self, distillation: Distillation, test: LabelledImages, path: Path, every: int) -> None:
+    def __init__(
+        self, distillation: Distillation, test: LabelledImages, path: Path, every: int, students: Path | None
+    ) -> None:
         self._distillation, self._test, self._path, self._every = distillation, test, path, every
+        self._students = students
         kept = json.loads(path.read_text()) if path.is_file() else {}
         self.by_epoch: dict[str, float] = kept.get("by_epoch", {})
         self.seconds: float = kept.get("seconds", 0.0)
@@ -137,6 +143,9 @@ class Tested:
             self.by_epoch[str(epoch.epoch)] = evaluate.top1(logits, self._test.labels)
             self.seconds += time.perf_counter() - began
             write_json(self._path, {"by_epoch": self.by_epoch, "seconds": self.seconds})
+            if self._students is not None:
+                self._students.mkdir(exist_ok=True)
+                save_tensors(self._students / f"epoch-{epoch.epoch:03d}.safetensors", run.student.state_dict())
         print(
             f"  epoch {epoch.epoch:3d} {epoch.phase:7s} bn {epoch.loss_bn:7.3f} ce {epoch.loss_ce:6.3f} "
             f"adv {epoch.loss_adv:7.3f} kd {epoch.loss_kd if epoch.loss_kd is not None else float('nan'):8.4f} "
