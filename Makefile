@@ -31,7 +31,7 @@ quickstart: install  ## the whole pipeline on real handwritten digits, into runs
 	$(BIN)/nayer-edge quickstart
 
 test: install  ## the test suite, under 15 minutes on two cores
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: install  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

@@ -86,6 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", action="append", choices=list(STUDIES))
     parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="A.B=C", help="of every run, as smaller sizes"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     teachers = [fold(number) for number in range(arguments.folds)]
@@ -94,7 +97,8 @@ def main() -> None:
         found[study] = {}
         for name, settings in STUDIES[study].items():
             policy = next((item.partition("=")[2] for item in settings if item.startswith("policy=")), "oldest")
-            recipe = load_recipe("digits", [item for item in settings if not item.startswith("policy=")])
+            changes = [*arguments.settings, *(item for item in settings if not item.startswith("policy="))]
+            recipe = load_recipe("digits", changes)
             runs = [one(recipe, policy, seed, *teacher) for seed, teacher in enumerate(teachers)]
             found[study][name] = summary(runs)
             print(study, "|", name, "|", json.dumps(found[study][name]), flush=True)

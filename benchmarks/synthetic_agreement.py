@@ -7,7 +7,7 @@
         --out docs/synthetic_agreement.svg
 
 Students of different quality: the distilled one after each epoch, and with `--taught`, ones that were trained on the
-real images for some epochs. Each of them is then made worse as an export could: weights rounded to 8 … 2 bits per output
+real images for some epochs. Each is then made worse as an export could: weights rounded to 8 … 2 bits per output
 channel, or INT8 with one layer's scale wrong. Two comparisons come of it, the two that the gate makes:
 
 - a student with its teacher: real drop = teacher's accuracy minus the student's;

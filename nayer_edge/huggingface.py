@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from nayer_edge import hub
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import MissingError, UsageError, missing_extra
 from nayer_edge.model_names import ModelName
@@ -88,6 +89,7 @@ def own_weights(model: ModelName) -> dict[str, Tensor]:
     """
     with _quiet(model) as transformers:
         try:
+            _require_hub(model)
             network, found = transformers.AutoModelForImageClassification.from_pretrained(
                 model.name, use_safetensors=True, output_loading_info=True, **_options(model)
             )
@@ -140,6 +142,7 @@ def input_of(model: ModelName) -> dict[str, Any]:
     """
     with _quiet(model) as transformers:
         try:
+            _require_hub(model)
             processor = transformers.AutoImageProcessor.from_pretrained(model.name, **_options(model))
         except OSError as error:
             if model.path is not None:
@@ -192,6 +195,7 @@ def _config_of(transformers: Any, model: ModelName) -> Any:
     if model.path is None and (model.local or model.name.startswith(".")):
         raise UsageError(f"There is no folder {model.name}.", fix="hf: takes a folder with config.json, or a hub id.")
     try:
+        _require_hub(model)
         return transformers.AutoConfig.from_pretrained(model.name, **_options(model))
     except OSError as error:
         if model.path is not None:
@@ -206,6 +210,11 @@ def _config_of(transformers: Any, model: ModelName) -> Any:
 def _options(model: ModelName) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": model.path is not None}
     return options | ({"revision": model.revision} if model.revision else {})
+
+
+def _require_hub(model: ModelName) -> None:
+    if model.path is None:
+        hub.require(model.name, revision=model.revision)
 
 
 def _unreachable(model: ModelName, error: Exception) -> MissingError:

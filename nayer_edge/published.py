@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nayer_edge import huggingface
+from nayer_edge import hub, huggingface
 from nayer_edge.artefacts import sha256_of
 from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra, nearest
 from nayer_edge.model_names import ModelName, parse, published_weights
@@ -149,6 +149,7 @@ def _fetch_timm(model: ModelName, weights: str) -> Path:
 
     identifier, _, revision = str(config.hf_hub_id or "").partition("@")
     try:
+        hub.require(identifier, "model.safetensors", revision or None)
         return Path(hf_hub_download(identifier, "model.safetensors", revision=revision or None))
     except (OSError, ValueError) as error:
         raise MissingError(

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
+from nayer_edge import hub
 from nayer_edge.artefacts import sha256_of
 from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra
 
@@ -112,6 +113,8 @@ def encode(name: str, texts: Sequence[str], *, local: bool, revision: str | None
         options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False, "revision": revision}
         if revision is None:
             del options["revision"]
+        if not local:
+            hub.require(name, revision=revision)
         kind = AutoConfig.from_pretrained(name, **options).model_type
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model_class: Any = CLIPTextModelWithProjection if kind in ("clip", "clip_text_model") else AutoModel

@@ -9,6 +9,13 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+from nayer_edge.provenance import usable_cores
+
+# Workers share the cores, in what they start, too. Before torch is imported, which reads this once.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    share = usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, share))
+
 # The shapes in these modules' signatures are executed, in tests only.
 SHAPED = ("losses", "augment", "channel_statistics", "generator", "bank", "synthesis", "evaluate", "views")
 install_import_hook([f"nayer_edge.{module}" for module in SHAPED], "beartype.beartype")

@@ -440,7 +440,8 @@ def test_a_folder_without_safetensors_and_a_damaged_encoder(sentence_encoder: Pa
         build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
 
 
-def test_an_unreachable_hub() -> None:
+@pytest.mark.parametrize("offline", [True, False])
+def test_an_unreachable_hub(offline: bool) -> None:
     script = """
 from nayer_edge.config import LTE
 from nayer_edge.lte import build
@@ -449,7 +450,7 @@ try:
 except Exception as error:
     print(type(error).__name__, "|", error.what, "|", error.fix)
 """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment = os.environ | ({"HF_HUB_OFFLINE": "1"} if offline else {}) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120, env=environment
     )
@@ -508,7 +509,8 @@ def test_ready_files_are_what_they_say(path: Path) -> None:
     assert build(found.labels, LTE(prompt=found.prompt)).digest == found.digest
     # Any choice of its classes, in any order, and under the names of the published lists.
     some = build((f"{found.labels[3]}, in Latin", found.labels[1]), LTE(prompt=found.prompt))
-    assert torch.equal(some.embeddings, found.embeddings[[3, 1]])
+    # Another ready file may hold the same texts, made on another processor.
+    torch.testing.assert_close(some.embeddings, found.embeddings[[3, 1]], rtol=0, atol=1e-5)
     assert some.labels == (f"{found.labels[3]}, in Latin", found.labels[1])
     assert 0 < mean_cosine(found.embeddings) < 0.95
 

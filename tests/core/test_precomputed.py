@@ -45,7 +45,7 @@ def test_the_form_of_the_published_clip_embeddings(tmp_path: Path) -> None:
     assert build(NAMES, LTE(encoder=str(other))).digest != found.digest
 
 
-@pytest.mark.skipif("NAYER_EDGE_DATA" not in os.environ, reason="needs the measuring data (NAYER_EDGE_DATA)")
+@pytest.mark.skipif(not os.environ.get("NAYER_EDGE_DATA"), reason="needs the measuring data (NAYER_EDGE_DATA)")
 @pytest.mark.parametrize(
     ("file", "recipe", "classes", "cosine"),
     [

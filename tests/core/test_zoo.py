@@ -170,7 +170,7 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 DATA = os.environ.get("NAYER_EDGE_DATA")
 
 
-@pytest.mark.skipif(DATA is None, reason="NAYER_EDGE_DATA does not point at the CIFAR-10 teacher and images")
+@pytest.mark.skipif(not DATA, reason="NAYER_EDGE_DATA does not point at the CIFAR-10 teacher and images")
 def test_the_cifar10_teacher_of_the_benchmarks() -> None:
     folder = Path(str(DATA))
     card = json.loads((folder / "teachers/wrn40_2_cifar10.json").read_text())

@@ -144,7 +144,7 @@ def test_thousand_classes_are_a_guess(here: Path, invoke: Invoke) -> None:
     assert "ImageNet-1k, which has 1,000 classes too (a guess)" in (here / "m.toml").read_text()
 
 
-@pytest.mark.skipif("NAYER_EDGE_DATA" not in os.environ, reason="needs the measuring data (NAYER_EDGE_DATA)")
+@pytest.mark.skipif(not os.environ.get("NAYER_EDGE_DATA"), reason="needs the measuring data (NAYER_EDGE_DATA)")
 def test_the_measured_cifar_teacher(here: Path, invoke: Invoke) -> None:
     weights = Path(os.environ["NAYER_EDGE_DATA"]) / "teachers" / "wrn40_2_cifar10.safetensors"
     answer = invoke("init", weights, "--json", "--name", "cifar")
