@@ -36,6 +36,7 @@ TINY = (
     "teach.epochs=2",
     "export.calibration_images=20",
     "export.calibration_method=minmax",
+    "export.sensitivity=false",
 )
 """the digits recipe, small enough to run in seconds; what it makes is no good"""
 

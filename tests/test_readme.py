@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -27,6 +28,21 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 RUNNABLE = {"gate", "verify", "validate", "report", "export", "bench", "calibration-data", "doctor", "recipes", "lte"}
 """commands that a finished tiny run answers in seconds"""
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar_table"])
+def test_tables_come_from_committed_figures(name: str) -> None:
+    """Each stands in the README exactly as its command writes it."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    if name == "digits":
+        wanted = benchmark.table(json.loads((ROOT / "benchmarks" / "results" / "digits.json").read_text()))
+    else:
+        wanted = benchmark.tables(benchmark.read(benchmark.RESULTS))
+    assert f"{benchmark.BEGIN}\n{wanted}\n{benchmark.END}" in README.read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
