@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 @app.command(epilog=example("nayer-edge recipes"))
 def recipes(as_json: Json = False) -> None:
     """Lists the shipped recipes with the figures that they were measured with."""
+    from nayer_edge.model_names import parse
+
     from ..recipe import shipped
 
     found = [load_recipe(entry.name) for entry in shipped()]
@@ -27,23 +29,20 @@ def recipes(as_json: Json = False) -> None:
         print_json([recipe.model_dump(mode="json", by_alias=True) for recipe in found])
         return
     table = Table(box=None, pad_edge=False)
-    table.add_column("recipe", no_wrap=True)
-    for heading in ("teacher", "student"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("top-1", "± sd", "seconds"):
-        table.add_column(heading, justify="right")
+    for heading in ("recipe", "teacher → student"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("top-1", justify="right", no_wrap=True)
     for recipe in found:
-        measured = recipe.measured
+        measured, models = recipe.measured, (recipe.teacher.model, recipe.student.model)
+        figures = (percent(measured.student_top1).removesuffix(" %"), percent(measured.student_top1_sd))
         table.add_row(
             recipe.name,
-            recipe.teacher.model,
-            recipe.student.model,
-            percent(measured.student_top1),
-            percent(measured.student_top1_sd),
-            "" if measured.seconds is None else f"{measured.seconds:.0f}",
+            " → ".join(parse(model).name for model in models),
+            " ± ".join(figure for figure in figures if figure),
         )
     stdout().print(table)
-    stdout().print("\nRun one with: nayer-edge run NAME", style="dim")
+    stdout().print("\nAccuracy of the student (mean ± sd), where it was measured; --json says all.", style="dim")
+    stdout().print("Run one with: nayer-edge run NAME", style="dim")
 
 
 @app.command(epilog=example("nayer-edge students --input 3x32x32 --classes 10", "nayer-edge students timm:resnet10t"))

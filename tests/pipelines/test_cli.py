@@ -20,7 +20,7 @@ import typer
 
 from nayer_edge.artefacts import MANIFEST, RunFolder, sha256_of, write_json
 from nayer_edge.pipelines.cli import app
-from nayer_edge.pipelines.recipe import recipe_of
+from nayer_edge.pipelines.recipe import recipe_of, shipped
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.schemas import load
 
@@ -430,6 +430,16 @@ def test_json_is_all_that_stands_on_standard_output(invoke: Invoke, finished: Pa
     assert {line["what"] for line in answers["doctor"]} >= {"processor", "torch", "onnxruntime"}
     assert [row["label"] for row in answers["lte show"]["labels"]][:2] == ["zero", "one"]
     assert answers["lte build"] == answers["lte show"]
+
+
+def test_each_recipe_has_one_line_of_eighty_columns(invoke: Invoke) -> None:
+    lines = invoke("recipes").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = {line.split()[0]: line.split()[1:] for line in lines if " → " in line}
+    assert rows.pop("recipe") == ["teacher", "→", "student", "top-1"]
+    assert set(rows) == {recipe.name for recipe in shipped()}
+    assert rows["digits"] == ["wrn_16_2", "→", "resnet8", "99.11", "±", "0.25", "%"]
+    assert rows["imagenet-r50-mobilenet_v3_small"] == ["resnet50", "→", "mobilenet_v3_small"]
 
 
 def test_json_of_an_error_is_empty(invoke: Invoke) -> None:
