@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,15 @@ from nayer_edge.errors import IntegrityError, UsageError
 
 # A protobuf message cannot be larger; the zoo's largest model is a fiftieth of it.
 MAX_BYTES = 2**31 - 1
+# Bits of one element; types that are not here are not looked at.
+_BITS_BY_NAME = {
+    **dict.fromkeys(("DOUBLE", "INT64", "UINT64", "COMPLEX64"), 64),
+    **dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32),
+    **dict.fromkeys(("FLOAT16", "BFLOAT16", "INT16", "UINT16"), 16),
+    **dict.fromkeys(("INT8", "UINT8", "BOOL", "FLOAT8E4M3FN", "FLOAT8E5M2"), 8),
+    **dict.fromkeys(("INT4", "UINT4", "FLOAT4E2M1"), 4),
+}
+_BITS = {number: _BITS_BY_NAME[name] for name, number in TensorProto.DataType.items() if name in _BITS_BY_NAME}
 
 
 def read_onnx(path: Path, *, external_data: bool = False) -> ModelProto:
@@ -52,7 +62,22 @@ def read_onnx(path: Path, *, external_data: bool = False) -> ModelProto:
             onnx.load_external_data_for_model(model, str(path.parent))
         except (OSError, ValueError, onnx.checker.ValidationError) as error:
             raise IntegrityError(f"The external data of {path} cannot be read.", why=f"{error}") from error
+    _require_sizes(model, path)
     return model
+
+
+def _require_sizes(model: ModelProto, path: Path) -> None:
+    """Every tensor holds as many bytes as its shape needs; readers would allocate what it states, or fail anywhere."""
+    for tensor in _tensors(model):
+        bits = _BITS.get(tensor.data_type) if tensor.HasField("raw_data") else None
+        if bits is None:
+            continue
+        if min(tensor.dims, default=1) < 0 or len(tensor.raw_data) != (math.prod(tensor.dims) * bits + 7) // 8:
+            raise IntegrityError(
+                f"{path} states a shape for the weight '{tensor.name}' that its {len(tensor.raw_data):,} bytes do not "
+                "have.",
+                fix="Do not use this file: fetch it again from where it was made.",
+            )
 
 
 def _require_inside(model: ModelProto, path: Path) -> None:

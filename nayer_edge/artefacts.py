@@ -270,7 +270,7 @@ class RunFolder:
         """The path of a file of this run.
 
         Raises:
-            IntegrityError: the name would leave the run folder, by its parts or through a link.
+            IntegrityError: the name would leave the run folder, by its parts or through a link, or is too long for one.
         """
         pure = PurePosixPath(relative)
         path = self.root / pure
@@ -283,11 +283,13 @@ class RunFolder:
                 and all(len(os.fsencode(part)) <= MAX_NAME_BYTES for part in pure.parts)
                 and path.resolve().is_relative_to(self.root.resolve())
             )
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.lstat()
         except (OSError, ValueError, RuntimeError):  # links in a circle, or a name that the system cannot hold
             inside = False
         if not inside:
             raise IntegrityError(
-                f"'{relative}' points outside the run folder {self.root}.",
+                f"'{relative[:200]}' points outside the run folder {self.root}, or is no name that it can hold.",
                 fix="Do not use this folder: it was altered. Fetch it again from where it was made.",
             )
         return path

@@ -513,7 +513,7 @@ def resume(distillation: Distillation, path: Path) -> bool:
     tensors = load_tensors(path, "a checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+            facts = json.loads((file.metadata() or {})["facts"])
         if facts.get("digest") != distillation.digest:
             return False
         distillation.restore(tensors, facts)

@@ -285,7 +285,7 @@ def _read(path: Path) -> tuple[LabelEmbeddings, dict[str, str]]:
         if synonyms not in ("first", "all", "average") or not all(isinstance(label, str) for label in labels):
             raise ValueError("its labels are not what they should be")
         found = LabelEmbeddings(values, facts["encoder"], facts["revision"], facts["prompt"], labels, synonyms)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{path} is not a file of label-text embeddings.", why=f"{error}") from error
     if values.ndim != 2 or values.shape[0] != len(labels) or not bool(torch.isfinite(values).all()):
         raise IntegrityError(f"{path} holds {tuple(values.shape)} embeddings for {len(labels)} labels.")

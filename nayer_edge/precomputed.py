@@ -152,7 +152,7 @@ def _told(text: str) -> tuple[str, ...] | None:
     """Labels in a metadata string: a JSON list, or one per line."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text.rstrip("\n").split("\n")
     if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
         raise IntegrityError("The file's metadata holds labels that are no list of names.")

@@ -20,13 +20,8 @@ _NO_MEMORY = re.compile(
 def scarce(error: BaseException) -> NayerEdgeError | None:
     """What an unforeseen error says about memory or disk, the errors that led to it included; None where nothing."""
     for link in _chain(error):
-        if isinstance(link, MemoryError) or (isinstance(link, RuntimeError | OSError) and _NO_MEMORY.search(f"{link}")):
-            return MissingError(
-                "There is not enough memory.",
-                why=f"{link}".strip().splitlines()[0] if f"{link}".strip() else "",
-                fix="Close other programs, or lower synthesis.batch, distill.batch or distill.bank_mib with --set. "
-                "Then the same command continues.",
-            )
+        if _no_memory(link):
+            return _memory_error(link)
         if isinstance(link, OSError) and link.errno in NO_ROOM:
             return UsageError(
                 "Cannot write: a disk is full, or may not be written to.",
@@ -34,6 +29,26 @@ def scarce(error: BaseException) -> NayerEdgeError | None:
                 fix="Free some space, in the folder for temporary files too (TMPDIR). Then the same command continues.",
             )
     return None
+
+
+def memory_behind(error: NayerEdgeError) -> MissingError | None:
+    """What came of a lack of memory and was taken for another mistake, as a network that "takes no such images"."""
+    return next((_memory_error(link) for link in _chain(error) if _no_memory(link)), None)
+
+
+def _no_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(f"{error}") is not None
+
+
+def _memory_error(error: BaseException) -> MissingError:
+    return MissingError(
+        "There is not enough memory.",
+        why=f"{error}".strip().splitlines()[0] if f"{error}".strip() else "",
+        fix="Close other programs, or lower synthesis.batch, distill.batch or distill.bank_mib with --set. "
+        "Then the same command continues.",
+    )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -25,7 +25,7 @@ from nayer_edge.errors import (
     missing_extra,
 )
 from nayer_edge.launch import launched
-from nayer_edge.scarcity import scarce
+from nayer_edge.scarcity import memory_behind, scarce
 from nayer_edge.text import inert
 
 # Importing a module registers its commands, in the order of the help.
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         app(args=arguments, prog_name="nayer-edge", standalone_mode=True)
     except NayerEdgeError as error:
-        _fail(error)
+        _fail(memory_behind(error) or error)
     except ModuleNotFoundError as error:
         top = (error.name or "").partition(".")[0]
         _fail(missing_extra(top, EXTRA_OF[top], "This command") if top in EXTRA_OF else _unexpected(error))

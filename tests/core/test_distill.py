@@ -32,6 +32,7 @@ from nayer_edge.evaluate import agreement, logits_of
 from nayer_edge.lte import LabelEmbeddings
 from nayer_edge.models import Classifier
 from nayer_edge.synthesis import Round
+from nayer_edge.tensors import save_tensors
 
 Start = Callable[..., Distillation]
 LOSSES = ("loss_bn", "loss_ce", "loss_adv", "loss_kd")
@@ -424,6 +425,10 @@ def test_a_damaged_checkpoint_is_named(start: Start, tmp_path: Path) -> None:
     save_checkpoint(run, path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(IntegrityError, match="checkpoint"):
+        resume(start(), path)
+    # Readable, and no checkpoint at all: not a reason to begin anew in silence.
+    save_tensors(path, {"embeddings": torch.zeros(2, 2)}, {"labels": "3"})
+    with pytest.raises(IntegrityError, match="not a checkpoint of this run"):
         resume(start(), path)
 
 

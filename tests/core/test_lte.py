@@ -104,6 +104,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         ({"embeddings": torch.zeros(2, 3)}, {}),
         ({"embeddings": torch.zeros(2, 3)}, good | {"labels": "a\nb"}),
         ({"embeddings": torch.zeros(2, 3)}, good | {"labels": "3"}),
+        ({"embeddings": torch.zeros(2, 3)}, good | {"labels": "[" * 100_000}),
         ({"other": torch.zeros(2, 3)}, good),
         ({"embeddings": torch.zeros(3, 3)}, good),
         ({"embeddings": torch.zeros(2)}, good),

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from nayer_edge.errors import MissingError, UsageError
-from nayer_edge.scarcity import scarce
+from nayer_edge.scarcity import memory_behind, scarce
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,16 @@ def test_disks_also_where_another_error_came_of_it(number: int) -> None:
     assert isinstance(found, UsageError)
     assert os.strerror(number) in found.why
     assert "TMPDIR" in found.fix
+
+
+def test_memory_is_named_where_it_was_taken_for_another_mistake() -> None:
+    for cause, wanted in ((RuntimeError("could not create a primitive"), True), (RuntimeError("shapes differ"), False)):
+        try:
+            raise UsageError("The model does not take such images.") from cause
+        except UsageError as error:
+            found = memory_behind(error)
+        assert (found is not None) == wanted
+        assert found is None or found.why == f"{cause}"
 
 
 def test_other_errors_are_not_explained_away() -> None:

@@ -84,6 +84,27 @@ def test_external_data_inside_the_folder_is_read(tmp_path: Path) -> None:
         read_onnx(path)
 
 
+@pytest.mark.parametrize("dims", [[2**30, 2**30], [-1, 2**40], [13], []])
+def test_a_shape_that_the_bytes_do_not_have_is_refused(tmp_path: Path, dims: list[int]) -> None:
+    model, path = small_model(), tmp_path / "odd.onnx"
+    tensor = model.graph.initializer[0]
+    assert tensor.HasField("raw_data")
+    path.write_bytes(model.SerializeToString())
+    read_onnx(path)
+    del tensor.dims[:]
+    tensor.dims.extend(dims)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(IntegrityError, match=f"the weight '{tensor.name}' that its"):
+        read_onnx(path)
+
+
+def test_four_bit_weights_share_bytes(tmp_path: Path) -> None:
+    model, path = small_model(), tmp_path / "int4.onnx"
+    model.graph.initializer.append(helper.make_tensor("w4", TensorProto.INT4, [3], b"\x21\x03", raw=True))
+    path.write_bytes(model.SerializeToString())
+    assert read_onnx(path).graph.initializer[-1].dims == [3]
+
+
 def test_strip_leaves_nothing_but_our_provenance(tmp_path: Path) -> None:
     model = small_model()
     model.doc_string = "made in a home folder"

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -152,7 +153,8 @@ def no_memory(kit: Kit, tries: int) -> Tally:
     for _ in range(tries):
         root, room = kit.room(), chance.choice((4, 16, 48, 96, 160)) * 2**20
         outcome = processes.run(*kit.run(root), before=lambda room=room: _little_memory(room))
-        wrong = outcome.wrong(3, 0, 1) or kit.damaged(root)
+        # A native library that does not look whether it got its memory ends the process, as a kill does.
+        wrong = outcome.wrong(3, 0, 1, -signal.SIGSEGV, -signal.SIGABRT) or kit.damaged(root)
         if not wrong and outcome.code == 3 and "memory" not in outcome.err:
             wrong = f"another reason: {outcome.err}"
         tally.count(wrong or kit.continued(root), f"{room >> 20} MiB more")
