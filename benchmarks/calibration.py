@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     run = RunFolder.open(arguments.run)
-    recipe = recipe_of(run.manifest.recipe)
+    recipe = recipe_of(run.manifest.recipe, run.root)
     source = SyntheticSource.open(*(run.artifact(name) for name in ("teacher", "lte", "student")), recipe, run)
     rows = measured(arguments, run, recipe, source)
     result = {

@@ -73,7 +73,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All pairs of one run."""
     run = RunFolder.open(arguments.run)
-    recipe = recipe_of(run.manifest.recipe)
+    recipe = recipe_of(run.manifest.recipe, run.root)
     teacher, lte, student = (run.artifact(name) for name in ("teacher", "lte", "student"))
     source = SyntheticSource.open(teacher, lte, student, recipe, run)
     spec, classes = recipe.teacher.input, recipe.teacher.classes

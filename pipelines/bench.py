@@ -5,36 +5,34 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from nayer_edge.artefacts import RunFolder
+from nayer_edge.artefacts import RunFolder, read_json
 from nayer_edge.config import Recipe
 from nayer_edge.errors import UsageError
 from nayer_edge.export.benchmark import Timing, benchmark
-from nayer_edge.export.runners import OrtRunner
-from nayer_edge.export.targets import get_target
 
-from .validate import candidates, native
+from .deploy import ENGINES
+from .runnable import engines, graphs, open_all
 
 
 def measure(
     run: RunFolder, recipe: Recipe, batches: Sequence[int], runs: int, threads: int | None = None
 ) -> list[Timing]:
-    """Times every graph that is made for a device like this one, in turns.
+    """Times everything that this machine runs as its device would, in turns: its graphs, and engines for its GPU.
 
     Raises:
         UsageError: nothing has been exported yet.
         IntegrityError: an artefact was altered.
     """
-    here = [c for c in candidates(recipe) if c.file in run.manifest.files and native(get_target(c.target))]
+    held = run.manifest.files
+    records = read_json(run.path(ENGINES), "the list of engines") if ENGINES in held else []
+    here = [c for c in (*graphs(recipe), *engines(records)) if c.file in held and c.timed]
     if not here:
         raise UsageError(
             f"{run.root} holds nothing that this machine runs.", fix=f"Type: nayer-edge export {run.root} --int8"
         )
     run.require_intact([candidate.file for candidate in here])
     with contextlib.ExitStack() as stack:
-        runners = {
-            candidate.name: stack.enter_context(
-                OrtRunner(run.path(candidate.file), threads=threads, target=get_target(candidate.target))
-            )
-            for candidate in here
-        }
-        return benchmark(runners, recipe.teacher.input.shape, batches=batches, runs=runs)
+        opened, refused = open_all(here, run, stack, threads)
+        if not opened:
+            raise next(iter(refused.values()))
+        return benchmark(opened, recipe.teacher.input.shape, batches=batches, runs=runs)

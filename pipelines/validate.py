@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import hashlib
 import math
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,16 @@ import numpy as np
 from nayer_edge import data, provenance
 from nayer_edge.artefacts import Artifact, RunFolder, read_json, sha256_of, write_atomic, write_json
 from nayer_edge.config import Recipe
-from nayer_edge.errors import MissingError, UsageError
+from nayer_edge.errors import NayerEdgeError, UsageError
 from nayer_edge.export.benchmark import Timing, benchmark
 from nayer_edge.export.coverage import int8_coverage
-from nayer_edge.export.runners import BATCH, OrtRunner, Runner, TorchRunner, as_bytes
-from nayer_edge.export.targets import TARGETS, Target, get_target
+from nayer_edge.export.runners import BATCH, Runner, TorchRunner, as_bytes
+from nayer_edge.export.targets import TARGETS, get_target
 from nayer_edge.image_stream import ImageStream
 from nayer_edge.models import load_classifier
 from nayer_edge.progress import Progress
 
-from .deploy import FP16, FP32, SyntheticSource, int8_file, wants_fp16
+from .deploy import SyntheticSource
 from .measurements import (
     PREDICTIONS_PATH,
     REPORT_PATH,
@@ -43,6 +42,7 @@ from .measurements import (
     PairedCounts,
     Report,
 )
+from .runnable import Candidate, engines, graphs, open_all
 
 TOP = 5
 LATENCY_RUNS = 200
@@ -79,26 +79,6 @@ class Seen:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An exported file to measure."""
-
-    name: str
-    file: str
-    target: str
-    precision: str
-
-
-def candidates(config: Recipe) -> list[Candidate]:
-    """The graphs that a recipe makes."""
-    half = [Candidate("fp16", FP16, "tensorrt", "fp16")] if wants_fp16(config) else []
-    return [
-        Candidate("fp32", FP32, "cpu", "fp32"),
-        *half,
-        *(Candidate(f"int8.{target}", int8_file(target), target, "int8") for target in config.export.targets),
-    ]
-
-
 def make_report(
     teacher: Artifact,
     lte: Artifact,
@@ -119,18 +99,17 @@ def make_report(
         "student": load_classifier(out.path(student.files["student"])),
     }
     classes, shape = networks["student"].classes, networks["student"].spec.shape
+    records = read_json(out.path(engine.files["engines"]), "the list of engines")
+    candidates = [*graphs(config), *engines(records)]
     with contextlib.ExitStack() as stack:
-        opened, refused = _open(config, out, stack)
+        opened, refused = open_all(candidates, out, stack)
         with TorchRunner(networks["teacher"]) as teacher_runner, TorchRunner(networks["student"]) as student_runner:
             runners: dict[str, Runner] = {"teacher": teacher_runner, "student": student_runner, **opened}
             seen = run_over(runners, images.stream, shape, len(classes), progress)
-        # A graph made for another device runs here, and says nothing about that device's speed.
-        here = [c.name for c in candidates(config) if c.name in opened and native(get_target(c.target))]
+        here = [c.name for c in candidates if c.name in opened and c.timed]
         timings = benchmark({name: opened[name] for name in here}, shape, runs=LATENCY_RUNS) if here else []
     labels = images.stream.labels if images.truth else None
-    reports = [
-        _report(candidate, out, refused.get(candidate.name), seen, labels, classes) for candidate in candidates(config)
-    ]
+    reports = [_report(candidate, out, refused.get(candidate.name), seen, labels, classes) for candidate in candidates]
     for timing in timings:
         reports = [_timed(report, timing) if report.name == timing.runner else report for report in reports]
     arrays = {} if labels is None else {"labels": labels.astype(np.int32)}
@@ -149,7 +128,7 @@ def make_report(
             params=networks["student"].parameter_count,
             agreement=same(seen.ranks["student"], seen.ranks["teacher"]),
         ),
-        artifacts=(*reports, *_engines(engine, out)),
+        artifacts=(*reports, *_not_built(records)),
         predictions_sha256=sha256_of(out.path(PREDICTIONS_PATH)),
         hardware=provenance.hardware(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -229,25 +208,10 @@ def run_over(
     return Seen(ranks, differences, not_finite, digest.hexdigest())
 
 
-def _open(
-    config: Recipe, out: RunFolder, stack: contextlib.ExitStack
-) -> tuple[dict[str, Runner], dict[str, MissingError]]:
-    """The recipe's graphs in their runtime, and why those that do not open do not."""
-    opened: dict[str, Runner] = {}
-    refused = {}
-    for candidate in candidates(config):
-        try:
-            runner = OrtRunner(out.path(candidate.file), target=get_target(candidate.target))
-            opened[candidate.name] = stack.enter_context(runner)
-        except MissingError as error:
-            refused[candidate.name] = error
-    return opened, refused
-
-
 def _report(
     candidate: Candidate,
     out: RunFolder,
-    refused: MissingError | None,
+    refused: NayerEdgeError | None,
     seen: Seen,
     labels: np.ndarray | None,
     classes: Sequence[str],
@@ -259,13 +223,17 @@ def _report(
         "file": candidate.file,
         "target": candidate.target,
         "precision": candidate.precision,
-        "runtime": "onnxruntime",
+        "runtime": candidate.runtime,
         "size_bytes": path.stat().st_size,
         "sha256": sha256_of(path),
     }
     if refused is not None:
-        return ArtifactReport(**facts, status="unavailable", reason=str(refused))
-    coverage = int8_coverage(path, get_target(candidate.target)) if candidate.precision == "int8" else None
+        # An engine is whole and waits for its GPU; a graph needs a runtime that is not installed.
+        status = "unavailable" if candidate.runtime == "onnxruntime" else "not_run"
+        reason = " ".join(f"{refused}".split())
+        return ArtifactReport(**facts, status=status, reason=reason, precision_verified=candidate.verified)
+    graph = candidate.runtime == "onnxruntime"
+    coverage = int8_coverage(path, get_target(candidate.target)) if graph and candidate.precision == "int8" else None
     if labels is not None:
         right = {network: ranks[:, 0] == labels for network, ranks in seen.ranks.items()}
         against = {
@@ -276,7 +244,10 @@ def _report(
             "per_class": _per_class(right.get("fp32"), right[name], labels, classes),
         }
         facts |= against
-    verified = coverage.verified and coverage.int8 > 0 if coverage else candidate.precision == "fp32"
+    if coverage is not None:
+        verified = coverage.verified and coverage.int8 > 0
+    else:
+        verified = candidate.verified or (graph and candidate.precision == "fp32")
     broken = seen.not_finite[name]
     return ArtifactReport(
         **facts,
@@ -307,43 +278,28 @@ def _per_class(
     )
 
 
+def _not_built(records: Sequence[Mapping[str, Any]]) -> list[ArtifactReport]:
+    """The engines that were asked for and cannot be built here, each with the reason."""
+    return [
+        ArtifactReport(
+            **{key: record[key] for key in ("name", "file", "target", "precision", "reason")},
+            runtime=TARGETS[record["target"]].runtime,
+            status="unavailable",
+        )
+        for record in records
+        if record["status"] != "built"
+    ]
+
+
 def _timed(report: ArtifactReport, timing: Timing) -> ArtifactReport:
     return report.model_copy(
         update={
             "latency_ms": Latency(p50=timing.p50, p95=timing.p95),
             "threads": timing.threads,
-            "speedup_vs_fp32": timing.ratio,
+            # FP32 runs on the processor: an engine on a GPU has nothing to be compared with here.
+            "speedup_vs_fp32": timing.ratio if report.runtime == "onnxruntime" else None,
         }
     )
-
-
-def native(target: Target) -> bool:
-    """This machine is such a device."""
-    machine = platform.machine().lower()
-    return target.name == "cpu" or (target.name == "arm" and machine in ("aarch64", "arm64"))
-
-
-def _engines(engine: Artifact, out: RunFolder) -> list[ArtifactReport]:
-    """Engines are built here and run on their GPU; the report says which is which."""
-    reports = []
-    for record in read_json(out.path(engine.files["engines"]), "the list of engines"):
-        facts = {key: record[key] for key in ("name", "file", "target", "precision")}
-        facts["runtime"] = TARGETS[record["target"]].runtime
-        if record["status"] == "built":
-            path = out.path(record["file"])
-            reports.append(
-                ArtifactReport(
-                    **facts,
-                    status="not_run",
-                    reason=f"Built for {record['compute_capability']}; validate does not run engines.",
-                    precision_verified=record["precision_verified"],
-                    size_bytes=path.stat().st_size,
-                    sha256=sha256_of(path),
-                )
-            )
-        else:
-            reports.append(ArtifactReport(**facts, status="unavailable", reason=record["reason"]))
-    return reports
 
 
 def count_pairs(reference: np.ndarray, artefact: np.ndarray) -> Paired:

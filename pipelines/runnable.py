@@ -1,0 +1,106 @@
+"""The exported files of a run, and those among them that this machine runs: ONNX graphs, and engines on their GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nayer_edge.artefacts import RunFolder
+from nayer_edge.config import Recipe
+from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError
+from nayer_edge.export.runners import OrtRunner, Runner, TensorRtRunner
+from nayer_edge.export.targets import TARGETS, Target, get_target
+
+from .deploy import FP16, FP32, int8_file, wants_fp16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An exported file to measure.
+
+    Attributes:
+        name: as in the report.
+        file: in the run folder.
+        target: the device that it was made for.
+        precision: fp32, fp16 or int8.
+        runtime: what runs it here.
+        verified: the builder read the layers' precision from the engine itself.
+    """
+
+    name: str
+    file: str
+    target: str
+    precision: str
+    runtime: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"] = "onnxruntime"
+    verified: bool = False
+
+    @property
+    def timed(self) -> bool:
+        """Its speed here is its device's: a graph made for another one runs, and says nothing about that."""
+        return self.runtime != "onnxruntime" or native(get_target(self.target))
+
+
+def native(target: Target) -> bool:
+    """This machine is such a device."""
+    machine = platform.machine().lower()
+    return target.name == "cpu" or (target.name == "arm" and machine in ("aarch64", "arm64"))
+
+
+def graphs(config: Recipe) -> list[Candidate]:
+    """The ONNX files that a recipe makes."""
+    half = [Candidate("fp16", FP16, "tensorrt", "fp16")] if wants_fp16(config) else []
+    return [
+        Candidate("fp32", FP32, "cpu", "fp32"),
+        *half,
+        *(Candidate(f"int8.{target}", int8_file(target), target, "int8") for target in config.export.targets),
+    ]
+
+
+def engines(records: Sequence[Mapping[str, Any]]) -> list[Candidate]:
+    """The engines that were built.
+
+    Args:
+        records: the list in export/engines.json.
+    """
+    return [
+        Candidate(
+            record["name"],
+            record["file"],
+            record["target"],
+            record["precision"],
+            TARGETS[record["target"]].runtime,
+            record["precision_verified"],
+        )
+        for record in records
+        if record["status"] == "built"
+    ]
+
+
+def open_all(
+    candidates: Sequence[Candidate], run: RunFolder, stack: contextlib.ExitStack, threads: int | None = None
+) -> tuple[dict[str, Runner], dict[str, NayerEdgeError]]:
+    """Runners by name, open until the stack ends, and why those that do not open do not.
+
+    Raises:
+        IntegrityError: a graph is damaged. (An engine that does not load was built for another device.)
+    """
+    opened: dict[str, Runner] = {}
+    refused: dict[str, NayerEdgeError] = {}
+    for candidate in candidates:
+        path = run.path(candidate.file)
+        try:
+            if candidate.runtime == "onnxruntime":
+                runner: Any = OrtRunner(path, threads=threads, target=get_target(candidate.target))
+            else:
+                runner = TensorRtRunner(path, flavour=candidate.runtime)
+            opened[candidate.name] = stack.enter_context(runner)
+        except MissingError as error:
+            refused[candidate.name] = error
+        except IntegrityError as error:
+            if candidate.runtime == "onnxruntime":
+                raise
+            refused[candidate.name] = error
+    return opened, refused
