@@ -20,7 +20,6 @@ import torch
 from sklearn.model_selection import StratifiedKFold
 
 from nayer_edge import data, evaluate, lte, provenance
-from nayer_edge.bank import MemoryBank
 from nayer_edge.compute import choose, random_stream, seeded
 from nayer_edge.config import Recipe
 from nayer_edge.data import LabelledImages
@@ -29,8 +28,6 @@ from nayer_edge.models import Classifier, build_classifier
 from nayer_edge.pipelines.recipe import load_recipe
 from nayer_edge.teach import teach
 
-# The digits recipe makes 1,900 images of 16×16.
-QUARTER = f"distill.bank_mib={475 * 16 * 16 / 2**20}"
 STUDIES: dict[str, dict[str, list[str]]] = {
     "views": {
         "every crop anew": ["distill.views=0"],
@@ -44,41 +41,7 @@ STUDIES: dict[str, dict[str, list[str]]] = {
     },
     "bn momentum": {"0.9": [], "0 (off)": ["synthesis.bn_momentum=0"]},
     "adversarial": {"1.33": [], "0 (off)": ["synthesis.lambda_adv=0"]},
-    "full bank": {
-        "unbounded": ["policy=oldest"],
-        "a quarter, the oldest leave": ["policy=oldest", QUARTER],
-        "a quarter, random ones leave": ["policy=random", QUARTER],
-        "a quarter, a uniform sample of all": ["policy=reservoir", QUARTER],
-        "a quarter, new ones do not enter": ["policy=newest", QUARTER],
-    },
 }
-
-
-class OtherPolicy(MemoryBank):
-    """A bank that, when full, does not forget its oldest images: to compare with, and not shipped.
-
-    "random" overwrites any places; "reservoir" keeps a uniform sample of all images ever made (Vitter 1985,
-    Algorithm R); "newest" keeps what came first.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], budget_bytes: int, policy: str, seed: int) -> None:
-        super().__init__(shape, budget_bytes, torch.device("cpu"))
-        self._policy, self._random = policy, random_stream(seed, "policy")
-
-    def add(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Like the bank's own until it is full, and then by the policy."""
-        room = self.capacity - len(self)
-        if room > 0:
-            super().add(images[:room], labels[:room])
-            images, labels = images[room:], labels[room:]
-        if self._policy == "newest" or not len(images):
-            return
-        for image, label in zip(images, labels, strict=True):
-            self.added += 1
-            bound = self.added if self._policy == "reservoir" else self.capacity
-            place = int(torch.randint(0, bound, (), generator=self._random))
-            if place < self.capacity:
-                self._images[place], self._labels[place] = image, label
 
 
 def main() -> None:
@@ -96,10 +59,8 @@ def main() -> None:
     for study in arguments.study or STUDIES:
         found[study] = {}
         for name, settings in STUDIES[study].items():
-            policy = next((item.partition("=")[2] for item in settings if item.startswith("policy=")), "oldest")
-            changes = [*arguments.settings, *(item for item in settings if not item.startswith("policy="))]
-            recipe = load_recipe("digits", changes)
-            runs = [one(recipe, policy, seed, *teacher) for seed, teacher in enumerate(teachers)]
+            recipe = load_recipe("digits", [*arguments.settings, *settings])
+            runs = [one(recipe, seed, *teacher) for seed, teacher in enumerate(teachers)]
             found[study][name] = summary(runs)
             print(study, "|", name, "|", json.dumps(found[study][name]), flush=True)
             if arguments.json:
@@ -124,7 +85,6 @@ def fold(number: int) -> tuple[Classifier, torch.Tensor, torch.Tensor, float]:
 
 def one(
     recipe: Recipe,
-    policy: str,
     seed: int,
     teacher: Classifier,
     images: torch.Tensor,
@@ -139,8 +99,6 @@ def one(
     run = Distillation(
         teacher, embeddings, student, Settings(recipe.generator, recipe.synthesis, recipe.distill, seed), compute
     )
-    if policy != "oldest":
-        run.bank = OtherPolicy(teacher.spec.shape, int(recipe.distill.bank_mib * 2**20), policy, seed)
     began = time.perf_counter()
     distill(run)
     return {
