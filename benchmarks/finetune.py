@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="the digits recipe's own numbers, and ten times the steps")
     parser.add_argument("--depthwise", default="torchvision:mobilenet_v2", help="the student at 32 pixels")
+    parser.add_argument("--depthwise-steps", type=int, default=250, help="that distil it (ten times as many: --full)")
     parser.add_argument("--targets", default="cpu,arm", help="of the W8A8 study")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -115,7 +116,7 @@ def schedules(arguments: argparse.Namespace) -> argparse.Namespace:
     times = 10 if arguments.full else 1
     return argparse.Namespace(
         depthwise=arguments.depthwise,
-        depthwise_steps=250 * times,
+        depthwise_steps=arguments.depthwise_steps * times,
         w8a8=Schedule(epochs=2 * times, steps=40, lr=1e-3, temperature=4.0),
         w4a4=Schedule(epochs=3 * times, steps=40, lr=5e-3, temperature=4.0, range_lr=5e-3),
     )
