@@ -41,6 +41,7 @@ from nayer_edge import data, evaluate, provenance
 from nayer_edge.artefacts import RunFolder, write_json
 from nayer_edge.compute import random_stream, seeded
 from nayer_edge.config import Recipe
+from nayer_edge.data import LabelledImages
 from nayer_edge.models import Classifier, build_classifier, load_classifier
 from nayer_edge.pipelines.deploy import SyntheticSource
 from nayer_edge.pipelines.recipe import load_recipe, recipe_of
@@ -59,6 +60,7 @@ def main() -> None:
     measuring.add_argument("--students", type=Path, help="students by epoch; RUN.students by default")
     measuring.add_argument("--taught", default="", metavar="EPOCHS,…", help="train students on real images, too")
     measuring.add_argument("--images", type=int, default=1000, help="synthetic hold-out")
+    measuring.add_argument("--real-images", type=int, help="a random sample of the hold-out, to save time")
     measuring.add_argument("--json", type=Path, required=True)
     drawing = commands.add_parser("plot")
     drawing.add_argument("results", type=Path, nargs="+")
@@ -78,6 +80,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     source = SyntheticSource.open(teacher, lte, student, recipe, run)
     spec, classes = recipe.teacher.input, recipe.teacher.classes
     real = data.load(str(recipe.validate_.data), "holdout", spec, classes)
+    if arguments.real_images is not None:
+        sample = torch.randperm(len(real.labels), generator=random_stream(0, "sample"))[: arguments.real_images]
+        real = LabelledImages(real.images[sample], real.labels[sample], real.name)
     drawn = source.draw("synthetic agreement study", arguments.images, Silent())
     synthetic = torch.from_numpy((drawn * 255).round().astype(np.uint8))
 
