@@ -210,7 +210,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                 if chosen:
                     points = [lost[n] for n in chosen], [drop[n] for n in chosen]
                     axis.plot(*points, marker, color=colour, markersize=4, alpha=0.7, label=label)
-            axis.set_title(f"{result['run']}: {title}", fontsize=9)
+            axis.set_title(f"{result['run'].partition('-')[0]}: {title}", fontsize=9)
             axis.set_xlabel(f"1 − agreement on {result['synthetic_images']:,} synthetic images, %")
             axis.set_ylabel("drop on real images, points")
             axis.text(0.97, 0.03, f"rank correlation {spearman(result, kind)}", transform=axis.transAxes, ha="right")
