@@ -369,7 +369,8 @@ def class_names(kit: Kit, tries: int) -> Tally:
         recipe = kit.room().with_suffix(".toml")
         text = kit.recipe.read_text(encoding="utf-8")
         recipe.write_text(
-            text.replace('["zero", "one", "two"]', json.dumps(names)) + "\n[gate.per_class]\nmax_drop = 0.0\n"
+            text.replace('["zero", "one", "two"]', json.dumps(names, ensure_ascii=False))
+            + "\n[gate.per_class]\nmax_drop = 0.0\n"
             "advisory = false\n",
             encoding="utf-8",
         )
