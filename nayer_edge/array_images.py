@@ -16,7 +16,6 @@ import contextlib
 import gzip
 import math
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 from nayer_edge.config import Fit, InputSpec
 from nayer_edge.errors import UsageError, missing_extra
 from nayer_edge.image_stream import MAX_IMAGES, ImageStream, fitted
-from nayer_edge.npy import open_member
+from nayer_edge.npy import DAMAGED, open_member
 
 Split = Literal["train", "holdout"]
 Opener = Callable[[], contextlib.AbstractContextManager[IO[bytes]]]
@@ -43,8 +42,6 @@ CIFAR_FILES: dict[str, dict[Split, tuple[str, ...]]] = {
 CIFAR_LABEL_BYTES = {"cifar-10-batches-bin": 1, "cifar-100-binary": 2}
 PICKLED = ("cifar-10-batches-py", "cifar-100-python")
 MAX_MAT_BYTES = 2 * 2**30
-
-_DAMAGED = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class _Records:
                         images = pixels.reshape(rows, *self.shape)
                         axes = (0, *(1 + axis for axis in self.axes)) if self.axes else None
                         yield np.ascontiguousarray(images[:, None] if axes is None else images.transpose(axes))
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise UsageError(
                 f"{self.source} is damaged.", why=f"{error}", fix="Fetch or write the file again."
             ) from error
@@ -144,7 +141,7 @@ def open_npz(path: Path, spec: InputSpec, fit: Fit) -> ImageStream:
                 labels = np.frombuffer(stream.read(), labels_header.dtype)
             stream, header = open_member(archive, "images")
             stream.close()
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UsageError(
             f"{path} is not readable as labelled images.",
             why=f"{error}",
@@ -278,7 +275,7 @@ def _idx_header(stream: IO[bytes], dimensions: int) -> tuple[int, ...]:
 def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UsageError(f"{path} is not readable.", why=f"{error}", fix="Fetch the file again.") from error
 
 
@@ -333,7 +330,7 @@ def _svhn(path: Path, spec: InputSpec, fit: Fit) -> ImageStream:
         # MATLAB counts from 1, and SVHN writes the digit 0 as 10.
         labels = np.where(numbers == 10, 0, numbers).astype(np.int64)
     # scipy raises what it meets on damaged files, KeyError and TypeError included.
-    except (*_DAMAGED, MatReadError, KeyError, TypeError, IndexError, MemoryError) as error:
+    except (*DAMAGED, MatReadError, KeyError, TypeError, IndexError, MemoryError) as error:
         raise UsageError(
             f"{path} is not readable as SVHN's format 2.", why=f"{error}", fix="Fetch the file again."
         ) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,7 @@ from nayer_edge.errors import UsageError, nearest
 from nayer_edge.model_names import BRING_WEIGHTS
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Checked = TypeVar("Checked", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Fit = Literal["exact", "stretch", "center-crop"]
@@ -464,14 +465,8 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
     Raises:
         UsageError: it does not hold.
     """
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(
-            f"The recipe {source} does not hold:",
-            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, Recipe)),
-            fix="Mend these lines. `nayer-edge recipes` shows recipes that work.",
-        ) from error
+    fix = "Mend these lines. `nayer-edge recipes` shows recipes that work."
+    return _checked(Recipe, values, f"The recipe {source} does not hold:", fix)
 
 
 def make_policy(values: dict[str, Any], source: str) -> Policy:
@@ -480,14 +475,8 @@ def make_policy(values: dict[str, Any], source: str) -> Policy:
     Raises:
         UsageError: it does not hold.
     """
-    try:
-        return Policy.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(
-            f"The policy {source} does not hold:",
-            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, Policy)),
-            fix="Mend these lines. `nayer-edge gate RUN --print-policy` shows the one in force.",
-        ) from error
+    fix = "Mend these lines. `nayer-edge gate RUN --print-policy` shows the one in force."
+    return _checked(Policy, values, f"The policy {source} does not hold:", fix)
 
 
 def make_references(values: dict[str, Any], source: str) -> References:
@@ -496,14 +485,16 @@ def make_references(values: dict[str, Any], source: str) -> References:
     Raises:
         UsageError: it does not hold.
     """
+    fix = 'Mend these lines. For example: [baseline] run = "runs/last"'
+    return _checked(References, values, f"The references {source} do not hold:", fix)
+
+
+def _checked(kind: type[Checked], values: dict[str, Any], what: str, fix: str) -> Checked:
     try:
-        return References.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UsageError(
-            f"The references {source} do not hold:",
-            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, References)),
-            fix='Mend these lines. For example: [baseline] run = "runs/last"',
-        ) from error
+        why = "\n".join(f"  - {sentence}" for sentence in problems_of(error, kind))
+        raise UsageError(what, why=why, fix=fix) from error
 
 
 def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:

@@ -9,12 +9,16 @@ import ast
 import math
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import IO
 
 MAGIC = b"\x93NUMPY"
 MAX_HEADER = 10_000
 """bytes; numpy's own limit for files that one does not trust"""
+
+DAMAGED = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""what reading a damaged, compressed or encrypted file raises (a way that zipfile does not know: a RuntimeError)"""
 
 _PLAIN = re.compile(r"[<>|=](b1|[iu][1248]|f(2|4|8|16)|c(8|16|32))")
 
@@ -75,7 +79,7 @@ def open_member(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], ArrayHe
 
     Raises:
         ValueError: it is not there, or its size is not what its header says.
-        NotImplementedError, RuntimeError: compressed or encrypted in a way that zipfile does not read.
+        RuntimeError: compressed or encrypted in a way that zipfile does not read.
     """
     try:
         entry = archive.getinfo(f"{name}.npy")

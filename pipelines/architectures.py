@@ -204,7 +204,7 @@ def _shapes_of_network(model: str, channels: int, classes: int) -> dict[str, tup
                 network = sources.build(model, spec, labels).network
         except NayerEdgeError:
             return None
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:
             # Some networks compute their widths with tensors, and cannot be built without memory.
             try:
                 network = sources.build(model, spec, labels).network

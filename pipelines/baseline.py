@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 import zipfile
-import zlib
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from nayer_edge.artefacts import MANIFEST, RunFolder, sha256_of
 from nayer_edge.config import make_references, parse_toml
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.npy import open_member
+from nayer_edge.npy import DAMAGED, open_member
 
 from .judgement import Baseline
 from .measurements import PREDICTIONS_PATH, REPORT_PATH, Paired, Report, read_report
@@ -147,7 +146,7 @@ def first_choices(path: Path, names: Iterable[str], n: int) -> dict[str, array[i
                 if sys.byteorder == "big":
                     values.byteswap()
                 found[name] = values[::width]
-    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise IntegrityError(
             f"{path} is not readable as predictions.", why=f"{error}", fix="Validate the run again."
         ) from error
