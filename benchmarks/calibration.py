@@ -15,15 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from origin import origin
 
-from nayer_edge import data, provenance
+from nayer_edge import data
 from nayer_edge.artefacts import RunFolder
 from nayer_edge.config import Recipe
 from nayer_edge.export.to_int8 import run_onnx, to_int8
@@ -55,12 +55,7 @@ def main() -> None:
         "fp32_top1": rows[0]["fp32_top1"],
         "real_holdout_images": rows[0]["images"],
         "rows": [{key: value for key, value in row.items() if key not in ("fp32_top1", "images")} for row in rows],
-        "hardware": provenance.hardware(),
-        "versions": provenance.versions(),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "command": "python benchmarks/calibration.py " + " ".join(sys.argv[1:]),
+        **origin(),
     }
     print(table(result))
     if arguments.json:

@@ -16,10 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import subprocess
 import time
 from pathlib import Path
+
+import origin
 
 from nayer_edge import compute as computing
 from nayer_edge import data, evaluate, provenance
@@ -112,7 +112,7 @@ def one(arguments: argparse.Namespace, seed: int) -> None:
         "peak_memory_mib": max(epoch.memory_mib for epoch in history),
         "hardware": provenance.hardware() | {"compute": compute.reason},
         "versions": provenance.versions(),
-        "commit": commit(),
+        "commit": origin.commit(),
         "command": command(arguments, seed),
     }
     result.parent.mkdir(parents=True, exist_ok=True)
@@ -180,13 +180,7 @@ def command(arguments: argparse.Namespace, seed: int) -> str:
     words = ["--recipe", arguments.recipe, "--protocol", arguments.protocol, "--seeds", str(seed)]
     words += ["--variant", arguments.variant] if arguments.variant else []
     words += [word for setting in arguments.settings for word in ("--set", setting)]
-    return shlex.join(["python", "benchmarks/cifar.py", *words])
-
-
-def commit() -> str:
-    """The commit that is checked out, "+" where files differ from it."""
-    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+    return origin.command("benchmarks/cifar.py", *words)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nayer_edge import provenance
+from origin import origin
 
 BEGIN, END = "<!-- digits -->", "<!-- /digits -->"
 
@@ -35,12 +35,7 @@ def main() -> None:
         "runs": runs,
         "mean": {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key != "seed"},
         "sd": {key: statistics.stdev(run[key] for run in runs) for key in runs[0] if key != "seed"},
-        "hardware": provenance.hardware(),
-        "versions": provenance.versions(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "command": "python benchmarks/digits.py " + " ".join(sys.argv[1:]),
+        **origin(),
     }
     print(table(result))
     if arguments.json:

@@ -15,7 +15,6 @@ import argparse
 import json
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,17 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from origin import origin
+from published import Published
 
-from nayer_edge import lte, provenance
+from nayer_edge import lte
 from nayer_edge.bank import MemoryBank
 from nayer_edge.compute import Compute, choose, random_stream
 from nayer_edge.config import LTE, Distill, Generator, InputSpec, Synthesis
 from nayer_edge.distill import Distillation, Settings, peak_memory_mib
 from nayer_edge.models import build_classifier
 from nayer_edge.views import ViewCache
-
-sys.path.insert(0, str(Path(__file__).parent))
-from published import Published
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DRAWS_PER_IMAGE = 171
@@ -120,9 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "student_batch": arguments.student_batch,
         },
         "compute": compute.reason,
-        "hardware": provenance.hardware(),
-        "versions": provenance.versions(),
-        "command": "python benchmarks/distill_speed.py " + " ".join(sys.argv[1:]),
+        **origin(),
     }
 
 

@@ -31,9 +31,10 @@ import numpy as np
 import onnx
 import torch
 from onnx import ModelProto
+from origin import origin
 from torch.nn import functional as F
 
-from nayer_edge import data, provenance
+from nayer_edge import data
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.bank import MemoryBank, to_unit
 from nayer_edge.compute import random_stream, seeded
@@ -100,9 +101,7 @@ def main() -> None:
             "runs": runs,
             "mean": {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key != "seed"},
             "cpu_seconds": round(time.process_time() - began),
-            "hardware": provenance.hardware(),
-            "versions": provenance.versions(),
-            "command": "python benchmarks/finetune.py " + " ".join(sys.argv[1:]),
+            **origin(),
         }
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)

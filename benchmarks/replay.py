@@ -15,16 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from origin import origin
 
 from nayer_edge import compute as computing
-from nayer_edge import data, lte, provenance
+from nayer_edge import data, lte
 from nayer_edge.artefacts import RunFolder, write_json
 from nayer_edge.bank import MemoryBank
 from nayer_edge.compute import random_stream, seeded
@@ -177,12 +176,7 @@ def result(recipe: Recipe, images: int, seen: int, found: dict[str, Any]) -> dic
         "images_made": images,
         "real_images": seen,
         "studies": found,
-        "hardware": provenance.hardware(),
-        "versions": provenance.versions(),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "command": "python benchmarks/replay.py " + " ".join(sys.argv[1:]),
+        **origin(),
     }
 
 

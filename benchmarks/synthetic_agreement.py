@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,12 +31,13 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from origin import origin
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from torch import nn
 
 from nayer_edge import compute as computing
-from nayer_edge import data, evaluate, provenance
+from nayer_edge import data, evaluate
 from nayer_edge.artefacts import RunFolder, write_json
 from nayer_edge.compute import random_stream, seeded
 from nayer_edge.config import Recipe
@@ -116,12 +116,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "real_images": len(real.labels),
         "rows": rows,
         "summary": {kind: summary([row for row in rows if row["kind"] == kind]) for kind in ("teacher", "fp32")},
-        "hardware": provenance.hardware(),
-        "versions": provenance.versions(),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "command": "python benchmarks/synthetic_agreement.py " + " ".join(sys.argv[1:]),
+        **origin(),
     }
 
 

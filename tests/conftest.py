@@ -127,7 +127,10 @@ def clip_encoder(tmp_path: Path) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips GPU tests with the reason where there is no GPU."""
+    """Gives slow tests an hour, and skips GPU tests with the reason where there is no GPU."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
