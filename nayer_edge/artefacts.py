@@ -72,6 +72,10 @@ class StepRecord(BaseModel):
     seconds: float = Field(ge=0)
     finished: str = Field(description="UTC, ISO 8601")
     numbers: dict[str, float | int | str | None] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(
+        default_factory=dict, description="of packages where they are others than the manifest's: the run was continued"
+    )
+    hardware: dict[str, Any] = Field(default_factory=dict, description="where it is other than the manifest's")
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,10 @@ def read_json(path: Path, what: str) -> Any:
         raise IntegrityError(f"{path} is not readable as {what}.", why=f"{error}") from error
 
 
+def _others(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in now.items() if key not in before or before[key] != value}
+
+
 def _is_plain(path: Path) -> bool:
     """A file itself: no link, folder, pipe or device."""
     return path.is_file() and not path.is_symlink()
@@ -262,6 +270,12 @@ class RunFolder:
             ) from error
         return cls(root, manifest)
 
+    @property
+    def typed(self) -> str:
+        """The folder as an argument of a command line, which no recipe's name can be mistaken for."""
+        name = str(self.root)
+        return shlex.quote(name if "/" in name else f"./{name}")
+
     def save(self) -> None:
         """Writes the manifest."""
         write_json(self.root / MANIFEST, self.manifest.model_dump(mode="json", by_alias=True))
@@ -303,8 +317,14 @@ class RunFolder:
         parents: Sequence[Artifact],
         seconds: float,
         finished: str,
+        versions: Mapping[str, str] | None = None,
+        hardware: Mapping[str, Any] | None = None,
     ) -> None:
-        """Enters a finished step and its files, with their hashes, into the manifest, and saves it."""
+        """Enters a finished step and its files, with their hashes, into the manifest, and saves it.
+
+        Args:
+            versions, hardware: of the machine that made them; those of the run's start by default.
+        """
         hashes = tuple(self.manifest.files[name].sha256 for parent in parents for name in sorted(parent.files.values()))
         files = {name: entry for name, entry in self.manifest.files.items() if entry.step != artifact.step}
         for role, name in artifact.files.items():
@@ -323,6 +343,8 @@ class RunFolder:
             seconds=round(seconds, 3),
             finished=finished,
             numbers=dict(artifact.numbers),
+            versions=_others(versions or {}, self.manifest.versions),
+            hardware=_others(hardware or {}, self.manifest.hardware),
         )
         self.save()
 
@@ -363,8 +385,7 @@ class RunFolder:
         if step not in self.manifest.steps:
             raise UsageError(
                 f"{self.root} has no finished step '{step}'.",
-                fix=f"Type: nayer-edge run {self.manifest.recipe.get('name')} "
-                f"--out {shlex.quote(str(self.root))} --until {step}",
+                fix=f"Type: nayer-edge run {self.typed} --until {step}",
             )
         files = {entry.kind: name for name, entry in self.manifest.files.items() if entry.step == step}
         return Artifact(step, files, self.manifest.steps[step].numbers)
@@ -403,8 +424,7 @@ class RunFolder:
             raise IntegrityError(
                 f"{self.root} does not match its manifest.",
                 why="; ".join(found) + ".",
-                fix="Fetch the folder again, or make it anew: nayer-edge run "
-                f"{self.manifest.recipe.get('name')} --out {shlex.quote(str(self.root))} --fresh",
+                fix=f"Fetch the folder again, or make it anew: nayer-edge run {self.typed} --fresh",
             )
 
     @contextlib.contextmanager

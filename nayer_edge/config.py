@@ -515,7 +515,10 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
             value = text
         place = values
         for part in parts[:-1]:
-            place = place.setdefault(part, {})
+            # What a run folder left out stands there as null.
+            if place.get(part) is None:
+                place[part] = {}
+            place = place[part]
             if not isinstance(place, dict):
                 raise UsageError(f"'{part}' in --set {setting} is a value, not a section.")
         place[parts[-1]] = value

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from nayer_edge.artefacts import MANIFEST, RunFolder
 from nayer_edge.config import LTE, InputSpec, Recipe, Teacher, apply_settings, make_recipe, parse_toml, problems_of
 from nayer_edge.errors import UsageError, nearest
 from nayer_edge.labels import read_labels
@@ -42,27 +43,38 @@ def shipped() -> list[Shipped]:
 
 
 def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
-    """Reads a recipe: a shipped one by name, or a TOML file by path.
+    """Reads a recipe: a shipped one by name, a TOML file by path, or that of a run folder.
 
     Args:
         settings: `--set` items, applied before the check.
 
     Raises:
         UsageError: there is none of this name, or it does not hold.
+        IntegrityError: the run folder's manifest is damaged.
     """
-    path = _find(name_or_path)
-    values = _extended(path)
-    # The file's name is the recipe's, unless it says otherwise.
-    values.setdefault("name", path.stem)
+    if root := run_folder(name_or_path):
+        values, folder = RunFolder.open(root).manifest.recipe, root.resolve()
+    else:
+        path = _find(name_or_path)
+        values, folder = _extended(path), path.parent
+        # The file's name is the recipe's, unless it says otherwise.
+        values.setdefault("name", path.stem)
     typed = {setting.partition("=")[0].replace(" ", "") for setting in settings or []}
     if "teacher.weights" in typed:
         values = _without_teach(values)
 
     def folder_of(key: str) -> Path:
-        return Path.cwd() if key in typed else path.parent
+        return Path.cwd() if key in typed else folder
 
     values = _with_labels(apply_settings(values, settings or []), folder_of("teacher.classes"))
     return _resolve(make_recipe(values, name_or_path), folder_of)
+
+
+def run_folder(name_or_path: str) -> Path | None:
+    """The run folder that this is; None for a recipe."""
+    path = Path(name_or_path).expanduser()
+    is_run = (path / MANIFEST).is_file() and not any(recipe.name == name_or_path for recipe in shipped())
+    return path if is_run else None
 
 
 def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
@@ -164,7 +176,7 @@ def _find(name_or_path: str) -> Path:
         raise UsageError(f"There is no recipe file {path}.", fix="Type: nayer-edge recipes")
     raise UsageError(
         f"There is no recipe '{name_or_path}'.{nearest(name_or_path, known)}",
-        fix="Type: nayer-edge recipes   to list them, or give the path of a .toml file.",
+        fix="Type: nayer-edge recipes   to list them, or give the path of a .toml file or of a run folder.",
     )
 
 

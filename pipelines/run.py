@@ -221,6 +221,8 @@ def _run_step(
         parents=inputs,
         seconds=seconds,
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=provenance.versions(),
+        hardware=provenance.hardware(),
     )
     run.remove_leftovers(before)
     _discard_scratch(step, run)

@@ -54,7 +54,9 @@ def make_sbom(run: RunFolder) -> str:
     held = run.manifest
     digest = sha256_of(run.root / MANIFEST)
     files = {name: _file(name, record) for name, record in sorted(held.files.items())}
-    software = {name: _software(name, version) for name, version in sorted(held.versions.items())}
+    # A run that was continued may have been made with several versions of a package.
+    used = {*held.versions.items(), *(pair for step in held.steps.values() for pair in step.versions.items())}
+    software = [_software(name, version, held.versions.get(name) == version) for name, version in sorted(used)]
     whole = Component(
         name=str(held.recipe.get("name")),
         type=ComponentType.MACHINE_LEARNING_MODEL,
@@ -78,11 +80,11 @@ def make_sbom(run: RunFolder) -> str:
     lineage.append(
         Dependency(
             ref=whole.bom_ref,
-            dependencies=[Dependency(ref=part.bom_ref) for part in (*files.values(), *software.values())],
+            dependencies=[Dependency(ref=part.bom_ref) for part in (*files.values(), *software)],
         )
     )
     bom = Bom(
-        components=[*files.values(), *software.values()],
+        components=[*files.values(), *software],
         serial_number=uuid.uuid5(uuid.NAMESPACE_URL, f"urn:nayer-edge:{digest}"),
         metadata=BomMetaData(component=whole, timestamp=_finished(run)),
         dependencies=lineage,
@@ -121,17 +123,18 @@ def _file(name: str, record: FileRecord) -> Component:
     )
 
 
-def _software(name: str, version: str) -> Component:
+def _software(name: str, version: str, at_first: bool) -> Component:
     from cyclonedx.model.component import Component, ComponentType
     from packageurl import PackageURL
 
+    reference = f"software:{inert(name)}" if at_first else f"software:{inert(name)}@{inert(version)}"
     if name == "python":
-        return Component(name="Python", type=ComponentType.PLATFORM, version=version, bom_ref="software:python")
+        return Component(name="Python", type=ComponentType.PLATFORM, version=inert(version), bom_ref=reference)
     return Component(
         name=inert(name),
         type=ComponentType.LIBRARY,
         version=inert(version),
-        bom_ref=f"software:{inert(name)}",
+        bom_ref=reference,
         purl=PackageURL("pypi", name=name.lower().replace("_", "-"), version=version),
     )
 

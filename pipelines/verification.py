@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
@@ -70,7 +69,7 @@ def require_expected(findings: Findings, digest: str) -> None:
 
 def continuation(run: RunFolder) -> str:
     """What to type to finish an interrupted run."""
-    return f"nayer-edge run {run.manifest.recipe.get('name')} --out {shlex.quote(str(run.root))}"
+    return f"nayer-edge run {run.typed}"
 
 
 def _left_by(name: str, run: RunFolder) -> str | None:

@@ -31,7 +31,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Run = Annotated[Path, typer.Argument(help="A run folder, for example runs/digits.", show_default=False)]
-RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a .toml file.", show_default=False)]
+RecipeName = Annotated[
+    str,
+    typer.Argument(help="A shipped recipe's name, a .toml file, or a run folder to go on with.", show_default=False),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe; repeatable."),
@@ -126,7 +129,7 @@ def watched(as_json: bool) -> tuple[Console, Progress]:
 
 
 def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
-    """A shipped recipe or a file, with overrides."""
+    """A shipped recipe, a file's or a run folder's, with overrides."""
     # Imported here: pydantic takes half of what `--help` may take.
     from ..recipe import load_recipe
 
@@ -140,9 +143,11 @@ def open_run(root: Path) -> RunFolder:
     return RunFolder.open(root)
 
 
-def default_out(recipe: Recipe) -> Path:
-    """Where a recipe runs unless told."""
-    return Path("runs") / recipe.name
+def default_out(name: str, recipe: Recipe) -> Path:
+    """Where a recipe runs unless told: that of a run folder in its folder."""
+    from ..recipe import run_folder
+
+    return run_folder(name) or Path("runs") / recipe.name
 
 
 def recipe_in(root: Path) -> Recipe:

@@ -24,7 +24,7 @@ def quickstart(
     run_steps(load_recipe("digits", settings), out, fresh=fresh, as_json=as_json)
 
 
-@app.command(epilog=example("nayer-edge run digits --set distill.epochs=20 --out runs/mine"))
+@app.command(epilog=example("nayer-edge run digits --set seed=1 --out runs/mine", "nayer-edge run runs/mine"))
 def run(
     recipe: RecipeName,
     until: Annotated[str | None, typer.Option("--until", metavar="STEP", help="Stop after this step.")] = None,
@@ -34,9 +34,9 @@ def run(
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Runs a recipe; continues where it stopped."""
+    """Runs a recipe; continues where it stopped. A run folder goes on with its own recipe."""
     chosen = load_recipe(recipe, settings)
-    run_steps(chosen, out or default_out(chosen), last=until, fresh=fresh, as_json=as_json)
+    run_steps(chosen, out or default_out(recipe, chosen), last=until, fresh=fresh, as_json=as_json)
 
 
 @app.command(epilog=example("nayer-edge teach digits --out runs/teacher"))
@@ -50,7 +50,7 @@ def teach(
             f"The recipe '{chosen.name}' has no [teach] section: its teacher comes from teacher.weights.",
             fix="Choose a recipe that trains one, for example: nayer-edge teach digits",
         )
-    run_steps(chosen, out or default_out(chosen), last="teacher", as_json=as_json)
+    run_steps(chosen, out or default_out(recipe, chosen), last="teacher", as_json=as_json)
 
 
 @app.command(epilog=example("nayer-edge distill digits --out runs/digits"))
@@ -69,7 +69,7 @@ def distill(
 
     def work() -> None:
         chosen = load_recipe(recipe, settings)
-        run_steps(chosen, out or default_out(chosen), last="student", fresh=fresh, as_json=as_json)
+        run_steps(chosen, out or default_out(recipe, chosen), last="student", fresh=fresh, as_json=as_json)
 
     if launched()[1] == 1:
         work()

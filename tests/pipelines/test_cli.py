@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -55,6 +56,23 @@ def settings_of(root: Path) -> list[str]:
         for key, value in values[section].items()
         if isinstance(value, int | float | str)
     ]
+
+
+def test_what_a_message_says_to_type_goes_on_with_the_run(tiny_run: Path, tmp_path: Path, invoke: Invoke) -> None:
+    """Whatever the recipe was, and with its own settings."""
+    root = tmp_path / "a run"
+    run_recipe(recipe_of(RunFolder.open(tiny_run).manifest.recipe, tiny_run), root, last="lte")
+    answer = invoke("calibration-data", root, "--out", tmp_path / "c")
+    assert answer.code == 2
+    typed = re.search(r"Type: nayer-edge (run .* --until student)$", answer.err, re.MULTILINE)
+    assert typed is not None, answer.err
+    assert invoke(*shlex.split(typed[1])).code == 0
+    assert list(RunFolder.open(root).manifest.steps) == ["teacher", "lte", "student"]
+    theirs = RunFolder.open(tiny_run).manifest.files["student/student.safetensors"]
+    assert RunFolder.open(root).manifest.files["student/student.safetensors"].sha256 == theirs.sha256
+    # The verdict of so small a run is no pass.
+    assert invoke("run", root).code == 1
+    assert (root / "report.html").is_file()
 
 
 def record_again(root: Path, name: str) -> None:

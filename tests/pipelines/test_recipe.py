@@ -8,8 +8,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from nayer_edge.artefacts import RunFolder
 from nayer_edge.config import Recipe, apply_settings
-from nayer_edge.errors import UsageError
+from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.pipelines import preflight
 from nayer_edge.pipelines.recipe import Shipped, load_recipe, portable, recipe_of, shipped
 from nayer_edge.pipelines.schemas import load
@@ -160,7 +161,7 @@ def test_settings() -> None:
         "digits",
         ["distill.epochs=7", "teach.lr=0.5", "export.targets=['cpu', 'arm']", "description=plain words", "seed = 4"],
     )
-    assert recipe.distill.epochs == 7
+    assert recipe.distill.epochs == 27
     assert recipe.teach is not None
     assert recipe.teach.lr == 0.5
     assert recipe.export.targets == ("cpu", "arm")
@@ -270,3 +271,24 @@ def test_a_model_of_ones_own_file_is_told_relative_too(tmp_path: Path) -> None:
     values = portable(recipe, root)
     assert values["student"]["model"] == "python:../../net.py:make"
     assert recipe_of(values, root).student.model == recipe.student.model
+
+
+def test_a_run_folder_holds_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was resolved, `--set` and all; its paths are still found from the folder; a shipped name goes before."""
+    weights = tmp_path / "weights" / "teacher.safetensors"
+    recipe = load_recipe(str(write(tmp_path / "mine.toml", MINIMAL)), ["distill.epochs=27"])
+    root = tmp_path / "runs" / "mine"
+    RunFolder.create(root, portable(recipe, root), recipe.seed, {}, {})
+    again = load_recipe(str(root), ["distill.steps=3"])
+    assert (again.name, again.distill.epochs, again.distill.steps) == ("mine", 27, 3)
+    assert again.teacher.weights == str(weights.resolve())
+    # A section that the run left out stands in its manifest as null, and is begun.
+    assert apply_settings({"teach": None}, ["teach.epochs=2"]) == {"teach": {"epochs": 2}}
+    monkeypatch.chdir(tmp_path / "runs")
+    (tmp_path / "runs" / "mine").rename(tmp_path / "runs" / "digits")
+    assert load_recipe("digits").distill.epochs != 27
+    assert load_recipe("./digits").distill.epochs == 27
+    assert RunFolder.open(Path("digits")).typed == "./digits"
+    (tmp_path / "runs" / "digits" / "manifest.json").write_text("{}")
+    with pytest.raises(IntegrityError):
+        load_recipe("./digits")

@@ -98,6 +98,23 @@ def test_a_changed_limit_makes_only_gate_and_page_anew(finished: Path) -> None:
         assert after.steps[name] == before.steps[name]
 
 
+def test_a_run_continued_elsewhere_says_so(finished: Path) -> None:
+    """Steps that were made later, with another torch and on another processor, name both; the rest do not."""
+    now = manifest(finished)
+    assert all(not (step.versions or step.hardware) for step in now.steps.values())
+    values = json.loads((finished / MANIFEST).read_text())
+    values["versions"]["torch"] = "2.11.0"
+    values["hardware"]["cpu"] = "another"
+    (finished / MANIFEST).write_text(json.dumps(values))
+    assert made(again(finished, "gate.accuracy.max_drop_vs_teacher=1.0")) == ["gate", "report"]
+    after = manifest(finished)
+    assert after.versions["torch"] == "2.11.0"
+    for name, step in after.steps.items():
+        later = name in ("gate", "report")
+        assert step.versions == ({"torch": now.versions["torch"]} if later else {}), name
+        assert step.hardware == ({"cpu": now.hardware["cpu"]} if later else {}), name
+
+
 def test_a_changed_validation_does_not_touch_training(finished: Path) -> None:
     events = again(finished, "validate.synthetic_images=50", last="validate")
     assert made(events) == ["validate"]

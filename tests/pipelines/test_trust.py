@@ -87,7 +87,7 @@ def test_an_interrupted_run_is_not_called_altered(invoke, root: Path) -> None:  
     answer = invoke("verify", root)
     assert answer.code == 130
     assert "interrupted in manifest, student" in answer.out
-    assert f"continue with: nayer-edge run small --out '{root}'" in answer.out
+    assert f"continue with: nayer-edge run '{root}'" in answer.out
     assert "✗" not in answer.out
     found = json.loads(invoke("verify", root, "--json").out)
     assert found["problems"] == []
@@ -326,6 +326,23 @@ def test_the_bill_of_a_run(invoke, finished: Path, tmp_path: Path) -> None:  # t
     assert json.loads(invoke("sbom", finished, "--out", out, "--json").out)["components"] == len(bill["components"])
     assert out.read_text(encoding="utf-8") == answer.out
     assert str(finished) not in answer.out
+
+
+def test_the_bill_of_a_continued_run_names_both_versions(root: Path) -> None:
+    from nayer_edge.pipelines.sbom import make_sbom
+
+    values = json.loads((root / MANIFEST).read_text())
+    values["versions"] |= {"torch": "2.11.0", "python": "3.11.7"}
+    last = list(values["steps"].values())[-1]
+    last["versions"] = {"torch": "2.15.0", "python": "3.12.1"}
+    (root / MANIFEST).write_text(json.dumps(values))
+    text = make_sbom(RunFolder.open(root))
+    assert valid(text)
+    bill = json.loads(text)
+    for name, wanted in (("torch", {"2.11.0", "2.15.0"}), ("Python", {"3.11.7", "3.12.1"})):
+        parts = [part for part in bill["components"] if part["name"] == name]
+        assert {part["version"] for part in parts} == wanted
+        assert len({part["bom-ref"] for part in parts}) == 2
 
 
 def test_the_bill_of_an_altered_run_is_refused(invoke, root: Path) -> None:  # type: ignore[no-untyped-def]
