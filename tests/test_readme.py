@@ -25,7 +25,7 @@ from nayer_edge.pipelines.recipe import load_recipe, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUNNABLE = {"gate", "verify", "validate", "report", "export", "bench", "calibration-data", "doctor", "recipes", "lte"}
 """commands that a finished tiny run answers in seconds"""
 
@@ -44,6 +44,11 @@ def test_tables_come_from_committed_figures(name: str, monkeypatch: pytest.Monke
     else:
         wanted = benchmark.tables(benchmark.read(benchmark.RESULTS))
     assert f"{benchmark.BEGIN}\n{wanted}\n{benchmark.END}" in README.read_text(encoding="utf-8")
+
+
+def test_every_measurement_is_listed() -> None:
+    listed = set(re.findall(r"`(\w+\.py)", (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in (ROOT / "benchmarks").glob("*.py")}
 
 
 @dataclass(frozen=True)
