@@ -26,6 +26,7 @@ from origin import origin
 from nayer_edge import data
 from nayer_edge.artefacts import RunFolder
 from nayer_edge.config import Recipe
+from nayer_edge.export.targets import get_target, is_native
 from nayer_edge.export.to_int8 import run_onnx, to_int8
 from nayer_edge.pipelines.deploy import FP32, SyntheticSource
 from nayer_edge.pipelines.recipe import recipe_of
@@ -89,7 +90,7 @@ def measured(
                             holdout_images=holdout,
                             provenance=kind,
                         )
-                        int8 = run_onnx(made.path, images)
+                        int8 = run_onnx(made.path, images, as_written=not is_native(get_target(target)))
                     rows.append(
                         {
                             "source": kind,

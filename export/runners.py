@@ -154,7 +154,7 @@ class OrtRunner:
         as_written: bool = False,
     ) -> None:
         self.path, self.provider, self.threads = path, provider, threads or available_threads()
-        self._batch, self._target, self._as_written = batch, target, as_written
+        self._batch, self._target, self.as_written = batch, target, as_written
         self._session: ort.InferenceSession | None = None
 
     def __enter__(self) -> Self:
@@ -206,7 +206,7 @@ class OrtRunner:
         options.log_severity_level = _QUIET
         # Idle threads of one session must not take the processor from another that is being timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if self._as_written:
+        if self.as_written:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         for key, value in self._target.session_options if self._target else ():
             options.add_session_config_entry(key, value)

@@ -6,6 +6,7 @@ biases. The facts behind the table, with sources, are in docs/ARCHITECTURE.md (d
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -144,6 +145,12 @@ def get_target(name: str) -> Target:
             why=f"The targets are {', '.join(TARGETS)}.",
         )
     return TARGETS[name]
+
+
+def is_native(target: Target) -> bool:
+    """What ONNX Runtime computes here for this target is what its device computes: the kernels are the same."""
+    machine = platform.machine().lower()
+    return target.name == "cpu" or (target.name == "arm" and machine in ("aarch64", "arm64"))
 
 
 @dataclass(frozen=True)

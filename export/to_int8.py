@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -37,7 +36,7 @@ from .sensitivity import (
     layer_errors,
     most_sensitive_first,
 )
-from .targets import Target, get_target, quantized_operators
+from .targets import Target, get_target, is_native, quantized_operators
 
 Method = Literal["auto", "minmax", "percentile", "entropy", "mse"]
 FINETUNED = "finetuned"
@@ -251,7 +250,7 @@ class _Search:
         assert self._holdout is not None
         candidate = self._folder / "candidate.onnx"
         _write(self.quantized(float_nodes, method), candidate, self._source, {})
-        return run_onnx(candidate, self._holdout, as_written=not _native(self._target))
+        return run_onnx(candidate, self._holdout, as_written=not is_native(self._target))
 
     def best(self) -> Agreement:
         """Agreement of what has been chosen so far."""
@@ -335,15 +334,9 @@ def _rank(score: Agreement) -> tuple[float, float]:
 
 def measured_in(target: Target) -> str:
     """Where this module's agreement scores are measured, in words."""
-    if _native(target):
+    if is_native(target):
         return "ONNX Runtime, CPUExecutionProvider"
     return "ONNX Runtime on this processor, Q/DQ computed in float: the arithmetic of the graph, not of the device"
-
-
-def _native(target: Target) -> bool:
-    """The target's device multiplies as this processor does, so that what is measured here is what it computes."""
-    on_arm = platform.machine().lower() in ("aarch64", "arm64")
-    return target.name == ("arm" if on_arm else "cpu")
 
 
 def run_onnx(path: Path, images: np.ndarray, *, as_written: bool = False) -> np.ndarray:

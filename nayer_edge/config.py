@@ -5,8 +5,10 @@ The names follow the paper (Tran et al., CVPR 2024) and its published code; docs
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -436,7 +438,10 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = known_keys(model, problem["loc"][:-1])
-            sentences.append(f"unknown key '{where}'.{nearest(str(problem['loc'][-1]), known)}")
+            hint = nearest(str(problem["loc"][-1]), known)
+            section = where.rpartition(".")[0]
+            whole = hint.replace("'", f"'{section}.", 1) if section else hint
+            sentences.append(f"unknown key '{where}'.{whole}")
         elif problem["type"] == "missing":
             sentences.append(f"'{where}' is missing.")
         else:
@@ -459,12 +464,18 @@ def known_keys(model: type[BaseModel], location: tuple[int | str, ...] = ()) -> 
     return [field.alias or name for name, field in current.model_fields.items()]
 
 
-def make_recipe(values: dict[str, Any], source: str) -> Recipe:
+def make_recipe(values: dict[str, Any], source: str, settings: Sequence[str] = ()) -> Recipe:
     """Checks a recipe; all its problems are reported at once.
+
+    Args:
+        settings: `--set` items that are part of the values already, for the message.
 
     Raises:
         UsageError: it does not hold.
     """
+    if settings:
+        typed = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+        return _checked(Recipe, values, f"The recipe {source} does not hold with {typed}:", "Mend what --set says.")
     fix = "Mend these lines. `nayer-edge recipes` shows recipes that work."
     return _checked(Recipe, values, f"The recipe {source} does not hold:", fix)
 

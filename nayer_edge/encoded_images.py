@@ -106,13 +106,21 @@ def open_folder(path: Path, spec: InputSpec, classes: Sequence[str], fit: Fit) -
     Raises:
         UsageError: other folders, no pictures, or pictures that do not fit.
     """
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    entries = sorted(path.iterdir())
+    folders = [entry for entry in entries if entry.is_dir()]
     unknown = [entry.name for entry in folders if entry.name not in classes]
-    if unknown or not folders:
+    named = f"like the classes: {', '.join(list(classes)[:5])}, …"
+    if not folders:
+        raise UsageError(
+            f"{path} is empty." if not entries else f"{path} has no class folders.",
+            why="A hold-out of pictures is a folder that holds one folder of pictures for each class.",
+            fix=f"Name those {named}",
+        )
+    if unknown:
         raise UsageError(
             f"The class folders in {path} are not the teacher's classes.",
-            why=f"Unknown: {', '.join(unknown[:5])}." if unknown else "There are none.",
-            fix=f"Name them like the classes: {', '.join(list(classes)[:5])}, …",
+            why=f"Unknown: {', '.join(unknown[:5])}.",
+            fix=f"Name them {named}",
         )
     numbers = {label: number for number, label in enumerate(classes)}
     files = [(file, numbers[entry.name]) for entry in folders for file in _pictures(entry)]

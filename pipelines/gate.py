@@ -98,6 +98,11 @@ def load_report(run: RunFolder) -> Report:
     """
     path = run.path(REPORT_PATH)
     again = f"Type: nayer-edge validate {shlex.quote(str(run.root))}"
+    if not path.exists() and not run.manifest.steps.keys() >= {"student", "int8"}:
+        missing = "student" if "student" not in run.manifest.steps else "INT8 artefact"
+        raise UsageError(
+            f"{run.root} has not been validated.", f"It has no {missing} yet.", f"Type: nayer-edge run {run.typed}"
+        )
     if not path.exists():
         raise UsageError(f"{run.root} has not been validated.", f"It holds no {REPORT_PATH}.", again)
     if REPORT_PATH not in run.manifest.files:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +17,10 @@ from nayer_edge.errors import UsageError
 from nayer_edge.labels import read_labels
 from nayer_edge.model_names import parse
 
+from .answers import checked_name, named_after, parse_shape, parse_values
 from .inspect_checkpoint import Findings, Guess
-from .sizes import Effort, choose, cost_of, device_at_hand, student_for
+from .sizes import Effort, choose, cost_of, device_at_hand, speed_of, student_for
 from .starter_recipe import Plan
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -144,15 +143,17 @@ def settle(found: Findings, given: Given) -> Plan:
     weights = None if found.path.is_dir() else str(found.path.resolve())
     teacher = Teacher(model=model, weights=weights, weights_key=given.key, classes=classes, input=spec)
     # What `run` will do first: the weights in the network, finite, with BatchNorms, and one answer.
-    teachers.load(teacher, teachers.untrained(teacher))
-    device = device_at_hand(given.device)
+    network, _ = teachers.load(teacher, teachers.untrained(teacher))
     cost = cost_of(model, spec, len(classes))
+    device = device_at_hand(given.device)
+    if device.kind == "cpu" and given.effort == "normal":
+        device = dataclasses.replace(device, flop_per_s=speed_of(network, cost))
     student = given.student or student_for(spec, len(classes), cost, model)
     if student == model:
         raise UsageError(f"Teacher and student are both {model}.", fix="Name a smaller network with --student.")
     student_cost = cost_of(student, spec, len(classes))
     return Plan(
-        name=_name(given.name or named_after(found.path)),
+        name=checked_name(given.name or named_after(found.path)),
         checkpoint=found.path.resolve(),
         key=given.key,
         model=model,
@@ -169,33 +170,6 @@ def settle(found: Findings, given: Given) -> Plan:
         batch_norms=found.batch_norms,
         origins={"input": spec_origin, "labels": labels_origin},
     )
-
-
-def parse_shape(text: str, channels: int) -> tuple[int, int, int]:
-    """ "3x224x224", "224x224" or "224" → (channels, height, width).
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    parts = re.split(r"[x×,]", text.strip().lower().replace(" ", ""))
-    if not 1 <= len(parts) <= 3 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise UsageError(f"'{text}' is no image size.", fix="For example: --input 3x224x224")
-    sizes = [int(part) for part in parts]
-    if len(sizes) == 1:
-        sizes *= 2
-    return (sizes[0], sizes[1], sizes[2]) if len(sizes) == 3 else (channels, sizes[0], sizes[1])
-
-
-def parse_values(text: str, flag: str) -> tuple[float, ...]:
-    """ "0.485,0.456,0.406" → its numbers.
-
-    Raises:
-        UsageError: they are none.
-    """
-    try:
-        return tuple(float(part) for part in re.split(r"[,\s]+", text.strip().strip("[]()")))
-    except ValueError as error:
-        raise UsageError(f"'{text}' are no numbers.", fix=f"For example: {flag} 0.485,0.456,0.406") from error
 
 
 def _spec(found: Findings, given: Given) -> tuple[InputSpec, str]:
@@ -236,20 +210,6 @@ def _class_names(found: Findings, given: Given) -> tuple[tuple[str, ...], Path |
     guess: Guess | None = found.labels
     assert guess is not None
     return tuple(guess.value), None, guess.origin + ("" if guess.sure else " (a guess)")
-
-
-def named_after(path: Path) -> str:
-    """A recipe's name from that of the checkpoint."""
-    stem = path.name if path.is_dir() else path.stem
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64] or "mine"
-
-
-def _name(name: str) -> str:
-    if not NAME.fullmatch(name):
-        raise UsageError(
-            f"'{name}' cannot name a recipe.", fix="Take letters, digits, dots, dashes and underscores, at most 64."
-        )
-    return name
 
 
 def summary(found: Findings) -> dict[str, Any]:

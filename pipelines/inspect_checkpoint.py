@@ -91,12 +91,8 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
     tensors = read_state_dict(path, key)
     shapes = shapes_of(tensors)
     batch_norms = _require_batch_norms(path, shapes)
-    channels = channels or _channels(path, shapes)
     classes = _classes(path, tensors, shapes)
-    if model is not None:
-        found = [match] if (match := compare(model, shapes, channels, classes)) else []
-    else:
-        found = find(shapes, channels, classes, path.stem)
+    channels, found = _network(path, shapes, model, channels or _channels(path, shapes), classes)
     card = _card_beside(path)
     name = model or (found[0].model if found and found[0].exact else None)
     return Findings(
@@ -111,6 +107,25 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
         input=_input(path, name, channels, classes, card),
         labels=_labels(path, name, classes, card),
     )
+
+
+def _network(path: Path, shapes: Shapes, model: str | None, channels: int, classes: int) -> tuple[int, list[Match]]:
+    """Networks that these weights belong to, with the channels that their images have: those that were said, or, where
+    no network fits and one of those fits that the tensors tell of, these."""
+
+    def matches(channels: int) -> list[Match]:
+        if model is None:
+            return find(shapes, channels, classes, path.stem)
+        match = compare(model, shapes, channels, classes)
+        return [] if match is None else [match]
+
+    found = matches(channels)
+    seen = _image_channels(shapes)
+    if seen not in (None, channels) and not any(match.exact for match in found):
+        others = matches(seen)
+        if any(match.exact for match in others):
+            return seen, others
+    return channels, found
 
 
 def _look_at_folder(path: Path) -> Findings:
@@ -159,13 +174,21 @@ def _require_batch_norms(path: Path, shapes: Shapes) -> int:
 
 
 def _channels(path: Path, shapes: Shapes) -> int:
-    """Input channels of the convolution that sees the image. The order of a file's tensors does not say which that is;
-    it is the one with the fewest input channels that is not depthwise (those have one each, and there are many)."""
-    convolutions = [shape for shape in shapes.values() if len(shape) == 4 and shape[2] * shape[3] > 1]
-    if not convolutions:
+    seen = _image_channels(shapes)
+    if seen is None:
         raise UsageError(
             f"The network in {path} has no convolutions on images.", fix="Give a checkpoint of an image classifier."
         )
+    return seen
+
+
+def _image_channels(shapes: Shapes) -> int | None:
+    """Input channels of the convolution that sees the image; None where there is none. The order of a file's tensors
+    does not say which that is; it is the one with the fewest input channels that is not depthwise (those have one each,
+    and there are many)."""
+    convolutions = [shape for shape in shapes.values() if len(shape) == 4 and shape[2] * shape[3] > 1]
+    if not convolutions:
+        return None
     several = [shape[1] for shape in convolutions if shape[1] > 1]
     return 1 if len(convolutions) == len(several) + 1 or not several else min(several)
 

@@ -17,6 +17,8 @@ from .steps import Step
 if TYPE_CHECKING:
     from nayer_edge.models import Classifier
 
+_MEND_DATA = "Name another with: nayer-edge validate RUN --data …   or use synthetic images: --synthetic"
+
 
 def check(recipe: Recipe, steps: Sequence[Step]) -> None:
     """Looks for files that are not there, models that cannot be built, and targets that nobody knows.
@@ -48,14 +50,15 @@ def check(recipe: Recipe, steps: Sequence[Step]) -> None:
         problems += _processes(recipe)
     if "int8" in names:
         problems += _targets(recipe)
-    if "validate" in names:
-        missing = _path("validate.data", recipe.validate_.data)
-        problems += [f"{problem} (nayer-edge validate RUN --data names another)" for problem in missing]
+    missing_data = _path("validate.data", recipe.validate_.data) if "validate" in names else []
+    problems += missing_data
     if problems:
         raise UsageError(
             f"The recipe '{recipe.name}' cannot run here:",
             why="\n".join(f"  - {problem}" for problem in problems),
-            fix="Mend these lines, or override them with --set. Nothing was started.",
+            fix=_MEND_DATA
+            if problems == missing_data
+            else "Mend these lines, or override them with --set. Nothing was started.",
         )
 
 

@@ -66,8 +66,14 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
     def folder_of(key: str) -> Path:
         return Path.cwd() if key in typed else folder
 
-    values = _with_labels(apply_settings(values, settings or []), folder_of("teacher.classes"))
-    return _resolve(make_recipe(values, name_or_path), folder_of)
+    changed = _with_labels(apply_settings(values, settings or []), folder_of("teacher.classes"))
+    try:
+        recipe = make_recipe(changed, name_or_path, settings or [])
+    except UsageError:
+        # Where it is the file that does not hold, its own lines are to be mended.
+        make_recipe(_with_labels(values, folder_of("teacher.classes")), name_or_path)
+        raise
+    return _resolve(recipe, folder_of)
 
 
 def run_folder(name_or_path: str) -> Path | None:

@@ -30,8 +30,8 @@ from nayer_edge.model_names import parse, published_weights
 from nayer_edge.progress import Progress, Silent
 
 from . import preflight
-from .recipe import BUILT_IN_DATA, portable
-from .steps import Step, settings_of, until
+from .recipe import BUILT_IN_DATA, portable, recipe_of
+from .steps import STEPS, Step, settings_of, until
 
 NAMED_FILES = {"teacher.weights": True, "teach.data": False, "validate.data": True}
 """keys of the recipe that name files of the user's, and whether every byte of a folder counts (training images may be
@@ -128,6 +128,29 @@ def _refuse_another(recipe: Recipe, run: RunFolder, steps: tuple[Step, ...]) -> 
                 why="Changed since: " + "; ".join(changed) + ".",
                 fix="Choose another folder with --out, or discard it with --fresh.",
             )
+        if record is None and (changed := _changes_since_begun(step, recipe, run)):
+            raise UsageError(
+                f"{root} holds an unfinished '{step.name}' that was begun with other settings.",
+                why="Changed since: " + "; ".join(changed) + ".",
+                fix=f"To go on with those that it has, type: nayer-edge run {run.typed}\n"
+                "Otherwise choose another folder with --out, or discard it with --fresh.",
+            )
+
+
+def _changes_since_begun(step: Step, recipe: Recipe, run: RunFolder) -> list[str]:
+    """What would make the checkpoint of an interrupted step worthless; nothing where it has none."""
+    if not any(run.path(name).is_file() for name in step.scratch):
+        return []
+    before = recipe_of(run.manifest.recipe, run.root)
+    decisive = [part for part in STEPS if part.name in (*step.inputs, step.name)]
+    changed = [
+        change
+        for part in decisive
+        for change in _changes(_settings(part, before, None), _settings(part, recipe, None))
+        # Where it is computed may change on the way.
+        if not change.startswith(("device:", "precision:"))
+    ]
+    return list(dict.fromkeys(changed))
 
 
 def _to_make(step: Step, recipe: Recipe, record: StepRecord | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from nayer_edge.artefacts import RunFolder
 from nayer_edge.config import Recipe
 from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError
 from nayer_edge.export.runners import OrtRunner, Runner, TensorRtRunner
-from nayer_edge.export.targets import TARGETS, Target, get_target
+from nayer_edge.export.targets import TARGETS, get_target, is_native
 
 from .deploy import FP16, FP32, int8_file, wants_fp16
 
@@ -40,13 +39,7 @@ class Candidate:
     @property
     def timed(self) -> bool:
         """Its speed here is its device's: a graph made for another one runs, and says nothing about that."""
-        return self.runtime != "onnxruntime" or native(get_target(self.target))
-
-
-def native(target: Target) -> bool:
-    """This machine is such a device."""
-    machine = platform.machine().lower()
-    return target.name == "cpu" or (target.name == "arm" and machine in ("aarch64", "arm64"))
+        return self.runtime != "onnxruntime" or is_native(get_target(self.target))
 
 
 def graphs(config: Recipe) -> list[Candidate]:
@@ -93,7 +86,9 @@ def open_all(
         path = run.path(candidate.file)
         try:
             if candidate.runtime == "onnxruntime":
-                runner: Any = OrtRunner(path, threads=threads, target=get_target(candidate.target))
+                target = get_target(candidate.target)
+                # Another device computes what the graph says, not what ONNX Runtime's kernels here make of it.
+                runner: Any = OrtRunner(path, threads=threads, target=target, as_written=not is_native(target))
             else:
                 runner = TensorRtRunner(path, flavour=candidate.runtime)
             opened[candidate.name] = stack.enter_context(runner)

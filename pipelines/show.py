@@ -71,27 +71,35 @@ class Bars:
 
 
 class Lines:
-    """Plain lines, one every ten seconds at most; for CI servers and files."""
+    """Plain lines for CI servers and files: new figures every ten seconds at most, and without any a sign of life once
+    a minute."""
 
-    def __init__(self, console: Console, every_seconds: float = 10.0) -> None:
-        self._console, self._every = console, every_seconds
+    def __init__(self, console: Console, every_seconds: float = 10.0, silent_seconds: float = 60.0) -> None:
+        self._console, self._every, self._silent = console, every_seconds, silent_seconds
         self._what, self._total, self._done, self._last = "", 1, 0, 0.0
+        self._figures = ""
 
     def start(self, what: str, total: int) -> None:
         """Begins a piece of work."""
         self._what, self._total, self._done, self._last = what, max(total, 1), 0, time.monotonic()
+        self._figures = ""
 
     def advance(self, count: int = 1) -> None:
-        """Counts."""
+        """Counts, and prints a line if nothing was printed for long."""
         self._done += count
+        if time.monotonic() - self._last >= self._silent:
+            self._print()
 
     def figures(self, **figures: float | str) -> None:
         """Prints a line if the last is old enough."""
-        now = time.monotonic()
-        if now - self._last >= self._every:
-            self._last = now
-            share = 100 * self._done / self._total
-            self._console.print(f"  {self._what} {share:3.0f} %  {written(figures)}", markup=False, highlight=False)
+        self._figures = f"  {written(figures)}"
+        if time.monotonic() - self._last >= self._every:
+            self._print()
+
+    def _print(self) -> None:
+        self._last = time.monotonic()
+        share = 100 * self._done / self._total
+        self._console.print(f"  {self._what} {share:3.0f} %{self._figures}", markup=False, highlight=False)
 
     def notice(self, text: str) -> None:
         """Prints a line."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,22 +12,31 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nayer_edge.compute import choose as choose_compute
+from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import NayerEdgeError
-from nayer_edge.models import build_classifier
+from nayer_edge.generator import Generator
+from nayer_edge.models import Classifier, build_classifier
 
 from .doctor import memory_gib
 
 Effort = Literal["trial", "normal"]
 
-CPU_FLOP = 4e14
-"""floating-point operations that a run on a processor should take: about an hour on a few cores"""
+CPU_SECONDS = 3600.0
+"""that a run on a processor should take"""
+CPU_EPOCHS = (10, 40)
+"""fewest and most epochs of a run on a processor"""
+LEAST_CHANNELS = 32
+"""of a generator that is made narrower than the paper's"""
 LARGE = 64
 """pixels of the longer side above which the settings for ImageNet's sizes hold"""
 BACKWARD = 3
 """a step's cost and memory as multiples of a forward pass (forward, and twice as much backward)"""
 SHARE = 0.4
 """of the free memory that activations may take"""
+MEASURED_FLOP = 2e10
+"""operations of one pass that measures the device's speed"""
 MIB = 2**20
 
 
@@ -52,11 +63,13 @@ class Device:
         kind: cpu or cuda.
         name: for a comment.
         free_bytes: memory that it may use.
+        flop_per_s: floating-point operations that networks like the teacher reach in a second.
     """
 
     kind: Literal["cpu", "cuda"]
     name: str
     free_bytes: float
+    flop_per_s: float = 1e11
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,8 @@ class Sizes:
     """The numbers of a recipe that depend on device, image size and networks.
 
     Attributes:
+        generator_channels: None for the paper's.
+        seconds: what the whole run takes on a processor, about; None where nobody can tell.
         reasons: why, by name of the number.
     """
 
@@ -82,6 +97,8 @@ class Sizes:
     calibration_images: int
     synthetic_images: int
     reasons: dict[str, str]
+    generator_channels: int | None = None
+    seconds: float | None = None
 
 
 def device_at_hand(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Device:
@@ -90,9 +107,7 @@ def device_at_hand(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Device:
     Raises:
         MissingError: CUDA was asked for and there is none.
     """
-    from nayer_edge.compute import choose
-
-    chosen = choose(kind)
+    chosen = choose_compute(kind)
     if chosen.device.type == "cuda":
         return Device("cuda", torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0])
     return Device("cpu", chosen.reason.partition(",")[0], (memory_gib()[1] or 4.0) * 2**30)
@@ -122,6 +137,35 @@ def cost_of(model: str, spec: InputSpec, classes: int) -> Cost:
     return Cost(float(counter.get_total_flops()), float(kept), network.parameter_count)
 
 
+def generator_flop(spec: InputSpec, classes: int, channels: int) -> float:
+    """Floating-point operations of the generator for one image (embeddings as long as MiniLM's)."""
+    dimensions, batch = 384, 2 * classes
+    with torch.device("meta"):
+        config = GeneratorConfig(channels=channels)
+        network = Generator(dimensions, classes, batch, spec.shape, config)
+        embeddings = torch.zeros(batch, dimensions)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.train()(embeddings)
+    return counter.get_total_flops() / batch
+
+
+def speed_of(teacher: Classifier, cost: Cost, seconds: float = 1.0) -> float:
+    """Floating-point operations in a second, measured here: the teacher forward, and backward to the images."""
+    compute = choose_compute("cpu")
+    network = compute.place(teacher).eval().requires_grad_(False)
+    batch = int(min(max(MEASURED_FLOP / (BACKWARD * cost.flop), 2), 64))
+    images = torch.rand(batch, *teacher.spec.shape)
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < seconds:
+        began = time.perf_counter()
+        with compute.autocast():
+            logits = network(images.requires_grad_())
+        logits.float().logsumexp(dim=1).sum().backward()
+        times.append(time.perf_counter() - began)
+    # The first pass plans.
+    return batch * BACKWARD * cost.flop / statistics.median(times[1:])
+
+
 def choose(spec: InputSpec, classes: int, teacher: Cost, student: Cost, device: Device, effort: Effort) -> Sizes:
     """Sizes for a run; those of the paper where a GPU lets them be, smaller ones on a processor."""
     if effort == "trial":
@@ -141,20 +185,34 @@ def choose(spec: InputSpec, classes: int, teacher: Cost, student: Cost, device: 
     values["batch"] = _fitting(values["batch"], BACKWARD * teacher.activation_bytes, device, "batch", reasons)
     both = teacher.activation_bytes + BACKWARD * student.activation_bytes
     values["student_batch"] = _fitting(values["student_batch"], both, device, "student_batch", reasons)
-    round_flop = values["g_steps"] * values["batch"] * BACKWARD * teacher.flop
+    channels = GeneratorConfig().channels
+    while not gpu and channels > LEAST_CHANNELS and generator_flop(spec, classes, channels) > teacher.flop:
+        channels //= 2
+        reasons["generator"] = "narrower than the paper's, which would cost more than the teacher"
+    synthesis_flop = values["g_steps"] * values["batch"] * BACKWARD
+    warm_round = synthesis_flop * (teacher.flop + generator_flop(spec, classes, channels))
     step_flop = values["student_batch"] * (teacher.flop + BACKWARD * student.flop)
+    later_epoch = values["rounds"] * (warm_round + synthesis_flop * student.flop) + values["steps"] * step_flop
+
+    def warm_of(epochs: int) -> int:
+        return values["warmup_epochs"] if gpu else max(2, epochs // 5)
+
+    def total_of(epochs: int) -> float:
+        warm = warm_of(epochs)
+        return warm * values["warmup_rounds"] * warm_round + (epochs - warm) * later_epoch
+
     if not gpu:
-        epoch = values["rounds"] * round_flop + values["steps"] * step_flop
-        affordable = CPU_FLOP / epoch
-        values["epochs"] = int(min(max(affordable, 10), 40))
-        values["warmup_epochs"] = max(2, values["epochs"] // 5)
+        (least, most), budget = CPU_EPOCHS, CPU_SECONDS * device.flop_per_s
+        affordable = [number for number in range(least, most + 1) if total_of(number) <= budget]
+        values["epochs"] = max(affordable, default=least)
+        values["warmup_epochs"] = warm_of(values["epochs"])
     warm, epochs = values["warmup_epochs"], values["epochs"]
-    total = warm * values["warmup_rounds"] * round_flop + (epochs - warm) * (
-        values["rounds"] * round_flop + values["steps"] * step_flop
-    )
+    total = total_of(epochs)
+    seconds = None if gpu else total / device.flop_per_s
     reasons["epochs"] = f"with these numbers the run takes about {total:.0e} floating-point operations"
-    if not gpu:
-        reasons["epochs"] += f", {_hours(total)} at 100 GFLOP/s"
+    if seconds is not None:
+        speed = f"the {device.flop_per_s / 1e9:.0f} GFLOP/s that the teacher reached here"
+        reasons["epochs"] += f", {duration(seconds)} at {speed}"
     rounds = warm * values["warmup_rounds"] + (epochs - warm) * values["rounds"]
     bank, reasons["bank_mib"] = _bank(spec, values["batch"], rounds, device)
     return Sizes(
@@ -166,6 +224,8 @@ def choose(spec: InputSpec, classes: int, teacher: Cost, student: Cost, device: 
         calibration_images=512 if gpu else 300,
         synthetic_images=2000,
         reasons=reasons,
+        generator_channels=channels if "generator" in reasons else None,
+        seconds=seconds,
     )
 
 
@@ -204,20 +264,21 @@ def _bank(spec: InputSpec, batch: int, rounds: int, device: Device) -> tuple[int
     return size, f"a quarter of the free memory: {int(size * MIB / each):,} of the run's {rounds * batch:,} images"
 
 
-def _hours(flop: float) -> str:
-    seconds = flop / 1e11
+def duration(seconds: float) -> str:
+    """About how long: "40 minutes", "2.5 hours"."""
     return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} minutes"
 
 
 def student_for(spec: InputSpec, classes: int, teacher: Cost, own: str) -> str:
     """A student for the edge: of the usual ones for the image size the largest with at most a third of the teacher's
-    parameters, or the smallest of all."""
+    parameters and no more operations than the teacher, or the smallest of all."""
     small = ("nayer:wrn_16_2", "nayer:wrn_16_1", "nayer:resnet8")
     large = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5")
     names = [name for name in (large if max(spec.height, spec.width) > LARGE else small) if name != own]
     for name in names:
         try:
-            if cost_of(name, spec, classes).parameters <= teacher.parameters / 3:
+            cost = cost_of(name, spec, classes)
+            if cost.parameters <= teacher.parameters / 3 and cost.flop <= teacher.flop:
                 return name
         except NayerEdgeError:
             continue

@@ -120,7 +120,7 @@ model = {_toml(_model(plan.student, folder))}
 encoder = "all-MiniLM-L6-v2"
 prompt = "a photo of a {{label}}"
 
-[synthesis]
+{_generator(sizes)}[synthesis]
 # Images for each round: {why.get("batch", "")}.
 batch = {sizes.batch}
 # Optimisation steps for each round, rounds for each epoch, and rounds for each epoch of warm-up.
@@ -159,6 +159,17 @@ synthetic_images = {sizes.synthetic_images}
 artifacts = ["int8.cpu"]
 # What you can bear to lose, as fractions: 0.01 is one image in a hundred. Small limits need many images.
 accuracy = {{ max_drop_vs_fp32 = 0.015, max_drop_vs_teacher = 0.04 }}
+"""
+
+
+def _generator(sizes: Sizes) -> str:
+    if sizes.generator_channels is None:
+        return ""
+    return f"""\
+[generator]
+# Width of its last convolutions: {sizes.reasons["generator"]}.
+channels = {sizes.generator_channels}
+
 """
 
 

@@ -12,6 +12,9 @@ from nayer_edge.errors import MissingError, UsageError
 
 from .shared import Json, Run, TrustCode, app, example, open_run, print_json, recipe_in, run_steps, stdout, watched
 
+RESTLESS = 3.0
+"""95th percentile over median above which a benchmark's figures are doubtful"""
+
 
 @app.command(
     epilog=example(
@@ -63,8 +66,27 @@ def export(
         changes["compute_capability"] = compute_capability
     chosen = chosen.model_copy(update={"export": chosen.export.model_copy(update=changes)})
     run_steps(chosen, run_folder, last="engine" if int8 else "onnx", as_json=as_json)
+    if not as_json:
+        _tell_what_is_not_validated(run_folder)
     if int8:
         _require_engines(run_folder)
+
+
+def _tell_what_is_not_validated(root: Path) -> None:
+    """The last report speaks of the artefacts that it was made from."""
+    from ..measurements import REPORT_PATH
+
+    opened = open_run(root)
+    files = opened.manifest.files
+    measured = files[REPORT_PATH].parents if REPORT_PATH in files else ()
+    new = [
+        Path(name).name
+        for name, record in files.items()
+        if name.endswith((".onnx", ".engine")) and record.sha256 not in measured
+    ]
+    if new:
+        text = f"Not validated yet: {', '.join(sorted(new))}. Type: nayer-edge validate {opened.typed}"
+        stdout().print(text, style="dim", markup=False, highlight=False)
 
 
 def _require_engines(root: Path) -> None:
@@ -157,3 +179,11 @@ def bench(
             f"{timing.ratio:.2f}",
         )
     stdout().print(table)
+    if restless := [timing for timing in timings if timing.p95 > RESTLESS * timing.p50]:
+        worst = max(restless, key=lambda timing: timing.p95 / timing.p50)
+        stdout().print(
+            f"\nThis machine was not quiet: the slowest calls of {worst.runner} at batch {worst.batch} took "
+            f"{worst.p95 / worst.p50:.0f} times the median. Repeat it where nothing else runs.",
+            style="yellow",
+            highlight=False,
+        )

@@ -91,21 +91,25 @@ def init(
 
     Asks for what it cannot know on a terminal; elsewhere it names the options that answer it.
     """
+    from ..answers import checked_name, named_after, parse_shape, require_files
+
+    # The recipe, its file and the run folder have one name unless told otherwise.
+    name = checked_name(name or named_after(out or checkpoint))
+    target = out or Path(f"{name}.toml")
+    # What is wrong at first sight is said at once: what comes next imports torch, and asks questions.
+    if target.exists() and not force:
+        raise UsageError(f"There is a {target} already.", fix="Choose another with --out, or add --force.")
+    require_files(checkpoint, labels)
+    channels = None if size is None else parse_shape(size, 0)[0] or None
+
     from .. import init as recipes
     from .. import starter_recipe
     from ..inspect_checkpoint import look
 
     given = recipes.Given(model, labels, size, mean, std, student, key, data, flip, name, device.value, effort.value)
-    # The recipe, its file and the run folder have one name unless told otherwise.
-    given = dataclasses.replace(given, name=name or recipes.named_after(out or checkpoint))
-    target = out or Path(f"{given.name}.toml")
-    if target.exists() and not force:
-        # Before questions are asked.
-        raise UsageError(f"There is a {target} already.", fix="Choose another with --out, or add --force.")
-    channels = recipes.parse_shape(size, 3)[0] if size and size.count("x") == 2 else None
     found = look(checkpoint, model, key, channels)
     if not as_json:
-        _show_findings(found)
+        _show_findings(found, given)
     asked = recipes.questions(found, given)
     if asked and sys.stdin.isatty() and not yes:
         given = _ask(asked, given, found)
@@ -121,7 +125,7 @@ def init(
     _show_plan(plan, target)
 
 
-def _show_findings(found: Findings) -> None:
+def _show_findings(found: Findings, given: Given) -> None:
     where = f" (under '{inert(found.key)}')" if found.key else ""
     _line("checkpoint", f"{found.path.name}: {found.tensors} tensors{where}")
     _line(
@@ -136,17 +140,32 @@ def _show_findings(found: Findings) -> None:
             _line(
                 "nearest", f"{match.model}: {match.fitting} of {match.wanted} tensors fit; {'; '.join(match.differing)}"
             )
-    if found.input is not None:
+    # What the options say is not guessed; the plan shows it.
+    if found.input is not None and given.input is None:
         spec = found.input.value
         guess = "" if found.input.sure else "a guess: "
         _line("input", f"{spec.channels}×{spec.height}×{spec.width} ({guess}{found.input.origin})")
-    if found.labels is not None:
+    if found.labels is not None and given.labels is None:
         _line("classes", f"{'' if found.labels.sure else 'a guess: '}{found.labels.origin}")
 
 
 def _show_plan(plan: Plan, target: Path) -> None:
-    _line("student", f"{plan.student}, {plan.costs[1].parameters:,} parameters")
+    from ..sizes import duration
+
+    spec = plan.spec
+    pixels = f"{spec.channels}×{spec.height}×{spec.width}"
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
+    _line("images", f"{pixels}, mean {mean}, std {std} ({plan.origins['input']})")
+    first = ", ".join(plan.classes[:4]) + (", …" if len(plan.classes) > 4 else "")
+    _line("classes", f"{first} ({plan.origins['labels']})")
+    teacher, student = plan.costs
+    _line("student", f"{plan.student}, {student.parameters:,} parameters")
+    _line("", f"{student.flop / 2e6:,.1f} million MACs for an image, the teacher's are {teacher.flop / 2e6:,.1f}")
+    if student.flop > teacher.flop or student.parameters > teacher.parameters:
+        _line("", "larger or slower than the teacher: name another with --student (nayer-edge students)")
     _line("device", f"{plan.device.name}, {plan.device.free_bytes / 2**30:.0f} GiB free")
+    if plan.sizes.seconds:
+        _line("time", f"{duration(plan.sizes.seconds)}, by the speed at which the teacher ran here just now")
     _line("recipe", str(target))
     stdout().print(f"\nNext: nayer-edge run {inert(str(target))}", style="bold", highlight=False, soft_wrap=True)
 
@@ -182,7 +201,7 @@ def _checked(name: str, answer: str, question: Question, found: Findings) -> Any
     from nayer_edge.labels import read_labels
     from nayer_edge.model_names import parse
 
-    from ..init import parse_shape, parse_values
+    from ..answers import parse_shape, parse_values
 
     if name == "labels":
         if answer == question.guess:

@@ -215,7 +215,14 @@ def test_missing_extra(
         (["run"], ["Missing argument"]),
         (["run", "digits", "--nutil", "lte"], ["--nutil", "--until"]),
         (["run", "digits", "--until", "studnet"], ["Did you mean 'student'?", "The steps are: teacher"]),
-        (["run", "digits", "--set", "distill.epoch=3"], ["unknown key 'distill.epoch'. Did you mean 'epochs'?"]),
+        (
+            ["run", "digits", "--set", "distill.epoch=3"],
+            [
+                "The recipe digits does not hold with --set distill.epoch=3",
+                "unknown key 'distill.epoch'. Did you mean 'distill.epochs'?",
+                "Mend what --set says.",
+            ],
+        ),
         (["run", "digits", "--set", "x"], ["'x' is not of the form a.b=c.", "For example: --set"]),
         (["lte", "show", "digts"], ["Did you mean 'digits'?"]),
         (["gate", "nowhere"], ["nowhere is not a run folder.", "nayer-edge run"]),
@@ -246,7 +253,7 @@ def test_several_problems_at_once(invoke: Invoke, tmp_path: Path) -> None:
         "--set", "distil.epochs=3", "--set", "teach.lr=-1", "--set", "synthesis.g_step=3", "--set", "seed=x",
     )  # fmt: skip
     assert answer.code == 2
-    for word in ("'distil'. Did you mean 'distill'?", "teach.lr", "Did you mean 'g_steps'?", "seed"):
+    for word in ("'distil'. Did you mean 'distill'?", "teach.lr", "Did you mean 'synthesis.g_steps'?", "seed"):
         assert word in answer.err
     assert answer.err.count("\n  - ") == 4
     assert not (tmp_path / "run").exists()
@@ -289,7 +296,7 @@ def test_gate_exit_codes(invoke: Invoke, finished: Path) -> None:
     assert invoke("gate", finished, "--policy", policy(folder, LENIENT + "[size]\nmax_bytes = 1\n")).code == 1
     answer = invoke("gate", finished, "--policy", policy(folder, LENIENT + "[size]\nmax_byte = 1\n"))
     assert answer.code == 2
-    assert "unknown key 'size.max_byte'. Did you mean 'max_bytes'?" in answer.err
+    assert "unknown key 'size.max_byte'. Did you mean 'size.max_bytes'?" in answer.err
     assert invoke("gate", finished, "--policy", folder / "nowhere.toml").code == 2
     content = bytearray((finished / ONNX).read_bytes())
     content[100] ^= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -20,10 +21,10 @@ from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models import build_classifier
 from nayer_edge.pipelines import preflight
-from nayer_edge.pipelines.init import parse_shape, parse_values
+from nayer_edge.pipelines.answers import parse_shape, parse_values
 from nayer_edge.pipelines.inspect_checkpoint import look
 from nayer_edge.pipelines.recipe import load_recipe
-from nayer_edge.pipelines.sizes import Cost, Device, choose, cost_of
+from nayer_edge.pipelines.sizes import Cost, Device, choose, cost_of, generator_flop, speed_of, student_for
 from nayer_edge.pipelines.steps import STEPS
 from nayer_edge.tensors import save_tensors
 
@@ -352,6 +353,58 @@ def test_nan_in_the_weights(here: Path, invoke: Invoke) -> None:
 # ------------------------------------------------------------------ sizes and answers
 
 
+def test_what_is_wrong_at_first_sight_is_said_at_once(here: Path, spawn: Invoke, without: Callable[..., Any]) -> None:
+    """Before torch is imported, which takes seconds."""
+    (here / "w.pt").write_bytes(b"weights")
+    (here / "twice.txt").write_text("one\none\n")
+    (here / "there.toml").write_text("")
+    for words, message in (
+        (["nope.pt"], "There is no checkpoint at nope.pt."),
+        (["w.pt", "--labels", "nope.txt"], "There is no file of class names at nope.txt."),
+        (["w.pt", "--labels", "twice.txt"], "one"),
+        (["w.pt", "--input", "32x32x3"], "Type: --input 3x32x32"),
+        (["w.pt", "--out", "there.toml"], "There is a there.toml already."),
+        (["w.pt", "--name", "../evil"], "cannot name a recipe"),
+    ):
+        answer = spawn("init", *words, env=without("torch", "numpy"), cwd=here)
+        assert answer.code == 2, answer.err
+        assert message in answer.err
+
+
+def test_the_channels_that_the_weights_have(here: Path, invoke: Invoke) -> None:
+    """The option is wrong, not the file."""
+    torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
+    answer = invoke("init", "r18.pt", "--labels", "labels.txt", "--input", "1x32x32", "--yes")
+    assert answer.code == 2
+    assert "The network takes images of 3 channels, and --input says 1." in answer.err
+    assert "--input 3x32x32" in answer.err
+
+
+def test_what_was_said_is_not_called_a_guess(here: Path, invoke: Invoke) -> None:
+    torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
+    told = [
+        "--labels",
+        "labels.txt",
+        "--input",
+        "32x32",
+        "--mean",
+        "0.5",
+        "--std",
+        "0.5",
+        "--student",
+        "nayer:wrn_16_2",
+    ]
+    answer = invoke("init", "r18.pt", *told)
+    assert answer.code == 0, answer.err
+    assert "guess" not in answer.out
+    assert "3×32×32, mean 0.5, std 0.5 (you said so)" in answer.out
+    # WRN-16-2 has fewer parameters than ResNet-18 and, at 32 pixels, more to compute.
+    assert "larger or slower than the teacher" in answer.out
+    assert re.search(r"time +\d+ minutes|time +\d+\.\d hours", answer.out)
+    assert "channels = 32" in (here / "r18.toml").read_text()
+    assert load_recipe("r18.toml").generator.channels == 32
+
+
 def test_what_it_writes_runs(here: Path, invoke: Invoke) -> None:
     save_tensors(here / "w.safetensors", weights_of("nayer:resnet20", 10, 1))
     told = ["--labels", "labels.txt", "--input", "1x8x8", "--mean", "0.5", "--std", "0.5"]
@@ -369,6 +422,55 @@ def test_costs_are_those_of_the_network() -> None:
     assert cost.parameters == 11_689_512
     # Counted by hand: one output of 16×16 floats per channel for the first convolution is the least.
     assert cost.activation_bytes > 4 * 64 * 112 * 112 * 3
+
+
+def test_what_the_generator_costs() -> None:
+    """Multiply-accumulates of its layers by hand: noisy linear, linear, three convolutions of 3×3."""
+    by_hand = 384 * 1000 + 1000 * 128 * 8 * 8
+    by_hand += 9 * (128 * 128 * 16 * 16 + 128 * 64 * 32 * 32 + 64 * 3 * 32 * 32)
+    assert generator_flop(InputSpec(), 10, 64) == pytest.approx(2 * by_hand, rel=1e-6)
+
+
+def test_the_speed_is_that_of_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that says half a second for every pass."""
+    ticks = iter(number / 2 for number in range(1000))
+    monkeypatch.setattr("nayer_edge.pipelines.sizes.time.perf_counter", lambda: next(ticks))
+    network = build_classifier("nayer:resnet8", InputSpec(), TEN)
+    cost = cost_of("nayer:resnet8", InputSpec(), 10)
+    assert speed_of(network, cost, seconds=3) == pytest.approx(64 * 3 * cost.flop / 0.5)
+
+
+def test_a_processor_gets_what_it_does_in_an_hour() -> None:
+    spec, teacher, student = InputSpec(), Cost(6e8, 4e6, 10**7), Cost(5e7, 1e6, 10**5)
+    found = {
+        speed: choose(spec, 10, teacher, student, Device("cpu", "", 2**34, speed), "normal")
+        for speed in (1e9, 1e11, 1.5e11, 1e13)
+    }
+    epochs = [sizes.epochs for sizes in found.values()]
+    assert epochs == sorted(epochs)
+    assert (epochs[0], epochs[-1]) == (10, 40)
+    assert 10 < epochs[1] < epochs[2] < 40
+    for speed, sizes in found.items():
+        assert sizes.seconds is not None
+        assert sizes.seconds <= 3600 or sizes.epochs == 10
+        # Every synthesis step costs a pass forward and two backward through teacher and generator.
+        rounds = sizes.warmup_epochs * sizes.warmup_rounds + sizes.epochs - sizes.warmup_epochs
+        synthesis = rounds * sizes.g_steps * sizes.batch * 3 * (teacher.flop + generator_flop(spec, 10, 64))
+        assert 1.0 < sizes.seconds * speed / synthesis < 3.0
+        assert f"at the {speed / 1e9:.0f} GFLOP/s that the teacher reached here" in sizes.reasons["epochs"]
+    # A small teacher gets a small generator, so that it is not the generator that takes the time.
+    small = choose(spec, 10, Cost(7.4e7, 1e6, 10**7), student, Device("cpu", "", 2**34), "normal")
+    assert small.generator_channels == 32
+    assert found[1e11].generator_channels is None
+
+
+def test_the_student_is_faster_than_the_teacher() -> None:
+    for pixels, own in ((32, "torchvision:resnet18"), (32, "nayer:wrn_40_2"), (224, "torchvision:resnet18")):
+        spec = InputSpec(height=pixels, width=pixels)
+        teacher = cost_of(own, spec, 10)
+        student = cost_of(student_for(spec, 10, teacher, own), spec, 10)
+        assert student.parameters <= teacher.parameters / 3
+        assert student.flop <= teacher.flop
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -399,6 +501,13 @@ def test_sizes_fit_the_memory(kind: str, pixels: int, gib: int) -> None:
 )
 def test_image_sizes(text: str, shape: tuple[int, int, int]) -> None:
     assert parse_shape(text, 3) == shape
+
+
+@pytest.mark.parametrize("text", ["32x24x3", "32, 24, 3", "9x8x1"])
+def test_channels_last_are_put_first(text: str) -> None:
+    with pytest.raises(UsageError, match="channels last") as caught:
+        parse_shape(text, 3)
+    assert caught.value.fix in ("Type: --input 3x32x24", "Type: --input 1x9x8")
 
 
 @pytest.mark.parametrize("text", ["", "x", "3x", "axb", "1x2x3x4", "-3x4x4", "٣x4x4", "3.5"])

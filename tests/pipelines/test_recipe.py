@@ -103,9 +103,9 @@ def test_a_recipe_in_a_folder_of_its_name_is_not_hidden(tmp_path: Path, monkeypa
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     text = MINIMAL + "[distill]\nepoch = 3\nlr = -1\n[distil]\n[gate]\nartifact = ['x']\n"
     why = refused(write(tmp_path / "mine.toml", text)).why
-    assert "unknown key 'distill.epoch'. Did you mean 'epochs'?" in why
+    assert "unknown key 'distill.epoch'. Did you mean 'distill.epochs'?" in why
     assert "unknown key 'distil'. Did you mean 'distill'?" in why
-    assert "unknown key 'gate.artifact'. Did you mean 'artifacts'?" in why
+    assert "unknown key 'gate.artifact'. Did you mean 'gate.artifacts'?" in why
     assert "distill.lr" in why
     assert len(why.splitlines()) == 4
 

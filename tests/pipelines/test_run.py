@@ -141,6 +141,29 @@ def test_changed_training_is_refused(finished: Path, setting: str, named: str) -
     assert (finished / MANIFEST).read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [("distill.steps=3", "distill.steps: 2 → 3"), ("lte.encoder=onehot", "lte.encoder: random → onehot")],
+)
+def test_what_was_begun_with_other_settings_is_not_thrown_away(
+    setting: str, named: str, tiny_run: Path, tmp_path: Path
+) -> None:
+    """An interrupted student is as well protected as a finished one; where it is computed may change."""
+    root = tmp_path / "run"
+    run_recipe(recipe_of(manifest(tiny_run).recipe, tiny_run), root, last="lte")
+    checkpoint = root / "student" / "checkpoint.safetensors"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"of an interrupted run")
+    with pytest.raises(UsageError, match="an unfinished 'student' that was begun with other settings") as caught:
+        again(root, setting)
+    assert named in caught.value.why
+    assert f"nayer-edge run {root}" in caught.value.fix
+    assert checkpoint.read_bytes() == b"of an interrupted run"
+    for same in ("gate.accuracy.max_drop_vs_teacher=1.0", "precision=fp32", "export.calibration_images=30"):
+        with pytest.raises(IntegrityError, match="checkpoint"):
+            again(root, same)
+
+
 def test_fresh_discards(finished: Path) -> None:
     (finished / "stray").mkdir()
     (finished / "stray" / "file").write_text("left by someone")
