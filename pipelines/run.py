@@ -144,11 +144,7 @@ def _changes_since_begun(step: Step, recipe: Recipe, run: RunFolder) -> list[str
     before = recipe_of(run.manifest.recipe, run.root)
     decisive = [part for part in STEPS if part.name in (*step.inputs, step.name)]
     changed = [
-        change
-        for part in decisive
-        for change in _changes(_settings(part, before, None), _settings(part, recipe, None))
-        # Where it is computed may change on the way.
-        if not change.startswith(("device:", "precision:"))
+        change for part in decisive for change in _changes(_settings(part, before, None), _settings(part, recipe, None))
     ]
     return list(dict.fromkeys(changed))
 
