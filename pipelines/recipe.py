@@ -216,6 +216,9 @@ def with_input(teacher: Teacher, *, trains: bool = False) -> Teacher:
         MissingError: the library is not installed, or its hub cannot be reached.
     """
     written = teacher.input.model_fields_set
+    if teacher.input_from and written >= set(InputSpec.model_fields):
+        # In the manifest of a run both stand as they were resolved.
+        return teacher
     source = teacher.model.partition(":")[0]
     if trains or source not in DESCRIBED or written >= set(InputSpec.model_fields):
         return teacher.model_copy(update={"input_from": "the recipe" if written else ""})
