@@ -82,7 +82,7 @@ class Recording(FineTuner):
 
 
 def main() -> None:
-    """Runs the seeds, prints and writes the figures."""
+    """Runs the seeds that the JSON file does not hold yet, prints and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="the digits recipe's own numbers, and ten times the steps")
@@ -91,8 +91,11 @@ def main() -> None:
     parser.add_argument("--targets", default="cpu,arm", help="of the W8A8 study")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    began, runs = time.process_time(), []
+    kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    began, runs = time.process_time() - kept.get("cpu_seconds", 0), kept.get("runs", [])
     for seed in range(arguments.seeds):
+        if any(run["seed"] == seed for run in runs):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             runs.append(one(seed, Path(folder), arguments))
         print(json.dumps(runs[-1]), flush=True)
