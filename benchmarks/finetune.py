@@ -91,7 +91,10 @@ def main() -> None:
     parser.add_argument("--targets", default="cpu,arm", help="of the W8A8 study")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    settings = {"changes": [] if arguments.full else list(SMALL), **vars(schedules(arguments))}
     kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    if kept.get("settings") != json.loads(json.dumps(settings, default=dataclasses.asdict)):
+        kept = {}
     began, runs = time.process_time() - kept.get("cpu_seconds", 0), kept.get("runs", [])
     for seed in range(arguments.seeds):
         if any(run["seed"] == seed for run in runs):
@@ -100,7 +103,7 @@ def main() -> None:
             runs.append(one(seed, Path(folder), arguments))
         print(json.dumps(runs[-1]), flush=True)
         result = {
-            "settings": {"changes": [] if arguments.full else list(SMALL), **vars(schedules(arguments))},
+            "settings": settings,
             "runs": runs,
             "mean": {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key != "seed"},
             "cpu_seconds": round(time.process_time() - began),
