@@ -81,8 +81,13 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_wrong(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not the teacher's classes"):
+    with pytest.raises(UsageError, match=r" is empty\.$") as caught:
         load(str(tmp_path), "holdout", COLOUR, CLASSES)
+    assert "Name those like the classes" in caught.value.fix
+    (tmp_path / "a.png").write_bytes(picture((8, 6, 3)))
+    with pytest.raises(UsageError, match="has no class folders"):
+        load(str(tmp_path), "holdout", COLOUR, CLASSES)
+    (tmp_path / "a.png").unlink()
     (tmp_path / "cat").mkdir()
     with pytest.raises(UsageError, match="hold no images"):
         load(str(tmp_path), "holdout", COLOUR, CLASSES)
@@ -90,7 +95,7 @@ def test_folders_that_are_wrong(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"broken\.png is not a readable image"):
         load(str(tmp_path), "holdout", COLOUR, CLASSES)
     (tmp_path / "cow").mkdir()
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match="not the teacher's classes") as caught:
         load(str(tmp_path), "holdout", COLOUR, CLASSES)
     assert "cow" in caught.value.why
 
