@@ -60,14 +60,14 @@ def test_all_problems_are_reported_at_once() -> None:
 @pytest.mark.parametrize(
     ("setting", "nearest"),
     [
-        ("distill.epoch=3", "epochs"),
-        ("synthesis.g_step=3", "g_steps"),
+        ("distill.epoch=3", "distill.epochs"),
+        ("synthesis.g_step=3", "synthesis.g_steps"),
         ("sinthesis.lr=3", "synthesis"),
-        ("teacher.input.chanels=3", "channels"),
-        ("synthesis.augment.pads=3", "pad"),
-        ("gate.accuracy.max_drop_fp32=0.1", "max_drop_vs_fp32"),
+        ("teacher.input.chanels=3", "teacher.input.channels"),
+        ("synthesis.augment.pads=3", "synthesis.augment.pad"),
+        ("gate.accuracy.max_drop_fp32=0.1", "gate.accuracy.max_drop_vs_fp32"),
         ("validat.data='x'", "validate"),
-        ("teach.epoch=4", "epochs"),
+        ("teach.epoch=4", "teach.epochs"),
     ],
 )
 def test_unknown_keys_get_the_nearest_name(setting: str, nearest: str) -> None:
