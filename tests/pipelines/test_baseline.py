@@ -290,7 +290,7 @@ def test_references_that_do_not_hold(release: Release, invoke: Invoke, policy: P
     files.write_text(text)
     refused(invoke, root, policy, files, EXIT_USAGE)
     if "runn" in text:
-        assert "Did you mean 'run'?" in refused(invoke, root, policy, files, EXIT_USAGE)
+        assert "Did you mean 'baseline.run'?" in refused(invoke, root, policy, files, EXIT_USAGE)
 
 
 def test_judging_is_a_pure_function_of_the_counts(release: Release, policy: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 import typer
 
 from nayer_edge.artefacts import MANIFEST, RunFolder, sha256_of, write_json
+from nayer_edge.errors import UsageError
 from nayer_edge.pipelines.cli import app
 from nayer_edge.pipelines.recipe import recipe_of, shipped
 from nayer_edge.pipelines.run import run_recipe
@@ -311,7 +312,7 @@ def test_gate_without_a_report(invoke: Invoke, tiny_run: Path, tmp_path: Path) -
     RunFolder.create(root, json.loads((tiny_run / MANIFEST).read_text())["recipe"], 0, {}, {})
     answer = invoke("gate", root)
     assert answer.code == 2
-    assert f"nayer-edge validate {root}" in answer.err
+    assert f"It has no student yet.\nType: nayer-edge run {root}\n" in answer.err
 
 
 @pytest.mark.parametrize("command", ["gate", "report"])
@@ -518,6 +519,9 @@ def test_interrupted_and_resumed(tiny_run: Path, tmp_path: Path, number: signal.
     assert process.returncode == 130
     assert err == "\nInterrupted. What was finished is kept; the same command continues.\n"
     recipe = recipe_of(json.loads((tiny_run / MANIFEST).read_text())["recipe"], tiny_run)
+    with pytest.raises(UsageError, match="an unfinished 'student' that was begun with other settings"):
+        run_recipe(recipe, root, last="student")
+    (root / "student" / "checkpoint.safetensors").unlink()
     done = run_recipe(recipe, root, last="student")
     for name in ("student/student.safetensors", "bank.safetensors"):
         assert sha256_of(root / name) == sha256_of(tiny_run / name)

@@ -161,6 +161,11 @@ def test_no_report_yet(root: Path) -> None:
     RunFolder.open(root).forget("validate")
     error = refused(root)
     assert isinstance(error, UsageError)
+    assert (error.why, error.fix) == ("It has no student yet.", f"Type: nayer-edge run '{root}'")
+    for step in ("student", "int8"):
+        run = RunFolder.open(root)
+        run.record(Artifact(step, {}, {}), digest="0" * 64, settings={}, parents=[], seconds=0, finished="")
+    error = refused(root)
     assert error.fix == f"Type: nayer-edge validate '{root}'", "a path with a space is quoted for the shell"
 
 

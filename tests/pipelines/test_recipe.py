@@ -161,7 +161,7 @@ def test_settings() -> None:
         "digits",
         ["distill.epochs=7", "teach.lr=0.5", "export.targets=['cpu', 'arm']", "description=plain words", "seed = 4"],
     )
-    assert recipe.distill.epochs == 27
+    assert recipe.distill.epochs == 7
     assert recipe.teach is not None
     assert recipe.teach.lr == 0.5
     assert recipe.export.targets == ("cpu", "arm")
