@@ -13,9 +13,16 @@ from nayer_edge.models import Classifier
 
 @torch.inference_mode()
 def logits_of(
-    classifier: Classifier, images: UInt8[Tensor, "N C H W"], compute: Compute, batch: int = 512
+    classifier: Classifier, images: UInt8[Tensor, "N C H W"], compute: Compute, batch: int | None = None
 ) -> Float[Tensor, "N K"]:
-    """Logits in evaluation mode, float32; the images may be on any device, the result is on the model's."""
+    """Logits in evaluation mode, float32; the images may be on any device, the result is on the model's.
+
+    Args:
+        batch: images at once; None takes 512 on a GPU and 64 on a CPU, whose allocator hands larger activations back to
+            the system after every layer (docs/LOG.md).
+    """
+    if batch is None:
+        batch = 512 if compute.device.type == "cuda" else 64
     was_training = classifier.training
     classifier.eval()
     parts = []

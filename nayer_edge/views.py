@@ -8,7 +8,7 @@ answers each of them once. What that costs in accuracy is in docs/LOG.md.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nayer_edge.augment import translate
@@ -56,10 +56,13 @@ class ViewCache:
 
     def draw(self, count: int, random: torch.Generator) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
         """Images in [0, 1] and the teacher's logits, drawn uniformly with replacement."""
-        self._follow_bank()
         device = self._compute.device
         places = torch.randint(0, len(self._bank), (count,), generator=random, device=device)
-        numbers = torch.randint(0, self.views, (count,), generator=random, device=device)
+        return self.at(places, torch.randint(0, self.views, (count,), generator=random, device=device))
+
+    def at(self, places: Int[Tensor, " B"], numbers: Int[Tensor, " B"]) -> tuple[Float[Tensor, "B C H W"], Tensor]:
+        """Views `numbers` of the bank's images at `places`, in [0, 1], and the teacher's logits (B × K)."""
+        self._follow_bank()
         images = to_unit(self._view(places, numbers))
         missing = (~self._known[places, numbers]).nonzero().squeeze(1)
         if len(missing):
@@ -67,7 +70,7 @@ class ViewCache:
                 found = self._teacher(images[missing])
             self._logits[places[missing], numbers[missing]] = found.to(self._logits.dtype)
             self._known[places[missing], numbers[missing]] = True
-        self.asked += count
+        self.asked += len(places)
         self.computed += len(missing)
         return images, self._logits[places, numbers].float()
 
