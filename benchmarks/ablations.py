@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--study", choices=list(STUDIES), default="method")
     parser.add_argument("--variant", action="append", choices=list(every), help="of the study; several times; or all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="to share the seeds between machines")
     parser.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="A.B=C", help="of every run, as smaller sizes"
     )
@@ -226,7 +227,7 @@ def main() -> None:
     variants = arguments.variant or [name for name, each in study.items() if each.only_on in (None, arguments.on)]
     kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
     runs: list[dict[str, Any]] = kept.get("runs", [])
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name in variants:
             if any((run["variant"], run["seed"]) == (name, seed) for run in runs):
                 continue

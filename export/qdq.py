@@ -63,6 +63,7 @@ def with_qdq(model: ModelProto, ranges: Ranges, target: Target, *, float_nodes: 
     result = quantizer.model.model
     if target.outputs:
         _keep_logits_float(result)
+        _keep_float(result, float_nodes)
     else:
         _read_raw_elsewhere(result, quantized, residuals)
         _quantize_skips(result, residuals, ranges)
@@ -177,6 +178,22 @@ def _keep_logits_float(model: ModelProto) -> None:
         source.output[:] = [output.name if name == raw else name for name in source.output]
         model.graph.node.remove(q)
         model.graph.node.remove(dq)
+
+
+def _keep_float(model: ModelProto, names: Collection[str]) -> None:
+    """Puts a Clip without bounds, which changes nothing, between a float product and the DequantizeLinear before it.
+
+    ONNX Runtime (since 1.21, WeightBiasQuantization) quantizes the weights of any product that stands directly between
+    DQ and Q, so that a layer that fell back to float would run in INT8 all the same. Its optimiser takes an Identity
+    out, but not this.
+    """
+    producers = {name: node for node in model.graph.node for name in node.output}
+    for node in list(model.graph.node):
+        source = producers.get(node.input[0]) if node.name in names else None
+        if source is not None and source.op_type == "DequantizeLinear":
+            read = f"{node.name}_input"
+            model.graph.node.append(onnx.helper.make_node("Clip", [node.input[0]], [read], f"{node.name}_stays_float"))
+            node.input[0] = read
 
 
 def _pairs(model: ModelProto) -> dict[str, str]:

@@ -9,11 +9,12 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from nayer_edge.config import InputSpec
-from nayer_edge.export.coverage import int8_coverage
-from nayer_edge.export.targets import CARRIERS, FLOAT_PRODUCTS, PRODUCTS
+from nayer_edge.export.coverage import eligible_products, int8_coverage
+from nayer_edge.export.targets import CARRIERS, FLOAT_PRODUCTS, PRODUCTS, get_target
 from nayer_edge.export.to_int8 import prepared, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models import build_classifier
@@ -59,6 +60,36 @@ def test_layers_in_float_are_named_with_the_reason(fp32: Path, tmp_path: Path) -
     found = int8_coverage(tmp_path / "m.onnx", "cpu")
     assert found.not_int8 == [(layer, "left in float by the accuracy fall-back")]
     assert found.int8 == found.eligible - 1
+
+
+@pytest.mark.parametrize("target", ["cpu", "arm"])
+def test_every_layer_can_be_left_in_float(fp32: Path, tmp_path: Path, target: str) -> None:
+    """In the graph that ONNX Runtime executes, wherever the layer stands: it quantizes weights on its own account."""
+    layers = [n.name for n in eligible_products(onnx.load(fp32), get_target(target))[0]]
+    kept = []
+    for layer in layers:
+        to_int8(fp32, tmp_path / "m.onnx", IMAGES, target, method="minmax", float_nodes=[layer])
+        kept.append(int8_coverage(tmp_path / "m.onnx", target).not_int8)
+    assert kept == [[(layer, "left in float by the accuracy fall-back")] for layer in layers]
+
+
+def test_what_keeps_a_layer_in_float_changes_no_value(fp32: Path, tmp_path: Path) -> None:
+    layers = [n.name for n in eligible_products(onnx.load(fp32), get_target("cpu"))[0]]
+    to_int8(fp32, tmp_path / "m.onnx", IMAGES, "cpu", method="minmax", float_nodes=layers[1::2])
+    graph = onnx.load(tmp_path / "m.onnx")
+    without = onnx.ModelProto()
+    without.CopyFrom(graph)
+    barriers = {n.output[0]: n.input[0] for n in graph.graph.node if n.name.endswith("_stays_float")}
+    assert barriers
+    del without.graph.node[:]
+    for node in graph.graph.node:
+        if node.output[0] not in barriers:
+            added = without.graph.node.add()
+            added.CopyFrom(node)
+            added.input[:] = [barriers.get(name, name) for name in node.input]
+    images = IMAGES.astype(np.float32)
+    found, plain = (ReferenceEvaluator(m).run(None, {graph.graph.input[0].name: images})[0] for m in (graph, without))
+    np.testing.assert_array_equal(found, plain)
 
 
 def test_products_of_two_activations_are_excluded_with_a_reason(tmp_path: Path) -> None:
