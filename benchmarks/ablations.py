@@ -39,12 +39,13 @@ from torch.nn import functional as F
 
 from nayer_edge import data, evaluate, losses, lte
 from nayer_edge.artefacts import write_json
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute, choose, random_stream, seeded
 from nayer_edge.config import Recipe
 from nayer_edge.data import LabelledImages
 from nayer_edge.distill import Distillation, Settings, distill
 from nayer_edge.generator import Generator
-from nayer_edge.models import Classifier, build_classifier, load_classifier
+from nayer_edge.models import build_classifier, load_classifier
 from nayer_edge.pipelines.recipe import load_recipe
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.teach import teach

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from nayer_edge import data
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.bank import MemoryBank, to_unit
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import random_stream, seeded
 from nayer_edge.config import InputSpec, Recipe
 from nayer_edge.distill import cosine
@@ -48,7 +49,7 @@ from nayer_edge.export.targets import PRODUCTS, TARGETS, Target
 from nayer_edge.export.to_int8 import prepared, run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.losses import distillation_loss
-from nayer_edge.models import Classifier, build_classifier, load_classifier
+from nayer_edge.models import build_classifier, load_classifier
 from nayer_edge.pipelines.deploy import SyntheticSource
 from nayer_edge.pipelines.recipe import load_recipe
 from nayer_edge.pipelines.run import run_recipe

@@ -39,10 +39,11 @@ from torch import nn
 from nayer_edge import compute as computing
 from nayer_edge import data, evaluate
 from nayer_edge.artefacts import RunFolder, write_json
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import random_stream, seeded
 from nayer_edge.config import Recipe
 from nayer_edge.data import LabelledImages
-from nayer_edge.models import Classifier, build_classifier, load_classifier
+from nayer_edge.models import build_classifier, load_classifier
 from nayer_edge.pipelines.deploy import SyntheticSource
 from nayer_edge.pipelines.recipe import load_recipe, recipe_of
 from nayer_edge.progress import Silent

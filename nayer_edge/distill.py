@@ -26,6 +26,7 @@ from nayer_edge import health, losses
 from nayer_edge.artefacts import digest_of
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.bank import MemoryBank, to_unit
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute, random_stream
 from nayer_edge.config import Distill, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
@@ -35,7 +36,7 @@ from nayer_edge.evaluate import agreement, logits_of
 from nayer_edge.generator import Generator
 from nayer_edge.interrupts import Deferred
 from nayer_edge.lte import LabelEmbeddings
-from nayer_edge.models import Classifier, weights_digest
+from nayer_edge.models import weights_digest
 from nayer_edge.progress import Progress, Silent
 from nayer_edge.synthesis import BatchNormStatistics, Round, synthesize_round
 from nayer_edge.tensors import load_tensors, save_tensors

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from nayer_edge.bank import to_unit
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute
-from nayer_edge.models import Classifier
 
 
 @torch.inference_mode()

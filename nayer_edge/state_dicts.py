@@ -12,16 +12,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nayer_edge.classifier import Classifier
 from nayer_edge.errors import IntegrityError, UsageError, nearest
 from nayer_edge.tensors import load_tensors
-
-if TYPE_CHECKING:
-    from nayer_edge.models import Classifier
 
 KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params", "backbone")
 """under which files nest a state dict, in the order in which they are preferred"""

@@ -20,12 +20,13 @@ from nayer_edge import losses
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.bank import to_uint8
 from nayer_edge.channel_statistics import channel_statistics
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute
 from nayer_edge.config import Synthesis
 from nayer_edge.distributed import SINGLE, World, across_ranks
 from nayer_edge.errors import UsageError
 from nayer_edge.generator import Generator, balanced_labels
-from nayer_edge.models import Classifier, batch_norms
+from nayer_edge.models import batch_norms
 
 
 class BatchNormStatistics:

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.bank import to_unit
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute, random_stream
 from nayer_edge.config import Teach
 from nayer_edge.data import LabelledImages
 from nayer_edge.errors import TrainingError
-from nayer_edge.models import Classifier
 from nayer_edge.progress import Progress, Silent
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from nayer_edge import huggingface, published
 from nayer_edge.artefacts import sha256_of
+from nayer_edge.classifier import Classifier
 from nayer_edge.config import Teacher
 from nayer_edge.errors import UsageError
 from nayer_edge.model_names import parse, published_weights
-from nayer_edge.models import Classifier, batch_norms, build_classifier, rehearse
+from nayer_edge.models import batch_norms, build_classifier, rehearse
 from nayer_edge.state_dicts import Loaded, key_taken, load_weights, read_state_dict
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from nayer_edge.augment import translate
 from nayer_edge.bank import MemoryBank, to_unit
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute
 from nayer_edge.config import Augment
-from nayer_edge.models import Classifier
 
 
 class ViewCache:

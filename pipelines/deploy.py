@@ -14,6 +14,7 @@ from nayer_edge import lte as embeddings_of_labels
 from nayer_edge.artefacts import Artifact, RunFolder, write_json
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.bank import MemoryBank, to_unit
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import random_stream
 from nayer_edge.config import Recipe
 from nayer_edge.errors import IntegrityError, MissingError
@@ -25,7 +26,7 @@ from nayer_edge.export.targets import TARGETS
 from nayer_edge.export.to_engine import to_engine
 from nayer_edge.export.to_int8 import to_int8
 from nayer_edge.export.to_onnx import to_onnx
-from nayer_edge.models import Classifier, load_classifier
+from nayer_edge.models import load_classifier
 from nayer_edge.progress import Progress
 from nayer_edge.synthesis import draw_images
 

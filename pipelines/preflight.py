@@ -15,7 +15,7 @@ from .recipe import BUILT_IN_DATA
 from .steps import Step
 
 if TYPE_CHECKING:
-    from nayer_edge.models import Classifier
+    from nayer_edge.classifier import Classifier
 
 _MEND_DATA = "Name another with: nayer-edge validate RUN --data …   or use synthetic images: --synthetic"
 

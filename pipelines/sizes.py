@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import choose as choose_compute
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import NayerEdgeError
 from nayer_edge.generator import Generator
-from nayer_edge.models import Classifier, build_classifier
+from nayer_edge.models import build_classifier
 
 from .doctor import memory_gib
 

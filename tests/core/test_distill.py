@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nayer_edge import distill as distilling
 from nayer_edge import generator as generators
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import choose, random_stream
 from nayer_edge.distill import (
     Distillation,
@@ -30,7 +31,6 @@ from nayer_edge.distill import (
 from nayer_edge.errors import IntegrityError, MissingError, TrainingError, UsageError
 from nayer_edge.evaluate import agreement, logits_of
 from nayer_edge.lte import LabelEmbeddings
-from nayer_edge.models import Classifier
 from nayer_edge.synthesis import Round
 from nayer_edge.tensors import save_tensors
 

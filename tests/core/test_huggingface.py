@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from nayer_edge import huggingface, published
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import seeded
 from nayer_edge.config import InputSpec, Teacher
 from nayer_edge.errors import UsageError
 from nayer_edge.model_names import parse
-from nayer_edge.models import Classifier, build_classifier, load_classifier, save_classifier
+from nayer_edge.models import build_classifier, load_classifier, save_classifier
 from nayer_edge.teachers import load, untrained
 
 transformers = pytest.importorskip("transformers")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import seeded
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models import (
-    Classifier,
     batch_norms,
     build_classifier,
     load_classifier,

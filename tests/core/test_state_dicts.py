@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import seeded
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.models import Classifier, build_classifier, weights_digest
+from nayer_edge.models import build_classifier, weights_digest
 from nayer_edge.state_dicts import key_taken, load_weights, read_state_dict
 from nayer_edge.tensors import load_tensors, save_tensors
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute, random_stream, seeded
 from nayer_edge.config import Augment, InputSpec, Teach
 from nayer_edge.data import LabelledImages
 from nayer_edge.errors import TrainingError
 from nayer_edge.evaluate import logits_of, top1
-from nayer_edge.models import Classifier, build_classifier, weights_digest
+from nayer_edge.models import build_classifier, weights_digest
 from nayer_edge.teach import teach
 
 SPEC = InputSpec(channels=1, height=8, width=8)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import seeded
 from nayer_edge.config import InputSpec, Teacher
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.models import Classifier, build_classifier
+from nayer_edge.models import build_classifier
 from nayer_edge.teachers import load, untrained
 from nayer_edge.user_code import trusting
 

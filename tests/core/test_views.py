@@ -10,9 +10,9 @@ import torch
 
 from nayer_edge.augment import translate
 from nayer_edge.bank import MemoryBank, to_unit
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute
 from nayer_edge.config import Augment
-from nayer_edge.models import Classifier
 from nayer_edge.views import ViewCache
 
 Stream = Callable[[int], torch.Generator]

@@ -13,11 +13,11 @@ import torch
 
 from nayer_edge import zoo
 from nayer_edge.bank import to_unit
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import choose
 from nayer_edge.config import InputSpec
 from nayer_edge.data import load
 from nayer_edge.errors import UsageError
-from nayer_edge.models import Classifier
 from nayer_edge.state_dicts import load_weights, read_state_dict
 
 

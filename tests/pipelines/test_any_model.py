@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from nayer_edge import data
+from nayer_edge.classifier import Classifier
 from nayer_edge.compute import choose, random_stream, seeded
 from nayer_edge.config import Augment, InputSpec, Teach
 from nayer_edge.evaluate import logits_of
 from nayer_edge.export.runners import OrtRunner
-from nayer_edge.models import Classifier, batch_norms, build_classifier, load_classifier
+from nayer_edge.models import batch_norms, build_classifier, load_classifier
 from nayer_edge.pipelines.recipe import load_recipe
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.teach import teach

@@ -1,0 +1,152 @@
+"""What the missing images cost: the student of a finished run again, taught with real training images.
+
+    NAYER_EDGE_DATA=… python benchmarks/real_images.py runs/cifar10-w402-w161-e100-cpu-study-s0 \\
+        --train '$NAYER_EDGE_DATA/cifar10/train.parquet' --json benchmarks/results/real_images.cifar10.json
+
+The same student, step for step as many as in the run, three ways:
+
+- synthetic images: the run's own, replayed in the order in which they were made;
+- as many real training images in their place, unlabelled, with the teacher's answers as for the synthetic ones;
+- labels: all training images and their labels, no teacher, as many images in all as the run's steps took
+  (`teach`'s optimiser, with the recipe's own learning rate for training on labels).
+
+Measured on the run's hold-out, which no student has seen. The run's own student stands beside them: its images also
+depended on the student that they were made for. Nothing is chosen here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from origin import origin
+from replay import Replay
+
+from nayer_edge import compute as computing
+from nayer_edge import data, evaluate, lte
+from nayer_edge.artefacts import RunFolder, write_json
+from nayer_edge.bank import MemoryBank
+from nayer_edge.classifier import Classifier
+from nayer_edge.compute import Compute, random_stream, seeded
+from nayer_edge.config import Recipe, Teach
+from nayer_edge.data import LabelledImages
+from nayer_edge.distill import Settings, distill
+from nayer_edge.models import build_classifier, load_classifier
+from nayer_edge.pipelines.recipe import recipe_of
+from nayer_edge.teach import teach
+
+WAYS = ("synthetic images", "as many real images", "labels of all real images")
+
+
+def main() -> None:
+    """Runs every way with every seed, prints as it goes, and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--train", help="labelled training images, as teach.data; the recipe's own by default")
+    parser.add_argument("--way", action="append", choices=WAYS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    run = RunFolder.open(arguments.run)
+    recipe = recipe_of(run.manifest.recipe, run.root)
+    where = arguments.train or (recipe.teach.data if recipe.teach else None)
+    assert where is not None, "--train is needed: the recipe does not say where training images are"
+    train = data.load(where, "train", recipe.teacher.input, recipe.teacher.classes)
+    holdout = data.load(str(recipe.validate_.data), "holdout", recipe.teacher.input, recipe.teacher.classes)
+    compute = computing.choose("cpu", recipe.precision)
+    teacher = compute.place(load_classifier(run.path(run.artifact("teacher").files["teacher"])))
+    own = load_classifier(run.path(run.artifact("student").files["student"]))
+    found: dict[str, Any] = {
+        "the run's own student": evaluate.top1(evaluate.logits_of(own, holdout.images, compute), holdout.labels)
+    }
+    kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    runs: list[dict[str, Any]] = kept.get("runs", [])
+    for seed in range(arguments.seeds):
+        for way in arguments.way or WAYS:
+            if any((each["way"], each["seed"]) == (way, seed) for each in runs):
+                continue
+            began = time.perf_counter()
+            student = taught(way, run, recipe, teacher, train, compute, seed)
+            logits = evaluate.logits_of(student, holdout.images, compute)
+            runs.append(
+                {
+                    "way": way,
+                    "seed": seed,
+                    "top1": evaluate.top1(logits, holdout.labels),
+                    "seconds": time.perf_counter() - began,
+                }
+            )
+            print(json.dumps(runs[-1]), flush=True)
+            if arguments.json:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                write_json(arguments.json, result(run, recipe, found, runs, len(holdout.images)))
+
+
+def taught(
+    way: str,
+    run: RunFolder,
+    recipe: Recipe,
+    teacher: Classifier,
+    train: LabelledImages,
+    compute: Compute,
+    seed: int,
+) -> Classifier:
+    """One student."""
+    with seeded(random_stream(seed, "student").initial_seed()):
+        student = build_classifier(recipe.student.model, teacher.spec, teacher.classes)
+    if way == WAYS[2]:
+        config = recipe.teach or Teach(data="")
+        seen = recipe.distill.batch * recipe.distill.steps * (recipe.distill.epochs - recipe.distill.warmup_epochs)
+        passes = max(1, round(seen / len(train.images)))
+        return teach(student, train, config.model_copy(update={"epochs": passes}), compute, seed)
+    made = MemoryBank.load(run.path(run.artifact("student").files["bank"]), torch.device("cpu"))
+    assert made.added == len(made), "the bank was full: its first images are gone"
+    if way == WAYS[1]:
+        order = torch.randperm(len(train.images), generator=random_stream(seed, "real images"))[: len(made)]
+        made.refill(train.images[order], train.labels[order], len(order))
+    replay = Replay(
+        teacher,
+        lte.load(run.path(run.artifact("lte").files["lte"])),
+        student,
+        Settings(recipe.generator, recipe.synthesis, recipe.distill, seed),
+        compute,
+        made=made,
+        # Nothing is chosen by it; `Replay` compares on these after every epoch.
+        seen=made.images[:100],
+    )
+    return distill(replay)
+
+
+def result(run: RunFolder, recipe: Recipe, found: dict[str, Any], runs: list[dict[str, Any]], n: int) -> dict[str, Any]:
+    """What there is so far."""
+    by_way: dict[str, list[float]] = {}
+    for each in runs:
+        by_way.setdefault(each["way"], []).append(each["top1"])
+    ways = {
+        way: {
+            "seeds": len(values),
+            "mean": statistics.mean(values),
+            "sd": statistics.stdev(values) if len(values) > 1 else None,
+        }
+        for way, values in by_way.items()
+    }
+    distill_settings = recipe.distill.model_dump(mode="json")
+    return {
+        "run": run.root.name,
+        "student": recipe.student.model,
+        "images": n,
+        "distill": distill_settings,
+        **found,
+        "ways": ways,
+        "runs": runs,
+        **origin(),
+    }
+
+
+if __name__ == "__main__":
+    main()
