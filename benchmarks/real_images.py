@@ -1,7 +1,7 @@
 """What the missing images cost: the student of a finished run again, taught with real training images.
 
     NAYER_EDGE_DATA=… python benchmarks/real_images.py runs/cifar10-w402-w161-e100-cpu-study-s0 \\
-        --train '$NAYER_EDGE_DATA/cifar10/train.parquet' --json benchmarks/results/real_images.cifar10.json
+        --train "$NAYER_EDGE_DATA/cifar10/train.parquet" --json benchmarks/results/real_images.cifar10.json
 
 The same student, step for step as many as in the run, three ways:
 
