@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--train", help="labelled training images, as teach.data; the recipe's own by default")
     parser.add_argument("--way", action="append", choices=WAYS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="to share the seeds between machines")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     run = RunFolder.open(arguments.run)
@@ -66,7 +67,7 @@ def main() -> None:
     }
     kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
     runs: list[dict[str, Any]] = kept.get("runs", [])
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for way in arguments.way or WAYS:
             if any((each["way"], each["seed"]) == (way, seed) for each in runs):
                 continue
