@@ -83,9 +83,16 @@ def main() -> None:
                 }
             )
             print(json.dumps(runs[-1]), flush=True)
-            if arguments.json:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                write_json(arguments.json, result(run, recipe, found, runs, len(holdout.images)))
+            keep(arguments.json, result(run, recipe, found, runs, len(holdout.images)))
+    # Runs that were made elsewhere may have joined the file.
+    keep(arguments.json, result(run, recipe, found, runs, len(holdout.images)))
+
+
+def keep(path: Path | None, figures: dict[str, Any]) -> None:
+    """Writes what there is."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, figures)
 
 
 def taught(
@@ -136,12 +143,11 @@ def result(run: RunFolder, recipe: Recipe, found: dict[str, Any], runs: list[dic
         }
         for way, values in by_way.items()
     }
-    distill_settings = recipe.distill.model_dump(mode="json")
     return {
         "run": run.root.name,
         "student": recipe.student.model,
         "images": n,
-        "distill": distill_settings,
+        "distill": recipe.distill.model_dump(mode="json"),
         **found,
         "ways": ways,
         "runs": runs,
