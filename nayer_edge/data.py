@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +108,13 @@ def _open(source: str, split: Split, spec: InputSpec, classes: Sequence[str], fi
         raise UsageError(
             f"{source} cannot be read.", why=f"{error}", fix="Give yourself the right to read it."
         ) from error
+    variable = re.match(r"\$\{?(\w+)", source)
+    if variable and variable[1] not in os.environ:
+        raise UsageError(
+            f"There are no labelled images at '{source}'.",
+            why=f"The environment variable {variable[1]} is not set.",
+            fix=f"Type: export {variable[1]}=FOLDER",
+        )
     raise UsageError(
         f"There are no labelled images at '{source}'.",
         why="It is neither a folder of class folders, nor a .parquet or .npz file, nor one of torchvision's formats, "

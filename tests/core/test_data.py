@@ -223,6 +223,14 @@ def test_nothing_there(tmp_path: Path) -> None:
             load(str(source), "holdout", GREY, CLASSES)
 
 
+@pytest.mark.parametrize("source", ["$NO_SUCH_VARIABLE/test.parquet", "${NO_SUCH_VARIABLE}/test"])
+def test_a_variable_that_is_not_set_is_named(source: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(source, "holdout", GREY, CLASSES)
+    assert caught.value.why == "The environment variable NO_SUCH_VARIABLE is not set."
+    assert caught.value.fix == "Type: export NO_SUCH_VARIABLE=FOLDER"
+
+
 def test_decoding_converts_and_resizes() -> None:
     assert decode(picture((8, 6, 3)), GREY, "x").shape == (1, 8, 6)
     assert decode(picture((8, 6)), COLOUR, "x").shape == (3, 8, 6)
