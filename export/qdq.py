@@ -183,9 +183,9 @@ def _keep_logits_float(model: ModelProto) -> None:
 def _keep_float(model: ModelProto, names: Collection[str]) -> None:
     """Puts a Clip without bounds, which changes nothing, between a float product and the DequantizeLinear before it.
 
-    ONNX Runtime (since 1.21, WeightBiasQuantization) quantizes the weights of any product that stands directly between
-    DQ and Q, so that a layer that fell back to float would run in INT8 all the same. Its optimiser takes an Identity
-    out, but not this.
+    ONNX Runtime (WeightBiasQuantization; seen in 1.31) quantizes the weights of any product that stands directly
+    between DQ and Q, so that a layer that fell back to float would run in INT8 all the same. Its optimiser takes an
+    Identity out, but not this.
     """
     producers = {name: node for node in model.graph.node for name in node.output}
     for node in list(model.graph.node):
