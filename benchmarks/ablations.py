@@ -7,15 +7,19 @@
 digits: the shipped recipe. A seed is a fold inside the 1,197 training images: it trains its own teacher on two thirds
 of them, and its students are measured on the last third. The hold-out stays unseen.
 
-cifar10: the WRN-40-2 of $NAYER_EDGE_DATA and a WRN-16-1, scaled down to minutes on two cores (`CIFAR10`), measured on
-the 10,000 test images. Its figures compare with each other only.
+cifar10: the WRN-40-2 of $NAYER_EDGE_DATA and a WRN-16-1, scaled down to minutes on two cores (`CIFAR10`). Its figures
+compare with each other only.
 
-Two measures. On real images: accuracy, and agreement with the teacher; nothing is chosen by them. Without any: each run
-leaves the synthetic hold-out that its own generator made, and every student of a seed is asked for all of them
-("agreement_on_all_holdouts"), since a variant's own would judge its images as well as its student. Candidates for a
-faster recipe ("faster", of about the same work each) are chosen by that one.
+On real images: accuracy, and agreement with the teacher. The study of the method takes the 10,000 test images, and
+nothing is chosen by them. Candidates for a faster recipe ("faster", of about the same work each) are judged by agreement
+on `FIRST` images of the training split instead, which the teacher has seen and no student has.
 
-Every variant has its first seed before any has its second; runs that the JSON file holds already are not repeated.
+Without real images: each run leaves the synthetic hold-out that its own generator made, and every student of a seed
+is asked for all of them ("agreement_on_all_holdouts"), since a variant's own would judge its images as well as its
+student. It does not rank variants of such short runs (docs/LOG.md) and chooses nothing.
+
+Every variant has its first seed before any has its second; runs that the JSON file holds already are not repeated, and
+those of them without figures on real images are measured from the students that they left.
 """
 
 from __future__ import annotations
@@ -64,6 +68,7 @@ CIFAR10 = [
     "distill.lr=0.05",
     "distill.views=4",
 ]
+FIRST = 5_000
 FIGURES = ("top1", "agreement_on_real_images", "agreement_on_all_holdouts", "loss_ce", "loss_bn", "seconds")
 
 
@@ -174,14 +179,33 @@ def mixed_classes(run: Distillation) -> Callable[[], None]:
     return end
 
 
+def mixed_images(run: Distillation) -> Callable[[], None]:
+    """Every second view of an image is mixed with a view of an earlier one, in shares drawn from U(0, 1) (mixup)."""
+    views = run.views
+    assert views is not None
+    plain, random = views._view, random_stream(run.settings.seed, "mixed images")
+    earlier, share = torch.rand(2, run.bank.capacity, views.views, generator=random).unbind()
+
+    def view(places: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        images = plain(places, numbers).float()
+        # Fixed for each view, as the teacher's answer to it is kept; whole levels, as the bank has.
+        others = plain((earlier[places, numbers] * places).long(), numbers).float()
+        weight = torch.where(numbers % 2 == 1, share[places, numbers], 1.0)[:, None, None, None]
+        return (weight * images + (1 - weight) * others).round().to(torch.uint8)
+
+    views._view = view
+    return lambda: None
+
+
 AS_SHIPPED = "as shipped"
+ONE_HOT = Variant(("lte.encoder=onehot",))
 STUDIES: dict[str, dict[str, Variant]] = {
     "method": {
         AS_SHIPPED: Variant(),
         "CLIP instead of MiniLM": Variant(
             ('lte.encoder="$NAYER_EDGE_DATA/lte/clip-vit-b32-cifar10.safetensors"',), only_on="cifar10"
         ),
-        "one-hot instead of MiniLM": Variant(("lte.encoder=onehot",)),
+        "one-hot instead of MiniLM": ONE_HOT,
         "random instead of MiniLM": Variant(("lte.encoder=random",)),
         "noisy layer drawn once": Variant(change=drawn_once),
         "BatchNorm momentum off": Variant(("synthesis.bn_momentum=0",)),
@@ -205,6 +229,8 @@ STUDIES: dict[str, dict[str, Variant]] = {
         "averaged student": Variant(change=averaged),
         "hard images more often": Variant(change=hard_images, only_on="cifar10"),
         "mixed classes": Variant(change=mixed_classes),
+        "mixed images": Variant(change=mixed_images),
+        "one-hot instead of MiniLM": ONE_HOT,
     },
 }
 
@@ -230,14 +256,16 @@ def main() -> None:
     runs: list[dict[str, Any]] = kept.get("runs", [])
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name in variants:
-            if any((run["variant"], run["seed"]) == (name, seed) for run in runs):
+            run = next((run for run in runs if (run["variant"], run["seed"]) == (name, seed)), None)
+            if run and "top1" in run:
                 continue
             recipe = recipe_for(arguments.on, [*arguments.settings, *study[name].settings])
-            file = file_of(arguments, name, seed)
-            runs.append(
-                {"variant": name, "seed": seed, **one(recipe, case(arguments.on, seed), study[name], seed, file)}
-            )
-            print(json.dumps(runs[-1]), flush=True)
+            file, on = file_of(arguments, name, seed), case_of(arguments, seed)
+            if run is None:
+                run = {"variant": name, "seed": seed} | one(recipe, on, study[name], seed, file)
+                runs.append(run)
+            run.update(measured(recipe, on, file))
+            print(json.dumps(run), flush=True)
             if arguments.json:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 write_json(arguments.json, result(arguments, runs))
@@ -261,9 +289,14 @@ def recipe_for(on: str, settings: list[str]) -> Recipe:
     return load_recipe("cifar10-w402-w161-e100", [*CIFAR10, f"teacher.weights={json.dumps(str(teacher))}", *settings])
 
 
+def case_of(arguments: argparse.Namespace, seed: int) -> Case:
+    """What students of this seed are measured on."""
+    return case(arguments.on, arguments.study, seed if arguments.on == "digits" else 0)
+
+
 @functools.lru_cache(maxsize=1)
-def case(on: str, seed: int) -> Case:
-    """Of the digits every seed has its own teacher and images."""
+def case(on: str, study: str, seed: int) -> Case:
+    """Of the digits every seed has its own teacher and images; of CIFAR-10 there is one of each."""
     recipe = recipe_for(on, [])
     compute = choose(recipe.device, recipe.precision)
     if on == "digits":
@@ -272,7 +305,12 @@ def case(on: str, seed: int) -> Case:
         folder = Path("runs") / "ablations-teacher"
         run = run_recipe(recipe, folder, last="teacher")
         teacher = load_classifier(run.path(run.artifact("teacher").files["teacher"]))
-        images = data.load(str(recipe.validate_.data), "holdout", recipe.teacher.input, recipe.teacher.classes)
+        if study == "faster":
+            where = Path(os.environ["NAYER_EDGE_DATA"]) / "cifar10" / "train.parquet"
+            images = data.load(str(where), "train", recipe.teacher.input, recipe.teacher.classes)
+            images = LabelledImages(images.images[:FIRST], images.labels[:FIRST], images.name)
+        else:
+            images = data.load(str(recipe.validate_.data), "holdout", recipe.teacher.input, recipe.teacher.classes)
     return Case(teacher, images, evaluate.logits_of(compute.place(teacher), images.images, compute))
 
 
@@ -301,13 +339,9 @@ def one(recipe: Recipe, on: Case, variant: Variant, seed: int, file: Path) -> di
     distill(run)
     end()
     seconds = time.perf_counter() - began
-    logits = evaluate.logits_of(student, on.images.images, compute)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(file, student.backbone.state_dict() | {"holdout": run.holdout})
     return {
-        "teacher_top1": evaluate.top1(on.logits, on.images.labels),
-        "top1": evaluate.top1(logits, on.images.labels),
-        "agreement_on_real_images": float(evaluate.agreement(logits, on.logits)),
         "bank_images": len(run.bank),
         "loss_ce": run.history[-1].loss_ce,
         "loss_bn": run.history[-1].loss_bn,
@@ -317,13 +351,29 @@ def one(recipe: Recipe, on: Case, variant: Variant, seed: int, file: Path) -> di
     }
 
 
+def measured(recipe: Recipe, on: Case, file: Path) -> dict[str, float | int]:
+    """A kept student on real images."""
+    compute = choose(recipe.device, recipe.precision)
+    student = compute.place(build_classifier(recipe.student.model, on.teacher.spec, on.teacher.classes))
+    tensors = load_tensors(file, "a student")
+    del tensors["holdout"]
+    student.backbone.load_state_dict(tensors)
+    logits = evaluate.logits_of(student, on.images.images, compute)
+    return {
+        "real_images": len(logits),
+        "teacher_top1": evaluate.top1(on.logits, on.images.labels),
+        "top1": evaluate.top1(logits, on.images.labels),
+        "agreement_on_real_images": float(evaluate.agreement(logits, on.logits)),
+    }
+
+
 def ask_all(arguments: argparse.Namespace, seed: int, runs: list[dict[str, Any]]) -> None:
     """Every student of a seed agrees with the teacher on a share of the hold-outs of all of them."""
     files = [file_of(arguments, run["variant"], seed) for run in runs]
     if not runs or not all(file.is_file() for file in files):
         return
     found = [load_tensors(file, "a student") for file in files]
-    recipe, on = recipe_for(arguments.on, arguments.settings), case(arguments.on, seed)
+    recipe, on = recipe_for(arguments.on, arguments.settings), case_of(arguments, seed)
     compute = choose(recipe.device, recipe.precision)
     images = torch.cat([tensors.pop("holdout") for tensors in found])
     teacher = evaluate.logits_of(on.teacher, images, compute)
@@ -357,9 +407,11 @@ def spread_of(values: list[float]) -> dict[str, float | None]:
 def result(arguments: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What there is so far."""
     settings = [*(CIFAR10 if arguments.on == "cifar10" else []), *arguments.settings]
+    where = f"the first {FIRST} of the training split" if arguments.study == "faster" else "the test images"
     return {
         "on": arguments.on,
         "study": arguments.study,
+        "measured_on": where if arguments.on == "cifar10" else "a third of the training images",
         "settings": settings,
         "summary": summary(runs),
         "runs": runs,
