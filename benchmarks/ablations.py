@@ -11,8 +11,8 @@ cifar10: the WRN-40-2 of $NAYER_EDGE_DATA and a WRN-16-1, scaled down to minutes
 compare with each other only.
 
 On real images: accuracy, and agreement with the teacher. The study of the method takes the 10,000 test images, and
-nothing is chosen by them. Candidates for a faster recipe ("faster", of about the same work each) are judged by agreement
-on `FIRST` images of the training split instead, which the teacher has seen and no student has.
+nothing is chosen by them. Candidates for a faster recipe ("faster", of about the same work each) are judged by
+agreement on `FIRST` images of the training split instead, which the teacher has seen and no student has.
 
 Without real images: each run leaves the synthetic hold-out that its own generator made, and every student of a seed
 is asked for all of them ("agreement_on_all_holdouts"), since a variant's own would judge its images as well as its
