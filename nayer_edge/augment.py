@@ -1,4 +1,4 @@
-"""Random crop and flip, batched on the device, one draw per image.
+"""Random crop, flip and mixture, batched on the device, one draw per image.
 
 A zero-padded crop is a translation with zero fill, so its gradient is the opposite translation: both
 directions are one gather, where autograd's own backward of an indexing operation would scatter.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +37,29 @@ def crop_and_flip(
     if not augment.flip:
         flips = torch.zeros_like(flips)
     return translate(images, shifts[0], shifts[1], flips, augment.pad)
+
+
+def mixup(images: Float[Tensor, "B C H W"], share: float, random: torch.Generator) -> Float[Tensor, "B C H W"]:
+    """Mixes a share of the images with others of the batch: w x + (1 − w) x', w from U(0, 1).
+
+    Mixup (Zhang et al., ICLR 2018, https://arxiv.org/abs/1710.09412, α = 1); the teacher is then asked for the mixture,
+    in place of mixing answers, as in Beyer et al., CVPR 2022 (https://arxiv.org/abs/2106.05237).
+
+    Args:
+        share: from 0 to 1, how many of the images, on average.
+        random: a stream on the images' device.
+    """
+    count, device = images.shape[0], images.device
+    chosen, weights = torch.rand(2, count, generator=random, device=device).unbind()
+    others = torch.randperm(count, generator=random, device=device)
+    return blend(images, images[others], torch.where(chosen < share, weights, 1.0))
+
+
+def blend(
+    images: Float[Tensor, "B C H W"], others: Float[Tensor, "B C H W"], weights: Float[Tensor, " B"]
+) -> Float[Tensor, "B C H W"]:
+    """w x + (1 − w) x' for each pair."""
+    return torch.lerp(others, images, weights[:, None, None, None])
 
 
 def translate(

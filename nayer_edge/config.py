@@ -228,6 +228,8 @@ class Distill(Section):
     views: Annotated[int, Field(ge=0)] = 0
     """0: every crop is drawn anew, as published; n: each image is seen in n fixed views, whose teacher logits are
     computed once"""
+    mixup: Fraction = 0.0
+    """share of the student's images that are mixtures of two, with the teacher's answer to the mixture; published: 0"""
     patience: Annotated[int, Field(ge=0)] = 0
     """stop after so many epochs without better agreement on the synthetic hold-out; 0: never"""
     bank_mib: Positive = 4096.0

@@ -24,7 +24,7 @@ from torch import Tensor
 from nayer_edge import generator as generators
 from nayer_edge import health, losses
 from nayer_edge.artefacts import digest_of
-from nayer_edge.augment import crop_and_flip
+from nayer_edge.augment import crop_and_flip, mixup
 from nayer_edge.bank import MemoryBank, to_unit
 from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute, random_stream
@@ -145,10 +145,9 @@ class Distillation:
             self.bank = MemoryBank(teacher.spec.shape, images * math.prod(teacher.spec.shape), compute.device)
         self.views = None
         if settings.distill.views:
+            of = settings.distill
             order = self._stream("views")
-            self.views = ViewCache(
-                self.bank, settings.distill.augment, settings.distill.views, self.teacher, compute, order
-            )
+            self.views = ViewCache(self.bank, of.augment, of.views, self.teacher, compute, order, of.mixup)
         self.optimizer = torch.optim.SGD(
             self.student.parameters(),
             lr=settings.distill.lr,
@@ -313,6 +312,8 @@ class Distillation:
         if self.views is not None:
             return self.views.draw(count, random)
         images = to_unit(crop_and_flip(self.bank.draw(count, random), config.augment, random))
+        if config.mixup:
+            images = mixup(images, config.mixup, random)
         with torch.no_grad(), self.compute.autocast():
             return images, self.teacher(images)
 

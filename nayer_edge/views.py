@@ -2,7 +2,7 @@
 
 With a pad of 4 pixels and flips there are only 162 views of an image, and at E = 100 each image of the bank is drawn
 some 128 times, every time through the teacher. Here each image is seen in `distill.views` fixed views, and the teacher
-answers each of them once. What that costs in accuracy is in docs/LOG.md.
+answers each of them once. What that costs in accuracy, and what mixed views gain, is in docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nayer_edge.augment import translate
+from nayer_edge.augment import blend, translate
 from nayer_edge.bank import MemoryBank, to_unit
 from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute
 from nayer_edge.config import Augment
+
+MIXTURES = 4093
+"""after so many views the draws of mixtures repeat; a prime, which no number of views shares a factor with"""
 
 
 class ViewCache:
     """Draws augmented images of a memory bank together with the teacher's logits.
 
     Image i has views (i + v) mod T of a fixed random order of all T crops and flips, v < `views`: over the bank all
-    crops are equally frequent.
+    crops are equally frequent. A share `mixup` of the views is mixed, once and for all, with the same view of an image
+    at an earlier place: w x + (1 − w) x', w from U(0, 1).
 
     Args:
         bank: where images come from; what it overwrites is forgotten here.
         augment: crop and flip.
         views: fixed views per image, at most all T.
-        classes: logits per image.
-        order: stream that shuffles the views, on the bank's device.
+        order: stream that shuffles the views and draws the mixtures, on the bank's device.
+        mixup: share of the views that are mixed, from 0 to 1.
     """
 
     def __init__(
@@ -40,12 +44,16 @@ class ViewCache:
         teacher: Classifier,
         compute: Compute,
         order: torch.Generator,
+        mixup: float = 0.0,
     ) -> None:
         self._bank, self._augment, self._teacher, self._compute = bank, augment, teacher, compute
         side = 2 * augment.pad + 1
         total = side * side * (2 if augment.flip else 1)
         self.views = min(views, total)
         self._order = torch.randperm(total, generator=order, device=compute.device)
+        self._mixed = mixup > 0
+        chosen, weights, earlier = torch.rand(3, MIXTURES, generator=order, device=compute.device).unbind()
+        self._weights, self._earlier = torch.where(chosen < mixup, weights, 1.0), earlier
         kind = torch.bfloat16 if compute.bf16 else torch.float32
         classes = len(teacher.classes)
         self._logits = torch.empty(0, self.views, classes, dtype=kind, device=compute.device)
@@ -63,7 +71,7 @@ class ViewCache:
     def at(self, places: Int[Tensor, " B"], numbers: Int[Tensor, " B"]) -> tuple[Float[Tensor, "B C H W"], Tensor]:
         """Views `numbers` of the bank's images at `places`, in [0, 1], and the teacher's logits (B × K)."""
         self._follow_bank()
-        images = to_unit(self._view(places, numbers))
+        images = self._view(places, numbers)
         missing = (~self._known[places, numbers]).nonzero().squeeze(1)
         if len(missing):
             with torch.no_grad(), self._compute.autocast():
@@ -75,6 +83,18 @@ class ViewCache:
         return images, self._logits[places, numbers].float()
 
     def _view(self, places: Tensor, numbers: Tensor) -> Tensor:
+        images = to_unit(self._crop(places, numbers))
+        if not self._mixed:
+            return images
+        weights, others = self._mixture(places, numbers)
+        return blend(images, to_unit(self._crop(others, numbers)), weights)
+
+    def _mixture(self, places: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Each view's own weight, and the place of the image that it is mixed with; the first image has only itself."""
+        drawn = (places * self.views + numbers) % MIXTURES
+        return self._weights[drawn], (self._earlier[drawn] * places).long()
+
+    def _crop(self, places: Tensor, numbers: Tensor) -> Tensor:
         code = self._order[(places + numbers) % len(self._order)]
         side = 2 * self._augment.pad + 1
         dy, dx = code % side - self._augment.pad, code // side % side - self._augment.pad
@@ -94,7 +114,18 @@ class ViewCache:
             fresh = min(added - self._seen, size)
             places = torch.arange(added - fresh, added, device=self._known.device) % self._bank.capacity
             self._known[places] = False
+            if self._mixed and added > self._bank.capacity:
+                self._forget_mixtures_with(places)
         self._seen = added
+
+    def _forget_mixtures_with(self, places: Tensor) -> None:
+        """Views of other images that hold something of an image which is no longer there."""
+        written = torch.zeros(len(self._known), dtype=torch.bool, device=self._known.device)
+        written[places] = True
+        every = torch.arange(len(self._known), device=self._known.device)
+        for number in range(self.views):
+            weights, others = self._mixture(every, torch.full_like(every, number))
+            self._known[:, number] &= ~(written[others] & (weights < 1))
 
     def tensors(self) -> dict[str, Tensor]:
         """The cache, for a checkpoint: logits computed again in other batches could differ in their last bits."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nayer_edge.augment import _Translate, crop_and_flip
+from nayer_edge.augment import _Translate, crop_and_flip, mixup
 from nayer_edge.config import Augment
 
 
@@ -68,3 +68,20 @@ def test_equal_streams_give_equal_crops() -> None:
     )
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert not torch.equal(first, third)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_share_of_a_batch_is_mixed(share: float) -> None:
+    """Every image is a unit vector, so a mixture shows which two it is of, and in which shares."""
+    images = torch.eye(400).reshape(400, 1, 20, 20)
+    made = mixup(images, share, torch.Generator().manual_seed(0)).flatten(1)
+    torch.testing.assert_close(made.sum(1), torch.ones(400))
+    own, others = made.diag(), (made - made.diag().diag())
+    assert int((others > 0).sum(1).max()) <= 1, "no more than two in a mixture"
+    mixed = own < 1
+    assert abs(float(mixed.float().mean()) - share) < 0.08
+    assert torch.equal(made[~mixed], torch.eye(400)[~mixed])
+    if share:
+        # U(0, 1): its mean and its standard deviation.
+        assert abs(float(own[mixed].mean()) - 0.5) < 0.07
+        assert abs(float(own[mixed].std()) - 12**-0.5) < 0.05

@@ -341,9 +341,26 @@ def kill_after(run: Distillation, path: Path, epochs: int) -> None:
 
 
 @pytest.mark.parametrize("views", [0, 3])
+@pytest.mark.parametrize("mixup", [0.0, 1.0])
+def test_the_teacher_answers_mixtures_and_not_their_parts(start: Start, views: int, mixup: float) -> None:
+    run = start(distill_views=views, distill_mixup=mixup)
+    distill(run)
+    images, logits = run._draw(torch.Generator().manual_seed(3))
+    levels = 255 * images
+    whole = (levels - levels.round()).abs() < 1e-3
+    # An image of the bank has whole levels, a mixture has not; the first image of all has only itself to mix with.
+    assert whole.flatten(1).all(dim=1).float().mean() == 1.0 if mixup == 0 else whole.float().mean() < 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(logits, run.teacher(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("views", "mixup"), [(0, 0.0), (3, 0.0), (0, 0.5), (3, 0.5)])
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_continued_run_ends_with_the_same_bits(start: Start, tmp_path: Path, after: int, views: int) -> None:
-    changes = {"distill_views": views, "distill_bank_mib": 60 * 128 / 2**20}  # so that the ring has turned
+def test_a_continued_run_ends_with_the_same_bits(
+    start: Start, tmp_path: Path, after: int, views: int, mixup: float
+) -> None:
+    changes = {"distill_views": views, "distill_mixup": mixup}
+    changes |= {"distill_bank_mib": 60 * 128 / 2**20}  # so that the ring has turned
     whole = start(**changes)
     distill(whole)
     path = tmp_path / "checkpoint.safetensors"
