@@ -7,8 +7,9 @@ Training images serve only to train the teacher, test images only to measure: af
 the run and without effect on it (`--keep-students` keeps the student of each in `NAME.students/`). Three accuracies of
 the student are written, each under its own name: `last`, the last epoch's; `chosen`, of the epoch that agreed best with
 the teacher on the synthetic hold-out; `max_over_epochs`, the figure that the paper reports, which is chosen on test
-data. The protocol `cpu` is scaled down to what two cores do in some minutes; its figures compare only with each other.
-The run folder stays, and `nayer-edge export`, `validate` and `gate` go on from it.
+data. The protocols `cpu` and `minutes` are scaled down to what two cores do in an hour or in a few minutes; `own` takes
+the recipe's own sizes, as those of `-fast` are small already. Such figures compare only with each other. The run folder
+stays, and `nayer-edge export`, `validate` and `gate` go on from it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from nayer_edge import data, evaluate, provenance
 from nayer_edge.artefacts import write_json
 from nayer_edge.data import LabelledImages
 from nayer_edge.distill import Distillation, Epoch, distill, save_checkpoint
+from nayer_edge.models import weights_digest
 from nayer_edge.pipelines import distill as steps
 from nayer_edge.pipelines.recipe import load_recipe
 from nayer_edge.pipelines.run import run_recipe
@@ -33,8 +35,25 @@ from nayer_edge.tensors import save_tensors
 
 RESULTS = Path(__file__).parent / "results" / "cifar"
 
+TEACHERS: dict[str, float] = {}
+"""test accuracy by digest of the weights: all seeds of a pair may have the same"""
+
 PROTOCOLS = {
     "paper": [],
+    "own": [],
+    # 14 rounds of 15 steps, 420 images, 400 student steps of 64.
+    "minutes": [
+        "synthesis.batch=30",
+        "synthesis.g_steps=15",
+        "synthesis.warmup_rounds=3",
+        "synthesis.rounds=2",
+        "distill.warmup_epochs=2",
+        "distill.epochs=6",
+        "distill.steps=100",
+        "distill.batch=64",
+        "distill.lr=0.05",
+        "distill.views=4",
+    ],
     # 44 rounds of 30 steps, 4,400 images, 3,600 student steps of 128.
     "cpu": [
         "synthesis.batch=100",
@@ -84,7 +103,10 @@ def one(arguments: argparse.Namespace, seed: int) -> None:
     test = data.load(str(recipe.validate_.data), "holdout", recipe.teacher.input, recipe.teacher.classes)
     compute = computing.choose(recipe.device, recipe.precision)
     distillation = steps.open_distillation(recipe, run.path(steps.TEACHER), run.path(steps.EMBEDDINGS))
-    teacher = evaluate.top1(evaluate.logits_of(distillation.teacher, test.images, compute), test.labels)
+    digest = weights_digest(distillation.teacher)
+    if digest not in TEACHERS:
+        TEACHERS[digest] = evaluate.top1(evaluate.logits_of(distillation.teacher, test.images, compute), test.labels)
+    teacher = TEACHERS[digest]
     print(f"{name}: teacher {100 * teacher:.2f} %, {compute.reason}", flush=True)
     students = root.with_name(f"{root.name}.students") if arguments.keep_students else None
     tested = Tested(distillation, test, root.with_suffix(".tested.json"), arguments.test_every, students)
@@ -104,6 +126,7 @@ def one(arguments: argparse.Namespace, seed: int) -> None:
         "protocol": arguments.protocol,
         "variant": arguments.variant,
         "settings": settings,
+        "sizes": {"steps": recipe.distill.steps, "batch": recipe.distill.batch},
         "seed": seed,
         "teacher": {"model": recipe.teacher.model, "top1": teacher},
         "student": {"model": recipe.student.model, **tested.accuracies(history)},

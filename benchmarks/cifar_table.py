@@ -129,8 +129,10 @@ def scaled_down(runs: list[dict[str, Any]]) -> list[str]:
         groups.setdefault(run["name"].rpartition("-s")[0], []).append(run)
     for name, group in groups.items():
         epochs = [epoch for epoch in group[0]["epochs"] if epoch["phase"] == "distill"]
-        values = dict(setting.split("=", 1) for setting in group[0]["settings"])
-        size = f"{len(epochs)} × {values['distill.steps']} × {values['distill.batch']}"
+        # Runs of before this was written down say it in their settings.
+        values = dict(setting.removeprefix("distill.").split("=", 1) for setting in group[0]["settings"])
+        values |= group[0].get("sizes", {})
+        size = f"{len(epochs)} × {values['steps']} × {values['batch']}"
         teacher, last, agreement = (
             spread([value(run) for run in group])
             for value in (
