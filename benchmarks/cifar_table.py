@@ -149,9 +149,9 @@ def scaled_down(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± standard deviation in per cent; a single run has no spread."""
+    """Mean ± standard deviation in per cent; a single run has no spread, nor has one teacher of several."""
     mean = f"{100 * statistics.mean(values):.2f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(set(values)) > 1 else mean
 
 
 def origin(runs: list[dict[str, Any]]) -> str:
