@@ -96,7 +96,9 @@ def test_the_table_fits_eighty_columns(invoke: Invoke) -> None:
     assert answer.code == 0, answer.err
     lines = answer.out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0].split() == ["student", "params", "MACs", "INT8", "size"]
+    # On a slow machine signs of life stand before the table.
+    header = next(line for line in lines if line.startswith("student"))
+    assert header.split() == ["student", "params", "MACs", "INT8", "size"]
     row = next(line for line in lines if line.startswith("torchvision:shufflenet_v2_x0_5@32"))
     assert row.count("≈") == 1, "a computed size is marked"
     assert "computed from the weights" in answer.out
