@@ -2,7 +2,7 @@
 
 With a pad of 4 pixels and flips there are only 162 views of an image, and at E = 100 each image of the bank is drawn
 some 128 times, every time through the teacher. Here each image is seen in `distill.views` fixed views, and the teacher
-answers each of them once. What that costs in accuracy, and what mixed views gain, is in docs/LOG.md.
+answers each of them once. What was measured of that, and of mixed views, is in docs/LOG.md.
 """
 
 from __future__ import annotations
