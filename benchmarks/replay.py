@@ -1,6 +1,8 @@
-"""The student's phase alone, replayed on the images of a finished run: what a full bank forgets, how many views.
+"""The student's phase alone, replayed on the images of a finished run: what a full bank forgets, views, mixtures.
 
     python benchmarks/replay.py runs/digits --json benchmarks/results/replay.digits.json
+    NAYER_EDGE_DATA=… python benchmarks/replay.py runs/cifar10-w402-w161-e100-cpu-study-s0 \\
+        --train "$NAYER_EDGE_DATA/cifar10/train.parquet" --first 5000 --json benchmarks/results/replay.cifar10.json
 
 A run's memory bank, where it never was full, holds every image in the order in which it was made. Here the rounds come
 in that order, at the epochs at which they came, without being synthesised again, so that many students cost what one
@@ -16,6 +18,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,12 @@ from nayer_edge import compute as computing
 from nayer_edge import data, lte
 from nayer_edge.artefacts import RunFolder, write_json
 from nayer_edge.bank import MemoryBank
-from nayer_edge.compute import random_stream, seeded
+from nayer_edge.classifier import Classifier
+from nayer_edge.compute import Compute, random_stream, seeded
 from nayer_edge.config import Recipe
+from nayer_edge.data import LabelledImages
 from nayer_edge.distill import Distillation, Settings, distill
+from nayer_edge.evaluate import agreement, logits_of, top1
 from nayer_edge.models import build_classifier, load_classifier
 from nayer_edge.pipelines.recipe import recipe_of
 from nayer_edge.synthesis import Round
@@ -42,7 +48,8 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "a quarter: a uniform sample of all stays": {"share": 0.25, "policy": "reservoir"},
         "a quarter: new ones do not enter": {"share": 0.25, "policy": "newest"},
     },
-    "views of an image": {"every crop anew": {"views": 0}, "16": {"views": 16}, "4": {"views": 4}, "1": {"views": 1}},
+    "views of an image": {"16": {"views": 16}, "4": {"views": 4}, "1": {"views": 1}, "every crop anew": {"views": 0}},
+    "mixed views": {"none": {"mixup": 0.0}, "half of them": {"mixup": 0.5}},
 }
 
 
@@ -98,86 +105,132 @@ class Replay(Distillation):
         self.holdout = self._seen
 
 
+@dataclass(frozen=True)
+class Case:
+    """What all students have in common: the run, and real images with the teacher's answers."""
+
+    run: RunFolder
+    recipe: Recipe
+    teacher: Classifier
+    made: MemoryBank
+    seen: LabelledImages
+    answers: torch.Tensor
+    compute: Compute
+
+
 def main() -> None:
-    """Runs the studies, prints and writes the figures."""
+    """Runs the studies, every choice with a seed before any with the next; prints and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--study", action="append", choices=list(STUDIES))
+    parser.add_argument("--train", help="images that the teacher was trained on, as teach.data; the recipe's own")
+    parser.add_argument("--first", type=int, help="so many of them; all by default")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--first-seed", type=int, default=0, help="to share the seeds between machines")
+    parser.add_argument("--json", type=Path, help="runs that it holds already are not repeated")
     arguments = parser.parse_args()
-    run = RunFolder.open(arguments.run)
-    recipe = recipe_of(run.manifest.recipe, run.root)
-    bank = MemoryBank.load(run.path(run.artifact("student").files["bank"]), torch.device("cpu"))
-    assert bank.added == len(bank), "the bank was full: its first images are gone"
-    where = recipe.teach.data if recipe.teach else None
-    assert where is not None, "the recipe does not say on which images its teacher was trained"
-    seen = data.load(where, "train", recipe.teacher.input, recipe.teacher.classes).images
-    found: dict[str, dict[str, Any]] = {}
+    case = case_of(arguments.run, arguments.train, arguments.first)
+    kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    runs: list[dict[str, Any]] = kept.get("runs", [])
     for study in arguments.study or STUDIES:
-        found[study] = {}
-        for name, choice in STUDIES[study].items():
-            runs = [one(run, recipe, bank, seen, choice, seed) for seed in range(arguments.seeds)]
-            found[study][name] = {
-                key: {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
-                for key in runs[0]
-                for values in [[one_run[key] for one_run in runs]]
-            }
-            print(f"{study} | {name} | {json.dumps(found[study][name])}", flush=True)
-            if arguments.json:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                write_json(arguments.json, result(recipe, len(bank), len(seen), found))
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+            for name, choice in STUDIES[study].items():
+                asked = {**unchanged(case.recipe), **choice}
+                if any((each["choice"], each["seed"]) == (asked, seed) for each in runs):
+                    continue
+                runs.append({"choice": asked, "seed": seed, **one(case, asked, seed)})
+                print(f"{study} | {name} | {json.dumps(runs[-1])}", flush=True)
+                keep(arguments.json, result(case, runs))
+    # Runs that were made elsewhere may have joined the file.
+    keep(arguments.json, result(case, runs))
 
 
-def one(
-    run: RunFolder, recipe: Recipe, bank: MemoryBank, seen: torch.Tensor, choice: dict[str, Any], seed: int
-) -> dict[str, float]:
-    """One student."""
+def case_of(folder: Path, train: str | None, first: int | None) -> Case:
+    """A finished run and `first` of the images that its teacher was trained on."""
+    run = RunFolder.open(folder)
+    recipe = recipe_of(run.manifest.recipe, run.root)
+    made = MemoryBank.load(run.path(run.artifact("student").files["bank"]), torch.device("cpu"))
+    assert made.added == len(made), "the bank was full: its first images are gone"
+    where = train or (recipe.teach.data if recipe.teach else None)
+    assert where is not None, "--train is needed: the recipe does not say on which images its teacher was trained"
+    seen = data.load(where, "train", recipe.teacher.input, recipe.teacher.classes)
+    seen = LabelledImages(seen.images[:first], seen.labels[:first], seen.name)
+    compute = computing.choose("cpu", recipe.precision)
     teacher = load_classifier(run.path(run.artifact("teacher").files["teacher"]))
-    embeddings = lte.load(run.path(run.artifact("lte").files["lte"]))
-    settings = recipe.distill.model_copy(update={"views": choice.get("views", recipe.distill.views)})
+    return Case(run, recipe, teacher, made, seen, logits_of(teacher, seen.images, compute), compute)
+
+
+def unchanged(recipe: Recipe) -> dict[str, Any]:
+    """The choice that a recipe makes, with a bank that is never full."""
+    return {"share": 1.0, "policy": "ring", "views": recipe.distill.views, "mixup": recipe.distill.mixup}
+
+
+def one(case: Case, choice: dict[str, Any], seed: int) -> dict[str, float]:
+    """One student."""
+    teacher, spec = case.teacher, case.teacher.spec
+    embeddings = lte.load(case.run.path(case.run.artifact("lte").files["lte"]))
+    config = case.recipe.distill.model_copy(update={"views": choice["views"], "mixup": choice["mixup"]})
     with seeded(random_stream(seed, "student").initial_seed()):
-        student = build_classifier(recipe.student.model, teacher.spec, teacher.classes)
-    replay = Replay(
-        teacher,
-        embeddings,
-        student,
-        Settings(recipe.generator, recipe.synthesis, settings, seed),
-        computing.choose("cpu", recipe.precision),
-        made=bank,
-        seen=seen,
-    )
-    room = int(choice.get("share", 1.0) * len(bank)) * teacher.spec.channels * teacher.spec.height * teacher.spec.width
-    policy, cpu = choice.get("policy"), torch.device("cpu")
-    other = OtherPolicy(teacher.spec.shape, room, policy, seed) if policy else None
-    replay.bank = MemoryBank(teacher.spec.shape, room, cpu) if other is None else other
+        student = build_classifier(case.recipe.student.model, spec, teacher.classes)
+    settings = Settings(case.recipe.generator, case.recipe.synthesis, config, seed)
+    # What is compared after every epoch is not what is measured; the teacher's answers for that are kept.
+    replay = Replay(teacher, embeddings, student, settings, case.compute, made=case.made, seen=case.seen.images[:100])
+    room = int(choice["share"] * len(case.made)) * spec.channels * spec.height * spec.width
+    other = None if choice["policy"] == "ring" else OtherPolicy(spec.shape, room, choice["policy"], seed)
+    replay.bank = MemoryBank(spec.shape, room, torch.device("cpu")) if other is None else other
     if replay.views is not None:
         order = replay._stream("views")
-        replay.views = ViewCache(replay.bank, settings.augment, settings.views, replay.teacher, replay.compute, order)
-    if other is not None:
-        other.views = replay.views
+        replay.views = ViewCache(replay.bank, config.augment, config.views, teacher, case.compute, order, config.mixup)
+        if other is not None:
+            other.views = replay.views
     began = time.perf_counter()
-    distill(replay)
+    trained = distill(replay)
+    seconds = time.perf_counter() - began
+    logits = logits_of(trained, case.seen.images, case.compute)
     last = replay.history[-1]
     assert last.loss_kd is not None
     return {
-        "agreement_on_real_images": last.agreement,
+        "agreement_on_real_images": float(agreement(logits, case.answers)),
+        "top1": top1(logits, case.seen.labels),
         "loss_kd": last.loss_kd,
         "bank_images": len(replay.bank),
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
     }
 
 
-def result(recipe: Recipe, images: int, seen: int, found: dict[str, Any]) -> dict[str, Any]:
-    """What there is so far."""
+def keep(path: Path | None, figures: dict[str, Any]) -> None:
+    """Writes what there is."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, figures)
+
+
+def result(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What there is so far: mean and spread by study, and every run."""
+    studies: dict[str, Any] = {}
+    for study, choices in STUDIES.items():
+        for name, choice in choices.items():
+            found = [each for each in runs if each["choice"] == {**unchanged(case.recipe), **choice}]
+            if found:
+                studies.setdefault(study, {})[name] = {
+                    "seeds": len(found),
+                    **{key: spread([each[key] for each in found]) for key in found[0] if key not in ("choice", "seed")},
+                }
     return {
-        "run": recipe.name,
-        "student": recipe.student.model,
-        "images_made": images,
-        "real_images": seen,
-        "studies": found,
+        "run": case.run.root.name,
+        "student": case.recipe.student.model,
+        "images_made": len(case.made),
+        "real_images": len(case.seen.images),
+        "distill": case.recipe.distill.model_dump(mode="json"),
+        "studies": studies,
+        "runs": runs,
         **origin(),
     }
+
+
+def spread(values: list[float]) -> dict[str, float | None]:
+    """Mean and standard deviation."""
+    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
 if __name__ == "__main__":
