@@ -29,7 +29,6 @@ import functools
 import json
 import os
 import re
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,12 +37,12 @@ from typing import Any
 
 import torch
 from cifar import PROTOCOLS
+from figures import keep, kept, spread
 from origin import commit, origin
 from sklearn.model_selection import StratifiedKFold
 from torch.nn import functional as F
 
 from nayer_edge import data, evaluate, losses, lte
-from nayer_edge.artefacts import write_json
 from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute, choose, random_stream, seeded
 from nayer_edge.config import Recipe
@@ -228,8 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     study = STUDIES[arguments.study]
     variants = arguments.variant or [name for name, each in study.items() if each.only_on in (None, arguments.on)]
-    kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
-    runs: list[dict[str, Any]] = kept.get("runs", [])
+    runs: list[dict[str, Any]] = kept(arguments.json).get("runs", [])
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name in variants:
             run = next((run for run in runs if (run["variant"], run["seed"]) == (name, seed)), None)
@@ -242,12 +240,9 @@ def main() -> None:
                 runs.append(run)
             run.update(measured(recipe, on, file))
             print(json.dumps(run), flush=True)
-            if arguments.json:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                write_json(arguments.json, result(arguments, runs))
+            keep(arguments.json, result(arguments, runs))
         ask_all(arguments, seed, [run for run in runs if run["seed"] == seed])
-        if arguments.json:
-            write_json(arguments.json, result(arguments, runs))
+        keep(arguments.json, result(arguments, runs))
     print(table(runs))
 
 
@@ -367,16 +362,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for run in runs:
         by_variant.setdefault(run["variant"], []).append(run)
     return {
-        variant: {"seeds": len(group)} | {key: spread_of([run[key] for run in group if key in run]) for key in FIGURES}
+        variant: {"seeds": len(group)} | {key: spread([run[key] for run in group if key in run]) for key in FIGURES}
         for variant, group in by_variant.items()
-    }
-
-
-def spread_of(values: list[float]) -> dict[str, float | None]:
-    """Mean and standard deviation; null where there is nothing to take them of."""
-    return {
-        "mean": statistics.mean(values) if values else None,
-        "sd": statistics.stdev(values) if len(values) > 1 else None,
     }
 
 

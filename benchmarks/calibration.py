@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import keep
 from origin import origin
 
 from nayer_edge import data
@@ -59,9 +60,7 @@ def main() -> None:
         **origin(),
     }
     print(table(result))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    keep(arguments.json, result)
 
 
 def measured(

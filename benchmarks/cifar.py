@@ -20,11 +20,11 @@ import os
 import time
 from pathlib import Path
 
+import figures
 import origin
 
 from nayer_edge import compute as computing
 from nayer_edge import data, evaluate, provenance
-from nayer_edge.artefacts import write_json
 from nayer_edge.data import LabelledImages
 from nayer_edge.distill import Distillation, Epoch, distill, save_checkpoint
 from nayer_edge.models import weights_digest
@@ -120,7 +120,7 @@ def one(arguments: argparse.Namespace, seed: int) -> None:
     seconds |= {
         phase: sum(epoch.seconds for epoch in history if epoch.phase == phase) for phase in ("warmup", "distill")
     }
-    figures = {
+    found = {
         "name": name,
         "recipe": arguments.recipe,
         "protocol": arguments.protocol,
@@ -138,9 +138,8 @@ def one(arguments: argparse.Namespace, seed: int) -> None:
         "commit": origin.commit(),
         "command": command(arguments, seed),
     }
-    result.parent.mkdir(parents=True, exist_ok=True)
-    write_json(result, figures)
-    print(f"{name}: {json.dumps(figures['student'])} {json.dumps(figures['seconds'])}", flush=True)
+    figures.keep(result, found)
+    print(f"{name}: {json.dumps(found['student'])} {json.dumps(found['seconds'])}", flush=True)
 
 
 class Tested:
@@ -151,9 +150,9 @@ class Tested:
     ) -> None:
         self._distillation, self._test, self._path, self._every = distillation, test, path, every
         self._students = students
-        kept = json.loads(path.read_text()) if path.is_file() else {}
-        self.by_epoch: dict[str, float] = kept.get("by_epoch", {})
-        self.seconds: float = kept.get("seconds", 0.0)
+        before = figures.kept(path)
+        self.by_epoch: dict[str, float] = before.get("by_epoch", {})
+        self.seconds: float = before.get("seconds", 0.0)
 
     def see(self, epoch: Epoch) -> None:
         """Called after each epoch, and for those of a continued run."""
@@ -165,7 +164,7 @@ class Tested:
             logits = evaluate.logits_of(run.student, self._test.images, run.compute)
             self.by_epoch[str(epoch.epoch)] = evaluate.top1(logits, self._test.labels)
             self.seconds += time.perf_counter() - began
-            write_json(self._path, {"by_epoch": self.by_epoch, "seconds": self.seconds})
+            figures.keep(self._path, {"by_epoch": self.by_epoch, "seconds": self.seconds})
             if self._students is not None:
                 self._students.mkdir(exist_ok=True)
                 save_tensors(self._students / f"epoch-{epoch.epoch:03d}.safetensors", run.student.state_dict())

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from figures import keep
 from origin import origin
 
 BEGIN, END = "<!-- digits -->", "<!-- /digits -->"
@@ -38,9 +39,7 @@ def main() -> None:
         **origin(),
     }
     print(table(result))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    keep(arguments.json, result)
     if arguments.readme:
         text = arguments.readme.read_text(encoding="utf-8")
         before, after = text.split(BEGIN)[0], text.split(END)[1]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import keep
 from origin import origin
 from published import Published
 
@@ -54,9 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments)
     print(json.dumps(result, indent=2))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    keep(arguments.json, result)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from figures import keep, kept
 from onnx import ModelProto
 from origin import origin
 from torch.nn import functional as F
@@ -93,10 +94,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     settings = {"changes": [] if arguments.full else list(SMALL), **vars(schedules(arguments))}
-    kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
-    if kept.get("settings") != json.loads(json.dumps(settings, default=dataclasses.asdict)):
-        kept = {}
-    began, runs = time.process_time() - kept.get("cpu_seconds", 0), kept.get("runs", [])
+    settings = json.loads(json.dumps(settings, default=dataclasses.asdict))
+    before = kept(arguments.json)
+    if before.get("settings") != settings:
+        before = {}
+    began, runs = time.process_time() - before.get("cpu_seconds", 0), before.get("runs", [])
     for seed in range(arguments.seeds):
         if any(run["seed"] == seed for run in runs):
             continue
@@ -110,10 +112,7 @@ def main() -> None:
             "cpu_seconds": round(time.process_time() - began),
             **origin(),
         }
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(result, indent=2, default=dataclasses.asdict)
-            arguments.json.write_text(text + "\n", encoding="utf-8")
+        keep(arguments.json, result)
     print(table(result))
 
 

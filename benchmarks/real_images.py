@@ -18,18 +18,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from figures import keep, kept, spread
 from origin import origin
 from replay import Replay
 
 from nayer_edge import compute as computing
 from nayer_edge import data, evaluate, lte
-from nayer_edge.artefacts import RunFolder, write_json
+from nayer_edge.artefacts import RunFolder
 from nayer_edge.bank import MemoryBank
 from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute, random_stream, seeded
@@ -65,8 +65,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "the run's own student": evaluate.top1(evaluate.logits_of(own, holdout.images, compute), holdout.labels)
     }
-    kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
-    runs: list[dict[str, Any]] = kept.get("runs", [])
+    runs: list[dict[str, Any]] = kept(arguments.json).get("runs", [])
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for way in arguments.way or WAYS:
             if any((each["way"], each["seed"]) == (way, seed) for each in runs):
@@ -86,13 +85,6 @@ def main() -> None:
             keep(arguments.json, result(run, recipe, found, runs, len(holdout.images)))
     # Runs that were made elsewhere may have joined the file.
     keep(arguments.json, result(run, recipe, found, runs, len(holdout.images)))
-
-
-def keep(path: Path | None, figures: dict[str, Any]) -> None:
-    """Writes what there is."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, figures)
 
 
 def taught(
@@ -135,14 +127,7 @@ def result(run: RunFolder, recipe: Recipe, found: dict[str, Any], runs: list[dic
     by_way: dict[str, list[float]] = {}
     for each in runs:
         by_way.setdefault(each["way"], []).append(each["top1"])
-    ways = {
-        way: {
-            "seeds": len(values),
-            "mean": statistics.mean(values),
-            "sd": statistics.stdev(values) if len(values) > 1 else None,
-        }
-        for way, values in by_way.items()
-    }
+    ways = {way: {"seeds": len(values), **spread(values)} for way, values in by_way.items()}
     return {
         "run": run.root.name,
         "student": recipe.student.model,

@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from figures import keep, kept, spread
 from origin import origin
 
 from nayer_edge import compute as computing
 from nayer_edge import data, lte
-from nayer_edge.artefacts import RunFolder, write_json
+from nayer_edge.artefacts import RunFolder
 from nayer_edge.bank import MemoryBank
 from nayer_edge.classifier import Classifier
 from nayer_edge.compute import Compute, random_stream, seeded
@@ -130,8 +130,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="runs that it holds already are not repeated")
     arguments = parser.parse_args()
     case = case_of(arguments.run, arguments.train, arguments.first)
-    kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
-    runs: list[dict[str, Any]] = kept.get("runs", [])
+    runs: list[dict[str, Any]] = kept(arguments.json).get("runs", [])
     for study in arguments.study or STUDIES:
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             for name, choice in STUDIES[study].items():
@@ -198,13 +197,6 @@ def one(case: Case, choice: dict[str, Any], seed: int) -> dict[str, float]:
     }
 
 
-def keep(path: Path | None, figures: dict[str, Any]) -> None:
-    """Writes what there is."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, figures)
-
-
 def result(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What there is so far: mean and spread by study, and every run."""
     studies: dict[str, Any] = {}
@@ -226,11 +218,6 @@ def result(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "runs": runs,
         **origin(),
     }
-
-
-def spread(values: list[float]) -> dict[str, float | None]:
-    """Mean and standard deviation."""
-    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
 if __name__ == "__main__":

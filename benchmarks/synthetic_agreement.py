@@ -30,6 +30,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from figures import keep
 from matplotlib.figure import Figure
 from origin import origin
 from safetensors.torch import load_file
@@ -38,7 +39,7 @@ from torch import nn
 
 from nayer_edge import compute as computing
 from nayer_edge import data, evaluate
-from nayer_edge.artefacts import RunFolder, write_json
+from nayer_edge.artefacts import RunFolder
 from nayer_edge.classifier import Classifier
 from nayer_edge.compute import random_stream, seeded
 from nayer_edge.config import Recipe
@@ -70,7 +71,7 @@ def main() -> None:
     if arguments.command == "plot":
         plot([json.loads(path.read_text()) for path in arguments.results], arguments.out)
     else:
-        write_json(arguments.json, measure(arguments))
+        keep(arguments.json, measure(arguments))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

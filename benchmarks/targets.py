@@ -16,9 +16,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from figures import keep
 from origin import origin
 
-from nayer_edge.artefacts import RunFolder, write_json
+from nayer_edge.artefacts import RunFolder
 from nayer_edge.pipelines.statistics import drop_lower, drop_upper
 
 ALPHA = 0.05
@@ -32,9 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = {"runs": [of_run(RunFolder.open(root)) for root in arguments.runs], **origin()}
     print(table(result))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.json, result)
+    keep(arguments.json, result)
 
 
 def of_run(run: RunFolder) -> dict[str, Any]:
