@@ -21,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import to_jsonable_python
 
 from nayer_edge.errors import UsageError, nearest
 from nayer_edge.model_names import BRING_WEIGHTS
@@ -456,14 +457,34 @@ def known_keys(model: type[BaseModel], location: tuple[int | str, ...] = ()) -> 
     """The keys that `model` knows at a place inside it, nested sections by name."""
     current: Any = model
     for part in location:
-        field = next((f for n, f in current.model_fields.items() if part in (n, f.alias)), None)
-        if field is None:
-            return []
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        current = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        current = _section_of(_field_of(current, part))
         if current is None:
             return []
     return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def is_default(key: str, value: Any) -> bool:
+    """Whether a key of a recipe ("distill.mixup") has the value, as JSON, that it has where nobody wrote it."""
+    current: Any = Recipe
+    *sections, last = key.split(".")
+    for part in sections:
+        current = _section_of(_field_of(current, part))
+    field = _field_of(current, last)
+    if field is None or field.is_required():
+        return False
+    return value == to_jsonable_python(field.get_default(call_default_factory=True), by_alias=True)
+
+
+def _field_of(model: type[BaseModel] | None, key: int | str) -> Any:
+    """The field that a key names, by its alias too; None where there is no such field."""
+    fields = model.model_fields.items() if model else ()
+    return next((field for name, field in fields if key in (name, field.alias)), None)
+
+
+def _section_of(field: Any) -> type[BaseModel] | None:
+    """The nested section that a field holds, optional or not; None where it holds a value."""
+    kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def make_recipe(values: dict[str, Any], source: str, settings: Sequence[str] = ()) -> Recipe:

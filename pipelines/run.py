@@ -22,7 +22,7 @@ from nayer_edge.artefacts import (
     lock_folder,
     remove_temporaries,
 )
-from nayer_edge.config import Recipe
+from nayer_edge.config import Recipe, is_default
 from nayer_edge.data_digest import digest_of_data
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.labels import labels_beside
@@ -150,7 +150,7 @@ def _changes_since_begun(step: Step, recipe: Recipe, run: RunFolder) -> list[str
 
 
 def _to_make(step: Step, recipe: Recipe, record: StepRecord | None) -> bool:
-    return record is None or _settings(step, recipe, record) != record.settings
+    return record is None or bool(_changes(record.settings, _settings(step, recipe, record)))
 
 
 def _settings(step: Step, recipe: Recipe, record: StepRecord | None) -> dict[str, Any]:
@@ -182,13 +182,14 @@ def _settings(step: Step, recipe: Recipe, record: StepRecord | None) -> dict[str
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """ "key: old → new" for every difference of two nested settings."""
+    """ "key: old → new" for every difference of two nested settings. A key that came into recipes after a step was made is
+    none where it has its default."""
     found = []
     for key in sorted(set(before) | set(now)):
         old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
             found += _changes(old, new, f"{name}.")
-        elif old != new:
+        elif old != new and (key in before or not is_default(name, new)):
             found.append(f"{name}: {old} → {new}")
     return found
 
@@ -204,6 +205,8 @@ def _run_step(
     inputs = [run.artifact(name) for name in step.inputs]
     record = run.manifest.steps.get(step.name)
     settings = _settings(step, recipe, record)
+    if record is not None and not _changes(record.settings, settings):
+        settings = record.settings
     input_hashes = {name: run.manifest.files[name].sha256 for artifact in inputs for name in artifact.files.values()}
     digest = digest_of({"step": step.name, "settings": settings, "inputs": input_hashes})
     reason = "not made yet"

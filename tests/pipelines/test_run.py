@@ -115,6 +115,37 @@ def test_a_run_continued_elsewhere_says_so(finished: Path) -> None:
         assert step.hardware == ({"cpu": now.hardware["cpu"]} if later else {}), name
 
 
+def without(root: Path, key: str) -> None:
+    """The folder as a version without that key of the recipe would have left it."""
+    run = RunFolder.open(root)
+    section, _, last = key.partition(".")
+    values = json.loads((root / MANIFEST).read_text())
+    del values["recipe"][section][last]
+    for name, step in values["steps"].items():
+        if section in step["settings"]:
+            del step["settings"][section][last]
+            inputs = next(part.inputs for part in STEPS if part.name == name)
+            files = [file for artifact in inputs for file in run.artifact(artifact).files.values()]
+            hashes = {file: run.manifest.files[file].sha256 for file in files}
+            step["digest"] = digest_of({"step": name, "settings": step["settings"], "inputs": hashes})
+    (root / MANIFEST).write_text(json.dumps(values))
+
+
+@pytest.mark.usefixtures("no_step")
+@pytest.mark.parametrize("key", ["distill.mixup", "validate.fit", "teacher.arguments", "synthesis.lambda_adv"])
+def test_a_folder_from_before_a_setting_was_there_is_kept(finished: Path, key: str) -> None:
+    without(finished, key)
+    assert again(finished) == [(name, "kept") for name in NAMES]
+
+
+def test_a_setting_that_came_later_counts_once_somebody_uses_it(finished: Path) -> None:
+    without(finished, "distill.mixup")
+    with pytest.raises(UsageError) as refused:
+        again(finished, "distill.mixup=0.5")
+    assert "Changed since: distill.mixup: None → 0.5." in str(refused.value.why)
+    assert again(finished)[NAMES.index("student")] == ("student", "kept")
+
+
 def test_a_changed_validation_does_not_touch_training(finished: Path) -> None:
     events = again(finished, "validate.synthetic_images=50", last="validate")
     assert made(events) == ["validate"]
