@@ -182,8 +182,8 @@ def _settings(step: Step, recipe: Recipe, record: StepRecord | None) -> dict[str
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """ "key: old → new" for every difference of two nested settings. A key that came into recipes after a step was made is
-    none where it has its default."""
+    """ "key: old → new" for every difference of two nested settings. A key that came into recipes after a step was made
+    is none where it has its default."""
     found = []
     for key in sorted(set(before) | set(now)):
         old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
