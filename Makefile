@@ -51,8 +51,9 @@ check: install  ## ruff and the type checker
 	$(BIN)/basedpyright --project build/shipped --pythonpath $(BIN)/python --level error
 	rm -rf build
 
-schemas: install  ## writes the published JSON Schemas anew
+schemas: install  ## writes the published JSON Schemas and docs/REFERENCE.md anew
 	$(BIN)/python -m nayer_edge.pipelines.schemas
+	$(BIN)/python -m nayer_edge.pipelines.schemas.reference >docs/REFERENCE.md
 
 lock:  ## resolves requirements.lock anew (needs uv); it names no index
 	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

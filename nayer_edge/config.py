@@ -47,8 +47,11 @@ class InputSpec(Section):
     """What a model eats: images in [0, 1], channels first, normalised inside the model as (x − mean) / std."""
 
     channels: Count = 3
+    """1: grey, 3: red, green, blue"""
     height: Annotated[int, Field(ge=4, le=4096)] = 32
+    """pixels"""
     width: Annotated[int, Field(ge=4, le=4096)] = 32
+    """pixels"""
     mean: tuple[float, ...] = (0.5,)
     """one value per channel, or one for all"""
     std: tuple[Positive, ...] = (0.5,)
@@ -128,13 +131,19 @@ class Teach(Section):
     data: str
     """digits, or a folder, parquet or npz file of labelled images"""
     epochs: Count = 20
+    """passes over the images"""
     batch: Count = 128
+    """images per step"""
     lr: Positive = 0.25
     """peak of the one-cycle schedule"""
     momentum: Fraction = 0.9
+    """of SGD, with Nesterov"""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """of all parameters"""
     label_smoothing: Fraction = 0.0
+    """how much of each label goes to all classes alike"""
     augment: Augment = Augment()
+    """of the training images"""
 
 
 class LTE(Section):
@@ -201,8 +210,11 @@ class Synthesis(Section):
     lr: Positive = 4e-3
     """Adam, betas 0.5 and 0.999, a fresh one every round"""
     lambda_bn: Annotated[float, Field(ge=0)] = 10.0
+    """weight of L_bn: the BatchNorm statistics of the images against those that the teacher remembers"""
     lambda_ce: Annotated[float, Field(ge=0)] = 0.5
+    """weight of L_ce: the teacher sees the class that the image was made for"""
     lambda_adv: Annotated[float, Field(ge=0)] = 1.33
+    """weight of L_adv: the student does not answer as the teacher does"""
     bn_momentum: Fraction = 0.9
     """how much of the BatchNorm statistics of earlier rounds L_bn remembers (published: bn_mmt); 0 disables it"""
     augment: Augment = Augment()
@@ -219,13 +231,19 @@ class Distill(Section):
     steps: Count = 400
     """student steps per epoch"""
     batch: Annotated[int, Field(ge=2)] = 512
+    """images per student step"""
     lr: Positive = 0.2
+    """start of the cosine schedule of SGD"""
     lr_min: Annotated[float, Field(ge=0)] = 2e-4
     """end of the cosine schedule"""
     momentum: Fraction = 0.9
+    """of SGD"""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """of all parameters"""
     temperature: Positive = 20.0
+    """by which the logits of both are divided before they are compared"""
     augment: Augment = Augment()
+    """of the images that the student sees"""
     views: Annotated[int, Field(ge=0)] = 0
     """0: every crop is drawn anew, as published; n: each image is seen in n fixed views, whose teacher logits are
     computed once"""
@@ -251,6 +269,7 @@ class Export(Section):
     """ONNX and the quantized graphs."""
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
+    """version of the ONNX operator set"""
     targets: tuple[str, ...] = ("cpu",)
     """which devices get a quantized graph; nayer_edge/export/targets.py lists them"""
     calibration_images: Annotated[int, Field(ge=1, le=65536)] = 512
@@ -266,6 +285,7 @@ class Export(Section):
     """train the INT8 network with its rounding on images of the memory bank; kept where it agrees better with FP32 on
     the synthetic hold-out than calibration alone"""
     finetune_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    """of fine-tuning"""
     finetune_steps: Annotated[int, Field(ge=1, le=100_000)] = 100
     """steps per epoch, of distill.batch images each"""
     finetune_lr: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
@@ -294,45 +314,55 @@ class AccuracyPolicy(Section):
     """Paired accuracy drops, fractions in [0, 1]; see docs/ARCHITECTURE.md for the statistics."""
 
     max_drop_vs_fp32: Fraction | None = None
+    """against the FP32 student: what quantization may cost"""
     max_drop_vs_teacher: Fraction | None = None
+    """against the teacher: what the whole way may cost"""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """of the one-sided bounds of every check that has one"""
 
 
 class AgreementPolicy(Section):
     """Fraction of images on which artefact and teacher choose the same class."""
 
     min: Fraction | None = None
+    """at least so many"""
 
 
 class LatencyPolicy(Section):
     """At batch 1, on the machine that ran `validate`."""
 
     max_p95_ms: Positive | None = None
+    """19 of 20 runs take no longer, in ms"""
     min_speedup_vs_fp32: Positive | None = None
+    """how many times as fast as the FP32 student"""
 
 
 class SizePolicy(Section):
     """Of one artefact's file."""
 
     max_bytes: Count | None = None
+    """bytes"""
 
 
 class Int8Policy(Section):
     """Fraction of eligible convolutions and matrix products that run in INT8."""
 
     min_coverage: Fraction | None = None
+    """at least so many; 1: all of them"""
 
 
 class ParityPolicy(Section):
     """Largest absolute logit difference between FP32 ONNX and the torch student."""
 
     max_abs_diff: Positive | None = None
+    """of a logit"""
 
 
 class PerClassPolicy(Section):
     """Drop of any single class against the FP32 student."""
 
     max_drop: Fraction | None = None
+    """no class loses more"""
     advisory: bool = True
     """report, but do not fail"""
 
@@ -341,6 +371,7 @@ class BaselinePolicy(Section):
     """Paired accuracy drop against the same artefact of the baseline run that `gate --references` names."""
 
     max_drop: Fraction | None = None
+    """against the release before"""
 
 
 class Policy(Section):
@@ -371,28 +402,39 @@ class References(Section):
     """`references.toml`: what `gate` compares a run with, beside the limits of the policy."""
 
     baseline: Baseline
+    """the release before"""
 
 
 class Measured(Section):
     """What the recipe's author measured, so that a user knows what to expect."""
 
     teacher_top1: Fraction | None = None
+    """mean over the seeds"""
     student_top1: Fraction | None = None
+    """mean over the seeds"""
     student_top1_sd: Annotated[float, Field(ge=0)] | None = None
+    """its standard deviation"""
     int8_drop: float | None = None
     """FP32 student top-1 minus INT8 top-1, fraction"""
     seeds: Count | None = None
+    """how many"""
     seconds: Positive | None = None
+    """of a whole run"""
     hardware: str | None = None
+    """on what"""
 
 
 class Recipe(Section):
     """A whole run: teacher, embeddings, synthesis, student, export, validation, gate."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """the file's, unless it says another"""
     description: str = ""
+    """one line, shown by `nayer-edge recipes`"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """of every random stream"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of training; auto: bf16 autocast where the processor has bf16 arithmetic"""
     tracking: Literal["none", "tensorboard"] = "none"
@@ -534,6 +576,9 @@ def _checked(kind: type[Checked], values: dict[str, Any], what: str, fix: str) -
 def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """Applies `--set a.b=c` to a recipe's values; c is read as TOML, or as a string where it is not TOML.
 
+    One key changes: a section that the recipe did not write keeps the rest of what it is by default, limits of the gate
+    above all. (One that it writes says all by itself.)
+
     Raises:
         UsageError: an item is not of this form.
     """
@@ -548,15 +593,33 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
         except tomllib.TOMLDecodeError:
             value = text
         place = values
-        for part in parts[:-1]:
+        for depth, part in enumerate(parts[:-1], start=1):
             # What a run folder left out stands there as null.
             if place.get(part) is None:
-                place[part] = {}
+                place[part] = _set_by_default(parts[:depth])
             place = place[part]
             if not isinstance(place, dict):
                 raise UsageError(f"'{part}' in --set {setting} is a value, not a section.")
         place[parts[-1]] = value
     return values
+
+
+def _set_by_default(parts: list[str]) -> dict[str, Any]:
+    """What a recipe without this section has there, as far as the section by itself would not."""
+    current: Any = Recipe
+    field = None
+    for part in parts:
+        field = _field_of(current, part)
+        current = _section_of(field)
+    default = field.get_default(call_default_factory=True) if field and not field.is_required() else None
+    if not isinstance(default, BaseModel):
+        return {}
+    kind = type(default)
+    values = to_jsonable_python(default, by_alias=True)
+    own = {
+        field.alias or name: field.get_default(call_default_factory=True) for name, field in kind.model_fields.items()
+    }
+    return {key: value for key, value in values.items() if value != to_jsonable_python(own[key], by_alias=True)}
 
 
 def _copied(value: Any) -> Any:

@@ -70,6 +70,17 @@ def run_gate(run_root: Path, policy_file: Path | None = None, references: Path |
 def _judged(report: Report, policy: Policy, baseline: Baseline | None = None) -> Verdict:
     """The judgement, with what it can and cannot promise."""
     notes = list(promise(report.dataset)) if report.dataset.kind == "synthetic" else []
+    accuracy = policy.accuracy
+    of_answers = (
+        accuracy.max_drop_vs_fp32,
+        accuracy.max_drop_vs_teacher,
+        policy.baseline.max_drop,
+        policy.agreement.min,
+    )
+    if all(limit is None for limit in of_answers):
+        notes.append(
+            "The policy limits neither accuracy nor agreement: this verdict does not say how good the answers are."
+        )
     if baseline is not None:
         notes.append(
             f"Compared with the baseline '{baseline.name}' (its report.json has the SHA-256 "

@@ -473,6 +473,22 @@ def test_a_synthetic_verdict_says_what_it_can_and_cannot_promise_everywhere(root
     assert "synthetic" not in json.dumps(verdict_json(replace(verdict, notes=()))["notes"])
 
 
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ("[accuracy]\nconfidence = 0.99", True),
+        ("[accuracy]\nmax_drop_vs_fp32 = 0.5", False),
+        ("[accuracy]\n[agreement]\nmin = 0.1", False),
+        ("[int8]\nmin_coverage = 0.5", False),
+    ],
+)
+def test_a_policy_that_limits_no_answer_is_told_so(root: Path, tmp_path: Path, limits: str, said: bool) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(limits)
+    verdict = run_gate(root, policy)
+    assert any("limits neither accuracy nor agreement" in note for note in verdict.notes) is said
+
+
 def test_a_verdict_on_labelled_images_needs_no_such_words(root: Path) -> None:
     assert run_gate(root).notes == ()
     assert "cannot promise" not in rendered(run_gate(root))
