@@ -100,13 +100,20 @@ def _png(images: np.ndarray, labels: np.ndarray, classes: Sequence[str], folder:
         )
     pixels = as_bytes(images).transpose(0, 2, 3, 1)
     width = len(str(len(classes) - 1))
+    written = set()
     for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         # The number keeps the classes' order where readers sort folders; a label may hold any character, a
         # path not.
         name = re.sub(r"[^\w.-]+", "_", str(classes[label])).strip("._") or "class"
         buffer = io.BytesIO()
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "PNG")
-        write_bytes(folder / f"{label:0{width}d}_{name[:60]}" / f"{index:05d}.png", buffer.getvalue())
+        path = folder / f"{label:0{width}d}_{name[:60]}" / f"{index:05d}.png"
+        write_bytes(path, buffer.getvalue())
+        written.add(path)
+    # What an earlier call drew would be calibrated on too.
+    for path in folder.glob("*_*/*.png"):
+        if path not in written and re.fullmatch(r"\d+_.+/\d{5,}\.png", path.relative_to(folder).as_posix()):
+            path.unlink()
     return folder
 
 

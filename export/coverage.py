@@ -121,6 +121,8 @@ def _product(node: NodeProto, constants: dict, producers: dict[str, NodeProto]) 
     if weight not in constants:
         return Product(node.op_type, constant_weight=False, groups=groups)
     dims = list(constants[weight].dims)
+    if node.op_type == "MatMul" and len(dims) != 2:
+        return Product(node.op_type, constant_weight=True, matrix=False)
     if node.op_type == "Conv":
         channels_in, channels_out = dims[1], dims[0] // groups
     elif node.op_type == "ConvTranspose":

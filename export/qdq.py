@@ -39,6 +39,8 @@ def with_qdq(model: ModelProto, ranges: Ranges, target: Target, *, float_nodes: 
     eligible, excluded = eligible_products(copy, target)
     quantized = {node.name for node in eligible} - set(float_nodes)
     residuals = _residual_adds(copy, quantized) if target.residual == "skip" else []
+    if target.bias == "int32":
+        _keep_biases_of_zero_weights(copy, quantized)
     data: dict[str, TensorData | tuple] = {
         name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()
     }
@@ -51,7 +53,12 @@ def with_qdq(model: ModelProto, ranges: Ranges, target: Target, *, float_nodes: 
             _TYPES[target.activations],
             TensorsData(CalibrationMethod.MinMax, data),
             [],
-            sorted({name for name, _ in excluded} | set(float_nodes) | _stranded(copy, quantized, operators)),
+            sorted(
+                {name for name, _ in excluded}
+                | set(float_nodes)
+                | _stranded(copy, quantized, operators)
+                | _clips_away_from_zero(copy)
+            ),
             list(operators),
             {
                 "ActivationSymmetric": target.symmetric,
@@ -91,6 +98,38 @@ def _stranded(model: ModelProto, quantized: Collection[str], operators: Collecti
     return {node.name for node in carriers if node.output[0] not in joined}
 
 
+def _clips_away_from_zero(model: ModelProto) -> set[str]:
+    """Clips that no saturation can stand for: a quantized range always holds zero, and theirs does not."""
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    found = set()
+    for node in model.graph.node:
+        if node.op_type == "Clip":
+            low, high = ([*(constants.get(name) for name in node.input[1:3]), None, None])[:2]
+            if (low is not None and low > 0) or (high is not None and high < 0):
+                found.add(node.name)
+    return found
+
+
+def _keep_biases_of_zero_weights(model: ModelProto, quantized: Collection[str]) -> None:
+    """A channel whose weights are all zero, as pruning leaves it, still has its bias, whose INT32 grid is made of the
+    scales of input and weights. ONNX Runtime takes 1 for the scale of zeros, and the bias is rounded away. A weight
+    that rounds to zero in any grid lets it take the finest scale in which the bias fits."""
+    constants = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.name not in quantized or len(node.input) < 3 or node.input[1] not in constants:
+            continue
+        tensor = constants[node.input[1]]
+        values = numpy_helper.to_array(tensor).copy()
+        transposed = node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
+        channels = (values.T if transposed else values).reshape(values.shape[1 if transposed else 0], -1)
+        zero = ~channels.any(axis=1)
+        if zero.any():
+            first = (slice(None), 0) if not transposed else (0, slice(None))
+            rows = values.reshape(len(values), -1)
+            rows[first] = np.where(zero, np.float32(1e-30), rows[first])
+            tensor.CopyFrom(numpy_helper.from_array(rows.reshape(values.shape), tensor.name))
+
+
 def calibrated_tensors(model: ModelProto, target: Target) -> set[str]:
     """Tensors whose range decides how `with_qdq` quantizes: not those that a ReLU clips next, nor the
     logits."""
@@ -108,6 +147,8 @@ def calibrated_tensors(model: ModelProto, target: Target) -> set[str]:
         for name in node.input:
             uses.setdefault(name, []).append(node.op_type)
     clipped = {name for name, kinds in uses.items() if kinds in (["Relu"], ["Clip"])} if target.outputs else set()
+    apart = _clips_away_from_zero(model)
+    clipped -= {name for node in model.graph.node if node.name in apart for name in node.input[:1]}
     return found - clipped - {v.name for v in model.graph.output} - {t.name for t in model.graph.initializer}
 
 
@@ -222,11 +263,16 @@ def _quantize_skips(model: ModelProto, residuals: list[ResidualAdd], ranges: Ran
     """Q/DQ on the skip input of every residual Add that has none yet."""
     pairs = _pairs(model)
     nodes: Mapping[str, NodeProto] = {node.name: node for node in model.graph.node}
+    made: set[str] = set()
     for residual in residuals:
         node = nodes[residual.name]
         tensor = node.input[residual.skip]
         if tensor in pairs or tensor not in ranges:
             continue
+        if tensor in made:
+            node.input[residual.skip] = f"{tensor}_skip"
+            continue
+        made.add(tensor)
         largest = max(abs(end) for end in ranges[tensor])
         scale = np.float32(largest / 127 if largest > 0 else 1.0)
         base = f"{tensor}_skip"

@@ -185,10 +185,17 @@ class OrtRunner:
         try:
             return np.asarray(self._session.run(None, {self._input: pixels})[0])[:n]
         except Exception as error:
+            why = str(error).strip().splitlines()[0]
+            if "invalid dimensions" in why or "Invalid rank" in why:
+                raise UsageError(
+                    f"{self.path.name} does not run on images of shape {images.shape[1:]}.",
+                    why=why,
+                    fix="Compare the shape with the model's input specification.",
+                ) from error
             raise UsageError(
-                f"{self.path.name} does not run on images of shape {images.shape[1:]}.",
-                why=str(error).strip().splitlines()[0],
-                fix="Compare the shape with the model's input specification.",
+                f"ONNX Runtime loads {self.path.name} and cannot run it.",
+                why=why,
+                fix="Another release of onnxruntime may; please report the line above with the model's name.",
             ) from error
 
     def optimised_graph(self) -> ModelProto:

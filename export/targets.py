@@ -1,7 +1,7 @@
 """The targets in one table: what each device wants of an INT8 graph, and which operators are eligible.
 
 One Q/DQ file cannot serve them all: x86 wants unsigned activations, TensorRT refuses zero points and INT32
-biases. The facts behind the table, with sources, are in docs/ARCHITECTURE.md (deployment).
+biases. The facts behind the table, with sources, are in docs/ARCHITECTURE.md ("Deployment").
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Literal
 
 from nayer_edge.errors import UsageError, nearest
 
+FP16_SCALES = 19
+"""the first opset whose QuantizeLinear takes scales in FP16"""
 Precision = Literal["fp32", "fp16", "int8"]
 
 
@@ -163,6 +165,7 @@ class Product:
         groups: of a convolution, else 1.
         channels_in: input channels per group (of Gemm and MatMul: rows of the weight).
         channels_out: output channels per group (of Gemm and MatMul: columns).
+        matrix: its weight has the dimensions that the operator's INT8 form takes: of MatMul, two.
     """
 
     op_type: str
@@ -170,6 +173,7 @@ class Product:
     groups: int = 1
     channels_in: int = 0
     channels_out: int = 0
+    matrix: bool = True
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,12 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         targets=tuple(TARGETS),
         applies=lambda p: not p.constant_weight,
         reason="both factors are activations: there is no constant weight to quantize per channel",
+    ),
+    Exclusion(
+        name="weight is no matrix",
+        targets=tuple(TARGETS),
+        applies=lambda p: not p.matrix,
+        reason="a product with a vector or with a stack of matrices has no INT8 form with one scale per output channel",
     ),
     Exclusion(
         name="transposed convolution",

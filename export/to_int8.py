@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ from .calibration import METHODS, Ranges, compute_ranges, require_images
 from .coverage import FLOAT_NODES, Coverage, eligible_products, int8_coverage
 from .finetune import FineTuner
 from .fp16 import converted
-from .onnx_file import metadata_of, read_onnx, strip, write_onnx
+from .onnx_file import metadata_of, opset_of, read_onnx, strip, write_onnx
 from .parity import Agreement, agreement
+from .plain_graph import make_plain
 from .qdq import calibrated_tensors, with_qdq
 from .runners import OrtRunner, as_bytes
 from .sensitivity import (
@@ -36,7 +36,7 @@ from .sensitivity import (
     layer_errors,
     most_sensitive_first,
 )
-from .targets import Target, get_target, is_native, quantized_operators
+from .targets import FP16_SCALES, Target, get_target, is_native, quantized_operators
 
 Method = Literal["auto", "minmax", "percentile", "entropy", "mse"]
 FINETUNED = "finetuned"
@@ -118,6 +118,12 @@ def to_int8(
     target = get_target(target) if isinstance(target, str) else target
     rest = rest or target.rest
     source = read_onnx(fp32_path, external_data=True)
+    if rest == "float16" and opset_of(source) < FP16_SCALES:
+        raise UsageError(
+            f"{fp32_path.name} is too old for target '{target.name}', whose Q/DQ scales are in FP16.",
+            why=f"They are defined from opset {FP16_SCALES} on.",
+            fix=f"Export it with a newer one: --set export.opset={FP16_SCALES}",
+        )
     shape = _input_shape(source)
     calibration = require_images(calibration_images, shape, "calibration")
     holdout = None if holdout_images is None else require_images(holdout_images, shape, "hold-out")
@@ -351,7 +357,7 @@ def run_onnx(path: Path, images: np.ndarray, *, as_written: bool = False) -> np.
 
 
 def prepared(fp32_path: Path, path: Path) -> ModelProto:
-    """ONNX Runtime's pre-processing (constants folded, shapes inferred), every node named.
+    """ONNX Runtime's pre-processing (constants folded, shapes inferred), and `make_plain`.
 
     Written and returned.
 
@@ -363,13 +369,7 @@ def prepared(fp32_path: Path, path: Path) -> ModelProto:
     model = onnx.load(str(path))
     if any(node.op_type in ("QuantizeLinear", "QLinearConv") for node in model.graph.node):
         raise UsageError(f"{fp32_path.name} is quantized already.", fix="Give the FP32 file: export/student.fp32.onnx")
-    taken = Counter(node.name for node in model.graph.node if node.name)
-    for node in model.graph.node:
-        if not node.name:
-            # Functions such as HardSwish are expanded into nodes without a name.
-            base = f"{node.output[0]}.{node.op_type}"
-            taken[base] += 1
-            node.name = base if taken[base] == 1 else f"{base}_{taken[base]}"
+    make_plain(model)
     onnx.save(model, str(path))
     return model
 

@@ -22,6 +22,7 @@ from nayer_edge.artefacts import sha256_of
 from nayer_edge.errors import NayerEdgeError, UsageError
 
 from .onnx_file import opset_of, strip, write_onnx
+from .plain_graph import distinct
 
 INPUT = "images"
 OUTPUT = "logits"
@@ -241,11 +242,10 @@ def _quiet() -> Iterator[None]:
 def _name_after_layers(model: ModelProto) -> None:
     """Names every node after the layer that it came from: "layer1.0.conv1", "layer1.0.relu", … ."""
     weights = {tensor.name for tensor in model.graph.initializer}
-    taken: Counter[str] = Counter()
-    for node in model.graph.node:
-        base = _layer_name(node, weights)
-        taken[base] += 1
-        node.name = base if taken[base] == 1 else f"{base}_{taken[base]}"
+    for node, name in zip(
+        model.graph.node, distinct(_layer_name(node, weights) for node in model.graph.node), strict=True
+    ):
+        node.name = name
 
 
 def _layer_name(node: NodeProto, weights: set[str]) -> str:

@@ -13,12 +13,18 @@ from torch.nn import functional as F
 Attributes = Mapping[str, Any]
 
 
+PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+"""ONNX → torch"""
+
+
 def unsupported(operator: str, attributes: Attributes) -> str:
     """Why a node has no form here; empty where it has one."""
     if operator not in OPERATORS:
         return f"It computes {', '.join(sorted(OPERATORS))}."
     if attributes.get("auto_pad", "NOTSET") != "NOTSET":
         return f"Its padding is given as auto_pad={attributes['auto_pad']}."
+    if operator == "Pad" and attributes.get("mode", "constant") not in PAD_MODES:
+        return f"Its padding is of the mode '{attributes['mode']}'."
     pads = list(attributes.get("pads", ()))
     if operator in ("AveragePool", "ConvTranspose") and pads[: len(pads) // 2] != pads[len(pads) // 2 :]:
         return "Its padding differs from side to side."
@@ -95,7 +101,13 @@ def _slice(
     index = [slice(None)] * x.ndim
     for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         axis = i if axes is None else int(axes[i])
-        index[axis] = slice(start, end, 1 if steps is None else int(steps[i]))
+        step = 1 if steps is None else int(steps[i])
+        if step < 0:
+            # torch has no step backwards: the places are taken one by one.
+            places = range(x.shape[axis])[slice(start, end if end >= -x.shape[axis] else None, step)]
+            x = x.index_select(axis, torch.tensor(list(places), device=x.device))
+        else:
+            index[axis] = slice(start, end, step)
     return x[tuple(index)]
 
 
@@ -107,7 +119,8 @@ def _pad(a: Attributes, x: Tensor, pads: Tensor, value: Tensor | None = None, ax
     while flat[-2:] == [0, 0]:
         # Reflection is defined for the last axes alone, and those before it have no padding.
         del flat[-2:]
-    return F.pad(x, flat, mode=a.get("mode", "constant"), value=0.0 if value is None else float(value))
+    mode = PAD_MODES[a.get("mode", "constant")]
+    return F.pad(x, flat, mode=mode, value=0.0 if value is None or mode != "constant" else float(value))
 
 
 def _reduce_mean(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:

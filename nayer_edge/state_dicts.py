@@ -196,7 +196,7 @@ def load_weights(
     heads = [n for n in extra if AUXILIARY.search(n) or any(n.startswith(start) for start in ignore)]
     extra = [name for name in extra if name not in heads]
     shared = sorted(set(wanted) & set(aligned))
-    shapes = [n for n in shared if wanted[n].shape != aligned[n].shape and wanted[n].numel() != 1]
+    shapes = [n for n in shared if wanted[n].shape != aligned[n].shape and not _one_number(wanted[n], aligned[n])]
     if missing or extra or shapes:
         raise _other(classifier, source, aligned, missing, extra, shapes)
     found = {name: _cast(aligned[name], wanted[name], name, source) for name in shared}
@@ -211,6 +211,11 @@ def load_weights(
     kinds = sorted({str(aligned[n].dtype).removeprefix("torch.") for n in shared if aligned[n].is_floating_point()})
     notes = [f"stored as {', '.join(kinds)}"] if kinds not in ([], ["float32"]) else []
     return Loaded(key, tuple(sorted([*heads, *outside])), tuple(notes))
+
+
+def _one_number(a: Tensor, b: Tensor) -> bool:
+    """Counters are stored as a number by some, and as a list of one by others."""
+    return a.numel() == b.numel() == 1
 
 
 def _aligned(

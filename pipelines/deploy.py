@@ -72,7 +72,7 @@ def make_onnx(student: Artifact, *, config: Recipe, out: RunFolder, progress: Pr
             f"The exported ONNX file does not compute what the student computes ({parity.verdict}).",
             why=f"Largest difference {parity.max_abs_diff:.3g}, allowed {PARITY_TOLERANCE}; "
             f"{parity.not_finite} inputs with NaN or infinity.",
-            fix="Try another opset: --set export.opset=18. If it stays, please report it with the model's name.",
+            fix="Try another opset: --set export.opset=19. If it stays, please report it with the model's name.",
         )
     files = {"fp32 onnx": FP32}
     if wants_fp16(config):

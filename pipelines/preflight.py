@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,25 @@ def check(recipe: Recipe, steps: Sequence[Step]) -> None:
             if problems == missing_data
             else "Mend these lines, or override them with --set. Nothing was started.",
         )
+
+
+def require_typed(recipe: Recipe, keys: Collection[str]) -> None:
+    """Files that a command line names must be there, though what a finished step was made from need not be.
+
+    Args:
+        keys: dotted keys of the recipe that were typed.
+
+    Raises:
+        UsageError: with every one that is not.
+    """
+    values = {
+        "teacher.weights": recipe.teacher.weights,
+        "teach.data": recipe.teach.data if recipe.teach else None,
+        "validate.data": recipe.validate_.data,
+    }
+    problems = [problem for key in keys for problem in _path(key, values.get(key))]
+    if problems:
+        raise UsageError("; ".join(problems) + ".", fix="Mend what was typed. Nothing was started.")
 
 
 def _pixels(recipe: Recipe) -> int:
@@ -142,12 +161,18 @@ def _processes(recipe: Recipe) -> list[str]:
 
 
 def _targets(recipe: Recipe) -> list[str]:
-    from nayer_edge.export.targets import get_target
+    from nayer_edge.export.targets import FP16_SCALES, get_target
 
     problems = []
     for name in recipe.export.targets:
         try:
-            get_target(name)
+            target = get_target(name)
         except UsageError as error:
             problems.append(f"export.targets: {error.what}")
+            continue
+        if target.rest == "float16" and recipe.export.opset < FP16_SCALES:
+            problems.append(
+                f"export.opset: {recipe.export.opset}, and '{name}' wants Q/DQ scales in FP16, which opset "
+                f"{FP16_SCALES} brought"
+            )
     return problems

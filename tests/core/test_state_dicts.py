@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from nayer_edge.classifier import Classifier
 from nayer_edge.compute import seeded
@@ -140,6 +141,25 @@ def test_weights_of_another_architecture_are_named_with_counts(network: Classifi
     with pytest.raises(UsageError) as caught:
         load_weights(network, more, path)
     assert "2 of another shape (fc.bias, fc.weight)" in caught.value.why
+
+
+def test_one_number_is_not_taken_for_another_shape(network: Classifier, tmp_path: Path) -> None:
+    """A counter may be a number or a list of one; a slope for each of eight channels is no slope for all."""
+
+    class Slope(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.slope = nn.PReLU(channels)
+            self.count = nn.Buffer(torch.tensor(3))
+
+    one = Classifier(Slope(1), "python:slope.py:build", SPEC, CLASSES)
+    state = Slope(8).state_dict()
+    with pytest.raises(UsageError) as caught:
+        load_weights(one, state, tmp_path / "w.safetensors")
+    assert "1 of another shape (slope.weight)" in caught.value.why
+    load_weights(one, {"slope.weight": torch.full((1,), 0.5), "count": torch.tensor([7])}, tmp_path / "w.safetensors")
+    assert one.backbone.state_dict()["slope.weight"].tolist() == [0.5]
+    assert one.backbone.state_dict()["count"].item() == 7
 
 
 # ------------------------------------------------------------------ several sets of weights

@@ -44,6 +44,17 @@ def test_png_is_a_folder_of_class_folders(tmp_path: Path, channels: int) -> None
     np.testing.assert_array_equal(first, np.rint(IMAGES[0, :channels] * 255))
 
 
+def test_pictures_of_an_earlier_call_do_not_stay(tmp_path: Path) -> None:
+    folder = write_calibration_data(IMAGES, LABELS, CLASSES, tmp_path, ["png"])["png"]
+    mine = folder / "0_mine" / "photo.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"not ours")
+    write_calibration_data(IMAGES[:2], (LABELS[:2] + 1) % 3, CLASSES, tmp_path, ["png"])
+    left = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    assert left.count("0_mine/photo.png") == 1
+    assert [name.split("/")[1] for name in left if name != "0_mine/photo.png"] == ["00000.png", "00001.png"]
+
+
 def test_polygraphy_json_holds_one_feed_per_image(tmp_path: Path) -> None:
     path = write_calibration_data(IMAGES, LABELS, CLASSES, tmp_path, ["polygraphy"])["polygraphy"]
     feeds = json.loads(path.read_text())

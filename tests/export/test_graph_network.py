@@ -189,6 +189,34 @@ def test_an_operator_without_a_gradient_is_named_with_its_layer() -> None:
         GraphNetwork(model, model, {}, TARGETS["cpu"])
 
 
+class Again(nn.Module):
+    """One convolution applied twice: two products with one weight and, as they are quantized, a bias each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice, self.head = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.twice(torch.relu(self.twice(x))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("target", SCHEMES, ids=IDS)
+def test_both_uses_of_a_layer_are_trained_as_they_are_written(tmp_path: Path, target: Target) -> None:
+    torch.manual_seed(0)
+    to_onnx(Again().eval(), SHAPE, tmp_path / "fp32.onnx")
+    graph = tmp_path / "prepared.onnx", prepared(tmp_path / "fp32.onnx", tmp_path / "prepared.onnx")
+    ranges = ranges_of(graph, target)
+    network = GraphNetwork(graph[1], with_qdq(graph[1], ranges, target), ranges, target)
+    with torch.no_grad():
+        for parameter in network.weight_parameters():
+            parameter += 0.5
+        found = network(torch.from_numpy(IMAGES)).numpy()
+    wanted = run(with_qdq(network.trained(graph[1]), ranges | network.ranges(), target), IMAGES)
+    assert np.abs(found - wanted).max() < 0.02 * wanted.std()
+
+
 def single(operator: str, inputs: dict[str, np.ndarray], outputs: int = 1, **attributes: object) -> ModelProto:
     """A graph of one node, whose first input is x and whose others are constants."""
     names = list(inputs)
@@ -239,9 +267,13 @@ def ints(*values: int) -> np.ndarray:
         ("Transpose", {"x": X}, {"perm": [0, 2, 3, 1]}),
         ("Slice", {"x": X, "s": ints(1, 0), "e": ints(9, 4), "a": ints(2, 3), "t": ints(2, 1)}, {}),
         ("Slice", {"x": X, "s": ints(0, 1), "e": ints(2, 3)}, {}),
+        ("Slice", {"x": X, "s": ints(-1), "e": ints(-99), "a": ints(2), "t": ints(-1)}, {}),
+        ("Slice", {"x": X, "s": ints(99, 3), "e": ints(1, 0), "a": ints(3, 1), "t": ints(-2, -1)}, {}),
         ("Pad", {"x": X, "p": ints(0, 1, 0, 0, 0, 2, 1, 0)}, {}),
         ("Pad", {"x": X, "p": ints(1, 2), "v": np.array(3.0, np.float32), "a": ints(-1)}, {}),
         ("Pad", {"x": X, "p": ints(0, 0, 1, 1, 0, 0, 1, 1)}, {"mode": "reflect"}),
+        ("Pad", {"x": X, "p": ints(0, 0, 1, 2, 0, 0, 2, 1)}, {"mode": "edge"}),
+        ("Pad", {"x": X, "p": ints(0, 0, 1, 2, 0, 0, 2, 1)}, {"mode": "wrap"}),
         ("ReduceMean", {"x": X, "a": ints(1, 3)}, {"keepdims": 0}),
         ("ReduceMean", {"x": X}, {}),
         ("Unsqueeze", {"x": FLAT, "a": ints(0, 2)}, {}),

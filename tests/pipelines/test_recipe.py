@@ -197,14 +197,17 @@ def test_preflight_names_every_problem_before_any_work() -> None:
             "student.model=nayer:resnet9000",
             "teach.data=/nowhere/train",
             "validate.data=/nowhere/held.npz",
-            "export.targets=['cpu', 'toaster']",
+            "export.targets=['cpu', 'toaster', 'tensorrt']",
+            "export.opset=18",
             "distill.bank_mib=0.001",
         ],
     )
     with pytest.raises(UsageError) as caught:
         preflight.check(recipe, STEPS)
-    for key in ("teacher.model", "student.model", "teach.data", "validate.data", "export.targets", "distill.bank_mib"):
+    keys = ("teacher.model", "student.model", "teach.data", "validate.data", "export.targets", "distill.bank_mib")
+    for key in (*keys, "export.opset"):
         assert f"- {key}: " in caught.value.why
+    assert caught.value.why.count("export.opset") == 1, "the processor's graph has no FP16"
     assert "Nothing was started" in caught.value.fix
 
 

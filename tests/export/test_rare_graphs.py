@@ -1,0 +1,259 @@
+"""Graphs that usual classifiers do not have: the INT8 file computes what the FP32 file computes, or says why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+from torch.nn import functional as F
+
+from nayer_edge.errors import UsageError
+from nayer_edge.export.plain_graph import distinct
+from nayer_edge.export.runners import OrtRunner
+from nayer_edge.export.to_int8 import Int8Result, prepared, run_onnx, to_int8
+from nayer_edge.export.to_onnx import to_onnx
+
+SHAPE = (3, 16, 16)
+TARGETS = ("cpu", "arm", "tensorrt")
+NEAR = 0.05
+"""mean difference of the logits over their standard deviation; rounding such small networks stays below 0.02"""
+
+
+def smooth(n: int, seed: int) -> np.ndarray:
+    coarse = np.random.default_rng(seed).random((n, 3, 4, 4), np.float32)
+    return coarse.repeat(4, axis=2).repeat(4, axis=3)
+
+
+IMAGES = smooth(64, 5)
+
+
+def conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+class Head(nn.Module):
+    """Three convolutions, then `between`, then classes."""
+
+    def __init__(self, between: nn.Module | None = None) -> None:
+        super().__init__()
+        self.a, self.b, self.between = conv(3, 16), conv(16, 16), between or nn.Identity()
+        self.fc = nn.Linear(16, 10)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.between(self.b(F.relu(self.a(x)))).mean((2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.features(x))
+
+
+class Factors(Head):
+    """y = 2 x W + 0.5 c: Gemm with alpha and beta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.linspace(-1, 1, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.c, self.features(x), self.fc.weight.T, alpha=2.0, beta=0.5)
+
+
+class ClipTo(nn.Module):
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(self.low, self.high)
+
+
+class SharedSkip(nn.Module):
+    """Two residual adds read the same tensor, which no quantized product reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c1, self.c2 = conv(3, 16), conv(16, 16), conv(16, 16)
+        self.bn1, self.bn2, self.fc = nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        y = self.c1(F.relu(self.bn1(x))) + x
+        z = self.c2(F.relu(self.bn2(y))) + x
+        return self.fc(F.relu(z).mean((2, 3)))
+
+
+class Gate(Head):
+    """A product with a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.linspace(0.1, 1, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.features(x)
+        return self.fc(features * torch.sigmoid(features @ self.v)[:, None])
+
+
+class Grouped(Head):
+    """A product with a stack of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(0)))
+        self.last = nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = self.features(x).reshape(-1, 4, 1, 4)
+        return self.last((parts @ self.w).flatten(1))
+
+
+class Twice(nn.Module):
+    """A layer applied twice, beside one whose name is what a second node of the first would be called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.conv_2, self.fc = conv(3, 16), conv(16, 16), conv(16, 16), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.conv(F.relu(self.conv(x))))
+        return self.fc(F.relu(self.conv_2(x)).mean((2, 3)))
+
+
+class Pruned(Head):
+    """Half of a layer's channels have no weights, and biases that its large inputs must not hide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.b.weight[::2] = 0
+            self.b.bias[::2] = torch.linspace(0.1, 0.9, 8)
+            self.a.weight *= 100
+            self.b.weight /= 100
+
+
+MODELS = {
+    "factors": Factors,
+    "clip above": lambda: Head(ClipTo(0.3, 2.0)),
+    "clip below": lambda: Head(ClipTo(-2.0, -0.1)),
+    "clip around": lambda: Head(ClipTo(0.0, 6.0)),
+    "shared skip": SharedSkip,
+    "vector": Gate,
+    "stack": Grouped,
+    "twice": Twice,
+    "pruned": Pruned,
+}
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("rare")
+    paths = {}
+    for name, build in MODELS.items():
+        torch.manual_seed(0)
+        paths[name] = folder / f"{name.replace(' ', '_')}.onnx"
+        to_onnx(build().eval(), SHAPE, paths[name])
+    return paths
+
+
+def int8(path: Path, target: str, folder: Path, **options: object) -> Int8Result:
+    return to_int8(path, folder / "int8.onnx", smooth(64, 7), target, method="minmax", rest="float32", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", MODELS)
+def test_int8_computes_what_fp32_does(fp32: dict[str, Path], tmp_path: Path, name: str, target: str) -> None:
+    reference = run_onnx(fp32[name], IMAGES)
+    result = int8(fp32[name], target, tmp_path)
+    logits = run_onnx(result.path, IMAGES, as_written=target != "cpu")
+    assert np.abs(logits - reference).mean() / reference.std() < NEAR
+    assert result.coverage.fraction == 1.0, result.coverage.not_int8
+
+
+@pytest.mark.parametrize(("name", "excluded"), [("vector", 1), ("stack", 1), ("twice", 0)])
+def test_products_that_are_none_with_a_matrix_are_named(
+    fp32: dict[str, Path], tmp_path: Path, name: str, excluded: int
+) -> None:
+    result = int8(fp32[name], "cpu", tmp_path)
+    assert sum("weight is no matrix" in reason for _, reason in result.coverage.excluded) == excluded
+
+
+def test_a_clip_is_removed_only_where_saturation_does_the_same(fp32: dict[str, Path], tmp_path: Path) -> None:
+    left = {}
+    for name in ("clip above", "clip below", "clip around"):
+        model = onnx.load(int8(fp32[name], "cpu", tmp_path).path)
+        left[name] = sum(node.op_type == "Clip" for node in model.graph.node)
+    assert left == {"clip above": 1, "clip below": 1, "clip around": 0}
+
+
+def test_names_are_nobody_elses(fp32: dict[str, Path]) -> None:
+    names = Counter(node.name for node in onnx.load(fp32["twice"]).graph.node)
+    assert max(names.values()) == 1
+    assert {"conv", "conv_2"} <= set(names)
+    assert list(distinct(["a", "a", "a_2", "a", "b"])) == ["a", "a_3", "a_2", "a_4", "b"]
+    assert list(distinct(["a", "b"], taken=["a", "a_2"])) == ["a_3", "b"]
+
+
+def test_a_factor_of_a_bias_that_is_no_constant(tmp_path: Path) -> None:
+    """ONNX allows any tensor there; the graph that is quantized computes the same."""
+    random = np.random.default_rng(0)
+    constants = {
+        "w": random.standard_normal((768, 10)).astype(np.float32),
+        "v": random.standard_normal((768, 10)).astype(np.float32),
+        "shape": np.array([0, 768]),
+    }
+    nodes = [
+        helper.make_node("Reshape", ["image", "shape"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "v"], ["c"]),
+        helper.make_node("Gemm", ["flat", "w", "c"], ["logits"], alpha=0.5, beta=-3.0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", *SHAPE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    path = tmp_path / "g.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    model = prepared(path, tmp_path / "plain.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert not any(a.name in ("alpha", "beta") for node in model.graph.node for a in node.attribute)
+    assert len({node.name for node in model.graph.node}) == len(model.graph.node)
+    np.testing.assert_allclose(run_onnx(tmp_path / "plain.onnx", IMAGES), run_onnx(path, IMAGES), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_scales_in_fp16_need_their_opset(tmp_path: Path, target: str) -> None:
+    path = tmp_path / "old.onnx"
+    to_onnx(Head().eval(), SHAPE, path, opset=18)
+    with pytest.raises(UsageError, match="too old") as refused:
+        to_int8(path, tmp_path / "m.onnx", smooth(16, 7), target, method="minmax")
+    assert "--set export.opset=19" in refused.value.fix
+    assert int8(path, target, tmp_path).coverage.fraction == 1.0
+    newer = tmp_path / "newer.onnx"
+    to_onnx(Head().eval(), SHAPE, newer, opset=19)
+    to_int8(newer, tmp_path / "m.onnx", smooth(16, 7), target, method="minmax")
+
+
+def test_a_graph_that_cannot_run_is_not_blamed_on_the_images(tmp_path: Path) -> None:
+    """A Gather from a place that is not there, which ONNX Runtime finds when it runs."""
+    nodes = [
+        helper.make_node("Gather", ["image", "far"], ["logits"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", *SHAPE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.array([99]), "far")],
+    )
+    path = tmp_path / "g.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    with OrtRunner(path) as runner, pytest.raises(UsageError, match="cannot run it"):
+        runner.infer(IMAGES)
