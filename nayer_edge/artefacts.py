@@ -107,9 +107,17 @@ class Manifest(BaseModel):
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; the file is streamed."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's bytes, in hexadecimal; the file is streamed.
+
+    Raises:
+        UsageError: who asks may not read it.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError as error:
+        fix = f"Make it readable to whoever runs this command, or type: sudo chmod a+r {shlex.quote(str(path))}"
+        raise UsageError(f"{path} cannot be read: permission denied.", fix=fix) from error
 
 
 def digest_of(value: object) -> str:
@@ -299,6 +307,11 @@ class RunFolder:
             )
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.lstat()
+        except PermissionError as error:
+            raise UsageError(
+                f"{self.root / relative} cannot be looked at: permission denied.",
+                fix="Make the run folder readable to whoever runs this command.",
+            ) from error
         except (OSError, ValueError, RuntimeError):  # links in a circle, or a name that the system cannot hold
             inside = False
         if not inside:
@@ -488,7 +501,8 @@ def clear_folder(root: Path) -> None:
     """
     if not root.exists():
         return
-    inside = [path for path in root.iterdir() if path.name != LOCK]
+    # The manifest goes last: until then an interrupted --fresh knows that the folder is a run's.
+    inside = sorted((path for path in root.iterdir() if path.name != LOCK), key=lambda path: path.name == MANIFEST)
     if inside and not (root / MANIFEST).is_file():
         raise UsageError(
             f"{root} is not empty and not a run folder, so --fresh will not empty it.",

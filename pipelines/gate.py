@@ -168,8 +168,8 @@ def require_outputs(run_root: Path, outputs: Mapping[str, Path | None], inputs: 
         if place.is_relative_to(run_root.resolve()):
             raise UsageError(
                 f"{option} {path} lies inside the run folder, whose files its manifest states.",
-                why="A verdict written there would make the run look altered.",
-                fix=f"Choose a file outside {run_root}; the pipeline's own verdict is in {VERDICT_PATH}.",
+                why="What is written there makes the run look altered.",
+                fix=f"Choose a file outside {run_root}.",
             )
         if place in taken:
             raise UsageError(f"{option} would overwrite {path}, {taken[place]}.", fix="Choose another file.")

@@ -247,6 +247,9 @@ def _run_step(
         hardware=provenance.hardware(),
     )
     run.remove_leftovers(before)
+    for name in step.retires:
+        if name in run.manifest.steps:
+            run.remove_leftovers(run.forget(name))
     _discard_scratch(step, run)
     on_event(StepEvent(step, "finished", reason, seconds, dict(artifact.numbers)))
 

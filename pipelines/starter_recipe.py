@@ -16,7 +16,7 @@ from nayer_edge.errors import UsageError
 from nayer_edge.model_names import parse
 
 from . import preflight
-from .recipe import SUFFIX, load_recipe
+from .recipe import BUILT_IN_DATA, SUFFIX, load_recipe
 from .sizes import Cost, Device, Effort, Sizes
 from .steps import until
 
@@ -67,9 +67,19 @@ def write(plan: Plan, out: Path, *, force: bool = False) -> list[Path]:
     files[out] = recipe_text(plan, out, labels)
     if there := [path for path in files if path.exists() and not force]:
         raise UsageError(f"There is a {there[0]} already.", fix="Choose another with --out, or add --force.")
+    before = {path: path.read_bytes() if path.exists() else None for path in files}
     for path, text in files.items():
         write_bytes(path, text.encode())
-    preflight.check(load_recipe(str(out)), until(None))
+    try:
+        preflight.check(load_recipe(str(out)), until(None))
+    except BaseException:
+        # The same command, mended, finds no half of its work in its way.
+        for path, content in before.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_bytes(path, content)
+        raise
     return list(files)
 
 
@@ -85,7 +95,9 @@ def recipe_text(plan: Plan, out: Path, labels: Path | None) -> str:
     model = f"hf:{_near(plan.checkpoint, folder)}" if plan.checkpoint.is_dir() else _model(plan.model, folder)
     where = f"{plan.device.name}, {plan.device.free_bytes / 2**30:.0f} GiB free"
     ratio = teacher.parameters / max(student.parameters, 1)
-    data = f"data = {_toml(plan.data)}" if plan.data else '# data = "holdout"'
+    at_hand = plan.data is None or plan.data in BUILT_IN_DATA or plan.data.startswith("$")
+    holdout = plan.data if at_hand or plan.data is None else _near(Path(plan.data).expanduser(), folder)
+    data = f"data = {_toml(holdout)}" if holdout else '# data = "holdout"'
     trial, flip = plan.effort == "trial", str(plan.flip).lower()
     described = f"{plan.model} → {plan.student}, without data" + (" (a trial)" if trial else "")
     return f"""\

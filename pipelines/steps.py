@@ -31,6 +31,8 @@ class Step:
             unfinished.
         scratch: files that it needs to go on after a kill, and that are removed when it is finished.
         trains: it takes long enough that a change of settings never discards it without being told to.
+        retires: steps whose result speaks of what this one measured, and is removed when it measures anew: a verdict
+            that nobody gave about the report beside it must not lie there.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Step:
     writes: tuple[str, ...]
     scratch: tuple[str, ...] = ()
     trains: bool = False
+    retires: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Artifact]:
         """Imports the function."""
@@ -138,6 +141,7 @@ STEPS = (
         ("validate", "synthesis", "seed", "device", "precision"),
         "validate/report.json validate/predictions.npz",
         ("validate/report.json", "validate/predictions.npz"),
+        retires=("gate", "report"),
     ),
     Step(
         "gate",

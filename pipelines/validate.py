@@ -106,6 +106,7 @@ def make_report(
         with TorchRunner(networks["teacher"]) as teacher_runner, TorchRunner(networks["student"]) as student_runner:
             runners: dict[str, Runner] = {"teacher": teacher_runner, "student": student_runner, **opened}
             seen = run_over(runners, images.stream, shape, len(classes), progress)
+        require_answers(seen, images.stream.name)
         here = [c.name for c in candidates if c.name in opened and c.timed]
         timings = benchmark({name: opened[name] for name in here}, shape, runs=LATENCY_RUNS) if here else []
     labels = images.stream.labels if images.truth else None
@@ -208,6 +209,16 @@ def run_over(
     return Seen(ranks, differences, not_finite, digest.hexdigest())
 
 
+def require_answers(seen: Seen, name: str) -> None:
+    """Raises UsageError if the teacher has no answer to some images: they would count as if it were wrong, and excuse
+    whatever is lost there."""
+    if broken := seen.not_finite["teacher"]:
+        raise UsageError(
+            f"The teacher's answer is not a number on {broken:,} of {len(seen.ranks['teacher']):,} images of {name}.",
+            fix="Look at these images, and at what the teacher does with them: normalisation above all.",
+        )
+
+
 def _report(
     candidate: Candidate,
     out: RunFolder,
@@ -238,7 +249,10 @@ def _report(
         right = {network: ranks[:, 0] == labels for network, ranks in seen.ranks.items()}
         against = {
             "paired": PairedCounts(
-                vs_fp32=count_pairs(right["fp32"], right[name]) if "fp32" in right else None,
+                # Images on which FP32 has no answer would count as if it were wrong, and excuse what is lost there.
+                vs_fp32=count_pairs(right["fp32"], right[name])
+                if "fp32" in right and not seen.not_finite["fp32"]
+                else None,
                 vs_teacher=count_pairs(right["teacher"], right[name]),
             ),
             "per_class": _per_class(right.get("fp32"), right[name], labels, classes),

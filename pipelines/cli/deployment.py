@@ -25,7 +25,12 @@ RESTLESS = 3.0
 def export(
     run_folder: Run,
     int8: Annotated[bool, typer.Option("--int8", help="Quantize, with images from the generator.")] = False,
-    fp16: Annotated[bool, typer.Option("--fp16", help="Also write an FP16 graph.")] = False,
+    fp16: Annotated[
+        bool | None,
+        typer.Option(
+            "--fp16/--no-fp16", help="Also write an FP16 graph. By default as the recipe says.", show_default=False
+        ),
+    ] = None,
     finetune: Annotated[
         bool | None,
         typer.Option(
@@ -40,8 +45,13 @@ def export(
         typer.Option("--target", help="cpu, arm, tensorrt, tensorrt-rtx; comma-separated or repeated."),
     ] = None,
     engine: Annotated[
-        bool, typer.Option("--engine/--no-engine", help="Build engines for the targets that have them.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--engine/--no-engine",
+            help="Build engines for the targets that have them. By default as the recipe says.",
+            show_default=False,
+        ),
+    ] = None,
     compute_capability: Annotated[
         str | None, typer.Option("--compute-capability", metavar="SM", help="For TensorRT-RTX: sm75, sm89, sm120, …")
     ] = None,
@@ -55,9 +65,8 @@ def export(
     if finetune and not int8:
         raise UsageError("There is nothing to fine-tune without --int8.", fix="Add --int8.")
     chosen = recipe_in(run_folder)
-    changes: dict[str, Any] = {"fp16": fp16, "engines": engine}
-    if finetune is not None:
-        changes["finetune"] = finetune
+    asked = {"fp16": fp16, "engines": engine, "finetune": finetune}
+    changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     if targets := [name.strip() for item in target or [] for name in item.split(",") if name.strip()]:
         from nayer_edge.export.targets import get_target
 

@@ -68,9 +68,14 @@ def lte_build(
     found = _embeddings(recipe, labels, encoder, prompt, synonyms, settings)
     if out is not None:
         from nayer_edge import lte
+        from nayer_edge.artefacts import MANIFEST
 
         if out.suffix != ".safetensors":
             raise UsageError(f"Embeddings cannot be written as '{out.name}'.", fix="Let --out end with .safetensors.")
+        if any((folder / MANIFEST).is_file() for folder in out.resolve().parents):
+            raise UsageError(
+                f"--out {out} lies inside a run folder, whose files its manifest states.", fix="Choose another."
+            )
         lte.save(found, out)
     _show(found, as_json, None)
 

@@ -33,14 +33,22 @@ def validate(
     """Runs every artefact beside the teacher; writes predictions.npz and report.json."""
     if data is not None and synthetic:
         raise UsageError("--data and --synthetic exclude each other.")
-    chosen = recipe_in(run_folder)
+    chosen, before = recipe_in(run_folder), open_run(run_folder).manifest.steps
     changes: dict[str, Any] = {}
     if data is not None or synthetic:
         changes["data"] = data if data in (None, "digits") else str(Path(data).expanduser().resolve())
     if fit is not None:
         changes["fit"] = fit
     chosen = chosen.model_copy(update={"validate_": chosen.validate_.model_copy(update=changes)})
+    if data is not None:
+        from ..preflight import require_typed
+
+        require_typed(chosen, ["validate.data"])
     run_steps(chosen, run_folder, last="validate", as_json=as_json)
+    opened = open_run(run_folder)
+    if not as_json and (gone := before.keys() - opened.manifest.steps.keys()):
+        text = f"What spoke of the earlier measurement was removed ({', '.join(sorted(gone))})."
+        stdout().print(f"{text} Anew: nayer-edge report {opened.typed}", style="dim", markup=False, highlight=False)
 
 
 @app.command(epilog=example("nayer-edge gate runs/digits --policy policy.toml --junit junit.xml --summary summary.md"))

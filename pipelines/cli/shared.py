@@ -131,9 +131,12 @@ def watched(as_json: bool) -> tuple[Console, Progress]:
 def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
     """A shipped recipe, a file's or a run folder's, with overrides."""
     # Imported here: pydantic takes half of what `--help` may take.
+    from ..preflight import require_typed
     from ..recipe import load_recipe
 
-    return load_recipe(name, settings)
+    recipe = load_recipe(name, settings)
+    require_typed(recipe, [setting.partition("=")[0].replace(" ", "") for setting in settings or []])
+    return recipe
 
 
 def open_run(root: Path) -> RunFolder:

@@ -109,8 +109,10 @@ def sbom(
 
     from nayer_edge.artefacts import write_bytes
 
+    from ..gate import require_outputs
     from ..sbom import make_sbom
 
+    require_outputs(run_folder, {"--out": out})
     text = make_sbom(open_run(run_folder))
     if out is None:
         print(text, end="")  # noqa: T201
