@@ -1,7 +1,7 @@
 """The targets in one table: what each device wants of an INT8 graph, and which operators are eligible.
 
 One Q/DQ file cannot serve them all: x86 wants unsigned activations, TensorRT refuses zero points and INT32
-biases. The facts behind the table, with sources, are in docs/ARCHITECTURE.md ("Deployment").
+biases. docs/ARCHITECTURE.md ("Deployment") says what follows from the table.
 """
 
 from __future__ import annotations

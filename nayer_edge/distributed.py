@@ -211,8 +211,8 @@ def share_problems(synthesis: Synthesis, distill: Distill, classes: int, size: i
     if synthesis.batch % unit:
         valid = ", ".join(str(number) for number in _multiples(synthesis.batch, unit))
         problems.append(
-            f"synthesis.batch: {synthesis.batch} images of {classes} classes are not {size} shares with "
-            f"every class equally often; {valid} are"
+            f"synthesis.batch: {synthesis.batch} images of {classes} classes are not {size} "
+            + (f"shares with every class equally often; {valid} are" if unit > size else f"equal shares; {valid} are")
         )
     if distill.batch % size:
         valid = ", ".join(str(number) for number in _multiples(distill.batch, size))

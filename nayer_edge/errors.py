@@ -70,7 +70,7 @@ def missing_extra(module: str, extra: str, purpose: str) -> MissingError:
     """The error for an import that an extra would have satisfied."""
     return MissingError(
         f"{purpose} needs the Python package '{module}', which is not installed.",
-        fix=f"Type: pip install 'nayer-edge[{extra}]'   (in a checkout: make install)",
+        fix=f"Type: pip install 'nayer-edge[{extra}]'   (in a checkout: pip install '.[{extra}]')",
     )
 
 

@@ -1,4 +1,4 @@
-"""The verdict: a pure function of what was measured and what is required (DESIGN: validation and gate).
+"""The verdict: a pure function of what was measured and what is required.
 
 Standard library only. A check is made where the policy states a limit; `runtime` is always made. The
 overall verdict is `fail` if any check fails, else `inconclusive` if any is, else `pass`; advisory checks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -272,15 +273,13 @@ def duration(seconds: float) -> str:
 
 def student_for(spec: InputSpec, classes: int, teacher: Cost, own: str) -> str:
     """A student for the edge: of the usual ones for the image size the largest with at most a third of the teacher's
-    parameters and no more operations than the teacher, or the smallest of all."""
+    parameters and no more operations than the teacher; where none has, the smallest of all."""
     small = ("nayer:wrn_16_2", "nayer:wrn_16_1", "nayer:resnet8")
     large = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5")
     names = [name for name in (large if max(spec.height, spec.width) > LARGE else small) if name != own]
+    costs: dict[str, Cost] = {}
     for name in names:
-        try:
-            cost = cost_of(name, spec, classes)
-            if cost.parameters <= teacher.parameters / 3 and cost.flop <= teacher.flop:
-                return name
-        except NayerEdgeError:
-            continue
-    return names[-1]
+        with contextlib.suppress(NayerEdgeError):
+            costs[name] = cost_of(name, spec, classes)
+    fit = [n for n, cost in costs.items() if cost.parameters <= teacher.parameters / 3 and cost.flop <= teacher.flop]
+    return fit[0] if fit else min(costs, key=lambda name: costs[name].parameters, default=names[-1])

@@ -100,7 +100,7 @@ def _fail(error: NayerEdgeError) -> NoReturn:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line and exits with the codes of `nayer_edge.errors`."""
     if not sys.stdout.isatty():
-        # Typer colours its help on CI servers; DESIGN wants plain text there.
+        # Typer colours its help on CI servers, where it is read as text.
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

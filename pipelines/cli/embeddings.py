@@ -63,8 +63,10 @@ def lte_build(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Builds the embeddings of a recipe, or of a file of class names, into the cache; a second call reads them from
-    there, without a language model."""
+    """Embeds a recipe's class names, or a file's, into the cache.
+
+    A second call reads them from there, without a language model.
+    """
     found = _embeddings(recipe, labels, encoder, prompt, synonyms, settings)
     if out is not None:
         from nayer_edge import lte

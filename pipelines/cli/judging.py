@@ -24,7 +24,9 @@ def validate(
     ] = None,
     fit: Annotated[
         Literal["exact", "stretch", "center-crop"] | None,
-        typer.Option("--fit", help="Pictures of another size: exact refuses them; stretch; center-crop."),
+        typer.Option(
+            "--fit", metavar="HOW", help="Pictures of another size: exact (refuses them), stretch, or center-crop."
+        ),
     ] = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Use fresh synthetic images instead.")] = False,
     trust_code: TrustCode = False,

@@ -53,7 +53,7 @@ def _trust(context: typer.Context, trust: bool) -> bool:
 
 TrustCode = Annotated[
     bool,
-    typer.Option("--trust-code", callback=_trust, help="Run the code that a `python:` model of the recipe names."),
+    typer.Option("--trust-code", callback=_trust, help="Run the code that a `python:` model names."),
 ]
 """read by its callback: a command only declares it"""
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: empties the run folder first.")]

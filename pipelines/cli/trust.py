@@ -26,8 +26,9 @@ def verify(
 ) -> None:
     """Re-hashes every file of the manifest and finds altered, missing and added files.
 
-    With --key or --expect it also finds any change of the manifest itself. Exit 4 where something is wrong, 130 where
-    the run was interrupted and is only unfinished.
+    With --key or --expect it also finds any change of the manifest itself.
+
+    Exit 4: something is wrong. 130: the run was interrupted and is unfinished.
     """
     from ..verification import continuation, examine, require_expected
 

@@ -25,7 +25,7 @@ GITHUB = yaml.safe_load((ROOT / "pipelines" / "ci" / "github.yml").read_text(enc
 GITLAB = yaml.safe_load((ROOT / "pipelines" / "ci" / "gitlab.yml").read_text(encoding="utf-8"))
 JUNIT = XMLSchema(Path(__file__).with_name("junit.xsd"))
 
-INSTALL = re.compile(r"python3 -m pip install '?nayer-edge(?:\[(?P<extra>[a-z]+)\])?'?")
+INSTALL = re.compile(r'python3 -m pip install "\$\{PACKAGE\}(?:\[(?P<extra>[a-z]+)\])?"')
 EXPRESSION = re.compile(r"\$\{\{\s*(.+?)\s*\}\}")
 GITLAB_KEYWORDS = {"variables", "stages"}
 EASY = "[accuracy]\n[int8]\n[parity]\n[size]\nmax_bytes = 100_000_000\n"

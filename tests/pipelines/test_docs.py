@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from nayer_edge import data
 from nayer_edge.config import Policy, Recipe, known_keys
+from nayer_edge.export.to_int8 import run_onnx
+from nayer_edge.pipelines.recipe import load_recipe
+from nayer_edge.pipelines.runnable import graphs
 from nayer_edge.pipelines.schemas import reference
 from nayer_edge.pipelines.steps import table
 
@@ -44,3 +51,29 @@ def test_the_reference_shows_the_limits_that_hold_without_a_word() -> None:
     assert limit is not None
     assert f"| `max_drop_vs_teacher` | `{limit}` |" in PAGE
     assert f"| `min_coverage` | `{policy.int8.min_coverage}` |" in PAGE
+
+
+def test_the_example_of_using_the_onnx_file_runs(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "DEPLOYING.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
+    shutil.copytree(tiny_run, tmp_path / "runs" / "digits")
+    digits = data.load("digits", "holdout", load_recipe("digits").teacher.input, load_recipe("digits").teacher.classes)
+    file = tmp_path / "runs" / "digits" / "export" / "student.int8.cpu.onnx"
+    wanted = run_onnx(file, digits.images[:5].numpy().astype(np.float32) / 255).argmax(axis=1)
+    monkeypatch.chdir(tmp_path)
+    for image, label in zip(digits.images, wanted, strict=False):
+        Image.fromarray(image[0].numpy()).save("picture.png")
+        exec(compile(code, "DEPLOYING.md", "exec"), {})
+        assert capsys.readouterr().out.strip() == load_recipe("digits").teacher.classes[label]
+
+
+def test_artefacts_have_the_names_that_are_listed() -> None:
+    text = (ROOT / "docs" / "DEPLOYING.md").read_text(encoding="utf-8")
+    for candidate in graphs(load_recipe("digits")):
+        assert f"`{candidate.name}`" in text
+        graph_of_an_engine = candidate.name == "fp16" or candidate.name.startswith("int8.tensorrt")
+        assert graph_of_an_engine or f"`{Path(candidate.file).name}`" in text
+    for target in ("tensorrt", "tensorrt-rtx"):
+        assert all(f"`{precision}.{target}.engine`" in text for precision in ("fp16", "int8"))

@@ -471,6 +471,9 @@ def test_the_student_is_faster_than_the_teacher() -> None:
         student = cost_of(student_for(spec, 10, teacher, own), spec, 10)
         assert student.parameters <= teacher.parameters / 3
         assert student.flop <= teacher.flop
+    spec = InputSpec()
+    found = student_for(spec, 10, cost_of("nayer:resnet8", spec, 10), "nayer:resnet8")
+    assert found == "nayer:wrn_16_1", "none is smaller; this is the smallest of the others"
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
