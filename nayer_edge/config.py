@@ -16,12 +16,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic_core import to_jsonable_python
 
 from nayer_edge.errors import UsageError, nearest
 from nayer_edge.model_names import BRING_WEIGHTS
@@ -514,7 +514,12 @@ def is_default(key: str, value: Any) -> bool:
     field = _field_of(current, last)
     if field is None or field.is_required():
         return False
-    return value == to_jsonable_python(field.get_default(call_default_factory=True), by_alias=True)
+    return value == _as_json(field.get_default(call_default_factory=True))
+
+
+def _as_json(value: Any) -> Any:
+    """As it stands in a manifest: tuples become lists, sections tables."""
+    return TypeAdapter(Any).dump_python(value, mode="json", by_alias=True)
 
 
 def _field_of(model: type[BaseModel] | None, key: int | str) -> Any:
@@ -615,11 +620,11 @@ def _set_by_default(parts: list[str]) -> dict[str, Any]:
     if not isinstance(default, BaseModel):
         return {}
     kind = type(default)
-    values = to_jsonable_python(default, by_alias=True)
+    values = _as_json(default)
     own = {
         field.alias or name: field.get_default(call_default_factory=True) for name, field in kind.model_fields.items()
     }
-    return {key: value for key, value in values.items() if value != to_jsonable_python(own[key], by_alias=True)}
+    return {key: value for key, value in values.items() if value != _as_json(own[key])}
 
 
 def _copied(value: Any) -> Any:
