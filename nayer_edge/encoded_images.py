@@ -70,7 +70,8 @@ class _Misfits:
 def _unreadable() -> tuple[type[Exception], ...]:
     from PIL import Image, UnidentifiedImageError
 
-    return UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError
+    # RuntimeError is what Pillow's AVIF decoder raises.
+    return UnidentifiedImageError, OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError
 
 
 def decode(data: bytes, spec: InputSpec, where: str, fit: Fit = "stretch") -> np.ndarray:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import Image, features
 from pyarrow import parquet
 from scipy.io import savemat
 
 from nayer_edge.array_images import CIFAR_FILES
 from nayer_edge.config import Fit, InputSpec
 from nayer_edge.data import load, open_images
+from nayer_edge.encoded_images import decode
 from nayer_edge.errors import UsageError
 from nayer_edge.image_stream import ImageStream
 from nayer_edge.npy import read_header
@@ -419,3 +420,23 @@ def test_memory_holds_a_batch_and_not_the_set(tmp_path: Path, kind: str) -> None
     tracemalloc.stop()
     assert seen == count
     assert peak + arrow < 6 * 2**20, f"{peak / 2**20:.1f} MiB traced, {arrow / 2**20:.1f} MiB of Arrow's"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP"])
+def test_a_damaged_picture_is_read_or_refused_and_nothing_else(kind: str) -> None:
+    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
+        pytest.skip(f"this Pillow has no {kind}")
+    buffer, random = io.BytesIO(), np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).save(buffer, kind)
+    whole, refused = buffer.getvalue(), 0
+    assert decode(whole, InputSpec(height=16, width=16), "x").shape == (3, 16, 16)
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in random.integers(0, len(data), random.integers(1, 8)):
+            data[place] = random.integers(0, 256)
+        try:
+            assert decode(bytes(data), InputSpec(height=16, width=16), "x").shape == (3, 16, 16)
+        except UsageError:
+            refused += 1
+    assert refused > 0
