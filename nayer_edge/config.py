@@ -507,11 +507,7 @@ def known_keys(model: type[BaseModel], location: tuple[int | str, ...] = ()) -> 
 
 def is_default(key: str, value: Any) -> bool:
     """Whether a key of a recipe ("distill.mixup") has the value, as JSON, that it has where nobody wrote it."""
-    current: Any = Recipe
-    *sections, last = key.split(".")
-    for part in sections:
-        current = _section_of(_field_of(current, part))
-    field = _field_of(current, last)
+    field = _field_at(key.split("."))
     if field is None or field.is_required():
         return False
     return value == _as_json(field.get_default(call_default_factory=True))
@@ -520,6 +516,16 @@ def is_default(key: str, value: Any) -> bool:
 def _as_json(value: Any) -> Any:
     """As it stands in a manifest: tuples become lists, sections tables."""
     return TypeAdapter(Any).dump_python(value, mode="json", by_alias=True)
+
+
+def _field_at(parts: Sequence[str]) -> Any:
+    """The field of a recipe that a dotted key names; None where there is none."""
+    model: Any = Recipe
+    field = None
+    for part in parts:
+        field = _field_of(model, part)
+        model = _section_of(field)
+    return field
 
 
 def _field_of(model: type[BaseModel] | None, key: int | str) -> Any:
@@ -611,11 +617,7 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
 
 def _set_by_default(parts: list[str]) -> dict[str, Any]:
     """What a recipe without this section has there, as far as the section by itself would not."""
-    current: Any = Recipe
-    field = None
-    for part in parts:
-        field = _field_of(current, part)
-        current = _section_of(field)
+    field = _field_at(parts)
     default = field.get_default(call_default_factory=True) if field and not field.is_required() else None
     if not isinstance(default, BaseModel):
         return {}
