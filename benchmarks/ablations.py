@@ -42,18 +42,20 @@ from origin import commit, origin
 from sklearn.model_selection import StratifiedKFold
 from torch.nn import functional as F
 
-from nayer_edge import data, evaluate, losses, lte
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import Compute, choose, random_stream, seeded
+from nayer_edge import evaluate, losses
 from nayer_edge.config import Recipe
-from nayer_edge.data import LabelledImages
+from nayer_edge.data import datasets as data
+from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distill import Distillation, Settings, distill
 from nayer_edge.generator import Generator
-from nayer_edge.models import build_classifier, load_classifier
-from nayer_edge.pipelines.recipe import load_recipe
+from nayer_edge.labels import embeddings as lte
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import build_classifier, load_classifier
+from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.teach import teach
-from nayer_edge.tensors import load_tensors, save_tensors
+from nayer_edge.runtime.compute import Compute, choose, random_stream, seeded
+from nayer_edge.storage.tensors import load_tensors, save_tensors
+from nayer_edge.train_teacher import teach
 
 CIFAR10 = PROTOCOLS["minutes"]
 FIRST = 5_000

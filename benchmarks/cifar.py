@@ -23,15 +23,17 @@ from pathlib import Path
 import figures
 import origin
 
-from nayer_edge import compute as computing
-from nayer_edge import data, evaluate, provenance
-from nayer_edge.data import LabelledImages
+from nayer_edge import evaluate
+from nayer_edge.data import datasets as data
+from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distill import Distillation, Epoch, distill, save_checkpoint
-from nayer_edge.models import weights_digest
+from nayer_edge.models.load import weights_digest
 from nayer_edge.pipelines import distill as steps
-from nayer_edge.pipelines.recipe import load_recipe
+from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.tensors import save_tensors
+from nayer_edge.runtime import compute as computing
+from nayer_edge.runtime import provenance
+from nayer_edge.storage.tensors import save_tensors
 
 RESULTS = Path(__file__).parent / "results" / "cifar"
 

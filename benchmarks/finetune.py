@@ -35,26 +35,26 @@ from onnx import ModelProto
 from origin import origin
 from torch.nn import functional as F
 
-from nayer_edge import data
 from nayer_edge.augment import crop_and_flip
-from nayer_edge.bank import MemoryBank, to_unit
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import random_stream, seeded
 from nayer_edge.config import InputSpec, Recipe
+from nayer_edge.data import datasets as data
 from nayer_edge.distill import cosine
 from nayer_edge.export.calibration import Ranges, compute_ranges
-from nayer_edge.export.finetune import FineTuner, Schedule, Tuned, train
-from nayer_edge.export.graph_network import GraphNetwork
+from nayer_edge.export.qat.finetune import FineTuner, Schedule, Tuned, train
+from nayer_edge.export.qat.graph_network import GraphNetwork
 from nayer_edge.export.qdq import calibrated_tensors, with_qdq
 from nayer_edge.export.targets import PRODUCTS, TARGETS, Target
 from nayer_edge.export.to_int8 import prepared, run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.losses import distillation_loss
-from nayer_edge.models import build_classifier, load_classifier
+from nayer_edge.memory_bank import MemoryBank, to_unit
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import build_classifier, load_classifier
 from nayer_edge.pipelines.deploy import SyntheticSource
-from nayer_edge.pipelines.recipe import load_recipe
+from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.progress import Silent
+from nayer_edge.runtime.compute import random_stream, seeded
+from nayer_edge.runtime.progress import Silent
 
 SMALL = (
     "teacher.model=nayer:wrn_16_1",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nayer_edge import provenance
+from nayer_edge.runtime import provenance
 
 
 def origin() -> dict[str, Any]:

@@ -27,18 +27,20 @@ from figures import keep, kept, spread
 from origin import origin
 from replay import Replay
 
-from nayer_edge import compute as computing
-from nayer_edge import data, evaluate, lte
-from nayer_edge.artefacts import RunFolder
-from nayer_edge.bank import MemoryBank
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import Compute, random_stream, seeded
+from nayer_edge import evaluate
 from nayer_edge.config import Recipe, Teach
-from nayer_edge.data import LabelledImages
+from nayer_edge.data import datasets as data
+from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distill import Settings, distill
-from nayer_edge.models import build_classifier, load_classifier
-from nayer_edge.pipelines.recipe import recipe_of
-from nayer_edge.teach import teach
+from nayer_edge.labels import embeddings as lte
+from nayer_edge.memory_bank import MemoryBank
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import build_classifier, load_classifier
+from nayer_edge.pipelines.recipes.loading import recipe_of
+from nayer_edge.runtime import compute as computing
+from nayer_edge.runtime.compute import Compute, random_stream, seeded
+from nayer_edge.storage.run_folder import RunFolder
+from nayer_edge.train_teacher import teach
 
 WAYS = ("synthetic images", "as many real images", "labels of all real images")
 

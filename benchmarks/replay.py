@@ -25,20 +25,21 @@ import torch
 from figures import keep, kept, spread
 from origin import origin
 
-from nayer_edge import compute as computing
-from nayer_edge import data, lte
-from nayer_edge.artefacts import RunFolder
-from nayer_edge.bank import MemoryBank
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import Compute, random_stream, seeded
+from nayer_edge.cached_views import ViewCache
 from nayer_edge.config import Recipe
-from nayer_edge.data import LabelledImages
+from nayer_edge.data import datasets as data
+from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distill import Distillation, Settings, distill
 from nayer_edge.evaluate import agreement, logits_of, top1
-from nayer_edge.models import build_classifier, load_classifier
-from nayer_edge.pipelines.recipe import recipe_of
+from nayer_edge.labels import embeddings as lte
+from nayer_edge.memory_bank import MemoryBank
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import build_classifier, load_classifier
+from nayer_edge.pipelines.recipes.loading import recipe_of
+from nayer_edge.runtime import compute as computing
+from nayer_edge.runtime.compute import Compute, random_stream, seeded
+from nayer_edge.storage.run_folder import RunFolder
 from nayer_edge.synthesis import Round
-from nayer_edge.views import ViewCache
 
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "full bank": {

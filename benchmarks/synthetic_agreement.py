@@ -37,18 +37,19 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from torch import nn
 
-from nayer_edge import compute as computing
-from nayer_edge import data, evaluate
-from nayer_edge.artefacts import RunFolder
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import random_stream, seeded
+from nayer_edge import evaluate
 from nayer_edge.config import Recipe
-from nayer_edge.data import LabelledImages
-from nayer_edge.models import build_classifier, load_classifier
+from nayer_edge.data import datasets as data
+from nayer_edge.data.datasets import LabelledImages
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import build_classifier, load_classifier
 from nayer_edge.pipelines.deploy import SyntheticSource
-from nayer_edge.pipelines.recipe import load_recipe, recipe_of
-from nayer_edge.progress import Silent
-from nayer_edge.teach import teach
+from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
+from nayer_edge.runtime import compute as computing
+from nayer_edge.runtime.compute import random_stream, seeded
+from nayer_edge.runtime.progress import Silent
+from nayer_edge.storage.run_folder import RunFolder
+from nayer_edge.train_teacher import teach
 
 BITS = (8, 6, 5, 4, 3, 2)
 

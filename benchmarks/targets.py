@@ -19,8 +19,8 @@ from typing import Any
 from figures import keep
 from origin import origin
 
-from nayer_edge.artefacts import RunFolder
-from nayer_edge.pipelines.statistics import drop_lower, drop_upper
+from nayer_edge.pipelines.gate.statistics import drop_lower, drop_upper
+from nayer_edge.storage.run_folder import RunFolder
 
 ALPHA = 0.05
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from nayer_edge.artefacts import sha256_of, write_bytes
 from nayer_edge.errors import IntegrityError, MissingError, UsageError, nearest
+from nayer_edge.storage.run_folder import sha256_of, write_bytes
 
 from .coverage import zero_points
 from .onnx_file import read_onnx

@@ -16,16 +16,16 @@ from onnx import ModelProto, TensorProto
 from onnxruntime.quantization import quant_pre_process
 
 from nayer_edge import __version__
-from nayer_edge.artefacts import sha256_of
 from nayer_edge.errors import UsageError
+from nayer_edge.storage.run_folder import sha256_of
 
 from .calibration import METHODS, Ranges, compute_ranges, require_images
 from .coverage import FLOAT_NODES, Coverage, eligible_products, int8_coverage
-from .finetune import FineTuner
 from .fp16 import converted
 from .onnx_file import metadata_of, opset_of, read_onnx, strip, write_onnx
 from .parity import Agreement, agreement
 from .plain_graph import make_plain
+from .qat.finetune import FineTuner
 from .qdq import calibrated_tensors, with_qdq
 from .runners import OrtRunner, as_bytes
 from .sensitivity import (

@@ -18,8 +18,8 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from torch import nn
 
 from nayer_edge import __version__
-from nayer_edge.artefacts import sha256_of
 from nayer_edge.errors import NayerEdgeError, UsageError
+from nayer_edge.storage.run_folder import sha256_of
 
 from .onnx_file import opset_of, strip, write_onnx
 from .plain_graph import distinct

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nayer_edge.config import Augment
-from nayer_edge.distributed import SINGLE, World
+from nayer_edge.runtime.distributed import SINGLE, World
 
 
 def crop_and_flip(

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from nayer_edge.errors import UsageError, nearest
-from nayer_edge.model_names import BRING_WEIGHTS
+from nayer_edge.models.names import BRING_WEIGHTS
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Checked = TypeVar("Checked", bound=BaseModel)

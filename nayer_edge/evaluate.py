@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from nayer_edge.bank import to_unit
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import Compute
+from nayer_edge.memory_bank import to_unit
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.runtime.compute import Compute
 
 
 @torch.inference_mode()

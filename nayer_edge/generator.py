@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nayer_edge.artefacts import read_json, sha256_of, write_json
-from nayer_edge.compute import seeded
 from nayer_edge.config import Generator as GeneratorConfig
-from nayer_edge.distributed import SINGLE, World, synchronise_batchnorms
 from nayer_edge.errors import IntegrityError
-from nayer_edge.tensors import load_tensors, save_tensors
+from nayer_edge.runtime.compute import seeded
+from nayer_edge.runtime.distributed import SINGLE, World, synchronise_batchnorms
+from nayer_edge.storage.run_folder import read_json, sha256_of, write_json
+from nayer_edge.storage.tensors import load_tensors, save_tensors
 
 CARD_SCHEMA = "nayer-edge/generator/1"
 _NOISY = ("noisy.weight", "noisy.bias")

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import Compute
 from nayer_edge.errors import TrainingError
 from nayer_edge.evaluate import logits_of
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.runtime.compute import Compute
 
 SAMPLE = 256
 """newest images that are looked at: a fraction of one synthesis step's work"""

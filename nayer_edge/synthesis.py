@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from nayer_edge import losses
 from nayer_edge.augment import crop_and_flip
-from nayer_edge.bank import to_uint8
-from nayer_edge.channel_statistics import channel_statistics
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import Compute
+from nayer_edge.batchnorm import channel_statistics
 from nayer_edge.config import Synthesis
-from nayer_edge.distributed import SINGLE, World, across_ranks
 from nayer_edge.errors import UsageError
 from nayer_edge.generator import Generator, balanced_labels
-from nayer_edge.models import batch_norms
+from nayer_edge.memory_bank import to_uint8
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import batch_norms
+from nayer_edge.runtime.compute import Compute
+from nayer_edge.runtime.distributed import SINGLE, World, across_ranks
 
 
 class BatchNormStatistics:

@@ -8,26 +8,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nayer_edge import compute as computing
 from nayer_edge import generator as generators
-from nayer_edge import lte as embeddings_of_labels
-from nayer_edge.artefacts import Artifact, RunFolder, write_json
 from nayer_edge.augment import crop_and_flip
-from nayer_edge.bank import MemoryBank, to_unit
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import random_stream
 from nayer_edge.config import Recipe
 from nayer_edge.errors import IntegrityError, MissingError
-from nayer_edge.export.finetune import FineTuner, Schedule
 from nayer_edge.export.fp16 import to_fp16
 from nayer_edge.export.parity import compare, edge_cases
+from nayer_edge.export.qat.finetune import FineTuner, Schedule
 from nayer_edge.export.runners import OrtRunner, TorchRunner
 from nayer_edge.export.targets import TARGETS
 from nayer_edge.export.to_engine import to_engine
 from nayer_edge.export.to_int8 import to_int8
 from nayer_edge.export.to_onnx import to_onnx
-from nayer_edge.models import load_classifier
-from nayer_edge.progress import Progress
+from nayer_edge.labels import embeddings as embeddings_of_labels
+from nayer_edge.memory_bank import MemoryBank, to_unit
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import load_classifier
+from nayer_edge.runtime import compute as computing
+from nayer_edge.runtime.compute import random_stream
+from nayer_edge.runtime.progress import Progress
+from nayer_edge.storage.run_folder import Artifact, RunFolder, write_json
 from nayer_edge.synthesis import draw_images
 
 FP32 = "export/student.fp32.onnx"

@@ -6,28 +6,25 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from nayer_edge import compute as computing
-from nayer_edge import data, distributed, teachers
 from nayer_edge import generator as generators
-from nayer_edge import lte as embeddings_of_labels
-from nayer_edge import teach as teaching
-from nayer_edge.artefacts import Artifact, RunFolder, write_bytes
-from nayer_edge.bank import MemoryBank
-from nayer_edge.compute import random_stream, seeded
+from nayer_edge import train_teacher as teaching
 from nayer_edge.config import Recipe
+from nayer_edge.data import datasets as data
 from nayer_edge.distill import Distillation, Epoch, Settings, distill
-from nayer_edge.distributed import World
 from nayer_edge.errors import TrainingError
 from nayer_edge.generator import Generator
-from nayer_edge.models import (
-    build_classifier,
-    load_classifier,
-    quicken_batch_norms,
-    save_classifier,
-)
-from nayer_edge.progress import Progress, Silent
+from nayer_edge.labels import embeddings as embeddings_of_labels
+from nayer_edge.memory_bank import MemoryBank
+from nayer_edge.models import teachers
+from nayer_edge.models.load import build_classifier, load_classifier, quicken_batch_norms, save_classifier
+from nayer_edge.runtime import compute as computing
+from nayer_edge.runtime import distributed
+from nayer_edge.runtime.compute import random_stream, seeded
+from nayer_edge.runtime.distributed import World
+from nayer_edge.runtime.progress import Progress, Silent
+from nayer_edge.storage.run_folder import Artifact, RunFolder, write_bytes
 
-from .picture import per_class_picture
+from .report.image_grids import per_class_picture
 from .tracking import TensorBoard
 
 TEACHER = "teacher/teacher.safetensors"

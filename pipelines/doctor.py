@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from nayer_edge import provenance
+from nayer_edge.runtime import provenance
 
 EXTRAS = {
     "cpu": "training, export, quantization and validation on a processor",

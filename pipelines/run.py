@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nayer_edge import provenance
-from nayer_edge.artefacts import (
+from nayer_edge.config import Recipe, is_default
+from nayer_edge.data.digest import digest_of_data
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.labels.class_names import labels_beside
+from nayer_edge.models.names import parse, published_weights
+from nayer_edge.runtime import provenance
+from nayer_edge.runtime.progress import Progress, Silent
+from nayer_edge.storage.run_folder import (
     MANIFEST,
     Artifact,
     RunFolder,
@@ -22,15 +28,9 @@ from nayer_edge.artefacts import (
     lock_folder,
     remove_temporaries,
 )
-from nayer_edge.config import Recipe, is_default
-from nayer_edge.data_digest import digest_of_data
-from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.labels import labels_beside
-from nayer_edge.model_names import parse, published_weights
-from nayer_edge.progress import Progress, Silent
 
-from . import preflight
-from .recipe import BUILT_IN_DATA, portable, recipe_of
+from .recipes import preflight
+from .recipes.loading import BUILT_IN_DATA, portable, recipe_of
 from .steps import STEPS, Step, settings_of, until
 
 NAMED_FILES = {"teacher.weights": True, "teach.data": False, "validate.data": True}

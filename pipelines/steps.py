@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nayer_edge.artefacts import Artifact
 from nayer_edge.errors import UsageError, nearest
+from nayer_edge.storage.run_folder import Artifact
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ STEPS = (
     Step(
         "gate",
         "gives the verdict",
-        "gate:make_verdict",
+        "gate.verdict:make_verdict",
         ("validate",),
         ("gate",),
         "gate/verdict.json",
@@ -155,7 +155,7 @@ STEPS = (
     Step(
         "report",
         "writes the page",
-        "report:make_page",
+        "report.page:make_page",
         ("teacher", "lte", "student", "onnx", "int8", "engine", "validate", "gate"),
         # It shows the whole recipe.
         (

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import seeded
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.export.benchmark import benchmark
 from nayer_edge.export.runners import OrtRunner
 from nayer_edge.export.to_int8 import to_int8
 from nayer_edge.export.to_onnx import to_onnx
-from nayer_edge.models import build_classifier, rehearse
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import build_classifier, rehearse
+from nayer_edge.runtime.compute import seeded
 
 ZOO = ("nayer:resnet8", "nayer:resnet20", "nayer:wrn_16_1", "nayer:wrn_16_2", "nayer:wrn_40_1")
 LIBRARY = (

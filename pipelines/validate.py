@@ -17,17 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from nayer_edge import data, provenance
-from nayer_edge.artefacts import Artifact, RunFolder, read_json, sha256_of, write_atomic, write_json
 from nayer_edge.config import Recipe
+from nayer_edge.data import datasets as data
+from nayer_edge.data.stream import ImageStream
 from nayer_edge.errors import NayerEdgeError, UsageError
 from nayer_edge.export.benchmark import Timing, benchmark
 from nayer_edge.export.coverage import int8_coverage
 from nayer_edge.export.runners import BATCH, Runner, TorchRunner, as_bytes
 from nayer_edge.export.targets import TARGETS, get_target
-from nayer_edge.image_stream import ImageStream
-from nayer_edge.models import load_classifier
-from nayer_edge.progress import Progress
+from nayer_edge.models.load import load_classifier
+from nayer_edge.runtime import provenance
+from nayer_edge.runtime.progress import Progress
+from nayer_edge.storage.run_folder import Artifact, RunFolder, read_json, sha256_of, write_atomic, write_json
 
 from .deploy import SyntheticSource
 from .measurements import (

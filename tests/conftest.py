@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-from nayer_edge.provenance import usable_cores
+from nayer_edge.runtime.provenance import usable_cores
 
 # Workers share the cores, in what they start, too. Before torch is imported, which reads this once.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -60,7 +60,7 @@ def tiny_settings() -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny digits recipe. Read only: copy it before changing anything."""
-    from nayer_edge.pipelines.recipe import load_recipe
+    from nayer_edge.pipelines.recipes.loading import load_recipe
     from nayer_edge.pipelines.run import run_recipe
 
     root = tmp_path_factory.mktemp("runs") / "digits"

@@ -161,7 +161,10 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["nayer_edge.__main__", *(f"nayer_edge.pipelines.{name}" for name in ("cli", "gate", "recipe", "doctor", "steps"))],
+    [
+        "nayer_edge.__main__",
+        *(f"nayer_edge.pipelines.{name}" for name in ("cli", "gate.verdict", "recipes.loading", "doctor", "steps")),
+    ],
 )
 def test_the_light_path_needs_the_base_install_only(module: str) -> None:
     modules = reached(module, lazy=False)
@@ -170,17 +173,17 @@ def test_the_light_path_needs_the_base_install_only(module: str) -> None:
 
 def test_the_gate_is_light_to_the_last_function() -> None:
     """Nothing heavy waits inside a function either: `gate` is what a CI server runs."""
-    modules = reached("nayer_edge.pipelines.gate", lazy=True)
+    modules = reached("nayer_edge.pipelines.gate.verdict", lazy=True)
     assert third_party(modules, lazy=True) <= BASE_INSTALL
 
 
 def test_distillation_takes_no_data_set() -> None:
     modules = reached("nayer_edge.distill", lazy=True)
     assert "nayer_edge.synthesis" in modules, "the search follows imports"
-    readers = {f"nayer_edge.{name}" for name in ("data", "array_images", "encoded_images", "image_stream")}
+    readers = {f"nayer_edge.data.{name}" for name in ("datasets", "arrays", "pictures", "stream")}
     assert readers <= SOURCES.keys()
     assert not readers & modules
-    assert "nayer_edge.teach" not in modules
+    assert "nayer_edge.train_teacher" not in modules
     assert not third_party(modules, lazy=True) & {"sklearn", "pyarrow", "PIL", "datasets"}
 
 
@@ -189,19 +192,23 @@ def test_distillation_runs_where_no_data_set_can_be_loaded(tiny_run: Path) -> No
 import sys
 from pathlib import Path
 
-BLOCKED = ("nayer_edge.data", "nayer_edge.teach", "nayer_edge.pipelines", "sklearn", "pyarrow", "datasets")
+BLOCKED = (
+    *("nayer_edge.data.datasets", "nayer_edge.train_teacher", "nayer_edge.pipelines"),
+    *("sklearn", "pyarrow", "datasets"),
+)
 
 sys.modules.update(dict.fromkeys(BLOCKED))  # importing any of them fails
 root = Path(sys.argv[1])
 opened = set()
 sys.addaudithook(lambda event, args: opened.add(str(args[0])) if event == "open" else None)
 
-from nayer_edge import compute, lte
-from nayer_edge.artefacts import RunFolder
-from nayer_edge.compute import random_stream, seeded
+from nayer_edge.labels import embeddings as lte
+from nayer_edge.runtime import compute
+from nayer_edge.storage.run_folder import RunFolder
+from nayer_edge.runtime.compute import random_stream, seeded
 from nayer_edge.config import make_recipe
 from nayer_edge.distill import Distillation, Settings, distill
-from nayer_edge.models import build_classifier, load_classifier
+from nayer_edge.models.load import build_classifier, load_classifier
 
 recipe = make_recipe(RunFolder.open(root).manifest.recipe, "of the run")
 teacher = load_classifier(root / "teacher" / "teacher.safetensors")
@@ -222,7 +229,9 @@ print("done")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"
     done = subprocess.run(
-        [sys.executable, "-c", program.split("root =")[0] + "import nayer_edge.data"], text=True, capture_output=True
+        [sys.executable, "-c", program.split("root =")[0] + "import nayer_edge.data.datasets"],
+        text=True,
+        capture_output=True,
     )
     assert "ModuleNotFoundError" in done.stderr, "the lock holds"
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import typer
 
-from nayer_edge.artefacts import MANIFEST
 from nayer_edge.errors import EXIT_INTEGRITY, EXIT_INTERRUPTED
 from nayer_edge.pipelines.cli import app, main
-from nayer_edge.pipelines.recipe import load_recipe, shipped
+from nayer_edge.pipelines.recipes.loading import load_recipe, shipped
+from nayer_edge.storage.run_folder import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -13,13 +13,13 @@ SOURCES = sorted(path for folder in ("nayer_edge", "export", "pipelines") for pa
 
 SANCTIONED = {
     # The one place: what `write` gets is the temporary file.
-    ("nayer_edge/artefacts.py", "write_bytes"): "`temporary.write_bytes`, inside write_atomic",
-    ("nayer_edge/artefacts.py", "write_atomic"): "opens the temporary file to fsync it",
-    ("nayer_edge/artefacts.py", "lock_folder"): "the lock, which holds nothing",
-    ("nayer_edge/lte.py", "_waiting"): "the lock of the cache, which holds nothing",
-    ("nayer_edge/tensors.py", "_sort_header"): "of the temporary file, inside write_atomic",
+    ("nayer_edge/storage/run_folder.py", "write_bytes"): "`temporary.write_bytes`, inside write_atomic",
+    ("nayer_edge/storage/run_folder.py", "write_atomic"): "opens the temporary file to fsync it",
+    ("nayer_edge/storage/run_folder.py", "lock_folder"): "the lock, which holds nothing",
+    ("nayer_edge/labels/embeddings.py", "_waiting"): "the lock of the cache, which holds nothing",
+    ("nayer_edge/storage/tensors.py", "_sort_header"): "of the temporary file, inside write_atomic",
     ("export/to_int8.py", "prepared"): "in a folder for temporary files",
-    ("pipelines/gate.py", "append_summary"): "GitHub's summary is added to, as its contract says",
+    ("pipelines/gate/verdict.py", "append_summary"): "GitHub's summary is added to, as its contract says",
 }
 """(file, function) → why it may write; functions whose parameter is `temporary` are called by write_atomic"""
 

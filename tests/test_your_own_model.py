@@ -42,11 +42,12 @@ LONG = [words for words in COMMANDS if (words[1] == "run" and "mine.toml" in wor
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher that was trained for a moment on real digits, saved as people do."""
-    from nayer_edge import compute, data
-    from nayer_edge import teach as teaching
+    from nayer_edge import train_teacher as teaching
     from nayer_edge.config import Augment, InputSpec, Teach
+    from nayer_edge.data import datasets as data
     from nayer_edge.evaluate import logits_of, top1
-    from nayer_edge.models import build_classifier
+    from nayer_edge.models.load import build_classifier
+    from nayer_edge.runtime import compute
 
     folder = tmp_path_factory.mktemp("own")
     spec = InputSpec(channels=1, height=16, width=16, mean=(0.5,), std=(0.5,))

@@ -24,7 +24,7 @@ from nayer_edge.errors import (
     UsageError,
     missing_extra,
 )
-from nayer_edge.launch import launched
+from nayer_edge.runtime.launch import launched
 from nayer_edge.scarcity import memory_behind, scarce
 from nayer_edge.text import inert
 

@@ -16,7 +16,7 @@ from .shared import Json, Settings, app, example, load_recipe, print_json, stdou
 
 if TYPE_CHECKING:
     from nayer_edge.config import LTE
-    from nayer_edge.lte import LabelEmbeddings
+    from nayer_edge.labels.embeddings import LabelEmbeddings
 
 lte_app = typer.Typer(no_args_is_help=True, help="Label-text embeddings: build the cache, look at it.")
 app.add_typer(lte_app, name="lte")
@@ -69,8 +69,8 @@ def lte_build(
     """
     found = _embeddings(recipe, labels, encoder, prompt, synonyms, settings)
     if out is not None:
-        from nayer_edge import lte
-        from nayer_edge.artefacts import MANIFEST
+        from nayer_edge.labels import embeddings as lte
+        from nayer_edge.storage.run_folder import MANIFEST
 
         if out.suffix != ".safetensors":
             raise UsageError(f"Embeddings cannot be written as '{out.name}'.", fix="Let --out end with .safetensors.")
@@ -106,9 +106,10 @@ def _embeddings(
     settings: list[str] | None,
 ) -> LabelEmbeddings:
     """Those of the recipe, with what the options say instead."""
-    from nayer_edge import lte, precomputed
     from nayer_edge.config import LTE
-    from nayer_edge.labels import read_labels
+    from nayer_edge.labels import embeddings as lte
+    from nayer_edge.labels import precomputed
+    from nayer_edge.labels.class_names import read_labels
 
     chosen = None if recipe is None else load_recipe(recipe, settings)
     if chosen is None and settings:
@@ -149,7 +150,7 @@ def _checked(values: dict[str, Any]) -> LTE:
 
 
 def _show(found: LabelEmbeddings, as_json: bool, picture: Path | None) -> None:
-    from ..similarity import heat_map, summary
+    from ..report.similarity import heat_map, summary
 
     if picture is not None:
         heat_map(found, picture)

@@ -43,7 +43,7 @@ def validate(
         changes["fit"] = fit
     chosen = chosen.model_copy(update={"validate_": chosen.validate_.model_copy(update=changes)})
     if data is not None:
-        from ..preflight import require_typed
+        from ..recipes.preflight import require_typed
 
         require_typed(chosen, ["validate.data"])
     run_steps(chosen, run_folder, last="validate", as_json=as_json)
@@ -67,9 +67,9 @@ def gate(
     as_json: Json = False,
 ) -> None:
     """Gives the verdict on a validated run: exit 0 pass, 1 fail or inconclusive, 2 usage, 4 tampered or stale."""
-    from nayer_edge.artefacts import write_json
+    from nayer_edge.storage.run_folder import write_json
 
-    from .. import gate as gates
+    from ..gate import verdict as gates
 
     if print_policy:
         print(gates.policy_toml(gates.load_policy(open_run(run_folder), policy)), end="")  # noqa: T201
@@ -95,7 +95,7 @@ def gate(
 @app.command(epilog=example("nayer-edge report runs/digits"))
 def report(run_folder: Run, trust_code: TrustCode = False, as_json: Json = False) -> None:
     """Writes one self-contained HTML page about the run, making stale steps anew."""
-    from ..gate import load_report
+    from ..gate.verdict import load_report
 
     opened = open_run(run_folder)
     opened.require_intact()

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 @app.command(epilog=example("nayer-edge recipes"))
 def recipes(as_json: Json = False) -> None:
     """Lists the shipped recipes with the figures that they were measured with."""
-    from nayer_edge.model_names import parse
+    from nayer_edge.models.names import parse
 
-    from ..recipe import shipped
+    from ..recipes.loading import shipped
 
     found = [load_recipe(entry.name) for entry in shipped()]
     if as_json:

@@ -14,9 +14,9 @@ from rich.text import Text
 from nayer_edge.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from nayer_edge.artefacts import RunFolder
     from nayer_edge.config import Recipe
-    from nayer_edge.progress import Progress
+    from nayer_edge.runtime.progress import Progress
+    from nayer_edge.storage.run_folder import RunFolder
 
     from ..run import StepEvent
 
@@ -44,7 +44,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="The run folder.", show_
 
 def _trust(context: typer.Context, trust: bool) -> bool:
     if trust:
-        from nayer_edge.user_code import trusting
+        from nayer_edge.models.user_code import trusting
 
         # Until this command ends.
         context.with_resource(trusting())
@@ -78,7 +78,7 @@ def run_steps(
     Args:
         decide: False ends with 0 whatever the verdict, for a command that was not asked for one.
     """
-    from .. import gate as gates
+    from ..gate import verdict as gates
     from ..run import run_recipe
     from ..show import show_event
 
@@ -131,8 +131,8 @@ def watched(as_json: bool) -> tuple[Console, Progress]:
 def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
     """A shipped recipe, a file's or a run folder's, with overrides."""
     # Imported here: pydantic takes half of what `--help` may take.
-    from ..preflight import require_typed
-    from ..recipe import load_recipe
+    from ..recipes.loading import load_recipe
+    from ..recipes.preflight import require_typed
 
     recipe = load_recipe(name, settings)
     require_typed(recipe, [setting.partition("=")[0].replace(" ", "") for setting in settings or []])
@@ -141,21 +141,21 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
 
 def open_run(root: Path) -> RunFolder:
     """The run folder with its manifest."""
-    from nayer_edge.artefacts import RunFolder
+    from nayer_edge.storage.run_folder import RunFolder
 
     return RunFolder.open(root)
 
 
 def default_out(name: str, recipe: Recipe) -> Path:
     """Where a recipe runs unless told: that of a run folder in its folder."""
-    from ..recipe import run_folder
+    from ..recipes.loading import run_folder
 
     return run_folder(name) or Path("runs") / recipe.name
 
 
 def recipe_in(root: Path) -> Recipe:
     """The resolved recipe of a run folder."""
-    from ..recipe import recipe_of
+    from ..recipes.loading import recipe_of
 
     return recipe_of(open_run(root).manifest.recipe, root)
 

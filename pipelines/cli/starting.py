@@ -17,9 +17,9 @@ from nayer_edge.text import inert
 from .shared import Json, TrustCode, app, example, print_json, stdout
 
 if TYPE_CHECKING:
-    from ..init import Given, Question
-    from ..inspect_checkpoint import Findings
-    from ..starter_recipe import Plan
+    from ..init.inspect_checkpoint import Findings
+    from ..init.proposal import Given, Question
+    from ..init.starter_recipe import Plan
 
 TRIES = 3
 """times that a question is asked again"""
@@ -91,7 +91,7 @@ def init(
 
     Asks for what it cannot know on a terminal; elsewhere it names the options that answer it.
     """
-    from ..answers import checked_name, named_after, parse_shape, require_files
+    from ..init.parsing import checked_name, named_after, parse_shape, require_files
 
     # The recipe, its file and the run folder have one name unless told otherwise.
     name = checked_name(name or named_after(out or checkpoint))
@@ -102,9 +102,9 @@ def init(
     require_files(checkpoint, labels)
     channels = None if size is None else parse_shape(size, 0)[0] or None
 
-    from .. import init as recipes
-    from .. import starter_recipe
-    from ..inspect_checkpoint import look
+    from ..init import proposal as recipes
+    from ..init import starter_recipe
+    from ..init.inspect_checkpoint import look
 
     given = recipes.Given(model, labels, size, mean, std, student, key, data, flip, name, device.value, effort.value)
     found = look(checkpoint, model, key, channels)
@@ -150,7 +150,7 @@ def _show_findings(found: Findings, given: Given) -> None:
 
 
 def _show_plan(plan: Plan, target: Path) -> None:
-    from ..sizes import duration
+    from ..init.sizes import duration
 
     spec = plan.spec
     pixels = f"{spec.channels}×{spec.height}×{spec.width}"
@@ -198,10 +198,10 @@ def _answer(question: Question, name: str, found: Findings) -> Any:
 
 
 def _checked(name: str, answer: str, question: Question, found: Findings) -> Any:
-    from nayer_edge.labels import read_labels
-    from nayer_edge.model_names import parse
+    from nayer_edge.labels.class_names import read_labels
+    from nayer_edge.models.names import parse
 
-    from ..answers import parse_shape, parse_values
+    from ..init.parsing import parse_shape, parse_values
 
     if name == "labels":
         if answer == question.guess:

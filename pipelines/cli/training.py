@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nayer_edge.errors import UsageError
-from nayer_edge.launch import launched
+from nayer_edge.runtime.launch import launched
 
 from .shared import Fresh, Json, Out, RecipeName, Settings, TrustCode, app, default_out, example, load_recipe, run_steps
 
@@ -74,7 +74,7 @@ def distill(
     if launched()[1] == 1:
         work()
         return
-    from nayer_edge.distributed import joined
+    from nayer_edge.runtime.distributed import joined
 
     with joined() as world:
         if world.first:

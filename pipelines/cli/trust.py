@@ -30,7 +30,7 @@ def verify(
 
     Exit 4: something is wrong. 130: the run was interrupted and is unfinished.
     """
-    from ..verification import continuation, examine, require_expected
+    from ..trust.verification import continuation, examine, require_expected
 
     opened = open_run(run_folder)
     found = examine(opened)
@@ -38,7 +38,7 @@ def verify(
         if expect is not None:
             require_expected(found, expect)
         if key is not None:
-            from ..signing import require_signed
+            from ..trust.signing import require_signed
 
             require_signed(opened, key)
     fix = f"nayer-edge verify {run_folder} --key KEY.pub"
@@ -87,8 +87,8 @@ def sign(
 
     The signature is kept in the run folder (model.sig) and covers all its files. See docs/SECURITY.md for keys.
     """
-    from ..signing import sign as sign_run
-    from ..verification import examine
+    from ..trust.signing import sign as sign_run
+    from ..trust.verification import examine
 
     opened = open_run(run_folder)
     path = sign_run(opened, key)
@@ -108,10 +108,10 @@ def sbom(
     """Writes a bill of materials (CycloneDX ML-BOM): networks, files, hashes, lineage, data provenance, software."""
     import json
 
-    from nayer_edge.artefacts import write_bytes
+    from nayer_edge.storage.run_folder import write_bytes
 
-    from ..gate import require_outputs
-    from ..sbom import make_sbom
+    from ..gate.verdict import require_outputs
+    from ..trust.sbom import make_sbom
 
     require_outputs(run_folder, {"--out": out})
     text = make_sbom(open_run(run_folder))

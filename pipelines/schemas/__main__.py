@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from nayer_edge.artefacts import MANIFEST_SCHEMA, Manifest, write_json
 from nayer_edge.config import Policy, Recipe, References
+from nayer_edge.storage.run_folder import MANIFEST_SCHEMA, Manifest, write_json
 
-from ..gate import VERDICT_SCHEMA
-from ..judgement import CHECKS
+from ..gate.judgement import CHECKS
+from ..gate.verdict import VERDICT_SCHEMA
 from ..measurements import REPORT_SCHEMA, Report
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

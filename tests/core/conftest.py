@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import Compute, choose, seeded
 from nayer_edge.config import Augment, Distill, InputSpec, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.distill import Distillation, Settings
-from nayer_edge.lte import LabelEmbeddings
-from nayer_edge.models import batch_norms
+from nayer_edge.labels.embeddings import LabelEmbeddings
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import batch_norms
+from nayer_edge.runtime.compute import Compute, choose, seeded
 
 CLASSES = ("red", "green", "blue")
 SPEC = InputSpec(channels=2, height=8, width=8, mean=(0.4, 0.5), std=(0.3, 0.25))

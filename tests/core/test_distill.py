@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from nayer_edge import distill as distilling
 from nayer_edge import generator as generators
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import choose, random_stream
 from nayer_edge.distill import (
     Distillation,
     Epoch,
@@ -30,9 +28,11 @@ from nayer_edge.distill import (
 )
 from nayer_edge.errors import IntegrityError, MissingError, TrainingError, UsageError
 from nayer_edge.evaluate import agreement, logits_of
-from nayer_edge.lte import LabelEmbeddings
+from nayer_edge.labels.embeddings import LabelEmbeddings
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.runtime.compute import choose, random_stream
+from nayer_edge.storage.tensors import save_tensors
 from nayer_edge.synthesis import Round
-from nayer_edge.tensors import save_tensors
 
 Start = Callable[..., Distillation]
 LOSSES = ("loss_bn", "loss_ce", "loss_adv", "loss_kd")
@@ -491,15 +491,18 @@ def test_distillation_runs_where_no_data_set_can_be_read() -> None:
     script = """
 import sys
 
-for name in ("sklearn", "torchvision", "pyarrow", "PIL", "datasets", "nayer_edge.data", "nayer_edge.teach"):
+for name in (
+    *("sklearn", "torchvision", "pyarrow", "PIL", "datasets"),
+    *("nayer_edge.data.datasets", "nayer_edge.train_teacher"),
+):
     sys.modules[name] = None  # importing it is an ImportError
 
 import torch
-from nayer_edge.compute import choose, seeded
+from nayer_edge.runtime.compute import choose, seeded
 from nayer_edge.config import LTE, Distill, Generator, InputSpec, Synthesis
 from nayer_edge.distill import Distillation, Settings, distill
-from nayer_edge.lte import build
-from nayer_edge.models import build_classifier
+from nayer_edge.labels.embeddings import build
+from nayer_edge.models.load import build_classifier
 
 spec, classes = InputSpec(channels=1, height=8, width=8), ("a", "b", "c")
 with seeded(0):

@@ -15,7 +15,7 @@ from nayer_edge import generator as generators
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.errors import IntegrityError
 from nayer_edge.generator import Generator, initialise
-from nayer_edge.tensors import load_tensors, save_tensors
+from nayer_edge.storage.tensors import load_tensors, save_tensors
 
 Stream = Callable[[int], torch.Generator]
 SMALL = GeneratorConfig(noisy_dim=6, channels=2)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from nayer_edge import health
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import Compute
 from nayer_edge.distill import Distillation, distill, resume
 from nayer_edge.errors import TrainingError
-from nayer_edge.progress import Silent
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.runtime.compute import Compute
+from nayer_edge.runtime.progress import Silent
 
 Start = Callable[..., Distillation]
 

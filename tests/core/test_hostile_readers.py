@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nayer_edge import lte
-from nayer_edge.artefacts import MANIFEST, RunFolder
 from nayer_edge.config import Policy, Recipe, apply_settings, make_policy, make_recipe, parse_toml
 from nayer_edge.errors import IntegrityError, NayerEdgeError, UsageError
-from nayer_edge.models import load_classifier
-from nayer_edge.pipelines.verification import examine
+from nayer_edge.labels import embeddings as lte
+from nayer_edge.models.load import load_classifier
+from nayer_edge.pipelines.trust.verification import examine
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 from nayer_edge.text import printed
 
 SHARED = settings(

@@ -17,13 +17,13 @@ from PIL import Image, features
 from pyarrow import parquet
 from scipy.io import savemat
 
-from nayer_edge.array_images import CIFAR_FILES
 from nayer_edge.config import Fit, InputSpec
-from nayer_edge.data import load, open_images
-from nayer_edge.encoded_images import decode
+from nayer_edge.data.arrays import CIFAR_FILES
+from nayer_edge.data.datasets import load, open_images
+from nayer_edge.data.npy import read_header
+from nayer_edge.data.pictures import decode
+from nayer_edge.data.stream import ImageStream
 from nayer_edge.errors import UsageError
-from nayer_edge.image_stream import ImageStream
-from nayer_edge.npy import read_header
 
 GREY = InputSpec(channels=1, height=28, width=28)
 COLOUR = InputSpec(channels=3, height=32, width=32)

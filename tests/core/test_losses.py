@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nayer_edge import losses
-from nayer_edge.channel_statistics import channel_statistics
+from nayer_edge.batchnorm import channel_statistics
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

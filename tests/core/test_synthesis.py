@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from nayer_edge import generator as generators
 from nayer_edge import losses
 from nayer_edge.augment import crop_and_flip
-from nayer_edge.bank import to_uint8
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import Compute, choose
 from nayer_edge.config import Augment, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.distill import Settings
 from nayer_edge.errors import UsageError
 from nayer_edge.generator import Generator, NoisyLinear, balanced_labels
-from nayer_edge.lte import LabelEmbeddings
-from nayer_edge.models import batch_norms
+from nayer_edge.labels.embeddings import LabelEmbeddings
+from nayer_edge.memory_bank import to_uint8
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import batch_norms
+from nayer_edge.runtime.compute import Compute, choose
 from nayer_edge.synthesis import BatchNormStatistics, Round, draw_images, synthesize_round
 
 Stream = Callable[[int], torch.Generator]

@@ -17,7 +17,7 @@ from nayer_edge.export.coverage import eligible_products, int8_coverage
 from nayer_edge.export.targets import CARRIERS, FLOAT_PRODUCTS, PRODUCTS, get_target
 from nayer_edge.export.to_int8 import prepared, to_int8
 from nayer_edge.export.to_onnx import to_onnx
-from nayer_edge.models import build_classifier
+from nayer_edge.models.load import build_classifier
 
 IMAGES = np.random.default_rng(0).random((8, 3, 16, 16), np.float32)
 

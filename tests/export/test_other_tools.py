@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from nayer_edge.config import InputSpec
-from nayer_edge.data import digits
+from nayer_edge.data.datasets import digits
 from nayer_edge.export.targets import TARGETS
 from nayer_edge.export.to_int8 import run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
-from nayer_edge.models import build_classifier
+from nayer_edge.models.load import build_classifier
 from nayer_edge.pipelines.deploy import FP32
 
 STUDENTS = ("digits", "nayer:resnet8", "torchvision:mobilenet_v3_small")

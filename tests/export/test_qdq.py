@@ -15,7 +15,7 @@ from nayer_edge.config import InputSpec
 from nayer_edge.export.onnx_file import read_onnx
 from nayer_edge.export.to_int8 import to_int8
 from nayer_edge.export.to_onnx import to_onnx
-from nayer_edge.models import build_classifier
+from nayer_edge.models.load import build_classifier
 
 SHAPE = (3, 16, 16)
 TENSORRT = ("tensorrt", "tensorrt-rtx")

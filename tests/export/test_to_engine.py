@@ -11,14 +11,14 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from nayer_edge import zoo
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
 from nayer_edge.export.fp16 import to_fp16
 from nayer_edge.export.to_engine import compute_capabilities, layer_types, to_engine
 from nayer_edge.export.to_int8 import to_int8
 from nayer_edge.export.to_onnx import to_onnx
-from nayer_edge.models import build_classifier
+from nayer_edge.models import zoo
+from nayer_edge.models.load import build_classifier
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'nayer-edge[rtx]'")
 

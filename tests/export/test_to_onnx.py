@@ -16,7 +16,7 @@ from nayer_edge.export.onnx_file import metadata_of
 from nayer_edge.export.parity import compare, edge_cases
 from nayer_edge.export.runners import OrtRunner, TorchRunner, as_bytes
 from nayer_edge.export.to_onnx import to_onnx
-from nayer_edge.models import build_classifier
+from nayer_edge.models.load import build_classifier
 
 SHAPE = (3, 16, 12)
 

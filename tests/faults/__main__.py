@@ -26,7 +26,7 @@ os.environ.pop("GITHUB_ACTIONS", None)
 
 import torch
 
-from nayer_edge.provenance import usable_cores
+from nayer_edge.runtime.provenance import usable_cores
 
 from . import fuzz, hostile, interruptions, lies, processes, scarcity, tampering
 from .kit import Kit, Tally

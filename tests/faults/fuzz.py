@@ -66,10 +66,10 @@ def seeds(kit: Kit, group: str) -> list[bytes]:
 
 def readers(group: str, folder: Path) -> list[Callable[[bytes], object]]:
     """What reads an input: from a file in the folder, as the product does."""
-    from nayer_edge.artefacts import MANIFEST, RunFolder, read_json
     from nayer_edge.config import make_policy, make_recipe, parse_toml
     from nayer_edge.pipelines.measurements import Report
-    from nayer_edge.pipelines.verification import examine
+    from nayer_edge.pipelines.trust.verification import examine
+    from nayer_edge.storage.run_folder import MANIFEST, RunFolder, read_json
 
     def written(content: bytes, name: str) -> Path:
         path = folder / name
@@ -96,8 +96,8 @@ def readers(group: str, folder: Path) -> list[Callable[[bytes], object]]:
     if group == "light":
         return [recipe, policy, manifest, report]
 
-    from nayer_edge import lte
-    from nayer_edge.models import load_classifier, load_tensors
+    from nayer_edge.labels import embeddings as lte
+    from nayer_edge.models.load import load_classifier, load_tensors
 
     (folder / "net.safetensors").write_bytes(b"")
 
@@ -114,7 +114,7 @@ def readers(group: str, folder: Path) -> list[Callable[[bytes], object]]:
     def bank(content: bytes) -> object:
         import torch
 
-        from nayer_edge.bank import MemoryBank
+        from nayer_edge.memory_bank import MemoryBank
 
         return MemoryBank.load(written(content, "bank.safetensors"), torch.device("cpu"))
 
@@ -126,14 +126,14 @@ def main(group: str, folder: Path, arguments: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["nayer_edge"]):
-        import nayer_edge.artefacts
         import nayer_edge.config
         import nayer_edge.pipelines.measurements
         import nayer_edge.pipelines.verification
+        import nayer_edge.storage.run_folder
 
         if group == "torch":
-            import nayer_edge.lte
-            import nayer_edge.models  # noqa: F401
+            import nayer_edge.labels.embeddings
+            import nayer_edge.models.load  # noqa: F401
     from nayer_edge.errors import NayerEdgeError
 
     known = readers(group, folder)

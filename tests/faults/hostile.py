@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nayer_edge.artefacts import MANIFEST, RunFolder, sha256_of, write_json
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder, sha256_of, write_json
 
 from . import processes
 from .kit import Kit, Tally

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nayer_edge.artefacts import RunFolder, lock_folder
 from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.storage.run_folder import RunFolder, lock_folder
 
 from . import processes
 from .kit import Kit, Tally, checkpoint_often
@@ -19,7 +19,7 @@ from .kit import Kit, Tally, checkpoint_often
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nayer_edge.lte import LabelEmbeddings
+    from nayer_edge.labels.embeddings import LabelEmbeddings
 
 
 def killed(kit: Kit, tries: int) -> Tally:
@@ -115,7 +115,7 @@ def _unsaved(root: Path) -> str:
     metrics, checkpoint = root / "metrics.jsonl", root / "student" / "checkpoint.safetensors"
     if not metrics.is_file() or "student" in RunFolder.open(root).manifest.steps:
         return ""
-    from nayer_edge.models import load_tensors
+    from nayer_edge.models.load import load_tensors
 
     lines = len(metrics.read_text().splitlines())
     if not checkpoint.is_file():
@@ -180,7 +180,7 @@ def two_at_once(kit: Kit, tries: int) -> Tally:
 def one_cache(kit: Kit, tries: int) -> Tally:
     """Processes build the same embeddings at once, one of them killed on the way; the cached file is missing, there,
     or damaged."""
-    from nayer_edge import lte
+    from nayer_edge.labels import embeddings as lte
 
     tally, chance = Tally("processes in one LTE cache at once"), kit.random("cache")
     cache = kit.room()
@@ -214,8 +214,9 @@ def _build() -> LabelEmbeddings:
     """Embeddings of labels that nobody ships, by an encoder that takes a moment: no language model is needed here."""
     import torch
 
-    from nayer_edge import lte, text_encoders
     from nayer_edge.config import LTE
+    from nayer_edge.labels import embeddings as lte
+    from nayer_edge.labels import text_encoders
 
     def encode(texts: Sequence[str]) -> Tensor:
         time.sleep(0.03)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nayer_edge.artefacts import RunFolder
 from nayer_edge.pipelines.steps import NAMES
+from nayer_edge.storage.run_folder import RunFolder
 
 from . import processes
 

@@ -25,7 +25,7 @@ def lies(kit: Kit, tries: int) -> Tally:
         what, weights, settings, words = CASES[number % len(CASES)]
         recipe = kit.recipe
         if weights is not None:
-            from nayer_edge.models import load_tensors, save_tensors
+            from nayer_edge.models.load import load_tensors, save_tensors
 
             path = kit.room().with_suffix(".safetensors")
             save_tensors(path, weights(load_tensors(kit.finished / "teacher" / "teacher.safetensors", "weights")))

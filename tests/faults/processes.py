@@ -25,8 +25,14 @@ TIMEOUT = 60.0
 """seconds of the processor, or a fifth of those of the clock, after which a child is said to hang"""
 
 HEAVY = (
-    *(f"nayer_edge.pipelines.{name}" for name in ("cli", "distill", "deploy", "validate", "gate", "report", "show")),
-    *(f"nayer_edge.pipelines.{name}" for name in ("bench", "plots", "picture", "signing", "sbom")),
+    *(
+        f"nayer_edge.pipelines.{name}"
+        for name in ("cli", "distill", "deploy", "validate", "gate.verdict", "report.page", "show")
+    ),
+    *(
+        f"nayer_edge.pipelines.{name}"
+        for name in ("bench", "report.plots", "report.image_grids", "trust.signing", "trust.sbom")
+    ),
     *("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnxscript.function_libs.torch_lib.ops"),
     *("onnxruntime.quantization", "matplotlib.figure", "matplotlib.backends.backend_agg", "networkx", "jinja2"),
     *("matplotlib.backends.backend_svg", "sklearn.datasets", "sklearn.model_selection", "PIL.Image"),

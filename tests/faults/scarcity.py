@@ -96,7 +96,7 @@ def _temporary_files_in(folder: Path) -> None:
 
 
 def _forget(root: Path, *steps: str) -> None:
-    from nayer_edge.artefacts import RunFolder
+    from nayer_edge.storage.run_folder import RunFolder
 
     run = RunFolder.open(root)
     for step in steps:

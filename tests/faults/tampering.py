@@ -9,9 +9,9 @@ import random
 import shutil
 from pathlib import Path
 
-from nayer_edge.artefacts import MANIFEST, SIGNATURE, Artifact, RunFolder, sha256_of, write_bytes
 from nayer_edge.errors import IntegrityError, NayerEdgeError
-from nayer_edge.pipelines.verification import examine, require_expected
+from nayer_edge.pipelines.trust.verification import examine, require_expected
+from nayer_edge.storage.run_folder import MANIFEST, SIGNATURE, Artifact, RunFolder, sha256_of, write_bytes
 
 from . import processes
 from .kit import Kit, Tally, files_of
@@ -173,7 +173,7 @@ def signatures(kit: Kit, tries: int) -> Tally:
 
 def _holds(root: Path, key: Path) -> str:
     """In this process: a signature that holds although something was altered."""
-    from nayer_edge.pipelines.signing import require_signed
+    from nayer_edge.pipelines.trust.signing import require_signed
 
     try:
         run = RunFolder.open(root)

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from nayer_edge import data
-from nayer_edge.classifier import Classifier
-from nayer_edge.compute import choose, random_stream, seeded
 from nayer_edge.config import Augment, InputSpec, Teach
+from nayer_edge.data import datasets as data
 from nayer_edge.evaluate import logits_of
 from nayer_edge.export.runners import OrtRunner
-from nayer_edge.models import batch_norms, build_classifier, load_classifier
-from nayer_edge.pipelines.recipe import load_recipe
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import batch_norms, build_classifier, load_classifier
+from nayer_edge.models.user_code import trusting
+from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.teach import teach
-from nayer_edge.tensors import load_tensors, save_tensors
-from nayer_edge.user_code import trusting
+from nayer_edge.runtime.compute import choose, random_stream, seeded
+from nayer_edge.storage.tensors import load_tensors, save_tensors
+from nayer_edge.train_teacher import teach
 
 Invoke = Callable[..., Any]
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

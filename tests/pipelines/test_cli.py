@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import typer
 
-from nayer_edge.artefacts import MANIFEST, RunFolder, sha256_of, write_json
 from nayer_edge.errors import UsageError
 from nayer_edge.pipelines.cli import app
-from nayer_edge.pipelines.recipe import recipe_of, shipped
+from nayer_edge.pipelines.recipes.loading import recipe_of, shipped
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.schemas import load
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder, sha256_of, write_json
 
 ONNX = "export/student.fp32.onnx"
 REPORT = "validate/report.json"
@@ -543,7 +543,7 @@ def test_what_nobody_expected_has_no_traceback_either(
 ) -> None:
     env = without("rich.table")
     hook = Path(env["PYTHONPATH"]) / "sitecustomize.py"
-    hook.write_text("import nayer_edge.artefacts as a\ndef broken(*_):\n    raise RuntimeError('boom')\n"
+    hook.write_text("import nayer_edge.storage.run_folder as a\ndef broken(*_):\n    raise RuntimeError('boom')\n"
                     "a.RunFolder.open = broken\n")  # fmt: skip
     answer = spawn("verify", tmp_path, env=env)
     assert answer.code == 1

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from nayer_edge.artefacts import MANIFEST, RunFolder
 from nayer_edge.config import InputSpec
-from nayer_edge.data import digits
-from nayer_edge.models import load_classifier
+from nayer_edge.data.datasets import digits
+from nayer_edge.models.load import load_classifier
 from nayer_edge.pipelines.deploy import FP32, SyntheticSource, int8_file
-from nayer_edge.pipelines.recipe import recipe_of
-from nayer_edge.progress import Silent
+from nayer_edge.pipelines.recipes.loading import recipe_of
+from nayer_edge.runtime.progress import Silent
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from nayer_edge import lte
 from nayer_edge.config import LTE
 from nayer_edge.errors import UsageError
-from nayer_edge.lte import LabelEmbeddings
-from nayer_edge.pipelines.recipe import load_recipe
+from nayer_edge.labels import embeddings as lte
+from nayer_edge.labels.embeddings import LabelEmbeddings
+from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.report.similarity import heat_map, neighbours
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.pipelines.similarity import heat_map, neighbours
 
 Invoke = Callable[..., Any]
 WORDS = "cat\ndog, hound\nsea_bird\n"
@@ -136,7 +136,7 @@ def test_the_picture_shows_who_is_near_whom(tmp_path: Path, classes: int) -> Non
 
 
 def test_more_classes_than_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nayer_edge.pipelines import similarity
+    from nayer_edge.pipelines.report import similarity
 
     monkeypatch.setattr(similarity, "MAX_SIDE", 4)
     table = np.arange(49.0).reshape(7, 7)
@@ -193,8 +193,8 @@ def test_a_file_of_embeddings_counts_by_what_is_in_it(here: Path) -> None:
     write(here / "names" / "labels.txt", WORDS)
     path = write(here / "mine.toml", RECIPE + '[lte]\nencoder = "emb.npy"\n')
     np.save(here / "emb.npy", np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32))
-    from nayer_edge.models import build_classifier
-    from nayer_edge.tensors import save_tensors
+    from nayer_edge.models.load import build_classifier
+    from nayer_edge.storage.tensors import save_tensors
 
     recipe = load_recipe(str(path))
     assert recipe.lte.encoder == str(here / "emb.npy")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nayer_edge.compute import seeded
-from nayer_edge.models import build_classifier
-from nayer_edge.pipelines.recipe import load_recipe
+from nayer_edge.models.load import build_classifier
+from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.tensors import load_tensors, save_tensors
+from nayer_edge.runtime.compute import seeded
+from nayer_edge.storage.tensors import load_tensors, save_tensors
 
 FEW = [
     "synthesis.batch=4",

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nayer_edge.artefacts import MANIFEST, RunFolder, clear_folder
 from nayer_edge.errors import UsageError
 from nayer_edge.export.targets import TARGETS
-from nayer_edge.pipelines.recipe import load_recipe
+from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.runnable import graphs
+from nayer_edge.pipelines.trust.verification import examine
 from nayer_edge.pipelines.validate import Seen, _report, require_answers
-from nayer_edge.pipelines.verification import examine
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder, clear_folder
 
 Invoke = Callable[..., Any]
 

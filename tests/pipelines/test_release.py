@@ -19,12 +19,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from nayer_edge.artefacts import RunFolder, sha256_of
 from nayer_edge.config import Teach
 from nayer_edge.errors import EXIT_FAILED, EXIT_INTEGRITY, EXIT_OK
 from nayer_edge.pipelines.measurements import REPORT_PATH
-from nayer_edge.pipelines.recipe import load_recipe, recipe_of
+from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
 from nayer_edge.pipelines.run import run_recipe
+from nayer_edge.storage.run_folder import RunFolder, sha256_of
 
 INT8 = "export/student.int8.cpu.onnx"
 Invoke = Callable[..., Any]
@@ -41,9 +41,10 @@ def bring_manifest_up_to_date(root: Path, *names: str) -> None:
 
 def teach_the_student(root: Path) -> None:
     """Puts a student that was trained on labels in the place of the one that was distilled for an instant."""
-    from nayer_edge import compute, data
-    from nayer_edge.models import load_classifier, save_classifier
-    from nayer_edge.teach import teach
+    from nayer_edge.data import datasets as data
+    from nayer_edge.models.load import load_classifier, save_classifier
+    from nayer_edge.runtime import compute
+    from nayer_edge.train_teacher import teach
 
     path = root / "student" / "student.safetensors"
     student = load_classifier(path)

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from nayer_edge.artefacts import MANIFEST, Manifest, RunFolder, digest_of, sha256_of
 from nayer_edge.config import apply_settings
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.pipelines import steps as step_table
-from nayer_edge.pipelines.recipe import load_recipe, recipe_of
+from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
 from nayer_edge.pipelines.run import StepEvent, run_recipe
 from nayer_edge.pipelines.steps import NAMES, STEPS
+from nayer_edge.storage.run_folder import MANIFEST, Manifest, RunFolder, digest_of, sha256_of
 
 SAME = ("student/student.safetensors", "bank.safetensors", "generator/generator.safetensors")
 ONNX = ("export/student.fp32.onnx", "export/student.int8.cpu.onnx")
@@ -363,7 +363,7 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_step")
 def test_the_lock_of_another_process(finished: Path) -> None:
     holder = (
-        "import sys; from pathlib import Path; from nayer_edge.artefacts import lock_folder\n"
+        "import sys; from pathlib import Path; from nayer_edge.storage.run_folder import lock_folder\n"
         "with lock_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from nayer_edge.artefacts import RunFolder, read_json
 from nayer_edge.errors import MissingError
 from nayer_edge.export import targets
 from nayer_edge.export.runners import OrtRunner
 from nayer_edge.export.to_int8 import run_onnx
 from nayer_edge.pipelines import bench, runnable
 from nayer_edge.pipelines.deploy import ENGINES, FP32, int8_file
-from nayer_edge.pipelines.recipe import load_recipe, recipe_of
+from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.runnable import engines, graphs, open_all
+from nayer_edge.storage.run_folder import RunFolder, read_json
 
 NAME = "fp16.tensorrt-rtx.engine"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nayer_edge.artefacts import RunFolder
-from nayer_edge.pipelines.recipe import load_recipe
+from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.run import run_recipe
+from nayer_edge.storage.run_folder import RunFolder
 
 
 def test_the_board_shows_the_metrics(tmp_path: Path, tiny_settings: list[str]) -> None:

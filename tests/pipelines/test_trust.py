@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from nayer_edge.artefacts import MANIFEST, SIGNATURE, Artifact, RunFolder, sha256_of, write_bytes
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
 from nayer_edge.pipelines.distill import CHECKPOINT
-from nayer_edge.pipelines.signing import PASSWORD_VARIABLE, require_signed, sign
 from nayer_edge.pipelines.steps import STEPS
-from nayer_edge.pipelines.verification import examine
+from nayer_edge.pipelines.trust.signing import PASSWORD_VARIABLE, require_signed, sign
+from nayer_edge.pipelines.trust.verification import examine
+from nayer_edge.storage.run_folder import MANIFEST, SIGNATURE, Artifact, RunFolder, sha256_of, write_bytes
 
 Invoke = Callable[..., object]
 
@@ -329,7 +329,7 @@ def test_the_bill_of_a_run(invoke, finished: Path, tmp_path: Path) -> None:  # t
 
 
 def test_the_bill_of_a_continued_run_names_both_versions(root: Path) -> None:
-    from nayer_edge.pipelines.sbom import make_sbom
+    from nayer_edge.pipelines.trust.sbom import make_sbom
 
     values = json.loads((root / MANIFEST).read_text())
     values["versions"] |= {"torch": "2.11.0", "python": "3.11.7"}
@@ -352,7 +352,7 @@ def test_the_bill_of_an_altered_run_is_refused(invoke, root: Path) -> None:  # t
 
 def test_a_bill_in_other_words_is_valid_too(root: Path, tmp_path: Path) -> None:
     """Names that are no ASCII, or would act, and a run whose teacher came from elsewhere."""
-    from nayer_edge.pipelines.sbom import make_sbom
+    from nayer_edge.pipelines.trust.sbom import make_sbom
 
     values = json.loads((root / MANIFEST).read_text())
     values["recipe"] = {"name": "zwölf", "description": "\x1b[2J<script>"}

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nayer_edge.artefacts import MANIFEST, RunFolder, sha256_of
 from nayer_edge.config import InputSpec
-from nayer_edge.data import digits
+from nayer_edge.data.datasets import digits
+from nayer_edge.data.stream import ImageStream
 from nayer_edge.errors import EXIT_USAGE, UsageError
-from nayer_edge.image_stream import ImageStream
 from nayer_edge.pipelines.measurements import PREDICTIONS_PATH, REPORT_PATH
-from nayer_edge.pipelines.recipe import recipe_of
+from nayer_edge.pipelines.recipes.loading import recipe_of
 from nayer_edge.pipelines.run import StepEvent, run_recipe
 from nayer_edge.pipelines.schemas import load
 from nayer_edge.pipelines.validate import BATCH_VALUES, batch_size, count_pairs, ranked, run_over, same
-from nayer_edge.progress import Silent
+from nayer_edge.runtime.progress import Silent
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder, sha256_of
 
 Invoke = Callable[..., Any]
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

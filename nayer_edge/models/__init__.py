@@ -1,0 +1,1 @@
+"""Building classifiers by name and loading their weights."""

@@ -1,0 +1,187 @@
+"""Where networks come from: one function per source, from a name to an untrained torch module."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from nayer_edge.config import InputSpec
+from nayer_edge.errors import UsageError, missing_extra, nearest
+from nayer_edge.models import huggingface, user_code, zoo
+from nayer_edge.models.adapt import lower_strides, replace_channels
+from nayer_edge.models.names import ModelName, parse
+
+FORBIDDEN_ARGUMENTS = ("pretrained", "checkpoint", "weights", "cache", "num_classes", "in_chans", "scriptable", "url")
+"""in the name of an argument: what would fetch or load files, and what the recipe says elsewhere"""
+AUXILIARY = {"googlenet": {"init_weights": True}, "inception_v3": {"init_weights": True}}
+"""torchvision networks with heads for training alone, which are built without them"""
+PACKAGES = {"torchvision": "torchvision", "timm": "timm", "hf": "transformers"}
+
+
+@dataclass(frozen=True)
+class Built:
+    """An untrained network, and how to build it again.
+
+    Attributes:
+        name: without this machine's folders.
+        rebuild: what its card must hold beside name, classes and input.
+    """
+
+    network: nn.Module
+    name: str
+    rebuild: dict[str, Any] = field(default_factory=dict)
+
+
+def build(
+    model: str,
+    spec: InputSpec,
+    classes: Sequence[str],
+    arguments: Mapping[str, Any] | None = None,
+    rebuild: Mapping[str, Any] | None = None,
+) -> Built:
+    """Builds an untrained network: (B, C, H, W) normalised images → logits, or what the library wraps them in.
+
+    Args:
+        model: its name, see `nayer_edge.models.names`.
+        arguments: further arguments for the library or the factory, numbers and words.
+        rebuild: that of a network which was built before; nothing outside is looked at, but a python model's file.
+
+    Raises:
+        UsageError: no such source or network, or it does not take these arguments.
+        MissingError: its library is not installed, or its hub cannot be reached.
+        IntegrityError: a python model that nobody trusted.
+    """
+    known, options = dict(rebuild or {}), dict(arguments or {})
+    if rebuild and "origin" in known:
+        model = str(known["origin"])
+    parsed = parse(model)
+    found: dict[str, Any] = {"arguments": options} if options else {}
+    if parsed.source != "python":
+        _check_arguments(parsed, options)
+    if parsed.source == "nayer":
+        if options:
+            raise UsageError(f"{model} takes no arguments.", fix="Remove them, or name another network.")
+        return Built(zoo.build(parsed.name, spec.channels, len(classes)), model)
+    if parsed.source == "python":
+        network, digest = user_code.build(parsed, spec, len(classes), options, known.get("sha256"))
+        if not isinstance(network, nn.Module):
+            raise UsageError(
+                f"{parsed.portable} returned a {type(network).__name__}.", fix="A factory returns a torch.nn.Module."
+            )
+        if digest is not None:
+            found |= {"origin": model, "sha256": digest}
+    elif parsed.source == "hf":
+        network, config = huggingface.build(parsed, spec, classes, options, known.get("config"))
+        found["config"] = config
+    else:
+        network = _torchvision(parsed, spec, classes, options) if parsed.source == "torchvision" else _timm(
+            parsed, spec, classes, options
+        )  # fmt: skip
+        if parsed.small is not None:
+            found["lowered_strides"] = _lowered(network, parsed, spec)
+    if package := PACKAGES.get(parsed.source):
+        found["versions"] = {package: importlib.metadata.version(package)}
+    return Built(network, parsed.portable, found)
+
+
+def logits_in(output: Any) -> Tensor:
+    """The logits in what a network returned: a tensor, the `logits` of a dictionary or data class, or the first tensor
+    of a tuple, behind which auxiliary heads stand.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif not isinstance(output, Tensor):
+        found = getattr(output, "logits", None)
+        if found is None and isinstance(output, tuple | list) and output:
+            found = output[0]
+    if not isinstance(found, Tensor):
+        raise UsageError(
+            f"The network returns a {type(output).__name__} in which there are no logits.",
+            fix="Let it return a tensor of shape (batch, classes), a tuple that begins with it, or a dictionary with "
+            "the key logits.",
+        )
+    return found
+
+
+def _check_arguments(model: ModelName, options: Mapping[str, Any]) -> None:
+    bad = [name for name in options if any(word in name for word in FORBIDDEN_ARGUMENTS)]
+    if bad:
+        raise UsageError(
+            f"{model.portable} cannot be given the argument {', '.join(bad)}.",
+            why="Weights, classes and channels have keys of their own in the recipe.",
+            fix="teacher.weights names a file, teacher.classes the classes, teacher.input.channels the channels.",
+        )
+
+
+def _torchvision(model: ModelName, spec: InputSpec, classes: Sequence[str], options: Mapping[str, Any]) -> nn.Module:
+    try:
+        from torchvision import models as torchvision_models
+    except ImportError as error:
+        raise missing_extra("torchvision", "cpu", f"The model {model.portable}") from error
+    # Of this module alone: the others detect and segment, and may fetch weights for their backbones.
+    known = torchvision_models.list_models(module=torchvision_models)
+    if model.name not in known:
+        raise UsageError(
+            f"torchvision has no classifier '{model.name}'.{nearest(model.name, known)}",
+            fix=f"It has {', '.join(known[:12])}, …",
+        )
+    given = dict(options)
+    if model.name in AUXILIARY:
+        given = {"aux_logits": False, **AUXILIARY[model.name], **given}
+    try:
+        network = torchvision_models.get_model(model.name, weights=None, num_classes=len(classes), **given)
+    except (TypeError, ValueError) as error:
+        raise _refused(model, options, error) from error
+    if spec.channels != 3:
+        replace_channels(network, spec.channels)
+    return network
+
+
+def _timm(model: ModelName, spec: InputSpec, classes: Sequence[str], options: Mapping[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise missing_extra("timm", "timm", f"The model {model.portable}") from error
+    architecture, _, tag = model.name.partition(".")
+    if not timm.is_model(architecture):
+        raise UsageError(
+            f"timm has no network '{architecture}'.{nearest(architecture, timm.list_models())}",
+            fix="timm.list_models() lists them; a model of the hub goes by its architecture's name.",
+        )
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise UsageError(
+            f"timm knows no weights '{tag}' of {architecture}.{nearest(tag, tags)}",
+            fix=f"It knows {', '.join(tags)}." if tags else f"Write timm:{architecture}.",
+        )
+    try:
+        return timm.create_model(model.name, pretrained=False, num_classes=len(classes), in_chans=spec.channels,
+                                 **options)  # fmt: skip
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        if isinstance(error, RuntimeError) and "meta" in str(error):
+            raise
+        raise _refused(model, options, error) from error
+
+
+def _refused(model: ModelName, options: Mapping[str, Any], error: Exception) -> UsageError:
+    given = ", ".join(f"{name} = {value!r}" for name, value in options.items())
+    return UsageError(
+        f"{model.portable} cannot be built" + (f" with {given}." if given else "."),
+        why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+    )
+
+
+def _lowered(network: nn.Module, model: ModelName, spec: InputSpec) -> list[str]:
+    assert model.small is not None
+    try:
+        return lower_strides(network, spec.channels, model.small)
+    except UsageError as error:
+        raise UsageError(f"{model.portable}: {error.what}", why=error.why, fix=error.fix) from error

@@ -1,0 +1,62 @@
+"""What teachers and students are: networks that eat images in [0, 1].
+
+Normalisation is part of a `Classifier`, so no caller and no device can get it wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nayer_edge.config import InputSpec
+from nayer_edge.models import build as sources
+
+
+class Classifier(nn.Module):
+    """A backbone with its normalisation: images in [0, 1] → logits.
+
+    Attributes:
+        model: its name, for example "nayer:wrn_40_2".
+        spec: the images that it eats.
+        classes: class names in the order of the logits.
+        rebuild: what else building it again takes: arguments, a configuration, versions of libraries.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        model: str,
+        spec: InputSpec,
+        classes: Sequence[str],
+        rebuild: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.model = model
+        self.spec = spec
+        self.classes = tuple(classes)
+        self.rebuild = dict(rebuild or {})
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        return sources.logits_in(self.backbone((images - self.mean) / self.std))
+
+    @property
+    def identity(self) -> str:
+        """The name, and whatever else decides what the same weights compute."""
+        decisive = {key: value for key, value in self.rebuild.items() if key not in ("versions", "origin")}
+        return self.model + (json.dumps(decisive, sort_keys=True) if decisive else "")
+
+    @property
+    def parameter_count(self) -> int:
+        """Trainable parameters of the backbone."""
+        return sum(parameter.numel() for parameter in self.backbone.parameters())

@@ -1,0 +1,245 @@
+"""Image classifiers of transformers, from the hub or from a local folder: safetensors only, no code of a repository.
+
+A card keeps the configuration, so a saved model is rebuilt without the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from nayer_edge.config import InputSpec
+from nayer_edge.errors import MissingError, UsageError, missing_extra
+from nayer_edge.models.names import ModelName
+from nayer_edge.runtime import hub
+
+PROBE_PIXELS = 512
+"""side of the flat images that are shown to an image processor"""
+NOT_OURS = ("timm_wrapper",)
+"""kinds of configurations that are refused: this one hands what it holds to a function that reads files"""
+
+
+def build(
+    model: ModelName,
+    spec: InputSpec,
+    classes: Sequence[str],
+    arguments: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """An untrained classifier.
+
+    Args:
+        arguments: keys of its configuration that are to have other values.
+        config: the configuration from a card; None reads the folder or asks the hub.
+
+    Returns:
+        The network, and its configuration.
+
+    Raises:
+        UsageError: there is no such folder or model, or transformers has no image classifier of this kind.
+        MissingError: transformers is not installed, or the hub cannot be reached.
+    """
+    with _quiet(model) as transformers:
+        try:
+            values = dict(config) if config is not None else _config_of(transformers, model).to_dict()
+            kind = str(values.get("model_type"))
+            # What would have code of a repository run, and what is of this machine.
+            for key in ("auto_map", "_name_or_path", "name_or_path", "quantization_config"):
+                values.pop(key, None)
+            if kind in NOT_OURS:
+                raise UsageError(
+                    f"{model.portable} is a timm network inside transformers.",
+                    fix=f"Name it as timm:{values.get('architecture', '<architecture>')}, with teacher.weights = its "
+                    "model.safetensors.",
+                )
+            settings = transformers.AutoConfig.for_model(kind, **{k: v for k, v in values.items() if k != "model_type"})
+            unknown = [name for name in arguments if not hasattr(settings, name)]
+            if unknown:
+                raise UsageError(f"The configuration of {model.portable} has no {', '.join(unknown)}.")
+            settings.update(dict(arguments))
+            if config is None:
+                settings.id2label = dict(enumerate(classes))
+                settings.label2id = {label: number for number, label in enumerate(classes)}
+                if hasattr(settings, "num_channels"):
+                    settings.num_channels = spec.channels
+            network = transformers.AutoModelForImageClassification.from_config(settings, trust_remote_code=False)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(
+                f"transformers cannot build an image classifier from {model.portable}.",
+                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                fix="Give a model for image classification (ResNet, RegNet, MobileNet, EfficientNet, …).",
+            ) from error
+    kept = {"model_type": kind, **_plain(settings.to_diff_dict())}
+    kept |= {"id2label": _plain(settings.id2label), "label2id": dict(settings.label2id)}
+    return network, kept
+
+
+def own_weights(model: ModelName) -> dict[str, Tensor]:
+    """The weights that the model was published with.
+
+    Raises:
+        MissingError: they are not here, and the hub cannot be reached.
+        UsageError: there are none in safetensors, or they are not those of the configuration.
+    """
+    with _quiet(model) as transformers:
+        try:
+            _require_hub(model)
+            network, found = transformers.AutoModelForImageClassification.from_pretrained(
+                model.name, use_safetensors=True, output_loading_info=True, **_options(model)
+            )
+        except SafetensorError as error:
+            raise UsageError(f"The weights of {model.portable} are damaged.", why=f"{error}") from error
+        except OSError as error:
+            if model.path is not None:
+                raise UsageError(
+                    f"{model.portable} holds no weights in safetensors.",
+                    why=str(error).splitlines()[0],
+                    fix="Save it with model.save_pretrained(folder), which writes model.safetensors.",
+                ) from error
+            raise _unreachable(model, error) from error
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(f"{model.portable} cannot be loaded.", why=str(error).splitlines()[0]) from error
+    absent = sorted(found.get("missing_keys") or ())
+    if absent:
+        raise UsageError(
+            f"The weights of {model.portable} lack {len(absent)} tensors of its network.",
+            why=f"transformers would draw {', '.join(absent[:3])} at random: a model that was never trained as a "
+            "classifier has no head.",
+            fix="Name a model that was trained for image classification.",
+        )
+    return network.state_dict()
+
+
+def labels(config: Mapping[str, Any]) -> list[str]:
+    """The class names that a configuration holds; none where it only numbers them."""
+    names = {int(number): str(label) for number, label in dict(config.get("id2label") or {}).items()}
+    if not names or all(label == f"LABEL_{number}" for number, label in names.items()):
+        return []
+    return [names[number] for number in sorted(names)]
+
+
+def published_labels(model: ModelName) -> list[str]:
+    """The class names of a model in its folder or on the hub; none where it only numbers them."""
+    with _quiet(model) as transformers:
+        return labels(_config_of(transformers, model).to_dict())
+
+
+def input_of(model: ModelName) -> dict[str, Any]:
+    """Channels, height, width, mean and std, found by showing the image processor flat images.
+
+    What it does to flat images of three brightnesses is an affine map for each channel, whatever its settings are
+    called; the size of what it returns is the model's.
+
+    Raises:
+        UsageError: it has no image processor, or one that does something else.
+        MissingError: transformers is not installed, or the hub cannot be reached.
+    """
+    with _quiet(model) as transformers:
+        try:
+            _require_hub(model)
+            processor = transformers.AutoImageProcessor.from_pretrained(model.name, **_options(model))
+        except OSError as error:
+            if model.path is not None:
+                raise UsageError(
+                    f"{model.portable} has no preprocessor_config.json, so it does not say what images it eats.",
+                    fix="Write [teacher.input]: channels, height, width, mean and std.",
+                ) from error
+            raise _unreachable(model, error) from error
+        except (ValueError, TypeError, KeyError, ImportError) as error:
+            raise UsageError(
+                f"transformers cannot read the image processor of {model.portable}.",
+                why=str(error).splitlines()[0],
+                fix="Write [teacher.input]: channels, height, width, mean and std.",
+            ) from error
+        dark, grey, bright = (_flat(processor, level) for level in (0, 51, 255))
+    low, middle, high = (image.mean(axis=(1, 2), dtype=np.float64) for image in (dark, grey, bright))
+    gain = high - low
+    if not np.allclose(middle, low + gain / 5, atol=1e-4) or not (gain > 0).all() or np.ptp(dark, axis=(1, 2)).any():
+        raise UsageError(
+            f"The image processor of {model.portable} does more than to resize and normalise.",
+            fix="Write [teacher.input]: channels, height, width, mean and std.",
+        )
+    channels, height, width = dark.shape
+    return {
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "mean": tuple(_short(value) for value in -low / gain),
+        "std": tuple(_short(value) for value in 1 / gain),
+    }
+
+
+def _flat(processor: Any, level: int) -> np.ndarray:
+    image = np.full((PROBE_PIXELS, PROBE_PIXELS, 3), level, dtype=np.uint8)
+    return np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}") + 0.0
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON, whose keys are words."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _config_of(transformers: Any, model: ModelName) -> Any:
+    if model.path is None and (model.local or model.name.startswith(".")):
+        raise UsageError(f"There is no folder {model.name}.", fix="hf: takes a folder with config.json, or a hub id.")
+    try:
+        _require_hub(model)
+        return transformers.AutoConfig.from_pretrained(model.name, **_options(model))
+    except OSError as error:
+        if model.path is not None:
+            raise UsageError(
+                f"{model.portable} holds no readable config.json.",
+                why=str(error).splitlines()[0],
+                fix="Save the model with model.save_pretrained(folder).",
+            ) from error
+        raise _unreachable(model, error) from error
+
+
+def _options(model: ModelName) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": model.path is not None}
+    return options | ({"revision": model.revision} if model.revision else {})
+
+
+def _require_hub(model: ModelName) -> None:
+    if model.path is None:
+        hub.require(model.name, revision=model.revision)
+
+
+def _unreachable(model: ModelName, error: Exception) -> MissingError:
+    return MissingError(
+        f"The model {model.portable} is not on this machine, and the hub did not give it.",
+        why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        fix=f"Check its name; or, where there is a network, type: hf download {model.name} --local-dir FOLDER, "
+        "bring the folder here, and name it as hf:FOLDER.",
+    )
+
+
+@contextlib.contextmanager
+def _quiet(model: ModelName) -> Iterator[Any]:
+    """transformers, without its bars and advice."""
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError as error:
+        raise missing_extra("transformers", "cpu", f"The model {model.portable}") from error
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield transformers
+    finally:
+        logging.set_verbosity(before)

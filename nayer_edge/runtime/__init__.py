@@ -1,0 +1,1 @@
+"""The machine and the process: device, precision, ranks, signals, progress, versions."""

@@ -1,0 +1,1 @@
+"""Files: atomic writes, hashes, tensors, and the run folder."""

@@ -1,0 +1,51 @@
+"""Tensors in files: safetensors, written atomically, and never unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nayer_edge.errors import IntegrityError
+from nayer_edge.storage.run_folder import write_atomic
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors as safetensors, atomically; equal tensors give equal bytes."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+
+    def write(temporary: Path) -> None:
+        save_file(plain, temporary, metadata=dict(metadata or {}) or None)
+        if metadata and len(metadata) > 1:
+            _sort_header(temporary)
+
+    write_atomic(path, write)
+
+
+def _sort_header(path: Path) -> None:
+    """The library writes metadata in an order that differs from process to process. Format: eight bytes with the
+    header's length, little-endian, a JSON header that blanks may follow, the tensors."""
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
+def load_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        IntegrityError: it is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise IntegrityError(f"{path} is not readable as {what}.", why=f"{error}") from error

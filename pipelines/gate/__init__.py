@@ -1,0 +1,1 @@
+"""The verdict: policy, statistics, judgement. Needs the base install only."""

@@ -1,0 +1,1 @@
+"""From a foreign checkpoint to a recipe: what `init` finds, asks and proposes."""

@@ -1,0 +1,229 @@
+"""From a checkpoint to a plan: what it says about itself, what a person answers, and what neither knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from nayer_edge.config import InputSpec, Teacher, problems_of
+from nayer_edge.errors import UsageError
+from nayer_edge.labels.class_names import read_labels
+from nayer_edge.models import teachers
+from nayer_edge.models.names import parse
+
+from .inspect_checkpoint import Findings, Guess
+from .parsing import checked_name, named_after, parse_shape, parse_values
+from .sizes import Effort, choose, cost_of, device_at_hand, speed_of, student_for
+from .starter_recipe import Plan
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something that only a person knows for certain.
+
+    Attributes:
+        flag: the option that answers it.
+        text: the question.
+        guess: an answer that may be right; None where there is none.
+        firm: the guess may be taken without asking, where the user said so.
+    """
+
+    flag: str
+    text: str
+    guess: str | None = None
+    firm: bool = True
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the options say; None where they say nothing."""
+
+    model: str | None = None
+    labels: Path | None = None
+    input: str | None = None
+    mean: str | None = None
+    std: str | None = None
+    student: str | None = None
+    key: str | None = None
+    data: str | None = None
+    flip: bool = True
+    name: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    effort: Effort = "normal"
+
+
+# ------------------------------------------------------------------ what is not known
+
+
+def questions(found: Findings, given: Given) -> list[Question]:
+    """What neither the checkpoint nor the options answer for certain.
+
+    Raises:
+        UsageError: the network that the options name is not that of the weights.
+    """
+    asked: list[Question] = []
+    if given.model is None and len(found.exact) != 1:
+        asked.append(_which_network(found))
+    elif not found.exact and parse(given.model or "nayer:").source != "python":
+        raise UsageError(
+            f"The weights in {found.path} are not those of {given.model} with {found.classes} classes.",
+            why="; ".join(found.matches[0].differing) + "." if found.matches else "It cannot be built.",
+            fix=f"Without --model the network is looked for: nayer-edge init {shlex.quote(str(found.path))}",
+        )
+    if given.labels is None and (found.labels is None or not found.labels.sure):
+        usual = found.labels and f"those of {found.labels.origin}"
+        asked.append(
+            Question("--labels", f"A file with the {found.classes} class names, in the classifier's order", usual)
+        )
+    spec: InputSpec | None = found.input.value if found.input else None
+    if found.input is None or not found.input.sure:
+        if given.input is None:
+            guess = None if spec is None else f"{spec.channels}x{spec.height}x{spec.width}"
+            asked.append(Question("--input", "The images that it was trained on: channels x height x width", guess))
+        for name in ("mean", "std"):
+            if getattr(given, name) is None:
+                guess = None if spec is None else ",".join(f"{value:g}" for value in getattr(spec, name))
+                asked.append(Question(f"--{name}", f"Its normalisation of pixels in [0, 1]: {name} per channel", guess))
+    return asked
+
+
+def _which_network(found: Findings) -> Question:
+    if len(found.exact) > 1:
+        names = [match.model for match in found.exact]
+        text = (
+            f"{len(names)} networks have such tensors, but do not all compute the same: {', '.join(names[:6])}"
+            + (", …" if len(names) > 6 else "")
+            + ". Which one is it"
+        )
+        return Question("--model", text, names[0], firm=False)
+    text = "The network is none that is known here"
+    if found.matches:
+        near = found.matches[0]
+        text += f" (nearest: {near.model}, {near.fitting} of {near.wanted} tensors fit; {'; '.join(near.differing)})"
+    return Question("--model", text + ". Its name, or your own code as python:file.py:factory", firm=False)
+
+
+def require_answers(asked: Sequence[Question], *, take_guesses: bool) -> None:
+    """Ends where something is not known and nobody can be asked.
+
+    Raises:
+        UsageError: with every flag that is missing.
+    """
+    missing = [q for q in asked if not (take_guesses and q.firm and q.guess is not None)]
+    if not missing:
+        return
+    lines = [f"  {q.flag}: {q.text}." + (f" A guess: {q.guess}" if q.guess else "") for q in missing]
+    guesses = not take_guesses and any(question.guess and question.firm for question in missing)
+    raise UsageError(
+        f"{len(missing)} thing{'s are' if len(missing) > 1 else ' is'} not known, and there is no terminal to ask on:",
+        why="\n".join(lines),
+        fix=f"Add {', '.join(question.flag for question in missing)}"
+        + ("; or --yes, which takes the guesses." if guesses else "."),
+    )
+
+
+# ------------------------------------------------------------------ from answers to a plan
+
+
+def settle(found: Findings, given: Given) -> Plan:
+    """Puts findings, options and guesses together, and tries the teacher's weights in its network.
+
+    Raises:
+        UsageError: an answer does not hold, or does not fit the checkpoint.
+    """
+    model = given.model or found.exact[0].model
+    spec, spec_origin = _spec(found, given)
+    classes, labels, labels_origin = _class_names(found, given)
+    weights = None if found.path.is_dir() else str(found.path.resolve())
+    teacher = Teacher(model=model, weights=weights, weights_key=given.key, classes=classes, input=spec)
+    # What `run` will do first: the weights in the network, finite, with BatchNorms, and one answer.
+    network, _ = teachers.load(teacher, teachers.untrained(teacher))
+    cost = cost_of(model, spec, len(classes))
+    device = device_at_hand(given.device)
+    if device.kind == "cpu" and given.effort == "normal":
+        device = dataclasses.replace(device, flop_per_s=speed_of(network, cost))
+    student = given.student or student_for(spec, len(classes), cost, model)
+    if student == model:
+        raise UsageError(f"Teacher and student are both {model}.", fix="Name a smaller network with --student.")
+    student_cost = cost_of(student, spec, len(classes))
+    return Plan(
+        name=checked_name(given.name or named_after(found.path)),
+        checkpoint=found.path.resolve(),
+        key=given.key,
+        model=model,
+        classes=classes,
+        labels=labels,
+        spec=spec,
+        student=student,
+        data=given.data,
+        flip=given.flip,
+        device=device,
+        effort=given.effort,
+        sizes=choose(spec, len(classes), cost, student_cost, device, given.effort),
+        costs=(cost, student_cost),
+        batch_norms=found.batch_norms,
+        origins={"input": spec_origin, "labels": labels_origin},
+    )
+
+
+def _spec(found: Findings, given: Given) -> tuple[InputSpec, str]:
+    base: InputSpec = found.input.value if found.input else InputSpec(channels=found.channels)
+    channels, height, width = parse_shape(given.input, found.channels) if given.input else base.shape
+    if channels != found.channels:
+        raise UsageError(
+            f"The network takes images of {found.channels} channels, and --input says {channels}.",
+            fix=f"Type: --input {found.channels}x{height}x{width}",
+        )
+    mean = parse_values(given.mean, "--mean") if given.mean else base.mean
+    std = parse_values(given.std, "--std") if given.std else base.std
+    try:
+        spec = InputSpec(channels=channels, height=height, width=width, mean=mean, std=std)
+    except ValidationError as error:
+        raise UsageError(
+            "These images cannot be:",
+            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, InputSpec)),
+            fix="Mend --input, --mean or --std.",
+        ) from error
+    told = [flag for flag in ("input", "mean", "std") if getattr(given, flag) is not None]
+    origin = found.input.origin if found.input else "nobody"
+    guessed = "" if found.input is not None and found.input.sure else " (a guess)"
+    if len(told) == 3:
+        return spec, "you said so"
+    return spec, f"{origin}{guessed}" + (f"; {', '.join(told)} from you" if told else "")
+
+
+def _class_names(found: Findings, given: Given) -> tuple[tuple[str, ...], Path | None, str]:
+    if given.labels is not None:
+        names = read_labels(given.labels)
+        if len(names) != found.classes:
+            raise UsageError(
+                f"{given.labels} holds {len(names)} class names, and the classifier has {found.classes} outputs.",
+                fix="Give one name for each output, in its order.",
+            )
+        return names, given.labels.resolve(), given.labels.name
+    guess: Guess | None = found.labels
+    assert guess is not None
+    return tuple(guess.value), None, guess.origin + ("" if guess.sure else " (a guess)")
+
+
+def summary(found: Findings) -> dict[str, Any]:
+    """Findings for machines."""
+    return {
+        "checkpoint": str(found.path),
+        "key": found.key,
+        "tensors": found.tensors,
+        "parameters": found.parameters,
+        "batch_norms": found.batch_norms,
+        "classes": found.classes,
+        "channels": found.channels,
+        "networks": [vars(match) for match in found.matches],
+        "input": found.input and {**found.input.value.model_dump(mode="json"), "from": found.input.origin,
+                                  "sure": found.input.sure},
+        "labels": found.labels and {"from": found.labels.origin, "sure": found.labels.sure},
+    }  # fmt: skip

@@ -1,0 +1,266 @@
+"""Finding a recipe by name or path, and resolving what it leaves open."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from nayer_edge.config import LTE, InputSpec, Recipe, Teacher, apply_settings, make_recipe, parse_toml, problems_of
+from nayer_edge.errors import UsageError, nearest
+from nayer_edge.labels.class_names import read_labels
+from nayer_edge.models.names import located, parse, published_weights
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder
+
+SUFFIX = ".toml"
+BUILT_IN_DATA = ("digits",)
+DATA_VARIABLE = "NAYER_EDGE_DATA"
+BASE_PREFIX = "_"
+"""recipes that others extend, and that are not runs of their own"""
+MAX_DEPTH = 4
+DESCRIBED = ("torchvision", "timm", "hf")
+"""sources of models whose libraries say what images their weights were trained on"""
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A recipe of the package."""
+
+    name: str
+    path: Path
+
+
+def shipped() -> list[Shipped]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("nayer_edge.pipelines.recipes")))
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    return [Shipped(path.stem, path) for path in files if not path.name.startswith(BASE_PREFIX)]
+
+
+def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
+    """Reads a recipe: a shipped one by name, a TOML file by path, or that of a run folder.
+
+    Args:
+        settings: `--set` items, applied before the check.
+
+    Raises:
+        UsageError: there is none of this name, or it does not hold.
+        IntegrityError: the run folder's manifest is damaged.
+    """
+    if root := run_folder(name_or_path):
+        values, folder = RunFolder.open(root).manifest.recipe, root.resolve()
+    else:
+        path = _find(name_or_path)
+        values, folder = _extended(path), path.parent
+        # The file's name is the recipe's, unless it says otherwise.
+        values.setdefault("name", path.stem)
+    typed = {setting.partition("=")[0].replace(" ", "") for setting in settings or []}
+    if "teacher.weights" in typed:
+        values = _without_teach(values)
+
+    def folder_of(key: str) -> Path:
+        return Path.cwd() if key in typed else folder
+
+    changed = _with_labels(apply_settings(values, settings or []), folder_of("teacher.classes"))
+    try:
+        recipe = make_recipe(changed, name_or_path, settings or [])
+    except UsageError:
+        # Where it is the file that does not hold, its own lines are to be mended.
+        make_recipe(_with_labels(values, folder_of("teacher.classes")), name_or_path)
+        raise
+    return _resolve(recipe, folder_of)
+
+
+def run_folder(name_or_path: str) -> Path | None:
+    """The run folder that this is; None for a recipe."""
+    path = Path(name_or_path).expanduser()
+    is_run = (path / MANIFEST).is_file() and not any(recipe.name == name_or_path for recipe in shipped())
+    return path if is_run else None
+
+
+def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
+    """A recipe's values over those of the recipe that it `extends`, section by section.
+
+    Raises:
+        UsageError: the other recipe is missing, or they extend each other in a circle.
+    """
+    values = parse_toml(path, "a recipe")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or depth == MAX_DEPTH:
+        raise UsageError(
+            f"{path} extends {base!r}, which is no recipe or a circle.", fix="Name a file beside it, without .toml."
+        )
+    other = path.parent / f"{base}{SUFFIX}"
+    if not other.is_file():
+        raise UsageError(f"{path} extends '{base}', and there is no {other}.", fix="Name a file beside it.")
+    below = _extended(other, depth + 1)
+    return _merged(_without_teach(below) if _names_weights(values) else below, values)
+
+
+def _names_weights(values: dict[str, Any]) -> bool:
+    teacher = values.get("teacher")
+    return isinstance(teacher, dict) and "weights" in teacher
+
+
+def _without_teach(values: dict[str, Any]) -> dict[str, Any]:
+    """Who names weights over a recipe that trains its teacher wants that one not trained."""
+    return {key: value for key, value in values.items() if key != "teach"}
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _with_labels(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The values with the class names in place of the file that holds them."""
+    teacher = values.get("teacher")
+    if not isinstance(teacher, dict) or not isinstance(teacher.get("classes"), str):
+        return values
+    path = Path(_absolute(teacher["classes"], folder))
+    return {**values, "teacher": {**teacher, "classes": list(read_labels(path))}}
+
+
+def recipe_of(values: dict[str, Any], root: Path) -> Recipe:
+    """The recipe that the manifest of a run folder holds."""
+    return _resolve(make_recipe(values, "in the manifest"), lambda _key: root.resolve())
+
+
+def portable(recipe: Recipe, root: Path) -> dict[str, Any]:
+    """A recipe's values as they go into the manifest of a run folder, which travels: its paths are told relative to
+    $NAYER_EDGE_DATA, to the run folder or to the home folder, and name nobody's home."""
+    values, root = recipe.model_dump(mode="json", by_alias=True), root.resolve()
+    if Path(encoder := values["lte"]["encoder"]).is_absolute():
+        values["lte"]["encoder"] = _in_store(encoder) or _near(encoder, root)
+    for section, key in (("teacher", "weights"), ("teach", "data"), ("validate", "data")):
+        value = (values[section] or {}).get(key)
+        if value is not None and value not in BUILT_IN_DATA and published_weights(value) is None:
+            values[section][key] = _in_store(value) or _near(value, root)
+    for section in ("teacher", "student"):
+        name = values[section]["model"]
+        if (model := parse(name)).local:
+            tail = f":{model.factory}" if model.factory else ""
+            values[section]["model"] = f"{model.source}:{_near(model.name, root)}{tail}"
+    return values
+
+
+def _in_store(value: str) -> str | None:
+    store = os.environ.get(DATA_VARIABLE)
+    if not store or not Path(value).is_relative_to(store):
+        return None
+    return f"${DATA_VARIABLE}/{Path(value).relative_to(store).as_posix()}"
+
+
+def _near(value: str, root: Path) -> str:
+    path, home = Path(value), Path.home()
+    if not path.is_absolute():
+        return value
+    at_home = path.is_relative_to(home)
+    if at_home == root.is_relative_to(home) and os.path.commonpath([path, root]) != root.anchor:
+        return Path(os.path.relpath(path, root)).as_posix()
+    return f"~/{path.relative_to(home).as_posix()}" if at_home else value
+
+
+def _find(name_or_path: str) -> Path:
+    known = {recipe.name: recipe.path for recipe in shipped()}
+    if name_or_path in known:
+        return known[name_or_path]
+    path = Path(name_or_path).expanduser()
+    if path.suffix == SUFFIX and path.is_file():
+        return path
+    if path.suffix == SUFFIX:
+        raise UsageError(f"There is no recipe file {path}.", fix="Type: nayer-edge recipes")
+    raise UsageError(
+        f"There is no recipe '{name_or_path}'.{nearest(name_or_path, known)}",
+        fix="Type: nayer-edge recipes   to list them, or give the path of a .toml file or of a run folder.",
+    )
+
+
+def _resolve(recipe: Recipe, folder_of: Callable[[str], Path]) -> Recipe:
+    """Makes the recipe's paths absolute; relative ones start at the recipe's own folder, those of `--set` where it
+    was typed. What the recipe leaves open of the teacher's input comes from its library."""
+    updates: dict[str, Any] = {}
+    teacher: dict[str, Any] = {"model": located(recipe.teacher.model, folder_of("teacher.model"))}
+    if recipe.teacher.weights is not None and published_weights(recipe.teacher.weights) is None:
+        teacher["weights"] = _absolute(recipe.teacher.weights, folder_of("teacher.weights"))
+    updates["teacher"] = with_input(recipe.teacher.model_copy(update=teacher), trains=recipe.teach is not None)
+    student = located(recipe.student.model, folder_of("student.model"))
+    updates["student"] = recipe.student.model_copy(update={"model": student})
+    if recipe.teach is not None:
+        data = _absolute(recipe.teach.data, folder_of("teach.data"))
+        updates["teach"] = recipe.teach.model_copy(update={"data": data})
+    encoder = _encoder(recipe.lte, folder_of("lte.encoder"))
+    updates["lte"] = recipe.lte.model_copy(update={"encoder": encoder})
+    if recipe.validate_.data is not None:
+        data = _absolute(recipe.validate_.data, folder_of("validate.data"))
+        updates["validate_"] = recipe.validate_.model_copy(update={"data": data})
+    return recipe.model_copy(update=updates)
+
+
+def with_input(teacher: Teacher, *, trains: bool = False) -> Teacher:
+    """The teacher with its whole input: the keys that the recipe writes, the others from the library's own description
+    of the weights. A network that the recipe trains, and one of our zoo or the user's code, has no description.
+
+    Raises:
+        UsageError: the recipe leaves open how images are normalised, and nobody else knows.
+        MissingError: the library is not installed, or its hub cannot be reached.
+    """
+    written = teacher.input.model_fields_set
+    if teacher.input_from and written >= set(InputSpec.model_fields):
+        # In the manifest of a run both stand as they were resolved.
+        return teacher
+    source = teacher.model.partition(":")[0]
+    if trains or source not in DESCRIBED or written >= set(InputSpec.model_fields):
+        return teacher.model_copy(update={"input_from": "the recipe" if written else ""})
+    from nayer_edge.models import published
+
+    found, origin = published.input_of(teacher.model, teacher.weights)
+    if not found and not written >= {"mean", "std"}:
+        raise UsageError(
+            f"Nobody says how the images of the teacher {teacher.model} are normalised.",
+            why="The recipe does not ([teacher.input]), and its weights are none that the library describes.",
+            fix="Write, for example: [teacher.input] channels = 3, height = 224, width = 224, "
+            "mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225].",
+        )
+    own = {key: getattr(teacher.input, key) for key in written}
+    try:
+        spec = InputSpec.model_validate({**found, **own})
+    except ValidationError as error:
+        raise UsageError(
+            "The teacher's input does not hold:",
+            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, InputSpec)),
+            fix=f"What [teacher.input] does not write is from {origin}.",
+        ) from error
+    taken = set(found) - written
+    if not taken:
+        origin = "the recipe"
+    elif written:
+        origin += "; " + ", ".join(key for key in InputSpec.model_fields if key in written) + " from the recipe"
+    return teacher.model_copy(update={"input": spec, "input_from": origin})
+
+
+def _encoder(lte: LTE, folder: Path) -> str:
+    """The encoder with its file's or folder's absolute path; a name or a hub id as it is."""
+    name = lte.encoder
+    is_path = lte.precomputed or name.startswith((".", "/", "~", "$")) or (folder / name).is_dir()
+    return _absolute(name, folder) if is_path else name
+
+
+def _absolute(value: str, folder: Path) -> str:
+    if value in BUILT_IN_DATA:
+        return value
+    expanded = os.path.expandvars(value)
+    if expanded == value and value.startswith("$"):
+        return value
+    path = Path(expanded).expanduser()
+    return str(path if path.is_absolute() else (folder / path).resolve())

@@ -1,0 +1,178 @@
+"""What can be known to be wrong before any work: found all at once, not one by one after hours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nayer_edge.config import Recipe
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.models.names import published_weights
+
+from ..steps import Step
+from .loading import BUILT_IN_DATA
+
+if TYPE_CHECKING:
+    from nayer_edge.models.classifier import Classifier
+
+_MEND_DATA = "Name another with: nayer-edge validate RUN --data …   or use synthetic images: --synthetic"
+
+
+def check(recipe: Recipe, steps: Sequence[Step]) -> None:
+    """Looks for files that are not there, models that cannot be built, and targets that nobody knows.
+
+    Args:
+        steps: those that are to run; what only others need is not looked at.
+
+    Raises:
+        UsageError: with every problem.
+    """
+    names = {step.name for step in steps}
+    problems = []
+    if "teacher" in names:
+        problems += _path("teacher.weights", recipe.teacher.weights)
+        problems += _path("teach.data", recipe.teach.data if recipe.teach else None)
+        problems += _teacher(recipe)
+    if "lte" in names:
+        problems += _embeddings(recipe)
+    if "student" in names:
+        problems += _student(recipe)
+        if (recipe.student.model, recipe.student.arguments) == (recipe.teacher.model, recipe.teacher.arguments):
+            problems.append(f"student.model: the same network as the teacher ({recipe.teacher.model})")
+        images = recipe.distill.bank_mib * 2**20 / _pixels(recipe)
+        if images < recipe.synthesis.batch:
+            problems.append(
+                f"distill.bank_mib: {recipe.distill.bank_mib:g} MiB hold {int(images)} images, "
+                f"one round makes {recipe.synthesis.batch}"
+            )
+        problems += _processes(recipe)
+    if "int8" in names:
+        problems += _targets(recipe)
+    missing_data = _path("validate.data", recipe.validate_.data) if "validate" in names else []
+    problems += missing_data
+    if problems:
+        raise UsageError(
+            f"The recipe '{recipe.name}' cannot run here:",
+            why="\n".join(f"  - {problem}" for problem in problems),
+            fix=_MEND_DATA
+            if problems == missing_data
+            else "Mend these lines, or override them with --set. Nothing was started.",
+        )
+
+
+def require_typed(recipe: Recipe, keys: Collection[str]) -> None:
+    """Files that a command line names must be there, though what a finished step was made from need not be.
+
+    Args:
+        keys: dotted keys of the recipe that were typed.
+
+    Raises:
+        UsageError: with every one that is not.
+    """
+    values = {
+        "teacher.weights": recipe.teacher.weights,
+        "teach.data": recipe.teach.data if recipe.teach else None,
+        "validate.data": recipe.validate_.data,
+    }
+    problems = [problem for key in keys for problem in _path(key, values.get(key))]
+    if problems:
+        raise UsageError("; ".join(problems) + ".", fix="Mend what was typed. Nothing was started.")
+
+
+def _pixels(recipe: Recipe) -> int:
+    channels, height, width = recipe.teacher.input.shape
+    return channels * height * width
+
+
+def _path(key: str, value: str | None) -> list[str]:
+    if value is None or value in BUILT_IN_DATA or published_weights(value) or Path(value).exists():
+        return []
+    if value.startswith("$"):
+        variable = value[1:].split("/", 1)[0]
+        return [f"{key}: {value}, and the environment variable {variable} is not set"]
+    return [f"{key}: there is no {value}"]
+
+
+def _embeddings(recipe: Recipe) -> list[str]:
+    from nayer_edge.labels import embeddings as lte
+
+    try:
+        lte.check(recipe.teacher.classes, recipe.lte)
+    except (UsageError, IntegrityError) as error:
+        return ["lte.encoder: " + " ".join(part for part in (error.what, error.why, error.fix) if part)]
+    return []
+
+
+def _teacher(recipe: Recipe) -> list[str]:
+    from nayer_edge.models.teachers import untrained
+
+    return _model("teacher.model", lambda: untrained(recipe.teacher), teaches=True)
+
+
+def _student(recipe: Recipe) -> list[str]:
+    from nayer_edge.models.load import build_classifier
+
+    student, teacher = recipe.student, recipe.teacher
+    return _model(
+        "student.model", lambda: build_classifier(student.model, teacher.input, teacher.classes, student.arguments)
+    )
+
+
+def _model(key: str, build: Callable[[], Classifier], *, teaches: bool = False) -> list[str]:
+    """What keeps a network from being built, from taking the images, or from teaching without data."""
+    import torch
+
+    from nayer_edge.models.load import rehearse
+    from nayer_edge.models.teachers import require_batch_norms
+
+    def tried() -> None:
+        network = build()
+        if teaches:
+            require_batch_norms(network)
+        rehearse(network)
+
+    try:
+        # Without memory for the weights: they are not there yet.
+        with torch.device("meta"):
+            tried()
+    except (UsageError, RuntimeError):
+        # What cannot be done without numbers is done with them, and what is wrong is wrong again.
+        try:
+            tried()
+        except UsageError as error:
+            return [f"{key}: " + " ".join(part for part in (error.what, error.why, error.fix) if part)]
+    return []
+
+
+def _processes(recipe: Recipe) -> list[str]:
+    """What keeps several processes from sharing the work."""
+    import torch
+
+    from nayer_edge.runtime.distributed import current, share_problems
+
+    size = current().size
+    problems = share_problems(recipe.synthesis, recipe.distill, len(recipe.teacher.classes), size)
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if size > 1 and recipe.device != "cpu" and 0 < gpus < here:
+        problems.append(f"device: {here} processes and {gpus} GPUs on this machine; each process needs its own")
+    return problems
+
+
+def _targets(recipe: Recipe) -> list[str]:
+    from nayer_edge.export.targets import FP16_SCALES, get_target
+
+    problems = []
+    for name in recipe.export.targets:
+        try:
+            target = get_target(name)
+        except UsageError as error:
+            problems.append(f"export.targets: {error.what}")
+            continue
+        if target.rest == "float16" and recipe.export.opset < FP16_SCALES:
+            problems.append(
+                f"export.opset: {recipe.export.opset}, and '{name}' wants Q/DQ scales in FP16, which opset "
+                f"{FP16_SCALES} brought"
+            )
+    return problems

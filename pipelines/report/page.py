@@ -1,0 +1,154 @@
+"""`report.html`: one self-contained page about a run, light and dark, no network, no scripts.
+
+What it shows comes from files of the run folder whose hashes were checked; what a run did not measure is named as such.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from importlib import resources
+from typing import Any
+
+from nayer_edge import __version__
+from nayer_edge.config import Recipe
+from nayer_edge.errors import IntegrityError, NayerEdgeError, missing_extra
+from nayer_edge.runtime.progress import Progress
+from nayer_edge.storage.run_folder import Artifact, RunFolder, read_json, write_bytes
+from nayer_edge.text import inert
+
+from ..deploy import ENGINES, QUANTIZATION
+from ..distill import METRICS, TEACHER, card_of
+from ..gate import wording
+from ..gate.verdict import VERDICT_PATH, load_report
+from ..recipes.as_toml import recipe_toml, travelling
+from ..trust.lineage import chain, files_by_step
+from . import plots
+from .report_data import (
+    calibrations,
+    charts,
+    drops,
+    focus_of,
+    headline,
+    label_embeddings,
+    outcomes_of,
+    synthetic_images,
+)
+
+PAGE = "report.html"
+TEMPLATE = "report.html.jinja"
+
+
+def make_page(
+    teacher: Artifact,
+    lte: Artifact,
+    student: Artifact,
+    onnx: Artifact,
+    int8: Artifact,
+    engine: Artifact,
+    validate: Artifact,
+    gate: Artifact,
+    *,
+    config: Recipe,
+    out: RunFolder,
+    progress: Progress,
+) -> Artifact:
+    """Writes the page from what the other steps recorded; their files' hashes were checked before."""
+    del teacher, lte, student, onnx, int8, engine, validate, gate, progress
+    try:
+        page = render(config, out)
+    except NayerEdgeError:
+        raise
+    except Exception as error:  # whatever a template or a chart stumbles over, it stood in a file of the run
+        raise IntegrityError(
+            f"The files of {out.root} do not hold what a report is made of.",
+            why=f"{type(error).__name__}: {error}",
+            fix="Fetch the folder again from where it was made.",
+        ) from error
+    write_bytes(out.path(PAGE), page.encode())
+    return Artifact("report", {"page": PAGE}, {"bytes": out.path(PAGE).stat().st_size})
+
+
+def render(config: Recipe, run: RunFolder) -> str:
+    """The page as HTML; every text in it is escaped and inert. Equal files give equal pages.
+
+    Raises:
+        MissingError: jinja2 or matplotlib is not installed.
+        IntegrityError: a file is damaged or stale.
+    """
+    report = load_report(run)
+    verdict = read_json(run.path(VERDICT_PATH), "a verdict")
+    metrics = _metrics(run)
+    focus = focus_of(config, report)
+    values, beside = travelling(config, run.root)
+    recipe = recipe_toml(values)
+    return _template().render(
+        config=config,
+        report=report,
+        synthetic=report.dataset.kind == "synthetic",
+        verdict=verdict,
+        sentence=wording.sentence(verdict),
+        promise=[*dict.fromkeys((*wording.promise(report.dataset), *verdict.get("notes", ())))],
+        headline=headline(config, report),
+        drops=drops(config, report),
+        confidence=f"{100 * config.gate.accuracy.confidence:.6g} %",
+        manifest=run.manifest,
+        card=read_json(run.path(card_of(TEACHER)), "the teacher's card"),
+        focus=focus,
+        chains=[(a.name, chain(run.manifest, a)) for a in report.artifacts if a.name in config.gate.artifacts],
+        steps=files_by_step(run.manifest, but="report"),
+        charts=charts(report),
+        strips=synthetic_images(config, run),
+        losses=plots.losses(metrics),
+        agreement=plots.agreement(metrics),
+        epochs=metrics[-1] if metrics else None,
+        lte=label_embeddings(run),
+        outcomes=outcomes_of(run, config, report, focus),
+        calibrations=calibrations(read_json(run.path(QUANTIZATION), "the record of quantization"), focus),
+        engines=read_json(run.path(ENGINES), "the list of engines"),
+        recipe=recipe,
+        recipe_link="data:application/toml;base64," + base64.b64encode(recipe.encode()).decode(),
+        beside=beside,
+        models={name: values[name]["model"] for name in ("teacher", "student")},
+        version=__version__,
+    )
+
+
+def _template() -> Any:
+    try:
+        import jinja2
+        import markupsafe
+    except ImportError as error:
+        raise missing_extra("jinja2", "cpu", "Writing the report") from error
+
+    def source(name: str) -> str | None:
+        path = resources.files("nayer_edge.pipelines.report") / name
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(source),
+        autoescape=True,
+        # Whatever is put into the page is made inert, so that no place can forget it. (Escaping comes after.)
+        finalize=lambda value: inert(value) if type(value) is str else value,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": wording.percent,
+        "difference": wording.difference,
+        "size": wording.size,
+        "milliseconds": wording.milliseconds,
+        "title_of": wording.title,
+        "figures_of": wording.check_figures,
+        # The one text whose line breaks stay.
+        "lines": lambda text: markupsafe.Markup("\n").join(inert(line) for line in text.split("\n")),
+    }
+    return environment.get_template(TEMPLATE)
+
+
+def _metrics(run: RunFolder) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in run.path(METRICS).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{run.path(METRICS)} is not readable as metrics.", why=f"{error}") from error

@@ -1,0 +1,252 @@
+"""What the report shows, gathered from a run: key figures, charts, images, embeddings, outcomes, calibration."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from nayer_edge.config import Recipe
+from nayer_edge.labels import embeddings as embeddings_of_labels
+from nayer_edge.memory_bank import MemoryBank
+from nayer_edge.storage.run_folder import RunFolder
+
+from ..distill import BANK, EMBEDDINGS
+from ..gate import wording
+from ..gate.statistics import binomial_lower, binomial_upper, drop_lower, drop_upper
+from ..measurements import PREDICTIONS_PATH, ArtifactReport, Paired, Report
+from ..recipes.as_toml import last_part
+from . import plots
+from .image_grids import class_strips
+from .plots import Bar
+from .predictions import read_outcomes
+
+MATRIX = 40
+"""classes up to which a matrix shows all of them"""
+REDUCED = 30
+"""classes that a similarity picture shows where there are more"""
+SHOWN_CLASSES = 20
+"""rows of the table of classes where there are more than MATRIX"""
+SHOWN_MISTAKES = 12
+SHOWN_LAYERS = 20
+SHOWN_RANGES = 40
+COMPARED_CLASSES = 4096
+"""classes up to which every pair of embeddings is compared"""
+
+
+def focus_of(config: Recipe, report: Report) -> ArtifactReport | None:
+    """The artefact that the page goes into: the first judged one that was measured, else the last measured one."""
+    measured = [artefact for artefact in report.artifacts if artefact.status == "measured"]
+    judged = [artefact for name in config.gate.artifacts for artefact in measured if artefact.name == name]
+    return next(iter(judged), measured[-1] if measured else None)
+
+
+def headline(config: Recipe, report: Report) -> list[dict[str, Any]]:
+    """A few figures of each judged and measured artefact; each names its place in report.json."""
+    found = []
+    for number, artefact in enumerate(report.artifacts):
+        if artefact.name in config.gate.artifacts and artefact.status == "measured":
+            found.append({"name": artefact.name, "tiles": list(_tiles(f"/artifacts/{number}", artefact, report))})
+    return found[:3]
+
+
+def _tiles(at: str, artefact: ArtifactReport, report: Report) -> Any:
+    if artefact.top1 is not None:
+        teacher = f"teacher {wording.percent(report.teacher.top1)}"
+        yield {"what": "Top-1", "at": f"{at}/top1", "value": artefact.top1, "note": teacher} | _shown(artefact.top1)
+    if artefact.agreement is not None:
+        n = f"{report.dataset.n:,}"
+        on = f"on {n} synthetic images" if report.dataset.kind == "synthetic" else f"on the same {n} images"
+        tile = {"what": "Agrees with the teacher", "at": f"{at}/agreement", "value": artefact.agreement}
+        yield tile | {"note": on} | _shown(artefact.agreement)
+    if artefact.latency_ms is not None:
+        speed = f"{artefact.speedup_vs_fp32:.2f} × the speed of FP32" if artefact.speedup_vs_fp32 else "at batch 1"
+        text = f"{wording.milliseconds(artefact.latency_ms.p50)} ms"
+        p50 = {"at": f"{at}/latency_ms/p50", "value": artefact.latency_ms.p50}
+        yield {"what": "Median latency", **p50, "text": text, "note": speed}
+    if artefact.size_bytes is not None:
+        fp32 = next((a.size_bytes for a in report.artifacts if a.name == "fp32" and a.size_bytes), None)
+        smaller = f"{fp32 / artefact.size_bytes:.1f} × smaller than FP32" if fp32 else "on disk"
+        place = {"at": f"{at}/size_bytes", "value": artefact.size_bytes}
+        yield {"what": "Size", **place, "text": wording.size(artefact.size_bytes), "note": smaller}
+
+
+def _shown(rate: float) -> dict[str, str]:
+    return {"text": wording.percent(rate)}
+
+
+def drops(config: Recipe, report: Report) -> dict[str, dict[str, str]]:
+    """Per artefact: the drops against FP32 and teacher, and the agreement, with their bounds, in words."""
+    alpha = round(1 - config.gate.accuracy.confidence, 12)
+    found = {}
+    for artefact in report.artifacts:
+        mine = {"vs_fp32": artefact.paired.vs_fp32, "vs_teacher": artefact.paired.vs_teacher}
+        found[artefact.name] = {key: _drop_bounds(paired, alpha) for key, paired in mine.items()}
+        if artefact.agreement is not None:
+            n, same = report.dataset.n, round(artefact.agreement * report.dataset.n)
+            low, high = binomial_lower(same, n, alpha), binomial_upper(same, n, alpha)
+            found[artefact.name]["agreement"] = f"{100 * low:.2f} … {100 * high:.2f}"
+    return found
+
+
+def _drop_bounds(paired: Paired | None, alpha: float) -> str:
+    if paired is None or not 0 <= paired.lost + paired.gained <= paired.n:
+        return ""
+    counts = (paired.lost, paired.gained, paired.n)
+    return f"{wording.difference(drop_lower(*counts, alpha))} … {wording.difference(drop_upper(*counts, alpha))}"
+
+
+def charts(report: Report) -> dict[str, str]:
+    """Bars of wrong answers, latency and size; "" for what nothing was measured of."""
+    synthetic = report.dataset.kind == "synthetic"
+    wrong = "Disagreement with the teacher on synthetic images" if synthetic else "Wrong answers on the hold-out"
+    measured = [artefact for artefact in report.artifacts if artefact.status == "measured"]
+    rates = [("student", report.student.agreement if synthetic else report.student.top1, 1)]
+    if not synthetic:
+        rates.insert(0, ("teacher", report.teacher.top1, 2))
+    rates += [(artefact.name, artefact.agreement if synthetic else artefact.top1, 0) for artefact in measured]
+    errors = [Bar(n, 100 * (1 - r), f"{100 * (1 - r):.2f} %", series=s) for n, r, s in rates if r is not None]
+    timed = [(artefact.name, artefact.latency_ms) for artefact in measured if artefact.latency_ms is not None]
+    latency = [
+        Bar(n, t.p50, f"{wording.milliseconds(t.p50)} ms, p95 {wording.milliseconds(t.p95)}", t.p95) for n, t in timed
+    ]
+    sizes = [Bar(a.name, a.size_bytes, wording.size(a.size_bytes)) for a in report.artifacts if a.size_bytes]
+    return {
+        "errors": plots.bars(errors, wrong) if errors else "",
+        "latency": plots.bars(latency, "Latency at batch 1") if latency else "",
+        "sizes": plots.bars(sizes, "File size") if sizes else "",
+    }
+
+
+def synthetic_images(config: Recipe, run: RunFolder) -> dict[str, Any]:
+    """The newest images of the memory bank as a strip per class, data URIs, and how many classes there are."""
+    bank = MemoryBank.load(run.path(BANK), torch.device("cpu"))
+    images, labels = bank.newest(config.synthesis.batch * config.synthesis.rounds)
+    classes = config.teacher.classes
+    strips = [
+        {"label": classes[strip.number], "images": strip.images, "uri": _data_uri(strip.png)}
+        for strip in class_strips(images.numpy(), labels.numpy())
+        if strip.number < len(classes)
+    ]
+    return {"strips": strips, "classes": len(classes), "shape": bank.shape, "bank": len(bank)}
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def label_embeddings(run: RunFolder) -> dict[str, Any]:
+    """Encoder, prompt, the closest pairs of class names, and a picture of all similarities, or of the closest."""
+    found = embeddings_of_labels.load(run.path(EMBEDDINGS))
+    labels = found.labels
+    facts: dict[str, Any] = {
+        "encoder": last_part(found.encoder),
+        "prompts": found.prompt.split("\n"),
+        "dimensions": found.embeddings.shape[1],
+        "classes": len(labels),
+        "picture": "",
+        "shown": 0,
+        "pairs": [],
+        "mean": embeddings_of_labels.mean_cosine(found.embeddings),
+    }
+    if len(labels) > COMPARED_CLASSES:
+        return facts
+    unit = torch.nn.functional.normalize(found.embeddings, dim=1)
+    cosines = (unit @ unit.T).numpy().astype(np.float64)
+    rows, columns = np.triu_indices(len(labels), 1)
+    order = np.argsort(-cosines[rows, columns], kind="stable")
+    pairs = [(int(rows[place]), int(columns[place])) for place in order]
+    shown = list(range(len(labels))) if len(labels) <= MATRIX else _members(pairs, REDUCED)
+    facts["pairs"] = [(labels[a], labels[b], float(cosines[a, b])) for a, b in pairs[:5]]
+    facts["shown"] = len(shown)
+    facts["picture"] = plots.similarity(cosines[np.ix_(shown, shown)], [labels[number] for number in shown])
+    return facts
+
+
+def _members(pairs: Sequence[tuple[int, int]], most: int) -> list[int]:
+    """The classes of the first pairs, until there are `most` of them, in the order of the classes."""
+    members: set[int] = set()
+    for pair in pairs:
+        if len(members | set(pair)) > most:
+            break
+        members |= set(pair)
+    return sorted(members)
+
+
+def outcomes_of(run: RunFolder, config: Recipe, report: Report, focus: ArtifactReport | None) -> dict[str, Any]:
+    """Confusion of student and artefact, their most frequent mistakes, and every class from teacher to artefact."""
+    found = read_outcomes(run.path(PREDICTIONS_PATH), config.teacher.classes)
+    artefact = focus.name if focus is not None and focus.name in found.answers else None
+    models = ["student", *([artefact] if artefact else [])]
+    truth = "label" if found.labelled else "teacher's answer"
+    few = len(found.classes) <= MATRIX
+    on = "synthetic images" if report.dataset.kind == "synthetic" else "hold-out images"
+    compared = [*(["teacher"] if found.labelled else []), *models]
+    rows = found.per_class(compared)
+    return {
+        "truth": truth,
+        "models": models,
+        "pictures": [
+            (name, plots.confusion(found.confusion(name), found.classes, f"{name} on {on}", truth)) for name in models
+        ]
+        if few
+        else [],
+        "mistakes": found.mistakes(models[-1], SHOWN_MISTAKES),
+        "wrong": int((found.answers[models[-1]] != found.truth).sum()),
+        "compared": compared,
+        "rows": rows if few else rows[:SHOWN_CLASSES],
+        "classes": len(found.classes),
+    }
+
+
+def calibrations(records: Mapping[str, Any], focus: ArtifactReport | None) -> list[dict[str, Any]]:
+    """Per target of quantization.json: what was chosen, by which scores, ranges and layers; the focus comes first."""
+    names = sorted(records, key=lambda name: focus is None or name != focus.target)
+    return [_calibration(name, records[name]) for name in names]
+
+
+def _calibration(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    ranges = sorted(record.get("ranges", {}).items(), key=lambda item: _natural(item[0]))
+    shown = ranges[:SHOWN_RANGES]
+    layers = sorted(record.get("sensitivity") or (), key=lambda row: _noise(row["sqnr_db"]))
+    rows = [
+        Bar(row["node"], _noise(row["sqnr_db"]), _layer_label(row), series=0)
+        for row in layers[:SHOWN_LAYERS]
+        if row["sqnr_db"] is not None
+    ]
+    return {
+        "name": name,
+        "record": record,
+        "methods": record.get("methods") or {},
+        "ranges": ranges,
+        "ranges_shown": len(shown),
+        "ranges_picture": plots.intervals(
+            [tensor for tensor, _ in shown],
+            [(low, high) for _, (low, high) in shown],
+            f"Ranges of {len(shown)} activations for {name}.",
+        )
+        if shown
+        else "",
+        "layers": layers,
+        "layers_shown": len(rows),
+        "layers_picture": plots.bars(rows, f"Signal to noise of each layer in INT8 for {name}") if rows else "",
+    }
+
+
+def _layer_label(row: Mapping[str, Any]) -> str:
+    alone = row.get("alone")
+    return f"{row['sqnr_db']:.1f} dB" + (f", {100 * alone['top1']:.2f} %" if alone else "")
+
+
+def _noise(sqnr_db: float | None) -> float:
+    """No noise at all is recorded as null."""
+    return float("inf") if sqnr_db is None else sqnr_db
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """conv2 before conv10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]

@@ -1,0 +1,1 @@
+"""Provenance: verification, signatures, bill of materials."""

@@ -1,0 +1,155 @@
+"""Class names: every form in which people have them, and every way in which they can be wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from nayer_edge.errors import UsageError
+from nayer_edge.labels.class_names import labels_beside, phrases, read_labels, spoken, synonyms_of
+
+CATS = ("cat", "dog", "été, summer")
+
+
+def write(folder: Path, name: str, text: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("plain.txt", "cat\ndog\nété, summer\n"),
+        ("no end.txt", "cat\ndog\nété, summer"),
+        ("spaces.txt", "  cat \ndog\t\nété, summer\n\n\n"),
+        ("windows.txt", "cat\r\ndog\r\nété, summer\r\n"),
+        ("old mac.txt", "cat\rdog\rété, summer\r"),
+        ("bom.txt", "cat\ndog\nété, summer\n".encode("utf-8-sig")),
+        ("utf-16.txt", "cat\r\ndog\r\nété, summer\r\n".encode("utf-16")),
+        ("decomposed.txt", "cat\ndog\ne\u0301te\u0301, summer\n"),
+        ("numbered.txt", "1\tdog\n0\tcat\n2\tété, summer\n"),
+        ("synset_words.txt", "n02121808 cat\nn02084071 dog\nn15236475 été, summer\n"),
+        ("classes", "cat\ndog\nété, summer\n"),
+        ("list.json", '["cat", "dog", "été, summer"]'),
+        ("id2label.json", '{"0": "cat", "2": "été, summer", "1": "dog"}'),
+        ("label2id.json", '{"été, summer": 2, "cat": 0, "dog": 1}'),
+        ("config.json", '{"model_type": "resnet", "id2label": {"0": "cat", "1": "dog", "2": "été, summer"}}'),
+        ("card.json", '{"schema": "x", "classes": ["cat", "dog", "été, summer"]}'),
+        ("keras.json", '{"0": ["n1", "cat"], "1": ["n2", "dog"], "2": ["n3", "été, summer"]}'),
+        ("one.csv", 'cat\ndog\n"été, summer"\n'),
+        ("headed.csv", 'name\ncat\ndog\n"été, summer"\n'),
+        ("two.csv", '0,cat\n1,dog\n2,"été, summer"\n'),
+        ("shuffled.csv", 'id,name\n2,"été, summer"\n0,cat\n1,dog\n'),
+        ("turned.csv", 'label,class_id\n"été, summer",3\ncat,1\ndog,2\n'),
+        ("wide.csv", 'index,wnid,name\n0,n1,cat\n1,n2,dog\n2,n3,"été, summer"\n'),
+        ("german.csv", "id;name\n0;cat\n1;dog\n2;été, summer\n"),
+        ("tab.tsv", "0\tcat\n1\tdog\n2\tété, summer\n"),
+        ("gap.csv", 'id,name\n\n0,cat\n1,dog\n2,"été, summer"\n'),
+    ],
+)
+def test_forms_of_one_list(tmp_path: Path, name: str, text: str | bytes) -> None:
+    assert read_labels(write(tmp_path, name, text)) == CATS
+
+
+def test_names_that_look_like_something_else(tmp_path: Path) -> None:
+    numbers = tuple(str(number) for number in range(10))
+    assert read_labels(write(tmp_path, "digits.txt", "\n".join(numbers))) == numbers
+    assert read_labels(write(tmp_path, "digits.csv", "\n".join(numbers))) == numbers
+    assert read_labels(write(tmp_path, "digits.json", json.dumps(numbers))) == numbers
+    assert read_labels(write(tmp_path, "coins.txt", "1 euro\n2 euro\n")) == ("1 euro", "2 euro")
+    assert read_labels(write(tmp_path, "some.txt", "n02121808 cat\ndog\n")) == ("n02121808 cat", "dog")
+    assert read_labels(write(tmp_path, "cjk.txt", "猫\n犬\n🦆\nשלום\n")) == ("猫", "犬", "🦆", "שלום")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("empty.txt", "", "is empty"),
+        ("blank.txt", "\n \n", "is empty"),
+        ("gap.txt", "cat\n\ndog\n", "Line 2 of .* is empty"),
+        ("one.txt", "cat\n", "holds 1 class names"),
+        ("twice.txt", "cat\ndog\ncat\n", r"'cat' \(classes 0, 2\)"),
+        ("crane.txt", "crane\nx\ncrane\ny\ny\n", r"2 names to more than one class: 'crane' .*; 'y'"),
+        ("accents.txt", "été\ne\u0301te\u0301\n", "'été'"),
+        ("latin.txt", "cat\nété\n".encode("latin-1"), r"no UTF-8 text \(byte 4\)"),
+        ("binary.txt", b"\x00\x01\x02\n\x03", "no text"),
+        ("list.json", '["cat", ""]', "no name for class 1"),
+        ("list.json", '["cat", " ", "\\t"]', "no name for classes 1, 2"),
+        ("list.json", '["cat", 3]', "holds 3 where a class name should stand"),
+        ("list.json", "[]", "holds no class names"),
+        ("list.json", "{}", "holds no class names"),
+        ("list.json", '"cat"', "holds no class names"),
+        ("list.json", '["cat"', "is no JSON file"),
+        ("deep.json", "[" * 100_000, "is no JSON file"),
+        ("ids.json", '{"0": "cat", "2": "dog"}', "id 1 is missing"),
+        ("ids.json", '{"5": "cat", "6": "dog"}', "id 0 is missing"),
+        ("ids.json", '{"0": "cat", "0": "dog"}', "is no JSON file"),
+        ("ids.json", '{"cat": 0, "dog": 0}', "one id to two names"),
+        ("ids.csv", "0,cat\n0,dog\n", "id 0 stands there twice"),
+        ("ids.csv", "0,cat\n2,dog\n", "id 1 is missing"),
+        ("ragged.csv", "0,cat\n1,tench, Tinca tinca\n", "Row 2 of .* has 3 cells, and the first has 2"),
+        ("empty.csv", "", "is empty"),
+        ("quote.csv", '0,"cat\n', "is no CSV file"),
+        ("empty.csv", "0,cat\n1,\n", "no name for class 1"),
+    ],
+)
+def test_files_that_do_not_hold(tmp_path: Path, name: str, text: str | bytes, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        read_labels(write(tmp_path, name, text))
+    assert caught.value.fix or caught.value.why
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no file of class names"):
+        read_labels(tmp_path / "absent.txt")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_labels(tmp_path)
+    with pytest.raises(UsageError, match="larger than"):
+        read_labels(write(tmp_path, "huge.txt", b"x\n" * (9 * 2**20)))
+
+
+def test_wordnet_ids_are_translated(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    # Two of ImageNet's classes are called "crane"; their definitions tell them apart.
+    path = write(tmp_path, "wnids.txt", "n01440764\nn02012849\nn03126707\n")
+    tench, bird, machine = read_labels(path)
+    assert tench == "tench, Tinca tinca"
+    assert bird.startswith("crane (large long-necked wading bird")
+    assert machine.startswith("crane (lifts and moves heavy objects")
+    with pytest.raises(UsageError, match="n99999999"):
+        read_labels(write(tmp_path, "wnids.txt", "n01440764\nn99999999\n"))
+
+
+def test_wordnet_ids_without_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nayer_edge.errors import MissingError
+
+    monkeypatch.setitem(sys.modules, "timm.data.imagenet_info", None)
+    with pytest.raises(MissingError) as caught:
+        read_labels(write(tmp_path, "wnids.txt", "n01440764\nn02012849\n"))
+    assert "nayer-edge[timm]" in caught.value.fix
+
+
+def test_labels_beside_a_file(tmp_path: Path) -> None:
+    assert labels_beside(tmp_path / "clip.npy") is None
+    path = write(tmp_path, "clip.labels.csv", "a\nb\n")
+    assert labels_beside(tmp_path / "clip.npy") == path
+
+
+def test_synonyms() -> None:
+    assert spoken("  aquarium__fish ") == "aquarium fish"
+    assert synonyms_of("tench, Tinca tinca") == ("tench", "Tinca tinca")
+    assert synonyms_of("great_white_shark,white shark,, man-eater ") == (
+        "great white shark",
+        "white shark",
+        "man-eater",
+    )
+    assert synonyms_of("crane (bird, large)") == ("crane (bird, large)",)
+    assert synonyms_of(",") == (",",)
+    labels = ("tench, Tinca tinca", "maillot", "maillot, tank suit", "sea_bird")
+    assert phrases(labels, "first") == [("tench",), ("maillot",), ("maillot, tank suit",), ("sea bird",)]
+    assert phrases(labels, "all") == [(spoken(label),) for label in labels]
+    assert phrases(labels, "average")[2] == ("maillot", "tank suit")

@@ -1,0 +1,64 @@
+"""Streams that a continued run draws again, and what a machine computes with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+
+from nayer_edge.runtime.compute import choose, random_stream, seeded
+
+
+def test_streams_are_stable() -> None:
+    """A stream is its name: these numbers may never change, or old runs could not be repeated."""
+    assert random_stream(0, "round", 3, 1).initial_seed() == 5280138524801733947
+    assert random_stream(7, "student", 0).initial_seed() == 4461715525183163624
+    drawn = torch.randint(0, 1000, (5,), generator=random_stream(0, "round", 3, 1))
+    assert drawn.tolist() == [58, 354, 178, 81, 924]
+
+
+def test_streams_of_different_purposes_are_independent() -> None:
+    names = [(0, "round", 1, 11), (0, "round", 11, 1), (0, "round", 1, 1), (1, "round", 1, 11), (0, "student", 1, 11)]
+    drawn = torch.stack([torch.randn(4000, generator=random_stream(*name)) for name in names])
+    correlations = torch.corrcoef(drawn) - torch.eye(len(names))
+    assert float(correlations.abs().max()) < 4 / 4000**0.5
+    for row in drawn:
+        assert stats.kstest(row.numpy(), "norm").pvalue > 0.01
+
+
+def test_drawing_in_one_stream_moves_no_other() -> None:
+    one, other = random_stream(0, "a"), random_stream(0, "b")
+    torch.rand(100, generator=one)
+    assert torch.equal(torch.rand(5, generator=other), torch.rand(5, generator=random_stream(0, "b")))
+
+
+def test_seeded_restores_the_global_stream() -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    with seeded(9):
+        inside = torch.rand(3)
+    assert torch.equal(torch.rand(3), wanted)
+    with seeded(9):
+        assert torch.equal(torch.rand(3), inside)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision(precision: str) -> None:
+    compute = choose("cpu", precision)  # pyright: ignore[reportArgumentType]
+    assert compute.device == torch.device("cpu")
+    assert compute.bf16 is (precision == "bf16")
+    with compute.autocast():
+        product = torch.rand(4, 4) @ torch.rand(4, 4)
+    assert product.dtype == (torch.bfloat16 if compute.bf16 else torch.float32)
+    assert ("bf16 autocast" in compute.reason) is compute.bf16
+
+
+def test_auto_precision_is_what_the_processor_has() -> None:
+    compute = choose("cpu", "auto")
+    assert compute.bf16 is ("without" not in compute.reason)
+
+
+def test_convolutions_are_placed_channels_last() -> None:
+    placed = choose("cpu").place(torch.nn.Conv2d(3, 8, 3))
+    assert placed.get_parameter("weight").is_contiguous(memory_format=torch.channels_last)

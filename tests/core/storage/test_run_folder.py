@@ -1,0 +1,314 @@
+"""Writes that cannot be half done, and a manifest that nothing can leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.storage.run_folder import (
+    LOCK,
+    MANIFEST,
+    Artifact,
+    RunFolder,
+    clear_folder,
+    digest_of,
+    lock_folder,
+    read_json,
+    sha256_of,
+    write_atomic,
+    write_bytes,
+    write_json,
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run folder with two finished steps."""
+    folder = RunFolder.create(tmp_path / "run", {"name": "r"}, 3, {"torch": "2"}, {"cpu": "x"})
+    write_bytes(folder.path("teacher/t.bin"), b"teacher")
+    teacher = Artifact("teacher", {"teacher": "teacher/t.bin"}, {"parameters": 3, "top1": 0.5, "none": None})
+    folder.record(teacher, digest="0" * 64, settings={"lr": 0.1}, parents=[], seconds=1.23456, finished="now")
+    write_bytes(folder.path("student/été.bin"), b"student")
+    student = Artifact("student", {"student": "student/été.bin"}, {})
+    folder.record(student, digest="1" * 64, settings={}, parents=[teacher], seconds=2, finished="now")
+    return folder
+
+
+# ------------------------------------------------------------------ writing
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_bytes(path, b"old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise KeyError("in the middle")
+
+    with pytest.raises(KeyError, match="in the middle"):
+        write_atomic(path, fail)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.txt"]  # noqa: PTH208 - hidden files too
+
+    def full(_temporary: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UsageError, match="Cannot write") as caught:
+        write_atomic(path, full)
+    assert "No space left" in caught.value.why
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.txt"]  # noqa: PTH208
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_bytes(path, b"old")
+    script = f"""
+import os, signal
+from pathlib import Path
+from nayer_edge.storage.run_folder import write_atomic
+def write(temporary):
+    temporary.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+write_atomic(Path({str(path)!r}), write)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, timeout=60)
+    assert done.returncode == -9
+    assert path.read_bytes() == b"old"
+
+
+def test_written_files_are_readable_by_others_and_folders_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "c.txt"
+    before = os.umask(0o022)
+    try:
+        write_bytes(path, b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="Cannot write"):
+        write_bytes(tmp_path / "file" / "inside.txt", b"x")
+
+
+@pytest.mark.parametrize("value", [float("nan"), {"a": [float("inf")]}])
+def test_json_without_nan(tmp_path: Path, value: object) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", value)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        digest_of(value)
+    assert not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"NaN", b'{"a": Infinity}', b"-Infinity", b"{", b"", b"\xff", b"[" * 100_000, b"1 2"]
+)
+def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(IntegrityError, match="not readable as a thing"):
+        read_json(tmp_path / "a.json", "a thing")
+
+
+def test_json_that_is_missing_or_a_folder_or_huge(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="is missing, so a thing cannot be read"):
+        read_json(tmp_path / "a.json", "a thing")
+    with pytest.raises(IntegrityError, match="not readable as a thing"):
+        read_json(tmp_path, "a thing")
+    with (tmp_path / "big.json").open("wb") as file:
+        file.truncate(64 * 2**20 + 1)
+    with pytest.raises(IntegrityError, match="larger than a thing can be"):
+        read_json(tmp_path / "big.json", "a thing")
+
+
+def test_round_trip_of_json_and_digests(tmp_path: Path) -> None:
+    value = {"é": [1, 2.5, None, True], "a": {"z": "日"}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json", "a thing") == value
+    assert "é" in (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
+    assert digest_of({"a": 1}) != digest_of({"a": "1"})
+    (tmp_path / "abc").write_bytes(b"abc")
+    # FIPS 180-2, appendix B.1.
+    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# ------------------------------------------------------------------ the manifest
+
+
+def test_round_trip_of_the_manifest(run: RunFolder) -> None:
+    read = RunFolder.open(run.root)
+    assert read.manifest == run.manifest
+    assert read.manifest.seed == 3
+    assert read.manifest.steps["teacher"].seconds == 1.235
+    artifact = read.artifact("teacher")
+    assert artifact.files == {"teacher": "teacher/t.bin"}
+    assert artifact.numbers == {"parameters": 3, "top1": 0.5, "none": None}
+    student = read.manifest.files["student/été.bin"]
+    assert student.parents == (sha256_of(read.path("teacher/t.bin")),)
+    assert student.bytes == 7
+    assert json.loads((run.root / MANIFEST).read_text(encoding="utf-8"))["schema"] == "nayer-edge/manifest/1"
+
+
+def test_a_step_recorded_again_replaces_its_files(run: RunFolder) -> None:
+    write_bytes(run.path("teacher/new.bin"), b"new")
+    again = Artifact("teacher", {"teacher": "teacher/new.bin"}, {})
+    run.record(again, digest="2" * 64, settings={}, parents=[], seconds=1, finished="now")
+    assert set(RunFolder.open(run.root).manifest.files) == {"teacher/new.bin", "student/été.bin"}
+    run.forget("student")
+    assert set(RunFolder.open(run.root).manifest.files) == {"teacher/new.bin"}
+    with pytest.raises(UsageError, match="no finished step 'student'"):
+        run.artifact("student")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.pop("recipe"),
+        lambda manifest: manifest.update(schema="nayer-edge/manifest/2"),
+        lambda manifest: manifest.update(extra=1),
+        lambda manifest: manifest["files"]["teacher/t.bin"].update(sha256="xyz"),
+        lambda manifest: manifest["files"]["teacher/t.bin"].update(bytes=-1),
+        lambda manifest: manifest["steps"]["teacher"].pop("digest"),
+        lambda manifest: manifest.update(files=[]),
+    ],
+)
+def test_a_damaged_manifest(run: RunFolder, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((run.root / MANIFEST).read_text(encoding="utf-8"))
+    change(manifest)
+    (run.root / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match="not a manifest of this version"):
+        RunFolder.open(run.root)
+
+
+def test_a_folder_without_manifest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a run folder"):
+        RunFolder.open(tmp_path)
+
+
+def test_paths_cannot_leave_the_folder(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (run.root / "link").symlink_to(tmp_path / "outside")
+    (run.root / "circle").symlink_to("circle")
+    (run.root / "within").symlink_to("teacher")
+    for name in (
+        "../outside/x",
+        "a/../../x",
+        "a/..",
+        "/etc/passwd",
+        "//etc/passwd",
+        str(run.root / "teacher/t.bin"),
+        "link/x",
+        "link",
+        "circle/x",
+        "a\0b",
+        "..\\x",
+        "C:\\x",
+        "x" * 300,
+        "d/" * 2500 + "x",
+        "\ud800",
+    ):
+        with pytest.raises(IntegrityError, match="points outside the run folder"):
+            run.path(name)
+    for name in ("a", "a/b.txt", "./a", "..a/b..", "~/x", "within/t.bin", "日/é"):
+        assert run.path(name).resolve().is_relative_to(run.root.resolve())
+
+
+def test_a_manifest_with_a_path_outside_is_refused_when_it_is_checked(run: RunFolder) -> None:
+    manifest = json.loads((run.root / MANIFEST).read_text(encoding="utf-8"))
+    manifest["files"]["../../etc/passwd"] = manifest["files"].pop("teacher/t.bin")
+    (run.root / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match="points outside"):
+        RunFolder.open(run.root).problems()
+
+
+def test_altered_missing_and_strange_files_are_found(run: RunFolder, tmp_path: Path) -> None:
+    assert run.problems() == []
+    assert run.strangers() == []
+    run.require_intact()
+    run.path("teacher/t.bin").write_bytes(b"Teacher")
+    assert run.problems() == ["teacher/t.bin was altered: its SHA-256 is not the manifest's"]
+    assert run.problems(["student/été.bin"]) == []
+    run.path("student/été.bin").unlink()
+    with pytest.raises(IntegrityError) as caught:
+        run.require_intact()
+    assert "teacher/t.bin was altered" in caught.value.why
+    assert "student/été.bin is missing" in caught.value.why
+    (run.root / "teacher" / "new.txt").write_text("x")
+    (run.root / ".hidden").write_text("x")
+    (run.root / "link").symlink_to(tmp_path)
+    with run.locked():
+        assert run.strangers() == [".hidden", "link", "teacher/new.txt"]
+
+
+# ------------------------------------------------------------------ locks and clearing
+
+
+def test_two_processes_cannot_hold_one_folder(run: RunFolder) -> None:
+    script = f"""
+from pathlib import Path
+from nayer_edge.storage.run_folder import lock_folder
+from nayer_edge.errors import UsageError
+try:
+    with lock_folder(Path({str(run.root)!r})):
+        print("got it")
+except UsageError as error:
+    print(error.what)
+"""
+
+    def other() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+
+    with run.locked():
+        assert "Another process is working" in other()
+        with pytest.raises(UsageError, match="Another process"), lock_folder(run.root):
+            pass
+    assert other() == "got it\n"
+
+
+def test_the_lock_of_a_killed_process_is_free(run: RunFolder) -> None:
+    script = f"""
+import os, signal
+from pathlib import Path
+from nayer_edge.storage.run_folder import lock_folder
+with lock_folder(Path({str(run.root)!r})):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == -9
+    assert (run.root / LOCK).exists()
+    with run.locked():
+        pass
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="Cannot write to"), lock_folder(tmp_path / "file"):
+        pass
+
+
+def test_clearing_empties_a_run_and_no_other_folder(run: RunFolder, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("x")
+    (run.root / "link").symlink_to(outside)
+    with run.locked():
+        clear_folder(run.root)
+        assert [path.name for path in run.root.iterdir()] == [LOCK]
+    assert (outside / "precious").exists()
+    with pytest.raises(UsageError, match="not empty and not a run folder"):
+        clear_folder(outside)
+    assert (outside / "precious").exists()
+    clear_folder(tmp_path / "absent")
+    clear_folder(run.root)

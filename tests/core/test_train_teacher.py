@@ -1,0 +1,108 @@
+"""Training a small teacher on labelled images."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nayer_edge.config import Augment, InputSpec, Teach
+from nayer_edge.data.datasets import LabelledImages
+from nayer_edge.errors import TrainingError
+from nayer_edge.evaluate import logits_of, top1
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import build_classifier, weights_digest
+from nayer_edge.runtime.compute import Compute, random_stream, seeded
+from nayer_edge.train_teacher import teach
+
+SPEC = InputSpec(channels=1, height=8, width=8)
+CLASSES = ("upper", "lower", "left", "right")
+
+
+def halves(count: int, seed: int) -> LabelledImages:
+    """Noise with one bright half."""
+    random = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 160, (count, 1, 8, 8), generator=random)
+    labels = torch.arange(count) % 4
+    for index, label in enumerate(labels.tolist()):
+        part = ((slice(0, 4), slice(None)), (slice(4, 8), slice(None)), (slice(None), slice(0, 4)))
+        rows, columns = (*part, (slice(None), slice(4, 8)))[label]
+        images[index, 0, rows, columns] += 90
+    return LabelledImages(images.to(torch.uint8), labels, "halves")
+
+
+@pytest.fixture
+def network() -> Classifier:
+    with seeded(0):
+        return build_classifier("nayer:resnet8", SPEC, CLASSES)
+
+
+def settings(**changes: object) -> Teach:
+    values = {"data": "halves", "epochs": 4, "batch": 32, "lr": 0.1, "augment": Augment(pad=1, flip=False)}
+    return Teach.model_validate(values | changes)
+
+
+def test_a_small_classifier_learns(network: Classifier, compute: Compute) -> None:
+    held_out = halves(200, seed=2)
+    trained = teach(network, halves(320, seed=1), settings(), compute, seed=0)
+    assert trained is network
+    assert not trained.training
+    assert top1(logits_of(trained, held_out.images, compute), held_out.labels) > 0.95
+
+
+def test_it_is_sgd_with_nesterov_momentum_and_one_cycle(network: Classifier, compute: Compute) -> None:
+    """Against a plain loop with the schedule as a formula: up for 30 % of the steps, then down to nearly nothing."""
+    data, config = halves(96, seed=1), settings(epochs=3, augment=Augment(pad=0, flip=False))
+    plain = copy.deepcopy(network).train()
+    teach(network, data, config, compute, seed=5)
+    steps, peak = 9, config.lr
+    top = 0.3 * steps - 1
+
+    def rate(step: int) -> float:
+        start, end, part = peak, peak / 25e4, (step - top) / (steps - 1 - top)
+        if step <= top:
+            start, end, part = peak / 25, peak, step / top
+        return end + (start - end) / 2 * (1 + math.cos(math.pi * part))
+
+    velocity = {name: torch.zeros_like(parameter) for name, parameter in plain.named_parameters()}
+    for step in range(steps):
+        if step % 3 == 0:
+            order = torch.randperm(96, generator=random_stream(5, "teach", step // 3))
+        chosen = order[step % 3 * 32 : (step % 3 + 1) * 32]
+        plain.zero_grad()
+        F.cross_entropy(plain(data.images[chosen].float() / 255), data.labels[chosen]).backward()
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                assert parameter.grad is not None
+                gradient = parameter.grad + config.weight_decay * parameter
+                velocity[name] = config.momentum * velocity[name] + gradient
+                parameter -= rate(step) * (gradient + config.momentum * velocity[name])
+    for (name, value), wanted in zip(network.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_flipping_hurts_where_left_is_not_right(network: Classifier, compute: Compute) -> None:
+    held_out = halves(200, seed=2)
+    trained = teach(network, halves(320, seed=1), settings(augment=Augment(pad=1, flip=True)), compute, seed=0)
+    assert top1(logits_of(trained, held_out.images, compute), held_out.labels) < 0.85
+
+
+def test_the_same_seed_gives_the_same_bits(network: Classifier, compute: Compute) -> None:
+    data, config = halves(96, seed=1), settings(epochs=2)
+    digests = [weights_digest(teach(copy.deepcopy(network), data, config, compute, seed=seed)) for seed in (3, 3, 4)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_fewer_images_than_a_batch(network: Classifier, compute: Compute) -> None:
+    before = weights_digest(network)
+    teach(network, halves(6, seed=1), settings(epochs=1), compute, seed=0)
+    assert weights_digest(network) != before
+
+
+def test_a_loss_that_explodes_is_named(network: Classifier, compute: Compute) -> None:
+    with pytest.raises(TrainingError, match=r"loss became (nan|inf) in epoch [12]") as caught:
+        teach(network, halves(96, seed=1), settings(lr=1e30, epochs=2), compute, seed=0)
+    assert "teach.lr" in caught.value.fix

@@ -1,0 +1,264 @@
+"""Fine-tuning with fake quantization: what is learnt is what ships, and it ships only where it is measured to help."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import ModelProto, numpy_helper
+from torch import nn
+from torch.nn import functional as F
+
+from nayer_edge.errors import TrainingError, UsageError
+from nayer_edge.export.onnx_file import metadata_of
+from nayer_edge.export.qat.finetune import FineTuner, Schedule, train
+from nayer_edge.export.qat.graph_network import GraphNetwork
+from nayer_edge.export.qdq import with_qdq
+from nayer_edge.export.targets import TARGETS
+from nayer_edge.export.to_int8 import FINETUNED, Int8Result, prepared, run_onnx, to_int8
+from nayer_edge.export.to_onnx import to_onnx
+from nayer_edge.runtime.progress import Silent
+
+SHAPE = (1, 8, 8)
+CPU = torch.device("cpu")
+
+
+def draw(count: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four noisy patterns."""
+    patterns = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(9))
+    labels = torch.randint(0, 4, (count,), generator=random)
+    images = F.interpolate(patterns[labels], scale_factor=2) + 0.25 * torch.randn(count, *SHAPE, generator=random)
+    return images.clamp(0, 1), labels
+
+
+CALIBRATION = draw(64, torch.Generator().manual_seed(1))[0].numpy()
+HOLDOUT = draw(300, torch.Generator().manual_seed(2))[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def student() -> nn.Module:
+    """A depthwise network trained for a moment, one of whose channels is a hundred times as large as the others.
+
+    The next layer takes that back, so FP32 does not change; with one range per tensor the other channels then live on
+    a few of the 256 levels. MobileNets come by such channels when BatchNorm is folded (Nagel et al., ICCV 2019, §3.2).
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.ReLU(),
+        nn.Conv2d(8, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+    random = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(120):
+        images, labels = draw(64, random)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    with torch.no_grad():
+        largest = model[:4](torch.from_numpy(CALIBRATION)).amax(dim=(0, 2, 3)).argmax()
+        model[2].weight[largest] *= 100
+        model[2].bias[largest] *= 100
+        model[4].weight[:, largest] /= 100
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def fp32(student: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finetune") / "fp32.onnx"
+    to_onnx(student, SHAPE, path)
+    return path
+
+
+def tuner(teacher: nn.Module, **changes: float) -> FineTuner:
+    def images_and_logits(random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        images, _ = draw(32, random)
+        with torch.no_grad():
+            return images, teacher(images)
+
+    schedule = Schedule(**{"epochs": 2, "steps": 30, "lr": 5e-3, "temperature": 2.0, "range_lr": 2e-2} | changes)
+    return FineTuner(images_and_logits, schedule, stream, CPU, Silent())
+
+
+def stream(epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(100 + epoch)
+
+
+def quantize(fp32: Path, path: Path, fine_tuner: FineTuner | None, target: str = "cpu") -> Int8Result:
+    return to_int8(
+        fp32, path, CALIBRATION, target, method="minmax", holdout_images=HOLDOUT, finetune=fine_tuner,
+        bias_correction="off",
+    )  # fmt: skip
+
+
+def test_it_mends_what_calibration_cannot(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+    plain = quantize(fp32, tmp_path / "plain.onnx", None)
+    tuned = quantize(fp32, tmp_path / "tuned.onnx", tuner(student))
+    record = tuned.record["finetune"]
+    assert (tuned.method, record["chosen"], record["start"]) == (FINETUNED, True, "minmax")
+    assert plain.record["finetune"] is None
+    assert record["calibrated"] == plain.record["final"], "beside exactly what would ship otherwise"
+    assert record["finetuned"] == tuned.record["final"] == tuned.record["methods"][FINETUNED]
+    assert record["finetuned"]["top1"] > record["calibrated"]["top1"] + 0.02, "a loss that is worth mending"
+    assert record["gain"] == pytest.approx(record["finetuned"]["top1"] - record["calibrated"]["top1"])
+    assert record["loss"][-1] < record["loss"][0]
+    fp32_classes = run_onnx(fp32, HOLDOUT).argmax(1)
+    measured = (run_onnx(tmp_path / "tuned.onnx", HOLDOUT).argmax(1) == fp32_classes).mean()
+    assert measured == pytest.approx(record["finetuned"]["top1"]), "the file is what was measured"
+    assert metadata_of(onnx.load(tmp_path / "tuned.onnx"))["nayer_edge.calibration"].startswith(FINETUNED)
+    assert tuned.coverage.fraction == 1.0
+
+
+def test_without_it_not_a_bit_changes(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+    """Where fine-tuning loses, the file is that of calibration alone."""
+    plain = quantize(fp32, tmp_path / "plain.onnx", None)
+    lost = quantize(fp32, tmp_path / "lost.onnx", tuner(nn.Sequential(student, Wrong()), lr=0.05))
+    assert lost.record["finetune"]["chosen"] is False
+    assert lost.record["finetune"]["gain"] < 0
+    assert lost.method == "minmax"
+    assert lost.sha256 == plain.sha256
+    ignored = {"finetune", "methods"}
+    assert {k: v for k, v in lost.record.items() if k not in ignored} == {
+        k: v for k, v in plain.record.items() if k not in ignored
+    }
+    assert lost.record["methods"].keys() - plain.record["methods"].keys() == {FINETUNED}
+
+
+class Wrong(nn.Module):
+    """A teacher that swaps all classes."""
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.flip(1)
+
+
+def test_the_file_is_the_network_that_was_trained(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+    """torch's fake quantization against the exported file in ONNX Runtime, on images that neither has seen."""
+    images = HOLDOUT[:100]
+    for target in ("cpu", "arm"):
+        result = quantize(fp32, tmp_path / f"{target}.onnx", tuner(student), target)
+        assert result.method == FINETUNED
+        graph = prepared(fp32, tmp_path / "prepared.onnx")
+        for tensor in graph.graph.initializer:
+            tensor.CopyFrom(numpy_helper.from_array(tuned_value(result, tensor.name, graph), tensor.name))
+        ranges = {name: (low, high) for name, (low, high) in result.record["ranges"].items()}
+        network = GraphNetwork(graph, with_qdq(graph, ranges, TARGETS[target]), ranges, TARGETS[target])
+        with torch.no_grad():
+            wanted = network(torch.from_numpy(images)).numpy()
+        found = run_onnx(tmp_path / f"{target}.onnx", images, as_written=True)
+        assert (found.argmax(1) == wanted.argmax(1)).mean() >= 0.98
+        assert np.abs(found - wanted).mean() < 0.02 * np.abs(wanted).mean()
+
+
+def tuned_value(result: Int8Result, name: str, graph: ModelProto) -> np.ndarray:
+    """A constant of the graph as it lies, dequantized, in the written file."""
+    written = {t.name: numpy_helper.to_array(t) for t in onnx.load(result.path).graph.initializer}
+    original = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}[name]
+    if f"{name}_quantized" not in written:
+        return written.get(name, original).astype(original.dtype)
+    levels = written[f"{name}_quantized"].astype(np.float32)
+    scale = written.get(f"{name}_scale", written.get(f"{name}_quantized_scale"))
+    assert scale is not None
+    shape = [-1] + [1] * (levels.ndim - 1) if np.ndim(scale) else []
+    return levels * scale.astype(np.float32).reshape(shape)
+
+
+def test_the_same_images_give_the_same_bits(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+    first, second = (quantize(fp32, tmp_path / f"{i}.onnx", tuner(student, steps=3)) for i in range(2))
+    assert first.sha256 == second.sha256
+    assert first.record == second.record
+
+
+def test_targets_of_one_scheme_share_a_network(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+    trained: list[str] = []
+
+    class Listener(Silent):
+        def start(self, what: str, total: int) -> None:
+            assert total == 2
+            trained.append(what)
+
+    shared = tuner(student, epochs=1, steps=2)
+    shared.progress = Listener()
+    results = {name: quantize(fp32, tmp_path / f"{name}.onnx", shared, name) for name in TARGETS}
+    assert trained == ["fine-tune for cpu", "fine-tune for arm", "fine-tune for tensorrt"]
+    assert results["tensorrt-rtx"].record["finetune"]["first"] == "tensorrt"
+    learnt = [results[name].record["finetune"]["loss"] for name in ("tensorrt", "tensorrt-rtx")]
+    assert learnt[0] == learnt[1]
+
+
+def test_layers_that_stay_in_float_are_not_rounded(fp32: Path, student: nn.Module) -> None:
+    """The same graph without a single Q/DQ: fine-tuning then starts at a loss of zero."""
+    graph = onnx.load(fp32)
+    everything = [n.name for n in graph.graph.node if n.op_type in ("Conv", "Gemm")]
+    fine_tuner = tuner(student, epochs=1, steps=1)
+    found = fine_tuner(graph, {}, TARGETS["cpu"], everything)
+    assert found.record["loss"] == [pytest.approx(0.0, abs=1e-6)]
+    rounded = tuner(student, epochs=1, steps=1)
+    ranges = {name: (0.0, 2.0) for node in graph.graph.node for name in (*node.input, *node.output)}
+    assert rounded(graph, ranges, TARGETS["cpu"], ()).record["loss"][0] > 1e-4
+
+
+def test_a_loss_that_is_not_finite_ends_with_the_epoch_and_advice(student: nn.Module) -> None:
+    def broken(random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        return draw(8, random)[0], torch.full((8, 4), float("nan"))
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with pytest.raises(TrainingError, match=r"epoch 0[\s\S]*export.finetune_lr"):
+        train(network, list(network.parameters()), [], broken, Schedule(1, 1, 1e-3, 4.0), stream)
+
+
+def test_the_schedule_decays_to_nothing() -> None:
+    """A cosine from each group's own rate to 0, by its closed form."""
+    network = nn.Linear(64, 4)
+    seen: list[list[float]] = []
+    step = torch.optim.Adam.step
+
+    def spy(self: torch.optim.Adam, *arguments: object) -> object:
+        seen.append([group["lr"] for group in self.param_groups])
+        return step(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", spy)
+        images = torch.rand(8, 64)
+        train(
+            network, [network.weight], [network.bias], lambda _: (images, torch.zeros(8, 4)),
+            Schedule(2, 3, 0.1, 4.0, 0.02), stream,
+        )  # fmt: skip
+    wanted = [0.5 * (1 + np.cos(np.pi * i / 6)) for i in range(6)]
+    np.testing.assert_allclose(seen, [[0.1 * f, 0.02 * f] for f in wanted], rtol=1e-6)
+
+
+def test_every_epoch_draws_from_its_own_stream(student: nn.Module) -> None:
+    fine_tuner = tuner(student, epochs=3, steps=2)
+    seen: list[torch.Tensor] = []
+    inner: Callable[..., tuple[torch.Tensor, torch.Tensor]] = fine_tuner.draw
+
+    def spy(random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(inner(random)[0])
+        return seen[-1], torch.zeros(32, 4)
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    train(network, list(network.parameters()), [], spy, fine_tuner.schedule, stream)
+    assert len(seen) == 6
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+def test_it_needs_a_hold_out(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="measured to help"):
+        to_int8(fp32, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax", finetune=tuner(student))
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_the_teachers_opinion_is_recorded(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+    teacher_logits = run_onnx(fp32, HOLDOUT)
+    result = to_int8(
+        fp32, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax", holdout_images=HOLDOUT,
+        finetune=tuner(student, steps=2), teacher_logits=teacher_logits,
+    )  # fmt: skip
+    record = result.record["finetune"]["vs_teacher"]
+    assert record["fp32"]["top1"] == 1.0
+    assert record["calibrated"] == result.record["finetune"]["calibrated"], "here the teacher is the FP32 student"
+    assert record["finetuned"] == result.record["finetune"]["finetuned"]

@@ -1,0 +1,556 @@
+"""`init`: what it finds in real checkpoints, what it asks, what it refuses, and that `run` takes what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nayer_edge.config import InputSpec
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.models.load import build_classifier
+from nayer_edge.pipelines.init.inspect_checkpoint import look
+from nayer_edge.pipelines.init.parsing import parse_shape, parse_values
+from nayer_edge.pipelines.init.sizes import (
+    Cost,
+    Device,
+    choose,
+    cost_of,
+    generator_flop,
+    speed_of,
+    student_for,
+)
+from nayer_edge.pipelines.recipes import preflight
+from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.steps import STEPS
+from nayer_edge.storage.tensors import save_tensors
+
+Invoke = Callable[..., Any]
+TEN = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def weights_of(model: str, classes: int = 10, channels: int = 3) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    spec = InputSpec(channels=channels)
+    return dict(build_classifier(model, spec, [f"c{n}" for n in range(classes)]).backbone.state_dict())
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels.txt").write_text("\n".join(TEN), encoding="utf-8")
+    return tmp_path
+
+
+def found_in(answer: Any) -> dict[str, Any]:
+    return json.loads(answer.out)["found"]
+
+
+# ------------------------------------------------------------------ what it finds
+
+
+def test_a_torchvision_state_dict(here: Path, invoke: Invoke) -> None:
+    torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
+    answer = invoke("init", "r18.pt", "--labels", "labels.txt", "--input", "32", "--yes", "--json")
+    assert answer.code == 0, answer.err
+    found = found_in(answer)
+    assert (found["batch_norms"], found["classes"], found["channels"]) == (20, 10, 3)
+    # 11.69 million with ImageNet's head (torchvision's own figure), less 990 of its 1,000 outputs.
+    assert found["parameters"] == 11_689_512 - 990 * 513
+    assert [(n["model"], n["exact"]) for n in found["networks"]] == [("torchvision:resnet18", True)]
+    assert (found["input"]["height"], found["input"]["sure"]) == (224, False)
+    recipe = load_recipe("r18.toml")
+    assert recipe.teacher.model == "torchvision:resnet18"
+    assert recipe.teacher.weights == str(here / "r18.pt")
+    assert recipe.teacher.classes == TEN
+    assert recipe.teacher.input.shape == (3, 32, 32)
+    assert recipe.teacher.input.mean == (0.485, 0.456, 0.406)
+    preflight.check(recipe, STEPS)
+    text = (here / "r18.toml").read_text(encoding="utf-8")
+    assert "20 BatchNorm layers" in text
+    assert "(a guess)" in text
+    assert 'classes = "labels.txt"' in text
+    assert str(here) not in text, "what can be relative is"
+
+
+def test_prefixes_and_nested_keys(here: Path, invoke: Invoke) -> None:
+    weights = weights_of("nayer:resnet8")
+    torch.save({"epoch": 3, "state_dict": {f"module.{n}": v for n, v in weights.items()}, "optimizer": {}}, "ddp.pth")
+    torch.save({"state_dict": {f"model.{n}": v for n, v in weights.items()}, "epoch": 1}, "lightning.ckpt")
+    for name in ("ddp.pth", "lightning.ckpt"):
+        answer = invoke("init", name, "--labels", "labels.txt", "--yes", "--json", "--out", f"{Path(name).stem}.toml")
+        assert answer.code == 0, answer.err
+        (network,) = found_in(answer)["networks"]
+        assert (network["model"], network["exact"]) == ("nayer:resnet8", True)
+        assert found_in(answer)["key"] == "state_dict"
+
+
+@pytest.mark.parametrize(("model", "channels"), [("nayer:wrn_16_1", 1), ("nayer:wrn_22_2", 3), ("nayer:vgg11_bn", 4)])
+def test_our_zoo_in_safetensors(here: Path, model: str, channels: int) -> None:
+    """The file's tensors are in alphabetical order, so the first is not the one that sees the image."""
+    save_tensors(here / "w.safetensors", weights_of(model, 7, channels))
+    found = look(here / "w.safetensors")
+    assert [(match.model, match.exact) for match in found.matches] == [(model, True)]
+    assert (found.classes, found.channels) == (7, channels)
+    assert found.input is not None
+    assert found.input.value.shape == (channels, 32, 32)
+
+
+def test_a_timm_network(here: Path) -> None:
+    pytest.importorskip("timm")
+    torch.save(weights_of("timm:mobilenetv3_small_050", 7), here / "mobilenetv3_small_050.pth")
+    found = look(here / "mobilenetv3_small_050.pth")
+    assert [match.model for match in found.exact] == ["timm:mobilenetv3_small_050"]
+    assert found.input is not None
+    assert found.input.value.shape == (3, 224, 224)
+
+
+def test_networks_that_only_pad_differently_are_a_question(here: Path, invoke: Invoke) -> None:
+    """timm's `tf_` networks have the same tensors as their twins, and give other answers."""
+    pytest.importorskip("timm")
+    torch.save(weights_of("timm:tf_mobilenetv3_small_075"), "mobilenetv3_small_075.pth")
+    answer = invoke("init", "mobilenetv3_small_075.pth", "--labels", "labels.txt", "--yes")
+    assert answer.code == 2
+    assert "2 networks have such tensors" in answer.err
+    assert "--model" in answer.err.splitlines()[-1]
+
+
+def test_a_card_beside_the_weights_is_believed(here: Path, invoke: Invoke) -> None:
+    save_tensors(here / "t.safetensors", weights_of("nayer:resnet8", 3, 1))
+    card = {"input": {"channels": 1, "height": 12, "width": 20, "mean": [0.4], "std": [0.3], "range": "[0,1]"}}
+    (here / "t.json").write_text(json.dumps({**card, "classes": ["猫", "chien", "dog\x1b[2J"]}), encoding="utf-8")
+    answer = invoke("init", "t.safetensors", "--effort", "trial")
+    assert answer.code == 0, answer.err
+    assert "\x1b" not in answer.out
+    recipe = load_recipe("t.toml")
+    assert recipe.teacher.classes == ("猫", "chien", "dog\x1b[2J")
+    assert recipe.teacher.input == InputSpec(channels=1, height=12, width=20, mean=(0.4,), std=(0.3,))
+    (here / "t.json").write_text('{"input": 3, "classes": ["a"]}')
+    assert invoke("init", "t.safetensors", "--out", "again.toml").code == 2, "a card that does not hold tells nothing"
+
+
+def test_thousand_classes_are_a_guess(here: Path, invoke: Invoke) -> None:
+    torch.save(weights_of("torchvision:mobilenet_v3_small", 1000), "m.pt")
+    answer = invoke("init", "m.pt")
+    assert answer.code == 2
+    assert "A guess: those of ImageNet-1k" in answer.err
+    answer = invoke("init", "m.pt", "--yes", "--student", "torchvision:shufflenet_v2_x0_5")
+    assert answer.code == 0, answer.err
+    recipe = load_recipe("m.toml")
+    assert len(recipe.teacher.classes) == 1000
+    assert len((here / "m.labels.txt").read_text().splitlines()) == 1000
+    assert "ImageNet-1k, which has 1,000 classes too (a guess)" in (here / "m.toml").read_text()
+
+
+@pytest.mark.skipif(not os.environ.get("NAYER_EDGE_DATA"), reason="needs the measuring data (NAYER_EDGE_DATA)")
+def test_the_measured_cifar_teacher(here: Path, invoke: Invoke) -> None:
+    weights = Path(os.environ["NAYER_EDGE_DATA"]) / "teachers" / "wrn40_2_cifar10.safetensors"
+    answer = invoke("init", weights, "--json", "--name", "cifar")
+    assert answer.code == 0, answer.err
+    found = found_in(answer)
+    assert found["parameters"] == 2_243_546, "as its own card says"
+    assert [network["model"] for network in found["networks"]] == ["nayer:wrn_40_2"]
+    recipe = load_recipe("cifar.toml")
+    assert recipe.teacher.classes[:2] == ("airplane", "automobile")
+    assert recipe.teacher.input.mean == (0.4914, 0.4822, 0.4465)
+
+
+# ------------------------------------------------------------------ what it asks
+
+
+def test_without_a_terminal_it_names_every_flag(here: Path, invoke: Invoke) -> None:
+    save_tensors(here / "w.safetensors", weights_of("nayer:resnet8"))
+    answer = invoke("init", "w.safetensors")
+    assert answer.code == 2
+    assert "4 things are not known" in answer.err
+    for flag in ("--labels", "--input", "--mean", "--std", "--yes"):
+        assert flag in answer.err
+    assert not list(here.glob("*.toml"))
+    answer = invoke("init", "w.safetensors", "--yes")
+    assert answer.code == 2, "class names cannot be guessed"
+    assert "1 thing is not known" in answer.err
+    told = ["--labels", "labels.txt", "--input", "3x20x24", "--mean", "0.1,0.2,0.3", "--std", "0.5,0.5,0.5"]
+    answer = invoke("init", "w.safetensors", *told)
+    assert answer.code == 0, answer.err
+    assert load_recipe("w.toml").teacher.input.shape == (3, 20, 24)
+
+
+def on_terminal(folder: Path, answers: list[str], *arguments: str) -> tuple[int, str]:
+    """A session on a terminal: (exit code, everything that was shown)."""
+    mine, theirs = pty.openpty()
+    command = [sys.executable, "-m", "nayer_edge", "init", *arguments]
+    process = subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True)
+    os.close(theirs)
+    shown, left, deadline = b"", list(answers), time.monotonic() + 240
+    seen = 0
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select([mine], [], [], 0.2)
+        if ready:
+            try:
+                shown += os.read(mine, 4096)
+            except OSError:
+                break
+        # Every question ends with a colon and a blank.
+        if left and shown.rstrip(b"\r\n").endswith(b": ") and len(shown) > seen:
+            os.write(mine, left.pop(0).encode() + b"\n")
+            seen = len(shown) + 1
+        if process.poll() is not None and not ready:
+            break
+    os.close(mine)
+    return process.wait(timeout=60), shown.decode(errors="replace")
+
+
+def test_questions_on_a_terminal(here: Path) -> None:
+    save_tensors(here / "w.safetensors", weights_of("nayer:resnet20"))
+    (here / "short.txt").write_text("a\nb\n")
+    answers = ["nowhere.txt", "short.txt", "labels.txt", "sixteen", "3x16x16", "", "0.2,0.2,0.2"]
+    code, shown = on_terminal(here, answers, "w.safetensors", "--effort", "trial", "--out", "asked.toml")
+    assert code == 0, shown
+    assert "There is no file of class names at nowhere.txt" in shown
+    assert "short.txt holds 2 class names, and the classifier has 10 outputs" in shown
+    assert "'sixteen' is no image size" in shown
+    recipe = load_recipe(str(here / "asked.toml"))
+    assert recipe.teacher.input.shape == (3, 16, 16)
+    assert recipe.teacher.input.mean == (0.4914, 0.4822, 0.4465), "the guess, by pressing Enter"
+    assert recipe.teacher.input.std == (0.2, 0.2, 0.2)
+
+
+# ------------------------------------------------------------------ what it refuses
+
+
+def test_a_transformer_is_refused(here: Path, invoke: Invoke) -> None:
+    from torchvision.models import VisionTransformer
+
+    torch.save(VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=10).state_dict(), "vit.pt")
+    answer = invoke("init", "vit.pt", "--labels", "labels.txt", "--yes")
+    assert answer.code == 2
+    assert "has no BatchNorm layers: it is a transformer" in answer.err
+    assert not list(here.glob("*.toml"))
+
+
+class Hostile:
+    """Makes a folder if anybody unpickles it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("ran",)
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(here: Path, invoke: Invoke) -> None:
+    torch.save({"state_dict": Hostile()}, "evil.pt")
+    answer = invoke("init", "evil.pt", "--labels", "labels.txt", "--yes")
+    assert answer.code == 4
+    assert "nothing in it was run" in answer.err
+    assert not (here / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+@pytest.mark.parametrize("damage", ["empty", "short", "text", "absent", "folder"])
+def test_files_that_are_no_checkpoints(here: Path, invoke: Invoke, name: str, damage: str) -> None:
+    path = here / name
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "absent":
+        weights = weights_of("nayer:resnet8")
+        save_tensors(path, weights) if path.suffix == ".safetensors" else torch.save(weights, path)
+        whole = path.read_bytes()
+        path.write_bytes({"empty": b"", "short": whole[: len(whole) // 2], "text": b"not a checkpoint\n"}[damage])
+    answer = invoke("init", name, "--labels", "labels.txt", "--yes")
+    assert answer.code in (2, 4), answer.err
+    assert "Traceback" not in answer.err
+    assert "Something happened" not in answer.err
+    assert not list(here.glob("*.toml"))
+
+
+def test_networks_that_are_no_classifiers_or_unknown(here: Path) -> None:
+    from torch import nn
+
+    torch.save(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).state_dict(), "headless.pt")
+    with pytest.raises(UsageError, match="no linear layer at its end"):
+        look(here / "headless.pt")
+    torch.save(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).state_dict(), "mlp.pt")
+    with pytest.raises(UsageError, match="no convolutions on images"):
+        look(here / "mlp.pt")
+    own = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    torch.save(own.state_dict(), "own.pt")
+    found = look(here / "own.pt")
+    assert not found.exact
+    assert (found.classes, found.channels, found.batch_norms) == (4, 3, 1)
+
+
+def test_a_network_of_ones_own(here: Path, invoke: Invoke) -> None:
+    """The checkpoint says what it can, the rest comes from the user's code, which runs only where it is trusted."""
+    torch.save(weights_of("nayer:resnet8"), "own.pt")
+    (here / "mine.py").write_text(
+        "from torch import nn\n"
+        "def build(num_classes):\n"
+        "    body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1),\n"
+        "                         nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "    return nn.Sequential(body, nn.Linear(8, num_classes))\n"
+    )
+    program = "import torch, mine; torch.manual_seed(0); torch.save(mine.build(10).state_dict(), 'own.pt')"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=here)
+    told = ["--labels", "labels.txt", "--input", "32", "--mean", "0.5", "--std", "0.5"]
+    answer = invoke("init", "own.pt", *told)
+    assert answer.code == 2
+    assert "python:file.py:factory" in answer.err
+    answer = invoke("init", "own.pt", *told, "--model", "python:mine.py:build")
+    assert answer.code == 4
+    assert "--trust-code" in answer.err
+    answer = invoke(
+        "init", "own.pt", *told, "--model", "python:mine.py:build", "--trust-code", "--student", "nayer:resnet8"
+    )
+    assert answer.code == 0, answer.err
+    assert 'model = "python:mine.py:build"' in (here / "own.toml").read_text()
+
+
+def test_another_architecture_and_a_changed_stem(here: Path, invoke: Invoke) -> None:
+    weights = weights_of("torchvision:resnet18")
+    weights["conv1.weight"] = torch.zeros(64, 3, 3, 3)
+    torch.save(weights, "cifar_r18.pt")
+    told = ["--labels", "labels.txt", "--yes"]
+    answer = invoke("init", "cifar_r18.pt", *told)
+    assert answer.code == 2
+    assert "nearest: torchvision:resnet18, 101 of 102 tensors fit" in answer.err
+    assert "conv1.weight is 64×3×3×3 in the file, 64×3×7×7 in the network" in answer.err
+    answer = invoke("init", "cifar_r18.pt", *told, "--model", "nayer:resnet20")
+    assert answer.code == 2
+    assert "are not those of nayer:resnet20" in answer.err
+
+
+def test_labels_must_be_as_many_as_outputs(here: Path, invoke: Invoke) -> None:
+    save_tensors(here / "w.safetensors", weights_of("nayer:resnet8", 7))
+    answer = invoke("init", "w.safetensors", "--labels", "labels.txt", "--yes")
+    assert answer.code == 2
+    assert "labels.txt holds 10 class names, and the classifier has 7 outputs" in answer.err
+
+
+def test_it_overwrites_nothing_without_force(here: Path, invoke: Invoke) -> None:
+    save_tensors(here / "w.safetensors", weights_of("nayer:resnet20"))
+    (here / "w.toml").write_text("mine")
+    told = ["w.safetensors", "--labels", "labels.txt", "--yes", "--effort", "trial"]
+    assert invoke("init", *told).code == 2
+    assert (here / "w.toml").read_text() == "mine"
+    assert invoke("init", *told, "--force").code == 0
+    assert load_recipe("w.toml").teacher.model == "nayer:resnet20"
+    assert invoke("init", *told, "--out", "w.yaml").code == 2
+    assert invoke("init", *told, "--name", "../evil", "--out", "x.toml").code == 2
+    assert invoke("init", *told, "--student", "nayer:resnet20", "--out", "x.toml").code == 2
+
+
+def test_nan_in_the_weights(here: Path, invoke: Invoke) -> None:
+    weights = weights_of("nayer:resnet8")
+    next(value for name, value in weights.items() if name.endswith("running_var")).fill_(float("nan"))
+    torch.save(weights, "nan.pt")
+    answer = invoke("init", "nan.pt", "--labels", "labels.txt", "--yes")
+    assert answer.code == 2
+    assert "NaN" in answer.err
+    assert not (here / "nan.toml").exists()
+
+
+# ------------------------------------------------------------------ sizes and answers
+
+
+def test_what_is_wrong_at_first_sight_is_said_at_once(here: Path, spawn: Invoke, without: Callable[..., Any]) -> None:
+    """Before torch is imported, which takes seconds."""
+    (here / "w.pt").write_bytes(b"weights")
+    (here / "twice.txt").write_text("one\none\n")
+    (here / "there.toml").write_text("")
+    for words, message in (
+        (["nope.pt"], "There is no checkpoint at nope.pt."),
+        (["w.pt", "--labels", "nope.txt"], "There is no file of class names at nope.txt."),
+        (["w.pt", "--labels", "twice.txt"], "one"),
+        (["w.pt", "--input", "32x32x3"], "Type: --input 3x32x32"),
+        (["w.pt", "--out", "there.toml"], "There is a there.toml already."),
+        (["w.pt", "--name", "../evil"], "cannot name a recipe"),
+    ):
+        answer = spawn("init", *words, env=without("torch", "numpy"), cwd=here)
+        assert answer.code == 2, answer.err
+        assert message in answer.err
+
+
+def test_the_channels_that_the_weights_have(here: Path, invoke: Invoke) -> None:
+    """The option is wrong, not the file."""
+    torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
+    answer = invoke("init", "r18.pt", "--labels", "labels.txt", "--input", "1x32x32", "--yes")
+    assert answer.code == 2
+    assert "The network takes images of 3 channels, and --input says 1." in answer.err
+    assert "--input 3x32x32" in answer.err
+
+
+def test_what_was_said_is_not_called_a_guess(here: Path, invoke: Invoke) -> None:
+    torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
+    told = [
+        "--labels",
+        "labels.txt",
+        "--input",
+        "32x32",
+        "--mean",
+        "0.5",
+        "--std",
+        "0.5",
+        "--student",
+        "nayer:wrn_16_2",
+    ]
+    answer = invoke("init", "r18.pt", *told)
+    assert answer.code == 0, answer.err
+    assert "guess" not in answer.out
+    assert "3×32×32, mean 0.5, std 0.5 (you said so)" in answer.out
+    # WRN-16-2 has fewer parameters than ResNet-18 and, at 32 pixels, more to compute.
+    assert "larger or slower than the teacher" in answer.out
+    assert re.search(r"time +\d+ minutes|time +\d+\.\d hours", answer.out)
+    assert "channels = 32" in (here / "r18.toml").read_text()
+    assert load_recipe("r18.toml").generator.channels == 32
+
+
+def test_what_it_writes_runs(here: Path, invoke: Invoke) -> None:
+    save_tensors(here / "w.safetensors", weights_of("nayer:resnet20", 10, 1))
+    told = ["--labels", "labels.txt", "--input", "1x8x8", "--mean", "0.5", "--std", "0.5"]
+    answer = invoke("init", "w.safetensors", *told, "--effort", "trial", "--student", "nayer:resnet8")
+    assert answer.code == 0, answer.err
+    answer = invoke("run", "w.toml", "--until", "student")
+    assert answer.code == 0, answer.err
+    assert (here / "runs" / "w" / "student" / "student.safetensors").is_file()
+
+
+def test_costs_are_those_of_the_network() -> None:
+    # Published for torchvision's ResNet-18 at 224 pixels: 1.814 GMACs, 11.69 million parameters.
+    cost = cost_of("torchvision:resnet18", InputSpec(height=224, width=224), 1000)
+    assert cost.flop / 2 == pytest.approx(1.814e9, rel=2e-3)
+    assert cost.parameters == 11_689_512
+    # Counted by hand: one output of 16×16 floats per channel for the first convolution is the least.
+    assert cost.activation_bytes > 4 * 64 * 112 * 112 * 3
+
+
+def test_what_the_generator_costs() -> None:
+    """Multiply-accumulates of its layers by hand: noisy linear, linear, three convolutions of 3×3."""
+    by_hand = 384 * 1000 + 1000 * 128 * 8 * 8
+    by_hand += 9 * (128 * 128 * 16 * 16 + 128 * 64 * 32 * 32 + 64 * 3 * 32 * 32)
+    assert generator_flop(InputSpec(), 10, 64) == pytest.approx(2 * by_hand, rel=1e-6)
+
+
+def test_the_speed_is_that_of_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that says half a second for every pass."""
+    ticks = iter(number / 2 for number in range(1000))
+    monkeypatch.setattr("nayer_edge.pipelines.init.sizes.time.perf_counter", lambda: next(ticks))
+    network = build_classifier("nayer:resnet8", InputSpec(), TEN)
+    cost = cost_of("nayer:resnet8", InputSpec(), 10)
+    assert speed_of(network, cost, seconds=3) == pytest.approx(64 * 3 * cost.flop / 0.5)
+
+
+def test_a_processor_gets_what_it_does_in_an_hour() -> None:
+    spec, teacher, student = InputSpec(), Cost(6e8, 4e6, 10**7), Cost(5e7, 1e6, 10**5)
+    found = {
+        speed: choose(spec, 10, teacher, student, Device("cpu", "", 2**34, speed), "normal")
+        for speed in (1e9, 1e11, 1.5e11, 1e13)
+    }
+    epochs = [sizes.epochs for sizes in found.values()]
+    assert epochs == sorted(epochs)
+    assert (epochs[0], epochs[-1]) == (10, 40)
+    assert 10 < epochs[1] < epochs[2] < 40
+    for speed, sizes in found.items():
+        assert sizes.seconds is not None
+        assert sizes.seconds <= 3600 or sizes.epochs == 10
+        # Every synthesis step costs a pass forward and two backward through teacher and generator.
+        rounds = sizes.warmup_epochs * sizes.warmup_rounds + sizes.epochs - sizes.warmup_epochs
+        synthesis = rounds * sizes.g_steps * sizes.batch * 3 * (teacher.flop + generator_flop(spec, 10, 64))
+        assert 1.0 < sizes.seconds * speed / synthesis < 3.0
+        assert f"at the {speed / 1e9:.0f} GFLOP/s that the teacher reached here" in sizes.reasons["epochs"]
+    # A small teacher gets a small generator, so that it is not the generator that takes the time.
+    small = choose(spec, 10, Cost(7.4e7, 1e6, 10**7), student, Device("cpu", "", 2**34), "normal")
+    assert small.generator_channels == 32
+    assert found[1e11].generator_channels is None
+
+
+def test_the_student_is_faster_than_the_teacher() -> None:
+    for pixels, own in ((32, "torchvision:resnet18"), (32, "nayer:wrn_40_2"), (224, "torchvision:resnet18")):
+        spec = InputSpec(height=pixels, width=pixels)
+        teacher = cost_of(own, spec, 10)
+        student = cost_of(student_for(spec, 10, teacher, own), spec, 10)
+        assert student.parameters <= teacher.parameters / 3
+        assert student.flop <= teacher.flop
+    spec = InputSpec()
+    found = student_for(spec, 10, cost_of("nayer:resnet8", spec, 10), "nayer:resnet8")
+    assert found == "nayer:wrn_16_1", "none is smaller; this is the smallest of the others"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("pixels", [16, 32, 224])
+@pytest.mark.parametrize("gib", [1, 8, 80])
+def test_sizes_fit_the_memory(kind: str, pixels: int, gib: int) -> None:
+    spec = InputSpec(height=pixels, width=pixels)
+    teacher = Cost(3e6 * pixels**2, 4e4 * pixels**2 / 16, 10**7)
+    student = Cost(3e5 * pixels**2, 4e3 * pixels**2 / 16, 10**6)
+    device = Device(kind, "a device", gib * 2**30)  # pyright: ignore[reportArgumentType]
+    sizes = choose(spec, 10, teacher, student, device, "normal")
+    assert 3 * teacher.activation_bytes * sizes.batch <= 0.4 * device.free_bytes or sizes.batch == 8
+    assert sizes.bank_mib * 2**20 >= sizes.batch * 3 * pixels**2, "a round fits into the bank"
+    assert sizes.warmup_epochs < sizes.epochs
+    assert sizes.pad < pixels
+    if kind == "cuda" and gib == 80 and pixels == 32:
+        # The paper's values (research: E = 100 and 20 epochs of warm-up).
+        paper = (sizes.batch, sizes.g_steps, sizes.rounds, sizes.warmup_rounds, sizes.epochs, sizes.student_batch)
+        assert paper == (400, 30, 2, 10, 120, 512)
+    smaller = choose(spec, 10, teacher, student, Device(device.kind, "", 2**28), "normal")
+    assert smaller.batch <= sizes.batch
+    assert smaller.student_batch <= sizes.student_batch
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [("3x224x224", (3, 224, 224)), ("1×28×30", (1, 28, 30)), ("32", (3, 32, 32)), ("8 x 9", (3, 8, 9))],
+)
+def test_image_sizes(text: str, shape: tuple[int, int, int]) -> None:
+    assert parse_shape(text, 3) == shape
+
+
+@pytest.mark.parametrize("text", ["32x24x3", "32, 24, 3", "9x8x1"])
+def test_channels_last_are_put_first(text: str) -> None:
+    with pytest.raises(UsageError, match="channels last") as caught:
+        parse_shape(text, 3)
+    assert caught.value.fix in ("Type: --input 3x32x24", "Type: --input 1x9x8")
+
+
+@pytest.mark.parametrize("text", ["", "x", "3x", "axb", "1x2x3x4", "-3x4x4", "٣x4x4", "3.5"])
+def test_no_image_sizes(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_shape(text, 3)
+
+
+def test_numbers() -> None:
+    assert parse_values("0.485, 0.456 0.406", "--mean") == (0.485, 0.456, 0.406)
+    for text in ("", "a", "0.1;0.2"):
+        with pytest.raises(UsageError):
+            parse_values(text, "--mean")
+
+
+def test_a_folder_of_transformers(here: Path, invoke: Invoke) -> None:
+    from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    names = {0: "crane", 1: "cat", 2: "crane"}
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=names)
+    ResNetForImageClassification(config).save_pretrained(here / "hf")
+    processor = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0)
+    processor.save_pretrained(here / "hf")
+    answer = invoke("init", "hf", "--student", "nayer:resnet8")
+    assert answer.code == 0, answer.err
+    recipe = load_recipe("hf.toml")
+    assert recipe.teacher.classes == ("crane (class 0)", "cat", "crane (class 2)")
+    assert recipe.teacher.weights is None
+    assert 'model = "hf:hf"' in (here / "hf.toml").read_text()
+
+
+def test_errors_are_ours(here: Path) -> None:
+    with pytest.raises((UsageError, IntegrityError)):
+        look(here / "labels.txt")

@@ -1,0 +1,297 @@
+"""Recipes: found by name or path, extended, overridden, and refused with every problem at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from nayer_edge.config import Recipe, apply_settings
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.pipelines.recipes import preflight
+from nayer_edge.pipelines.recipes.loading import Shipped, load_recipe, portable, recipe_of, shipped
+from nayer_edge.pipelines.schemas import load
+from nayer_edge.pipelines.steps import STEPS, until
+from nayer_edge.storage.run_folder import RunFolder
+
+MINIMAL = """
+[teacher]
+model = "nayer:resnet20"
+weights = "weights/teacher.safetensors"
+classes = ["a", "b"]
+
+[student]
+model = "nayer:resnet8"
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(name: str | Path, *settings: str) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(str(name), list(settings))
+    return caught.value
+
+
+@pytest.mark.parametrize("entry", shipped(), ids=lambda entry: entry.name)
+def test_shipped_recipes_hold(entry: Shipped) -> None:
+    recipe = load_recipe(entry.name)
+    assert recipe.name == entry.name
+    assert recipe.description
+    jsonschema.validate(recipe.model_dump(mode="json", by_alias=True), load("recipe"))
+
+
+def test_the_digits_recipe_fits_its_limits_to_its_images() -> None:
+    recipe = load_recipe("digits")
+    assert recipe.gate.accuracy.max_drop_vs_fp32 == 0.015
+    assert recipe.gate.accuracy.max_drop_vs_teacher == 0.04
+    assert recipe.teacher.classes[:3] == ("zero", "one", "two")
+    assert len(recipe.teacher.classes) == 10
+
+
+def test_the_file_names_the_recipe(tmp_path: Path) -> None:
+    assert load_recipe(str(write(tmp_path / "mine.toml", MINIMAL))).name == "mine"
+    assert load_recipe(str(write(tmp_path / "mine.toml", "name = 'other'\n" + MINIMAL))).name == "other"
+
+
+def test_paths_start_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "project" / "mine.toml", MINIMAL + '[validate]\ndata = "held"\n')
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(str(path.relative_to(tmp_path)))
+    assert recipe.teacher.weights == str(tmp_path / "project" / "weights" / "teacher.safetensors")
+    assert recipe.validate_.data == str(tmp_path / "project" / "held")
+
+
+def test_paths_typed_on_the_command_line_start_where_they_are_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "project" / "mine.toml", MINIMAL)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load_recipe(str(path), ["validate.data=held", "teacher.weights=w.safetensors"])
+    assert recipe.validate_.data == str(tmp_path / "here" / "held")
+    assert recipe.teacher.weights == str(tmp_path / "here" / "w.safetensors")
+
+
+def test_variables_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "mine.toml", MINIMAL.replace("weights/", "$NAYER_EDGE_DATA/"))
+    monkeypatch.setenv("NAYER_EDGE_DATA", str(tmp_path / "store"))
+    assert load_recipe(str(path)).teacher.weights == str(tmp_path / "store" / "teacher.safetensors")
+    monkeypatch.delenv("NAYER_EDGE_DATA")
+    with pytest.raises(UsageError, match="NAYER_EDGE_DATA is not set"):
+        preflight.check(load_recipe(str(path)), until("teacher"))
+
+
+def test_unknown_names() -> None:
+    assert "Did you mean 'digits'?" in refused("digts").what
+    assert "nayer-edge recipes" in refused("digts").fix
+    assert "There is no recipe file" in refused("nowhere.toml").what
+
+
+def test_a_recipe_in_a_folder_of_its_name_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("digits").name == "digits"
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    text = MINIMAL + "[distill]\nepoch = 3\nlr = -1\n[distil]\n[gate]\nartifact = ['x']\n"
+    why = refused(write(tmp_path / "mine.toml", text)).why
+    assert "unknown key 'distill.epoch'. Did you mean 'distill.epochs'?" in why
+    assert "unknown key 'distil'. Did you mean 'distill'?" in why
+    assert "unknown key 'gate.artifact'. Did you mean 'gate.artifacts'?" in why
+    assert "distill.lr" in why
+    assert len(why.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "name = 3",
+        "not toml at all",
+        "\x00",
+        MINIMAL.replace('["a", "b"]', '["a", "a"]'),
+        MINIMAL.replace('["a", "b"]', '["a", " "]'),
+        MINIMAL.replace('["a", "b"]', '["a"]'),
+        MINIMAL + '[teach]\ndata = "digits"\n',
+        MINIMAL.replace('weights = "weights/teacher.safetensors"\n', ""),
+        MINIMAL + "[distill]\nepochs = 3\nwarmup_epochs = 3\n",
+        MINIMAL + '[lte]\nprompt = "no label"\n',
+        "name = '../evil'\n" + MINIMAL,
+        "seed = -1\n" + MINIMAL,
+        "[teacher]\ninput = { channels = 3, mean = [0.1, 0.2] }\n",
+        MINIMAL + "[distill]\nlr = nan\n",
+        MINIMAL + "[distill]\nlr = inf\n",
+    ],
+)
+def test_recipes_that_do_not_hold(tmp_path: Path, text: str) -> None:
+    error = refused(write(tmp_path / "mine.toml", text))
+    assert error.what
+    assert error.why
+
+
+def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "not readable" in refused(path).what
+    path.write_bytes(b"# " + b"x" * 2**20)
+    assert "larger" in refused(path).what
+
+
+def test_extending(tmp_path: Path) -> None:
+    write(tmp_path / "_base.toml", MINIMAL + "[distill]\nepochs = 50\nlr = 0.1\n")
+    path = write(tmp_path / "mine.toml", 'extends = "_base"\n[distill]\nepochs = 60\n')
+    recipe = load_recipe(str(path))
+    assert (recipe.name, recipe.distill.epochs, recipe.distill.lr) == ("mine", 60, 0.1)
+    assert "there is no" in refused(write(tmp_path / "orphan.toml", 'extends = "nothing"\n' + MINIMAL)).what
+    write(tmp_path / "round.toml", 'extends = "round"\n' + MINIMAL)
+    assert "circle" in refused(tmp_path / "round.toml").what
+    assert refused(write(tmp_path / "odd.toml", "extends = 3\n" + MINIMAL)).what
+
+
+def test_settings() -> None:
+    recipe = load_recipe(
+        "digits",
+        ["distill.epochs=7", "teach.lr=0.5", "export.targets=['cpu', 'arm']", "description=plain words", "seed = 4"],
+    )
+    assert recipe.distill.epochs == 7
+    assert recipe.teach is not None
+    assert recipe.teach.lr == 0.5
+    assert recipe.export.targets == ("cpu", "arm")
+    assert recipe.description == "plain words"
+    assert recipe.seed == 4
+    assert load_recipe("digits", ["seed=1", "seed=2"]).seed == 2, "the last one counts"
+    assert load_recipe("digits", ["description=a=b"]).description == "a=b"
+
+
+@pytest.mark.parametrize("setting", ["x", "=3", "a..b=3", ".=3", "seed.deep=3", "distill=3", "distill.epochs=many", ""])
+def test_settings_that_do_not_hold(setting: str) -> None:
+    assert refused("digits", setting).exit_code == 2
+
+
+def test_settings_leave_the_values_alone() -> None:
+    values = {"distill": {"epochs": 3}}
+    assert apply_settings(values, ["distill.epochs=4"])["distill"]["epochs"] == 4
+    assert values == {"distill": {"epochs": 3}}
+
+
+def test_a_recipe_survives_the_manifest() -> None:
+    recipe = load_recipe("digits", ["seed=3"])
+    values = json.loads(json.dumps(recipe.model_dump(mode="json", by_alias=True)))
+    assert recipe_of(values, Path()) == recipe
+    assert isinstance(recipe_of(values, Path()), Recipe)
+
+
+def test_preflight_names_every_problem_before_any_work() -> None:
+    recipe = load_recipe(
+        "digits",
+        [
+            "teacher.model=nayer:wrn_16_3x",
+            "student.model=nayer:resnet9000",
+            "teach.data=/nowhere/train",
+            "validate.data=/nowhere/held.npz",
+            "export.targets=['cpu', 'toaster', 'tensorrt']",
+            "export.opset=18",
+            "distill.bank_mib=0.001",
+        ],
+    )
+    with pytest.raises(UsageError) as caught:
+        preflight.check(recipe, STEPS)
+    keys = ("teacher.model", "student.model", "teach.data", "validate.data", "export.targets", "distill.bank_mib")
+    for key in (*keys, "export.opset"):
+        assert f"- {key}: " in caught.value.why
+    assert caught.value.why.count("export.opset") == 1, "the processor's graph has no FP16"
+    assert "Nothing was started" in caught.value.fix
+
+
+def test_preflight_looks_only_at_what_will_run() -> None:
+    recipe = load_recipe("digits", ["validate.data=/nowhere/held.npz", "export.targets=['toaster']"])
+    preflight.check(recipe, until("student"))
+
+
+def test_a_student_that_is_its_teacher() -> None:
+    with pytest.raises(UsageError, match="same network"):
+        preflight.check(load_recipe("digits", ["student.model=nayer:wrn_16_2"]), STEPS)
+
+
+def test_weights_of_ones_own_take_the_place_of_training(tmp_path: Path) -> None:
+    """--set teacher.weights=… and a recipe that extends another with weights drop the [teach] below them."""
+    assert load_recipe("digits").teach is not None
+    taken = load_recipe("digits", ["teacher.weights=mine.safetensors"])
+    assert taken.teach is None
+    assert taken.teacher.weights == str(Path.cwd() / "mine.safetensors")
+    (tmp_path / "base.toml").write_text(
+        '[teacher]\nmodel = "nayer:wrn_16_1"\nclasses = ["a", "b"]\n[teach]\ndata = "digits"\n'
+        '[student]\nmodel = "nayer:resnet8"\n'
+    )
+    (tmp_path / "child.toml").write_text('extends = "base"\n[teacher]\nweights = "mine.safetensors"\n')
+    child = load_recipe(str(tmp_path / "child.toml"))
+    assert child.teach is None
+    assert child.teacher.weights == str(tmp_path / "mine.safetensors")
+
+
+def test_weights_and_training_at_once_stay_an_error() -> None:
+    with pytest.raises(UsageError, match=r"either teacher.weights or a \[teach\] section"):
+        load_recipe("digits", ["teacher.weights=mine.safetensors", "teach.data=digits"])
+
+
+def test_what_goes_into_a_manifest_names_nobodys_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """$NAYER_EDGE_DATA first, then the run folder where both are on one side, then ~; all are found again."""
+    home, store = tmp_path / "home" / "someone", tmp_path / "store"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NAYER_EDGE_DATA", str(store))
+    root = tmp_path / "work" / "runs" / "mine"
+    for path, wanted in (
+        (store / "cifar10" / "test.parquet", "$NAYER_EDGE_DATA/cifar10/test.parquet"),
+        (tmp_path / "work" / "held", "../../held"),
+        (root / "inside", "inside"),
+        (home / "held.npz", "~/held.npz"),
+        (Path("/another-disk/held"), "/another-disk/held"),
+    ):
+        recipe = load_recipe("digits", [f"validate.data={path}"])
+        values = portable(recipe, root)
+        assert values["validate"]["data"] == wanted
+        assert recipe_of(values, root).validate_.data == str(path)
+    at_home = home / "runs" / "mine"
+    assert (
+        portable(load_recipe("digits", [f"validate.data={home / 'held'}"]), at_home)["validate"]["data"] == "../../held"
+    )
+    assert portable(load_recipe("digits"), root)["validate"]["data"] == "digits"
+    assert portable(load_recipe("digits", ["validate.data=$NOWHERE/x"]), root)["validate"]["data"] == "$NOWHERE/x"
+
+
+def test_a_model_of_ones_own_file_is_told_relative_too(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("")
+    root = tmp_path / "runs" / "mine"
+    recipe = load_recipe("digits", [f"student.model=python:{tmp_path / 'net.py'}:make"])
+    values = portable(recipe, root)
+    assert values["student"]["model"] == "python:../../net.py:make"
+    assert recipe_of(values, root).student.model == recipe.student.model
+
+
+def test_a_run_folder_holds_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was resolved, `--set` and all; its paths are still found from the folder; a shipped name goes before."""
+    weights = tmp_path / "weights" / "teacher.safetensors"
+    recipe = load_recipe(str(write(tmp_path / "mine.toml", MINIMAL)), ["distill.epochs=27"])
+    root = tmp_path / "runs" / "mine"
+    RunFolder.create(root, portable(recipe, root), recipe.seed, {}, {})
+    again = load_recipe(str(root), ["distill.steps=3"])
+    assert (again.name, again.distill.epochs, again.distill.steps) == ("mine", 27, 3)
+    assert again.teacher.weights == str(weights.resolve())
+    # A section that the run left out stands in its manifest as null, and is begun.
+    assert apply_settings({"teach": None}, ["teach.epochs=2"]) == {"teach": {"epochs": 2}}
+    monkeypatch.chdir(tmp_path / "runs")
+    (tmp_path / "runs" / "mine").rename(tmp_path / "runs" / "digits")
+    assert load_recipe("digits").distill.epochs != 27
+    assert load_recipe("./digits").distill.epochs == 27
+    assert RunFolder.open(Path("digits")).typed == "./digits"
+    (tmp_path / "runs" / "digits" / "manifest.json").write_text("{}")
+    with pytest.raises(IntegrityError):
+        load_recipe("./digits")
