@@ -134,8 +134,12 @@ class Teach(Section):
     """passes over the images"""
     batch: Count = 128
     """images per step"""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """sgd: for all parameters; muon: for convolutions and hidden linear layers, SGD for the rest"""
     lr: Positive = 0.25
-    """peak of the one-cycle schedule"""
+    """peak of SGD's one-cycle schedule"""
+    muon_lr: Positive = 0.05
+    """peak of Muon's one-cycle schedule"""
     momentum: Fraction = 0.9
     """of SGD, with Nesterov"""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4

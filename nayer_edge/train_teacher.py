@@ -13,6 +13,7 @@ from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.errors import TrainingError
 from nayer_edge.memory_bank import to_unit
 from nayer_edge.models.classifier import Classifier
+from nayer_edge.optimizers import make_optimizer
 from nayer_edge.runtime.compute import Compute, random_stream
 from nayer_edge.runtime.progress import Progress, Silent
 
@@ -25,7 +26,7 @@ def teach(
     seed: int,
     progress: Progress | None = None,
 ) -> Classifier:
-    """SGD with Nesterov momentum and a one-cycle schedule (Smith & Topin 2019, arXiv 1708.07120); the last epoch stays.
+    """Trains with a one-cycle schedule (Smith & Topin 2019, arXiv 1708.07120); the last epoch stays.
 
     Args:
         classifier: untrained; trained in place.
@@ -42,15 +43,18 @@ def teach(
     images, labels = data.images.to(compute.device), data.labels.to(compute.device)
     batch = min(config.batch, len(images))
     steps = len(images) // batch
-    optimizer = torch.optim.SGD(
-        classifier.parameters(),
+    optimizer = make_optimizer(
+        config.optimizer,
+        classifier,
         lr=config.lr,
+        muon_lr=config.muon_lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
+        nesterov=True,
     )
+    peaks = [group["peak_lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=config.lr, total_steps=steps * config.epochs, cycle_momentum=False
+        optimizer, max_lr=peaks, total_steps=steps * config.epochs, cycle_momentum=False
     )
     progress.start("teach", steps * config.epochs)
     for epoch in range(config.epochs):
