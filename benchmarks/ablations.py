@@ -43,7 +43,6 @@ from sklearn.model_selection import StratifiedKFold
 from torch.nn import functional as F
 
 from nayer_edge import evaluate, losses
-from nayer_edge.config import Recipe
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distill import Distillation, Settings, distill
@@ -52,6 +51,7 @@ from nayer_edge.labels import embeddings as lte
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, load_classifier
 from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.runtime.compute import Compute, choose, random_stream, seeded
 from nayer_edge.storage.tensors import load_tensors, save_tensors

@@ -24,12 +24,12 @@ import numpy as np
 from figures import keep
 from origin import origin
 
-from nayer_edge.config import Recipe
 from nayer_edge.data import datasets as data
 from nayer_edge.export.targets import get_target, is_native
 from nayer_edge.export.to_int8 import run_onnx, to_int8
 from nayer_edge.pipelines.deploy import FP32, SyntheticSource
 from nayer_edge.pipelines.recipes.loading import recipe_of
+from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.run_folder import RunFolder
 

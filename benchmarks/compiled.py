@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 import torch
 
+from nayer_edge.batchnorm import BatchNormStatistics
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.config import InputSpec
 from nayer_edge.generator import Generator
 from nayer_edge.models.load import build_classifier
 from nayer_edge.runtime.compute import choose, random_stream
-from nayer_edge.synthesis import BatchNormStatistics
 
 CLASSES = tuple(str(number) for number in range(10))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nayer_edge.storage.run_folder import write_json
+from nayer_edge.storage.files import write_json
 
 
 def kept(path: Path | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from origin import origin
 from torch.nn import functional as F
 
 from nayer_edge.augment import crop_and_flip
-from nayer_edge.config import InputSpec, Recipe
+from nayer_edge.config import InputSpec
 from nayer_edge.data import datasets as data
 from nayer_edge.distill import cosine
 from nayer_edge.export.calibration import Ranges, compute_ranges
@@ -52,6 +52,7 @@ from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, load_classifier
 from nayer_edge.pipelines.deploy import SyntheticSource
 from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.runtime.compute import random_stream, seeded
 from nayer_edge.runtime.progress import Silent

@@ -28,7 +28,7 @@ from origin import origin
 from replay import Replay
 
 from nayer_edge import evaluate
-from nayer_edge.config import Recipe, Teach
+from nayer_edge.config import Teach
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distill import Settings, distill
@@ -37,6 +37,7 @@ from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, load_classifier
 from nayer_edge.pipelines.recipes.loading import recipe_of
+from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import Compute, random_stream, seeded
 from nayer_edge.storage.run_folder import RunFolder

@@ -26,7 +26,6 @@ from figures import keep, kept, spread
 from origin import origin
 
 from nayer_edge.cached_views import ViewCache
-from nayer_edge.config import Recipe
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distill import Distillation, Settings, distill
@@ -36,6 +35,7 @@ from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, load_classifier
 from nayer_edge.pipelines.recipes.loading import recipe_of
+from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import Compute, random_stream, seeded
 from nayer_edge.storage.run_folder import RunFolder

@@ -38,13 +38,13 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from nayer_edge import evaluate
-from nayer_edge.config import Recipe
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, load_classifier
 from nayer_edge.pipelines.deploy import SyntheticSource
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
+from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import random_stream, seeded
 from nayer_edge.runtime.progress import Silent

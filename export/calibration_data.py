@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from nayer_edge.errors import UsageError, nearest
-from nayer_edge.storage.run_folder import write_atomic, write_bytes
+from nayer_edge.storage.files import write_atomic, write_bytes
 
 from .runners import as_bytes
 from .to_onnx import INPUT

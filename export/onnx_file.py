@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto, TensorProto
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.storage.run_folder import write_bytes
+from nayer_edge.storage.files import write_bytes
 
 # A protobuf message cannot be larger; the zoo's largest model is a fiftieth of it.
 MAX_BYTES = 2**31 - 1

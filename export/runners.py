@@ -6,7 +6,9 @@ Comparing what they return is parity.py's work.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +22,10 @@ import torch
 from onnx import ModelProto
 from torch import nn
 
-from nayer_edge.errors import IntegrityError, MissingError, UsageError
+from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra
 
 from .onnx_file import read_onnx
 from .targets import Target
-from .tensorrt_package import import_tensorrt
 
 BATCH = 256
 _QUIET = 3  # ONNX Runtime's severity "error"
@@ -316,3 +317,29 @@ class TensorRtRunner:
             raise IntegrityError(f"{self.path.name} stopped with an error.", fix="Build the engine again.")
         self._stream.synchronize()
         return logits.cpu().numpy()
+
+
+_EXTRA = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
+
+
+_OLDEST = (10, 12)
+
+
+def import_tensorrt(runtime: str) -> Any:
+    """The Python module of a flavour.
+
+    Raises:
+        MissingError: it is not installed, or older than strong typing.
+    """
+    try:
+        trt = importlib.import_module(runtime)
+    except ImportError as error:
+        raise missing_extra(runtime, _EXTRA[runtime], "Building and running engines") from error
+    numbers = re.findall(r"\d+", str(getattr(trt, "__version__", "")))[:2]
+    if runtime == "tensorrt" and tuple(map(int, numbers)) < _OLDEST:
+        raise MissingError(
+            f"TensorRT {trt.__version__} is too old.",
+            why="Strongly typed networks with explicit Q/DQ need 10.12 or newer.",
+            fix="Type: pip install --upgrade 'nayer-edge[gpu]'",
+        )
+    return trt

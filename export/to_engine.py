@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from nayer_edge.errors import IntegrityError, MissingError, UsageError, nearest
-from nayer_edge.storage.run_folder import sha256_of, write_bytes
+from nayer_edge.storage.files import sha256_of, write_bytes
 
 from .coverage import zero_points
 from .onnx_file import read_onnx
+from .runners import import_tensorrt
 from .targets import Target, get_target
-from .tensorrt_package import import_tensorrt
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from onnxruntime.quantization import quant_pre_process
 
 from nayer_edge import __version__
 from nayer_edge.errors import UsageError
-from nayer_edge.storage.run_folder import sha256_of
+from nayer_edge.storage.files import sha256_of
 
 from .calibration import METHODS, Ranges, compute_ranges, require_images
 from .coverage import FLOAT_NODES, Coverage, eligible_products, int8_coverage

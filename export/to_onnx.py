@@ -19,7 +19,7 @@ from torch import nn
 
 from nayer_edge import __version__
 from nayer_edge.errors import NayerEdgeError, UsageError
-from nayer_edge.storage.run_folder import sha256_of
+from nayer_edge.storage.files import sha256_of
 
 from .onnx_file import opset_of, strip, write_onnx
 from .plain_graph import distinct

@@ -24,6 +24,7 @@ from torch import Tensor
 from nayer_edge import generator as generators
 from nayer_edge import health, losses
 from nayer_edge.augment import crop_and_flip, mixup
+from nayer_edge.batchnorm import BatchNormStatistics, synchronise_batchnorms
 from nayer_edge.cached_views import ViewCache
 from nayer_edge.config import Distill, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
@@ -35,12 +36,12 @@ from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import weights_digest
 from nayer_edge.runtime.compute import Compute, random_stream
-from nayer_edge.runtime.distributed import SINGLE, World, share_problems, synchronise_batchnorms
+from nayer_edge.runtime.distributed import SINGLE, World, share_problems
 from nayer_edge.runtime.process import Deferred
 from nayer_edge.runtime.progress import Progress, Silent
-from nayer_edge.storage.run_folder import digest_of
+from nayer_edge.storage.files import digest_of
 from nayer_edge.storage.tensors import load_tensors, save_tensors
-from nayer_edge.synthesis import BatchNormStatistics, Round, synthesize_round
+from nayer_edge.synthesis import Round, synthesize_round
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nayer_edge.batchnorm import synchronise_batchnorms
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.errors import IntegrityError
 from nayer_edge.runtime.compute import seeded
-from nayer_edge.runtime.distributed import SINGLE, World, synchronise_batchnorms
-from nayer_edge.storage.run_folder import read_json, sha256_of, write_json
+from nayer_edge.runtime.distributed import SINGLE, World
+from nayer_edge.storage.files import read_json, sha256_of, write_json
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 
 CARD_SCHEMA = "nayer-edge/generator/1"

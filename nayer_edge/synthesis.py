@@ -7,127 +7,23 @@ L = λ_bn·L_bn + λ_ce·L_ce + λ_adv·L_adv over all of the generator's weight
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from nayer_edge import losses
 from nayer_edge.augment import crop_and_flip
-from nayer_edge.batchnorm import channel_statistics
+from nayer_edge.batchnorm import BatchNormStatistics
 from nayer_edge.config import Synthesis
-from nayer_edge.errors import UsageError
 from nayer_edge.generator import Generator, balanced_labels
 from nayer_edge.memory_bank import to_uint8
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.models.load import batch_norms
 from nayer_edge.runtime.compute import Compute
-from nayer_edge.runtime.distributed import SINGLE, World, across_ranks
-
-
-class BatchNormStatistics:
-    """Watches the inputs of a teacher's BatchNorms, and remembers those of earlier rounds.
-
-    The memory is an exponential mean over rounds of the last step's statistics; L_bn then compares the running
-    statistics with momentum · memory + (1 − momentum) · now (published as bn_mmt; Fast-Datafree, AAAI 2022).
-
-    Args:
-        world: ranks that watch equal shares of the batch.
-
-    Raises:
-        UsageError: the teacher has no BatchNorm with running statistics.
-    """
-
-    def __init__(self, teacher: nn.Module, momentum: float, world: World = SINGLE) -> None:
-        self._norms, self._world = batch_norms(teacher), world
-        if not self._norms:
-            raise UsageError(
-                "The teacher has no BatchNorm layers.",
-                why="NAYER makes images whose activations match the statistics that BatchNorm layers remember; "
-                "transformers and ConvNeXt have none, so there is nothing to match.",
-                fix="Use a teacher with BatchNorm (ResNet, WideResNet, VGG-BN, MobileNet, EfficientNet, …).",
-            )
-        self.momentum = momentum
-        self.memory: list[tuple[Tensor, Tensor]] | None = None
-        self._now: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def watch(self) -> _Watch:
-        """A context in which every BatchNorm's input statistics are gathered during the one forward pass."""
-        return _Watch(self._norms, self._now, self._world)
-
-    def loss(self) -> Float[Tensor, ""]:
-        """L_bn of the pass that was just watched."""
-        # By layer, not in the order of the pass: a network may call its layers in another order than it lists them,
-        # and leave some out (the auxiliary heads of an evaluated GoogLeNet).
-        watched = [norm for index, norm in enumerate(self._norms) if index in self._now]
-        now, memory, m = self._in_order(), self.memory, self.momentum
-        if memory is not None and m > 0:
-            means = [(1 - m) * mean + m * old for (mean, _), (old, _) in zip(now, memory, strict=True)]
-            variances = [(1 - m) * var + m * old for (_, var), (_, old) in zip(now, memory, strict=True)]
-        else:
-            means, variances = [mean for mean, _ in now], [var for _, var in now]
-        return losses.batchnorm_loss(
-            means,
-            variances,
-            [norm.running_mean for norm in watched],  # pyright: ignore[reportArgumentType]
-            [norm.running_var for norm in watched],  # pyright: ignore[reportArgumentType]
-        )
-
-    def remember(self) -> None:
-        """Ends a round: the statistics of its last step enter the memory."""
-        now = [(mean.detach().clone(), var.detach().clone()) for mean, var in self._in_order()]
-        if self.memory is None:
-            self.memory = now
-        else:
-            m = self.momentum
-            self.memory = [
-                (m * old_mean + (1 - m) * mean, m * old_var + (1 - m) * var)
-                for (mean, var), (old_mean, old_var) in zip(now, self.memory, strict=True)
-            ]
-
-    def _in_order(self) -> list[tuple[Tensor, Tensor]]:
-        return [self._now[index] for index in sorted(self._now)]
-
-    def copy(self) -> BatchNormStatistics:
-        """The same teacher and memory, for rounds that must leave no trace."""
-        twin = object.__new__(BatchNormStatistics)
-        twin._norms, twin.momentum, twin.memory, twin._now = self._norms, self.momentum, self.memory, {}
-        twin._world = self._world
-        return twin
-
-
-class _Watch:
-    def __init__(
-        self, norms: list[nn.modules.batchnorm._BatchNorm], now: dict[int, tuple[Tensor, Tensor]], world: World
-    ) -> None:
-        self._norms, self._now, self._world = norms, now, world
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> None:
-        self._now.clear()
-        for index, norm in enumerate(self._norms):
-            self._handles.append(norm.register_forward_pre_hook(functools.partial(self._gather, index)))
-
-    def _gather(self, index: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._now[index] = channel_statistics(inputs[0])
-
-    def __exit__(self, exception: object, *_more: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._world.size > 1 and exception is None:
-            self._combine()
-
-    def _combine(self) -> None:
-        """The statistics of the batch of all ranks, every layer in one message."""
-        layers = sorted(self._now)
-        sizes = [len(self._now[layer][0]) for layer in layers]
-        local = (torch.cat([self._now[layer][kind] for layer in layers]) for kind in (0, 1))
-        means, variances = across_ranks(*local)
-        self._now.update(zip(layers, zip(means.split(sizes), variances.split(sizes), strict=True), strict=True))
+from nayer_edge.runtime.distributed import SINGLE, World
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from nayer_edge.config import Recipe
 from nayer_edge.errors import UsageError
 from nayer_edge.export.benchmark import Timing, benchmark
-from nayer_edge.storage.run_folder import RunFolder, read_json
+from nayer_edge.storage.files import read_json
+from nayer_edge.storage.run_folder import RunFolder
 
 from .deploy import ENGINES
+from .recipes.schema import Recipe
 from .runnable import engines, graphs, open_all
 
 

@@ -10,7 +10,6 @@ import torch
 
 from nayer_edge import generator as generators
 from nayer_edge.augment import crop_and_flip
-from nayer_edge.config import Recipe
 from nayer_edge.errors import IntegrityError, MissingError
 from nayer_edge.export.fp16 import to_fp16
 from nayer_edge.export.parity import compare, edge_cases
@@ -27,8 +26,11 @@ from nayer_edge.models.load import load_classifier
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import random_stream
 from nayer_edge.runtime.progress import Progress
-from nayer_edge.storage.run_folder import Artifact, RunFolder, write_json
+from nayer_edge.storage.files import write_json
+from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.synthesis import draw_images
+
+from .recipes.schema import Recipe
 
 FP32 = "export/student.fp32.onnx"
 FP16 = "export/student.fp16.onnx"

@@ -8,22 +8,23 @@ from pathlib import Path
 
 from nayer_edge import generator as generators
 from nayer_edge import train_teacher as teaching
-from nayer_edge.config import Recipe
+from nayer_edge.batchnorm import raise_bn_momentum
 from nayer_edge.data import datasets as data
 from nayer_edge.distill import Distillation, Epoch, Settings, distill
 from nayer_edge.errors import TrainingError
 from nayer_edge.generator import Generator
 from nayer_edge.labels import embeddings as embeddings_of_labels
 from nayer_edge.memory_bank import MemoryBank
-from nayer_edge.models import teachers
-from nayer_edge.models.load import build_classifier, load_classifier, quicken_batch_norms, save_classifier
+from nayer_edge.models.load import build_classifier, load_classifier, load_teacher, save_classifier, untrained_teacher
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime import distributed
 from nayer_edge.runtime.compute import random_stream, seeded
 from nayer_edge.runtime.distributed import World
 from nayer_edge.runtime.progress import Progress, Silent
-from nayer_edge.storage.run_folder import Artifact, RunFolder, write_bytes
+from nayer_edge.storage.files import write_bytes
+from nayer_edge.storage.run_folder import Artifact, RunFolder
 
+from .recipes.schema import Recipe
 from .report.image_grids import per_class_picture
 from .tracking import TensorBoard
 
@@ -42,11 +43,11 @@ def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artif
     compute = computing.choose(config.device, config.precision)
     random = random_stream(config.seed, "teacher")
     with seeded(random.initial_seed()):
-        teacher = teachers.untrained(config.teacher)
+        teacher = untrained_teacher(config.teacher)
     facts: dict[str, object] = {}
     if config.teach is not None:
         images = data.load(config.teach.data, "train", config.teacher.input, config.teacher.classes)
-        quicken_batch_norms(teacher)
+        raise_bn_momentum(teacher)
         teaching.teach(teacher, images, config.teach, compute, config.seed, progress)
         facts = {
             "trained_on": images.name,
@@ -55,7 +56,7 @@ def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artif
             "teach": config.teach.model_dump(mode="json", exclude={"data"}),
         }
     else:
-        teacher, facts = teachers.load(config.teacher, teacher)
+        teacher, facts = load_teacher(config.teacher, teacher)
     if config.teacher.input_from:
         facts["input_from"] = config.teacher.input_from
     save_classifier(teacher, out.path(TEACHER), facts)
@@ -167,7 +168,7 @@ def open_distillation(config: Recipe, teacher: Path, lte: Path) -> Distillation:
     embeddings = embeddings_of_labels.load(lte)
     with seeded(random_stream(config.seed, "student").initial_seed()):
         student = build_classifier(config.student.model, network.spec, network.classes, config.student.arguments)
-    quicken_batch_norms(student)
+    raise_bn_momentum(student)
     settings = Settings(config.generator, config.synthesis, config.distill, config.seed)
     return Distillation(network, embeddings, student, settings, compute, distributed.current())
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.storage.run_folder import read_json
+from nayer_edge.storage.files import read_json
 
 REPORT_SCHEMA = "nayer-edge/report/1"
 REPORT_PATH = "validate/report.json"

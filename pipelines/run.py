@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nayer_edge.config import Recipe, is_default
 from nayer_edge.data.digest import digest_of_data
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.labels.class_names import labels_beside
 from nayer_edge.models.names import parse, published_weights
 from nayer_edge.runtime import provenance
 from nayer_edge.runtime.progress import Progress, Silent
+from nayer_edge.storage.files import digest_of
 from nayer_edge.storage.run_folder import (
     MANIFEST,
     Artifact,
     RunFolder,
     StepRecord,
     clear_folder,
-    digest_of,
     is_vacant,
     lock_folder,
     remove_temporaries,
@@ -31,6 +30,8 @@ from nayer_edge.storage.run_folder import (
 
 from .recipes import preflight
 from .recipes.loading import BUILT_IN_DATA, portable, recipe_of
+from .recipes.schema import Recipe
+from .recipes.settings import is_default
 from .steps import STEPS, Step, settings_of, until
 
 NAMED_FILES = {"teacher.weights": True, "teach.data": False, "validate.data": True}

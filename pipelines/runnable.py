@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nayer_edge.config import Recipe
 from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError
 from nayer_edge.export.runners import OrtRunner, Runner, TensorRtRunner
 from nayer_edge.export.targets import TARGETS, get_target, is_native
 from nayer_edge.storage.run_folder import RunFolder
 
 from .deploy import FP16, FP32, int8_file, wants_fp16
+from .recipes.schema import Recipe
 
 
 @dataclass(frozen=True)

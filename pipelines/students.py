@@ -24,7 +24,7 @@ from nayer_edge.export.runners import OrtRunner
 from nayer_edge.export.to_int8 import to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.models.load import build_classifier, rehearse
+from nayer_edge.models.load import build_classifier, check_forward
 from nayer_edge.runtime.compute import seeded
 
 ZOO = ("nayer:resnet8", "nayer:resnet20", "nayer:wrn_16_1", "nayer:wrn_16_2", "nayer:wrn_40_1")
@@ -102,7 +102,7 @@ def measure(
     # All names are tried before the first is measured, which takes a while.
     for model in models:
         with torch.device("meta"):
-            rehearse(build_classifier(model, spec, labels))
+            check_forward(build_classifier(model, spec, labels))
     found = []
     for model in models:
         with seeded(0):

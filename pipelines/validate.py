@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from nayer_edge.config import Recipe
 from nayer_edge.data import datasets as data
 from nayer_edge.data.stream import ImageStream
 from nayer_edge.errors import NayerEdgeError, UsageError
@@ -28,7 +27,8 @@ from nayer_edge.export.targets import TARGETS, get_target
 from nayer_edge.models.load import load_classifier
 from nayer_edge.runtime import provenance
 from nayer_edge.runtime.progress import Progress
-from nayer_edge.storage.run_folder import Artifact, RunFolder, read_json, sha256_of, write_atomic, write_json
+from nayer_edge.storage.files import read_json, sha256_of, write_atomic, write_json
+from nayer_edge.storage.run_folder import Artifact, RunFolder
 
 from .deploy import SyntheticSource
 from .measurements import (
@@ -43,6 +43,7 @@ from .measurements import (
     PairedCounts,
     Report,
 )
+from .recipes.schema import Recipe
 from .runnable import Candidate, engines, graphs, open_all
 
 TOP = 5

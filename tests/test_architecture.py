@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nayer_edge.config import Recipe
+from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.steps import NAMES, STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,17 +206,18 @@ from nayer_edge.labels import embeddings as lte
 from nayer_edge.runtime import compute
 from nayer_edge.storage.run_folder import RunFolder
 from nayer_edge.runtime.compute import random_stream, seeded
-from nayer_edge.config import make_recipe
+from nayer_edge.config import Distill, Generator, Synthesis
 from nayer_edge.distill import Distillation, Settings, distill
 from nayer_edge.models.load import build_classifier, load_classifier
 
-recipe = make_recipe(RunFolder.open(root).manifest.recipe, "of the run")
+recipe = RunFolder.open(root).manifest.recipe
 teacher = load_classifier(root / "teacher" / "teacher.safetensors")
 embeddings = lte.load(root / "lte.safetensors")
-with seeded(random_stream(recipe.seed, "student").initial_seed()):
-    student = build_classifier(recipe.student.model, teacher.spec, teacher.classes)
-settings = Settings(recipe.generator, recipe.synthesis, recipe.distill, recipe.seed)
-made = distill(Distillation(teacher, embeddings, student, settings, compute.choose("cpu", recipe.precision)))
+with seeded(random_stream(recipe["seed"], "student").initial_seed()):
+    student = build_classifier(recipe["student"]["model"], teacher.spec, teacher.classes)
+parts = [kind.model_validate(recipe[kind.__name__.lower()]) for kind in (Generator, Synthesis, Distill)]
+settings = Settings(*parts, recipe["seed"])
+made = distill(Distillation(teacher, embeddings, student, settings, compute.choose("cpu", recipe["precision"])))
 wanted = load_classifier(root / "student" / "student.safetensors").state_dict()
 assert all((value == made.state_dict()[name]).all() for name, value in wanted.items()), "another student"
 inside = {name for name in opened if name.startswith(str(root))}

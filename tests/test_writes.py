@@ -13,8 +13,8 @@ SOURCES = sorted(path for folder in ("nayer_edge", "export", "pipelines") for pa
 
 SANCTIONED = {
     # The one place: what `write` gets is the temporary file.
-    ("nayer_edge/storage/run_folder.py", "write_bytes"): "`temporary.write_bytes`, inside write_atomic",
-    ("nayer_edge/storage/run_folder.py", "write_atomic"): "opens the temporary file to fsync it",
+    ("nayer_edge/storage/files.py", "write_bytes"): "`temporary.write_bytes`, inside write_atomic",
+    ("nayer_edge/storage/files.py", "write_atomic"): "opens the temporary file to fsync it",
     ("nayer_edge/storage/run_folder.py", "lock_folder"): "the lock, which holds nothing",
     ("nayer_edge/labels/embeddings.py", "_waiting"): "the lock of the cache, which holds nothing",
     ("nayer_edge/storage/tensors.py", "_sort_header"): "of the temporary file, inside write_atomic",

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from nayer_edge.errors import UsageError
-from nayer_edge.storage.run_folder import sha256_of
+from nayer_edge.storage.files import sha256_of
 
 
 def digest_of_data(path: Path, *, contents: bool = True) -> str:

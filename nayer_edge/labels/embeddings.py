@@ -27,7 +27,7 @@ from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.labels import precomputed, text_encoders
 from nayer_edge.labels.class_names import Synonyms, phrases
 from nayer_edge.runtime.compute import random_stream
-from nayer_edge.storage.run_folder import digest_of
+from nayer_edge.storage.files import digest_of
 from nayer_edge.storage.tensors import save_tensors
 from nayer_edge.text import inert
 
@@ -121,7 +121,7 @@ def build(labels: Sequence[str], config: LTE) -> LabelEmbeddings:
 
     values = _ready(encoder, found.revision, texts)
     made = _cached_or_made(found, texts, described) if values is None else described(values)
-    if same := twins(made):
+    if same := duplicates(made):
         _log.warning(
             "The encoder cannot tell %d classes apart: %s have the same embedding, so the generator cannot either. "
             "Give them names that it knows, or take another encoder.",
@@ -149,7 +149,7 @@ def check(labels: Sequence[str], config: LTE) -> None:
         text_encoders.find(encoder)
 
 
-def twins(embeddings: LabelEmbeddings) -> list[str]:
+def duplicates(embeddings: LabelEmbeddings) -> list[str]:
     """The labels whose embedding another label has too, but for rounding."""
     cosine, _ = nearest_labels(embeddings.embeddings)
     return [label for label, value in zip(embeddings.labels, cosine.tolist(), strict=True) if value > SAME]

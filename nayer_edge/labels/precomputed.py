@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nayer_edge.errors import IntegrityError, UsageError, nearest
 from nayer_edge.labels.class_names import labels_beside, read_labels, spoken, synonyms_of
-from nayer_edge.storage.run_folder import sha256_of
+from nayer_edge.storage.files import sha256_of
 
 MAX_BYTES = 4 * 2**30
 _BRACKETS = re.compile(r"\([^()]*\)")

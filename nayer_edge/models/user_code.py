@@ -18,7 +18,7 @@ from typing import Any
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError, nearest
 from nayer_edge.models.names import ModelName
-from nayer_edge.storage.run_folder import sha256_of
+from nayer_edge.storage.files import sha256_of
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 

@@ -23,12 +23,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-from torch.nn import functional as F
 
-from nayer_edge.batchnorm import channel_statistics
 from nayer_edge.config import Distill, Synthesis
 from nayer_edge.errors import TrainingError, UsageError
-from nayer_edge.runtime.launch import launched
+from nayer_edge.runtime.process import launched
 
 STEP_TIMEOUT = timedelta(minutes=15)
 """how long a rank waits for the others within the loop; rank 0 may be writing a checkpoint meanwhile"""
@@ -223,58 +221,6 @@ def share_problems(synthesis: Synthesis, distill: Distill, classes: int, size: i
 def _multiples(near: int, unit: int) -> list[int]:
     below = near // unit * unit
     return [number for number in (below, below + unit) if number]
-
-
-class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A BatchNorm whose batch is that of all ranks. (PyTorch's SyncBatchNorm runs on GPUs only.)"""
-
-    @classmethod
-    def like(cls, norm: nn.modules.batchnorm._BatchNorm) -> SynchronisedBatchNorm:
-        """The same parameters and buffers."""
-        twin = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        twin.weight, twin.bias = norm.weight, norm.bias
-        for name, buffer in norm.named_buffers():
-            setattr(twin, name, buffer)
-        return twin.train(norm.training)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-    def forward(self, input: Float[Tensor, "B C *HW"]) -> Float[Tensor, "B C *HW"]:
-        x = input
-        if not self.training:
-            return super().forward(x)
-        mean, variance = across_ranks(*channel_statistics(x))
-        mean_value, variance_value = mean.detach(), variance.detach()
-        self._follow(mean_value, variance_value, x.numel() // x.shape[1] * dist.get_world_size())
-        # An evaluated BatchNorm is one kernel, but takes its statistics for constants. `scale` has the value of the
-        # weight and `shift` that of the bias; their gradients go on into variance and mean.
-        inverse = torch.rsqrt(variance + self.eps)
-        weight = self.weight if self.affine else torch.ones_like(mean_value)
-        bias = self.bias if self.affine else torch.zeros_like(mean_value)
-        scale = weight * (inverse / inverse.detach())
-        shift = bias + (mean_value - mean) * inverse * weight
-        return F.batch_norm(x, mean_value, variance_value, scale, shift, eps=self.eps)
-
-    @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, factor)
-        self.running_var.lerp_(variance * (count / max(count - 1, 1)), factor)
-
-
-def synchronise_batchnorms(model: nn.Module, world: World) -> None:
-    """Lets the BatchNorms of a model see the batch of all ranks. Names and values of its state stay."""
-    if world.size == 1:
-        return
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.running_mean is not None:
-                setattr(parent, name, SynchronisedBatchNorm.like(child))
 
 
 def across_ranks(

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
-import re
 import shlex
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -22,16 +18,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.storage.files import MAX_NAME_BYTES, TEMPORARY, read_json, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 SIGNATURE = "model.sig"
 """over all other files of the run (OpenSSF model signing); the manifest cannot name it"""
-TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
-"""names that `write_atomic` gives to files until they are whole"""
 MANIFEST_SCHEMA = "nayer-edge/manifest/1"
-MAX_JSON_BYTES = 64 * 2**20
-MAX_NAME_BYTES = 255
 _DIGEST = r"^[0-9a-f]{64}$"
 
 
@@ -106,105 +99,6 @@ class Manifest(BaseModel):
     files: dict[str, FileRecord] = Field(default_factory=dict)
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; the file is streamed.
-
-    Raises:
-        UsageError: who asks may not read it.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except PermissionError as error:
-        fix = f"Make it readable to whoever runs this command, or type: sudo chmod a+r {shlex.quote(str(path))}"
-        raise UsageError(f"{path} cannot be read: permission denied.", fix=fix) from error
-
-
-def digest_of(value: object) -> str:
-    """SHA-256 of a JSON-serialisable value in canonical form (sorted keys, no spaces, UTF-8)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary)` and renames the result to `path`, fsynced: it is there whole or not at all.
-
-    Raises:
-        UsageError: the folder cannot be written to.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise UsageError(
-            f"Cannot write {path}.",
-            why=f"The system says: {error.strerror or error}.",
-            fix="Choose another folder with --out, or give yourself the right to write here.",
-        ) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        _write(temporary, write)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes private files; artefacts are meant to be read by others.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-        _fsync_folder(path.parent)
-    except OSError as error:
-        raise UsageError(
-            f"Cannot write {path}.",
-            why=f"The system says: {error.strerror or error}.",
-            fix="Free some space, then repeat the command: finished steps are kept.",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write(temporary: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write`; what a library says of the system in its own kind of exception becomes an OSError again."""
-    try:
-        write(temporary)
-    except OSError:
-        raise
-    except Exception as error:  # safetensors' writer has an exception of its own, whose text ends with the system's
-        match = re.search(r"os error (\d{1,4})", str(error))
-        if match is None:
-            raise
-        raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes bytes atomically."""
-    write_atomic(path, lambda temporary: temporary.write_bytes(data))
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes JSON atomically, indented, in UTF-8, without NaN."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path, what: str) -> Any:
-    """Reads a JSON file of at most 64 MiB.
-
-    Args:
-        what: how to call the file in an error ("the manifest").
-
-    Raises:
-        IntegrityError: it is missing, too large or no JSON.
-    """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise IntegrityError(f"{path} is larger than {what} can be ({MAX_JSON_BYTES >> 20} MiB).")
-        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{path} is missing, so {what} cannot be read.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path} is not readable as {what}.", why=f"{error}") from error
-
-
 def _others(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in now.items() if key not in before or before[key] != value}
 
@@ -212,18 +106,6 @@ def _others(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]
 def _is_plain(path: Path) -> bool:
     """A file itself: no link, folder, pipe or device."""
     return path.is_file() and not path.is_symlink()
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class RunFolder:
@@ -420,7 +302,7 @@ class RunFolder:
                 found.append(f"{name} was altered: its SHA-256 is not the manifest's")
         return found
 
-    def strangers(self) -> list[str]:
+    def unexpected_files(self) -> list[str]:
         """Files in the folder that the manifest does not know."""
         known = {MANIFEST, LOCK, SIGNATURE, *self.manifest.files}
         found = []

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nayer_edge.errors import IntegrityError
-from nayer_edge.storage.run_folder import write_atomic
+from nayer_edge.storage.files import write_atomic
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -22,10 +22,11 @@ from nayer_edge.errors import (
     EXIT_USAGE,
     NayerEdgeError,
     UsageError,
+    hidden_memory_error,
     missing_extra,
+    resource_error,
 )
-from nayer_edge.runtime.launch import launched
-from nayer_edge.scarcity import memory_behind, scarce
+from nayer_edge.runtime.process import launched
 from nayer_edge.text import inert
 
 # Importing a module registers its commands, in the order of the help.
@@ -113,14 +114,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         app(args=arguments, prog_name="nayer-edge", standalone_mode=True)
     except NayerEdgeError as error:
-        _fail(memory_behind(error) or error)
+        _fail(hidden_memory_error(error) or error)
     except ModuleNotFoundError as error:
         top = (error.name or "").partition(".")[0]
         _fail(missing_extra(top, EXTRA_OF[top], "This command") if top in EXTRA_OF else _unexpected(error))
     except (Interrupted, KeyboardInterrupt):
         _interrupted()
     except Exception as error:  # noqa: BLE001  tracebacks are for those who ask for them
-        _fail(scarce(error) or _unexpected(error))
+        _fail(resource_error(error) or _unexpected(error))
     sys.exit(EXIT_OK)
 
 

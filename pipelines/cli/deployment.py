@@ -100,7 +100,7 @@ def _tell_what_is_not_validated(root: Path) -> None:
 
 def _require_engines(root: Path) -> None:
     """Ends with exit 3 if an engine that was asked for could not be built."""
-    from nayer_edge.storage.run_folder import read_json
+    from nayer_edge.storage.files import read_json
 
     opened = open_run(root)
     records = read_json(opened.path(opened.artifact("engine").files["engines"]), "the list of engines")

@@ -137,7 +137,9 @@ def _embeddings(
 def _checked(values: dict[str, Any]) -> LTE:
     from pydantic import ValidationError
 
-    from nayer_edge.config import LTE, problems_of
+    from nayer_edge.config import LTE
+
+    from ..recipes.checking import problems_of
 
     try:
         return LTE.model_validate(values)

@@ -67,7 +67,7 @@ def gate(
     as_json: Json = False,
 ) -> None:
     """Gives the verdict on a validated run: exit 0 pass, 1 fail or inconclusive, 2 usage, 4 tampered or stale."""
-    from nayer_edge.storage.run_folder import write_json
+    from nayer_edge.storage.files import write_json
 
     from ..gate import verdict as gates
 

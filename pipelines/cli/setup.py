@@ -102,7 +102,9 @@ def students(
 def _input_spec(size: str) -> InputSpec:
     from pydantic import ValidationError
 
-    from nayer_edge.config import InputSpec, problems_of
+    from nayer_edge.config import InputSpec
+
+    from ..recipes.checking import problems_of
 
     try:
         channels, height, width = (int(part) for part in size.lower().replace("×", "x").split("x"))

@@ -14,10 +14,10 @@ from rich.text import Text
 from nayer_edge.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from nayer_edge.config import Recipe
     from nayer_edge.runtime.progress import Progress
     from nayer_edge.storage.run_folder import RunFolder
 
+    from ..recipes.schema import Recipe
     from ..run import StepEvent
 
 app = typer.Typer(

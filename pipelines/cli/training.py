@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nayer_edge.errors import UsageError
-from nayer_edge.runtime.launch import launched
+from nayer_edge.runtime.process import launched
 
 from .shared import Fresh, Json, Out, RecipeName, Settings, TrustCode, app, default_out, example, load_recipe, run_steps
 

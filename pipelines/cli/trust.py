@@ -108,7 +108,7 @@ def sbom(
     """Writes a bill of materials (CycloneDX ML-BOM): networks, files, hashes, lineage, data provenance, software."""
     import json
 
-    from nayer_edge.storage.run_folder import write_bytes
+    from nayer_edge.storage.files import write_bytes
 
     from ..gate.verdict import require_outputs
     from ..trust.sbom import make_sbom

@@ -15,13 +15,15 @@ from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
-from nayer_edge.config import make_references, parse_toml
 from nayer_edge.data.npy import DAMAGED, open_member
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.storage.run_folder import MANIFEST, RunFolder, sha256_of
+from nayer_edge.storage.files import sha256_of
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 from ..measurements import PREDICTIONS_PATH, REPORT_PATH, Paired, Report, read_report
+from ..recipes.checking import parse_toml
 from .judgement import Baseline
+from .policy import make_references
 
 LABELS = "labels"
 

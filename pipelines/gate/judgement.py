@@ -25,9 +25,8 @@ from .statistics import (
 )
 
 if TYPE_CHECKING:
-    from nayer_edge.config import Policy
-
     from ..measurements import ArtifactReport, ClassCounts, Paired, Report
+    from .policy import Policy
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 

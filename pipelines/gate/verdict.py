@@ -21,15 +21,18 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from nayer_edge.config import Policy, Recipe, make_policy, parse_toml
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.runtime.progress import Progress
-from nayer_edge.storage.run_folder import Artifact, RunFolder, sha256_of, write_bytes, write_json
+from nayer_edge.storage.files import sha256_of, write_bytes, write_json
+from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.text import inert
 
 from ..measurements import PREDICTIONS_PATH, REPORT_PATH, Report, read_report
+from ..recipes.checking import parse_toml
+from ..recipes.schema import Recipe
 from .baseline import load_baseline
 from .judgement import CHECKS, Baseline, Check, Verdict, judge
+from .policy import Policy, make_policy
 from .wording import promise
 
 VERDICT_SCHEMA = "nayer-edge/verdict/1"

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from nayer_edge.config import InputSpec
-from nayer_edge.errors import NayerEdgeError, UsageError
+from nayer_edge.errors import NayerEdgeError, UsageError, no_batch_norms
 from nayer_edge.labels.class_names import checked
 from nayer_edge.models import published
 from nayer_edge.models.names import parse
@@ -164,12 +164,7 @@ def _require_batch_norms(path: Path, shapes: Shapes) -> int:
     count = sum(name.endswith("running_mean") for name in shapes)
     if count == 0:
         attends = any(re.search(r"attn|attention|qkv", name) for name in shapes)
-        raise UsageError(
-            f"The network in {path} has no BatchNorm layers" + (": it is a transformer." if attends else "."),
-            why="NAYER makes images whose activations match the statistics that BatchNorm layers remember; here there "
-            f"are none (of {len(shapes)} tensors, none is a running mean).",
-            fix="Use a teacher with BatchNorm (ResNet, WideResNet, VGG-BN, MobileNet, EfficientNet, …).",
-        )
+        raise no_batch_norms(f"The network in {path}", ": it is a transformer" if attends else "")
     return count
 
 

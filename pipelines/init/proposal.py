@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from nayer_edge.config import InputSpec, Teacher, problems_of
+from nayer_edge.config import InputSpec, Teacher
 from nayer_edge.errors import UsageError
 from nayer_edge.labels.class_names import read_labels
-from nayer_edge.models import teachers
+from nayer_edge.models.load import load_teacher, untrained_teacher
 from nayer_edge.models.names import parse
 
+from ..recipes.checking import problems_of
 from .inspect_checkpoint import Findings, Guess
 from .parsing import checked_name, named_after, parse_shape, parse_values
 from .sizes import Effort, choose, cost_of, device_at_hand, speed_of, student_for
@@ -143,7 +144,7 @@ def settle(found: Findings, given: Given) -> Plan:
     weights = None if found.path.is_dir() else str(found.path.resolve())
     teacher = Teacher(model=model, weights=weights, weights_key=given.key, classes=classes, input=spec)
     # What `run` will do first: the weights in the network, finite, with BatchNorms, and one answer.
-    network, _ = teachers.load(teacher, teachers.untrained(teacher))
+    network, _ = load_teacher(teacher, untrained_teacher(teacher))
     cost = cost_of(model, spec, len(classes))
     device = device_at_hand(given.device)
     if device.kind == "cpu" and given.effort == "normal":

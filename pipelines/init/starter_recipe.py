@@ -13,7 +13,7 @@ from pathlib import Path
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.models.names import parse
-from nayer_edge.storage.run_folder import write_bytes
+from nayer_edge.storage.files import write_bytes
 
 from ..recipes import preflight
 from ..recipes.loading import BUILT_IN_DATA, SUFFIX, load_recipe

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nayer_edge.config import Recipe
 from nayer_edge.models.names import parse
 
 from .loading import portable
+from .schema import Recipe
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _PATHS = (("teacher", "weights"), ("lte", "encoder"), ("teach", "data"), ("validate", "data"))

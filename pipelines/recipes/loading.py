@@ -11,11 +11,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nayer_edge.config import LTE, InputSpec, Recipe, Teacher, apply_settings, make_recipe, parse_toml, problems_of
+from nayer_edge.config import LTE, InputSpec, Teacher
 from nayer_edge.errors import UsageError, nearest
 from nayer_edge.labels.class_names import read_labels
 from nayer_edge.models.names import located, parse, published_weights
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
+
+from .checking import parse_toml, problems_of
+from .schema import Recipe
+from .settings import apply_settings, make_recipe
 
 SUFFIX = ".toml"
 BUILT_IN_DATA = ("digits",)

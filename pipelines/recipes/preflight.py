@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nayer_edge.config import Recipe
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.names import published_weights
 
 from ..steps import Step
 from .loading import BUILT_IN_DATA
+from .schema import Recipe
 
 if TYPE_CHECKING:
     from nayer_edge.models.classifier import Classifier
@@ -106,9 +106,9 @@ def _embeddings(recipe: Recipe) -> list[str]:
 
 
 def _teacher(recipe: Recipe) -> list[str]:
-    from nayer_edge.models.teachers import untrained
+    from nayer_edge.models.load import untrained_teacher
 
-    return _model("teacher.model", lambda: untrained(recipe.teacher), teaches=True)
+    return _model("teacher.model", lambda: untrained_teacher(recipe.teacher), teaches=True)
 
 
 def _student(recipe: Recipe) -> list[str]:
@@ -124,14 +124,14 @@ def _model(key: str, build: Callable[[], Classifier], *, teaches: bool = False) 
     """What keeps a network from being built, from taking the images, or from teaching without data."""
     import torch
 
-    from nayer_edge.models.load import rehearse
-    from nayer_edge.models.teachers import require_batch_norms
+    from nayer_edge.batchnorm import require_batch_norms
+    from nayer_edge.models.load import check_forward
 
     def tried() -> None:
         network = build()
         if teaches:
-            require_batch_norms(network)
-        rehearse(network)
+            require_batch_norms(network, f"The teacher {network.model}")
+        check_forward(network)
 
     try:
         # Without memory for the weights: they are not there yet.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nayer_edge.errors import missing_extra
-from nayer_edge.storage.run_folder import write_atomic
+from nayer_edge.storage.files import write_atomic
 from nayer_edge.text import inert
 
 if TYPE_CHECKING:

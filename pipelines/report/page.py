@@ -11,10 +11,10 @@ from importlib import resources
 from typing import Any
 
 from nayer_edge import __version__
-from nayer_edge.config import Recipe
 from nayer_edge.errors import IntegrityError, NayerEdgeError, missing_extra
 from nayer_edge.runtime.progress import Progress
-from nayer_edge.storage.run_folder import Artifact, RunFolder, read_json, write_bytes
+from nayer_edge.storage.files import read_json, write_bytes
+from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.text import inert
 
 from ..deploy import ENGINES, QUANTIZATION
@@ -22,6 +22,7 @@ from ..distill import METRICS, TEACHER, card_of
 from ..gate import wording
 from ..gate.verdict import VERDICT_PATH, load_report
 from ..recipes.as_toml import recipe_toml, travelling
+from ..recipes.schema import Recipe
 from ..trust.lineage import chain, files_by_step
 from . import plots
 from .report_data import (

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from nayer_edge.config import Recipe
 from nayer_edge.labels import embeddings as embeddings_of_labels
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.storage.run_folder import RunFolder
@@ -20,6 +19,7 @@ from ..gate import wording
 from ..gate.statistics import binomial_lower, binomial_upper, drop_lower, drop_upper
 from ..measurements import PREDICTIONS_PATH, ArtifactReport, Paired, Report
 from ..recipes.as_toml import last_part
+from ..recipes.schema import Recipe
 from . import plots
 from .image_grids import class_strips
 from .plots import Bar

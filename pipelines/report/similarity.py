@@ -11,7 +11,7 @@ import numpy as np
 from nayer_edge.errors import UsageError, missing_extra
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.labels.embeddings import LabelEmbeddings
-from nayer_edge.storage.run_folder import write_atomic
+from nayer_edge.storage.files import write_atomic
 from nayer_edge.text import inert
 
 FORMATS = (".png", ".svg")

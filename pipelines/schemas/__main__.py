@@ -7,12 +7,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from nayer_edge.config import Policy, Recipe, References
-from nayer_edge.storage.run_folder import MANIFEST_SCHEMA, Manifest, write_json
+from nayer_edge.storage.files import write_json
+from nayer_edge.storage.run_folder import MANIFEST_SCHEMA, Manifest
 
 from ..gate.judgement import CHECKS
+from ..gate.policy import Policy, References
 from ..gate.verdict import VERDICT_SCHEMA
 from ..measurements import REPORT_SCHEMA, Report
+from ..recipes.schema import Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

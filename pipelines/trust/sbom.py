@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nayer_edge.errors import IntegrityError, missing_extra
-from nayer_edge.storage.run_folder import MANIFEST, FileRecord, RunFolder, read_json, sha256_of
+from nayer_edge.storage.files import read_json, sha256_of
+from nayer_edge.storage.run_folder import MANIFEST, FileRecord, RunFolder
 from nayer_edge.text import inert
 
 from ..gate.verdict import load_report

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nayer_edge.errors import IntegrityError, UsageError, missing_extra
-from nayer_edge.storage.run_folder import LOCK, SIGNATURE, RunFolder, write_bytes
+from nayer_edge.storage.files import write_bytes
+from nayer_edge.storage.run_folder import LOCK, SIGNATURE, RunFolder
 
 from .verification import continuation, examine
 

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
 from nayer_edge.errors import IntegrityError
-from nayer_edge.storage.run_folder import MANIFEST, SIGNATURE, TEMPORARY, RunFolder, sha256_of
+from nayer_edge.storage.files import TEMPORARY, sha256_of
+from nayer_edge.storage.run_folder import MANIFEST, SIGNATURE, RunFolder
 
 from ..steps import STEPS
 
@@ -40,7 +41,7 @@ def examine(run: RunFolder) -> Findings:
         IntegrityError: the manifest names a path outside the folder.
     """
     problems, left, unfinished = run.problems(), [], set()
-    for name in run.strangers():
+    for name in run.unexpected_files():
         step = _left_by(name, run)
         if step is None:
             problems.append(f"{name} is not in the manifest")

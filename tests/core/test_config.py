@@ -8,17 +8,12 @@ from typing import Any
 
 import pytest
 
-from nayer_edge.config import (
-    InputSpec,
-    Recipe,
-    apply_settings,
-    is_default,
-    known_keys,
-    make_policy,
-    make_recipe,
-    parse_toml,
-)
+from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
+from nayer_edge.pipelines.gate.policy import make_policy
+from nayer_edge.pipelines.recipes.checking import known_keys, parse_toml
+from nayer_edge.pipelines.recipes.schema import Recipe
+from nayer_edge.pipelines.recipes.settings import apply_settings, is_default, make_recipe
 
 GOOD: dict[str, Any] = {
     "name": "mine",

@@ -66,10 +66,13 @@ def seeds(kit: Kit, group: str) -> list[bytes]:
 
 def readers(group: str, folder: Path) -> list[Callable[[bytes], object]]:
     """What reads an input: from a file in the folder, as the product does."""
-    from nayer_edge.config import make_policy, make_recipe, parse_toml
+    from nayer_edge.pipelines.gate.policy import make_policy
     from nayer_edge.pipelines.measurements import Report
+    from nayer_edge.pipelines.recipes.checking import parse_toml
+    from nayer_edge.pipelines.recipes.settings import make_recipe
     from nayer_edge.pipelines.trust.verification import examine
-    from nayer_edge.storage.run_folder import MANIFEST, RunFolder, read_json
+    from nayer_edge.storage.files import read_json
+    from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
     def written(content: bytes, name: str) -> Path:
         path = folder / name

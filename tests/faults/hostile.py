@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from nayer_edge.storage.run_folder import MANIFEST, RunFolder, sha256_of, write_json
+from nayer_edge.storage.files import sha256_of, write_json
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 from . import processes
 from .kit import Kit, Tally

@@ -182,7 +182,7 @@ class Kit:
             return f"the manifest is lost: {error}"
         if tuple(run.manifest.steps) != (NAMES if whole else NAMES[: NAMES.index(LAST) + 1]):
             return f"only the steps {', '.join(run.manifest.steps)} are finished"
-        if found := [*run.problems(), *(f"{name} is left over" for name in run.strangers())]:
+        if found := [*run.problems(), *(f"{name} is left over" for name in run.unexpected_files())]:
             return "; ".join(found)
         other = [n for n in SAME if run.manifest.files[n].sha256 != wanted.manifest.files[n].sha256]
         return f"other bytes in {', '.join(other)}" if other else ""

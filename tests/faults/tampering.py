@@ -11,7 +11,8 @@ from pathlib import Path
 
 from nayer_edge.errors import IntegrityError, NayerEdgeError
 from nayer_edge.pipelines.trust.verification import examine, require_expected
-from nayer_edge.storage.run_folder import MANIFEST, SIGNATURE, Artifact, RunFolder, sha256_of, write_bytes
+from nayer_edge.storage.files import sha256_of, write_bytes
+from nayer_edge.storage.run_folder import MANIFEST, SIGNATURE, Artifact, RunFolder
 
 from . import processes
 from .kit import Kit, Tally, files_of

@@ -24,7 +24,8 @@ from nayer_edge.pipelines.cli import app
 from nayer_edge.pipelines.recipes.loading import recipe_of, shipped
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.schemas import load
-from nayer_edge.storage.run_folder import MANIFEST, RunFolder, sha256_of, write_json
+from nayer_edge.storage.files import sha256_of, write_json
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 ONNX = "export/student.fp32.onnx"
 REPORT = "validate/report.json"

@@ -143,6 +143,6 @@ def test_calibration_images_are_class_balanced(tiny_run: Path) -> None:
 
 def test_the_manifest_names_every_file(tiny_run: Path) -> None:
     run = RunFolder.open(tiny_run)
-    assert run.strangers() == []
+    assert run.unexpected_files() == []
     assert run.problems() == []
     assert MANIFEST not in run.manifest.files

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from nayer_edge.config import Recipe
 from nayer_edge.pipelines.deploy import QUANTIZATION, int8_file
 from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.run import StepEvent, run_recipe
 from nayer_edge.runtime.progress import Silent
-from nayer_edge.storage.run_folder import RunFolder, sha256_of
+from nayer_edge.storage.files import sha256_of
+from nayer_edge.storage.run_folder import RunFolder
 
 INT8 = int8_file("cpu")
 

@@ -130,7 +130,7 @@ def test_a_fresh_start_that_was_cut_short_can_be_repeated(
             clear_folder(finished)
     assert (finished / MANIFEST).is_file()
     run_recipe(load_recipe("digits", ["teach.epochs=1"]), finished, last="teacher", fresh=True)
-    assert RunFolder.open(finished).strangers() == []
+    assert RunFolder.open(finished).unexpected_files() == []
 
 
 def test_init_names_the_hold_out_as_seen_from_the_recipe(

@@ -24,7 +24,8 @@ from nayer_edge.errors import EXIT_FAILED, EXIT_INTEGRITY, EXIT_OK
 from nayer_edge.pipelines.measurements import REPORT_PATH
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.storage.run_folder import RunFolder, sha256_of
+from nayer_edge.storage.files import sha256_of
+from nayer_edge.storage.run_folder import RunFolder
 
 INT8 = "export/student.int8.cpu.onnx"
 Invoke = Callable[..., Any]

@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 
-from nayer_edge.config import apply_settings
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.pipelines import steps as step_table
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
+from nayer_edge.pipelines.recipes.settings import apply_settings
 from nayer_edge.pipelines.run import StepEvent, run_recipe
 from nayer_edge.pipelines.steps import NAMES, STEPS
-from nayer_edge.storage.run_folder import MANIFEST, Manifest, RunFolder, digest_of, sha256_of
+from nayer_edge.storage.files import digest_of, sha256_of
+from nayer_edge.storage.run_folder import MANIFEST, Manifest, RunFolder
 
 SAME = ("student/student.safetensors", "bank.safetensors", "generator/generator.safetensors")
 ONNX = ("export/student.fp32.onnx", "export/student.int8.cpu.onnx")
@@ -65,7 +66,7 @@ def assert_same_results(root: Path, other: Path) -> None:
     for name in (*SAME, *ONNX, "teacher/teacher.safetensors", "export/quantization.json", "validate/predictions.npz"):
         assert mine[name].sha256 == theirs[name].sha256, name
     assert RunFolder.open(root).problems() == []
-    assert RunFolder.open(root).strangers() == []
+    assert RunFolder.open(root).unexpected_files() == []
 
 
 @pytest.fixture
@@ -202,7 +203,7 @@ def test_fresh_discards(finished: Path) -> None:
     assert made(again(finished, *settings, fresh=True, last="teacher")) == ["teacher"]
     assert manifest(finished).steps.keys() == {"teacher"}
     assert manifest(finished).seed == 5
-    assert RunFolder.open(finished).strangers() == []
+    assert RunFolder.open(finished).unexpected_files() == []
 
 
 @pytest.mark.usefixtures("no_step")
@@ -295,7 +296,7 @@ def test_a_killed_start_is_no_foreign_folder(tmp_path: Path) -> None:
     (root / ".manifest.json.ab12cd_9.tmp").write_bytes(b"{")
     (root / ".lock").touch()
     run_recipe(load_recipe("digits", ["teach.epochs=1"]), root, last="teacher")
-    assert RunFolder.open(root).strangers() == []
+    assert RunFolder.open(root).unexpected_files() == []
 
 
 def test_a_step_that_fails_loses_nothing(finished: Path) -> None:
@@ -322,7 +323,7 @@ def test_files_of_an_earlier_result_do_not_stay(finished: Path) -> None:
     assert (finished / "export" / "student.int8.arm.onnx").is_file()
     again(finished, "export.targets=['cpu']", last="int8")
     assert not (finished / "export" / "student.int8.arm.onnx").exists()
-    assert RunFolder.open(finished).strangers() == []
+    assert RunFolder.open(finished).unexpected_files() == []
 
 
 @pytest.mark.usefixtures("no_step")

@@ -22,7 +22,8 @@ from nayer_edge.pipelines.deploy import ENGINES, FP32, int8_file
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.runnable import engines, graphs, open_all
-from nayer_edge.storage.run_folder import RunFolder, read_json
+from nayer_edge.storage.files import read_json
+from nayer_edge.storage.run_folder import RunFolder
 
 NAME = "fp16.tensorrt-rtx.engine"
 

@@ -6,9 +6,9 @@ import inspect
 
 import pytest
 
-from nayer_edge.config import make_recipe
 from nayer_edge.errors import UsageError
 from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.recipes.settings import make_recipe
 from nayer_edge.pipelines.steps import NAMES, STEPS, Step, settings_of, table, until
 
 

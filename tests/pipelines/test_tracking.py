@@ -23,4 +23,4 @@ def test_the_board_shows_the_metrics(tmp_path: Path, tiny_settings: list[str]) -
     shown = {point.step: point.value for point in board.Scalars("loss_bn")}
     assert shown == pytest.approx({line["epoch"]: line["loss_bn"] for line in lines}, rel=1e-4)
     assert len(board.Scalars("loss_kd")) == sum(line["loss_kd"] is not None for line in lines) > 0
-    assert RunFolder.open(root).strangers() == []
+    assert RunFolder.open(root).unexpected_files() == []

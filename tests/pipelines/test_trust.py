@@ -16,7 +16,8 @@ from nayer_edge.pipelines.distill import CHECKPOINT
 from nayer_edge.pipelines.steps import STEPS
 from nayer_edge.pipelines.trust.signing import PASSWORD_VARIABLE, require_signed, sign
 from nayer_edge.pipelines.trust.verification import examine
-from nayer_edge.storage.run_folder import MANIFEST, SIGNATURE, Artifact, RunFolder, sha256_of, write_bytes
+from nayer_edge.storage.files import sha256_of, write_bytes
+from nayer_edge.storage.run_folder import MANIFEST, SIGNATURE, Artifact, RunFolder
 
 Invoke = Callable[..., object]
 

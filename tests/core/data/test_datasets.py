@@ -19,7 +19,7 @@ from nayer_edge.data.datasets import digits, load
 from nayer_edge.data.digest import digest_of_data
 from nayer_edge.data.pictures import decode
 from nayer_edge.errors import UsageError
-from nayer_edge.storage.run_folder import sha256_of
+from nayer_edge.storage.files import sha256_of
 
 GREY = InputSpec(channels=1, height=8, width=6)
 COLOUR = InputSpec(channels=3, height=8, width=6)

@@ -32,11 +32,11 @@ from nayer_edge.labels.embeddings import (
     build,
     cache_key,
     cosines,
+    duplicates,
     load,
     mean_cosine,
     nearest_labels,
     save,
-    twins,
 )
 from nayer_edge.storage.tensors import save_tensors
 
@@ -359,7 +359,7 @@ def test_averaging_by_hand() -> None:
 
 def test_classes_that_the_encoder_cannot_tell_apart(sentence_encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = build(("cat", "duck", "goose\x1b"), LTE(encoder=str(sentence_encoder)))
-    assert twins(found) == ["duck", "goose\x1b"], "both are unknown words"
+    assert duplicates(found) == ["duck", "goose\x1b"], "both are unknown words"
     assert "cannot tell 2 classes apart: duck, goose" in caplog.text
     assert "\x1b" not in caplog.text
     caplog.clear()

@@ -18,7 +18,7 @@ from torch import nn
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.models.build import logits_in
-from nayer_edge.models.load import build_classifier, load_classifier, rehearse, save_classifier
+from nayer_edge.models.load import build_classifier, check_forward, load_classifier, save_classifier
 from nayer_edge.models.names import located, parse, published_weights
 
 SPEC = InputSpec(channels=3, height=32, width=32)
@@ -212,17 +212,17 @@ def test_no_logits(output: Any) -> None:
 def test_a_rehearsal_leaves_no_trace() -> None:
     network = build_classifier("torchvision:mobilenet_v3_small", SPEC, CLASSES).train()
     before = copy.deepcopy(network.state_dict())
-    rehearse(network)
+    check_forward(network)
     assert network.training
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     with torch.device("meta"):
-        rehearse(build_classifier("torchvision:mobilenet_v3_small", SPEC, CLASSES))
+        check_forward(build_classifier("torchvision:mobilenet_v3_small", SPEC, CLASSES))
 
 
 def test_images_that_a_network_cannot_take() -> None:
     network = build_classifier("torchvision:inception_v3", SPEC, CLASSES)
     with pytest.raises(UsageError, match="cannot take images of 3×32×32") as caught:
-        rehearse(network)
+        check_forward(network)
     assert "input size" in caught.value.why
 
 
@@ -230,4 +230,4 @@ def test_another_number_of_outputs() -> None:
     network = build_classifier("nayer:resnet8", SPEC, CLASSES)
     network.backbone.add_module("fc", nn.Linear(64, 1000))
     with pytest.raises(UsageError, match=r"\(2, 1000\) to 2 images; 3 classes make it \(2, 3\)"):
-        rehearse(network)
+        check_forward(network)

@@ -18,9 +18,8 @@ from nayer_edge.config import InputSpec, Teacher
 from nayer_edge.errors import UsageError
 from nayer_edge.models import huggingface, published
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.models.load import build_classifier, load_classifier, save_classifier
+from nayer_edge.models.load import build_classifier, load_classifier, load_teacher, save_classifier, untrained_teacher
 from nayer_edge.models.names import parse
-from nayer_edge.models.teachers import load, untrained
 from nayer_edge.runtime.compute import seeded
 
 transformers = pytest.importorskip("transformers")
@@ -53,7 +52,7 @@ def teacher_of(folder: Path, **changes: Any) -> Teacher:
 
 
 def loaded(config: Teacher) -> Classifier:
-    return load(config, untrained(config))[0]
+    return load_teacher(config, untrained_teacher(config))[0]
 
 
 def test_a_folder_answers_as_transformers_does(folder: Path) -> None:

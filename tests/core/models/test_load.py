@@ -11,17 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from nayer_edge.batchnorm import batch_norms, raise_bn_momentum
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.models.load import (
-    batch_norms,
-    build_classifier,
-    load_classifier,
-    quicken_batch_norms,
-    save_classifier,
-    weights_digest,
-)
+from nayer_edge.models.load import build_classifier, load_classifier, save_classifier, weights_digest
 from nayer_edge.runtime.compute import seeded
 
 SPEC = InputSpec(channels=2, height=6, width=9, mean=(0.2, 0.4), std=(0.5, 0.25))
@@ -150,10 +144,10 @@ def test_batchnorms_in_the_order_of_modules() -> None:
 def test_batchnorms_of_long_schedules_are_quickened() -> None:
     network = build_classifier("torchvision:mobilenet_v3_small", InputSpec(), CLASSES)
     assert {norm.momentum for norm in batch_norms(network)} == {0.01}
-    quicken_batch_norms(network)
+    raise_bn_momentum(network)
     assert {norm.momentum for norm in batch_norms(network)} == {0.1}
     norms = [nn.BatchNorm2d(2, momentum=momentum) for momentum in (0.3, 0.1, None)]
-    quicken_batch_norms(Classifier(nn.Sequential(*norms), "test:norms", InputSpec(), CLASSES))
+    raise_bn_momentum(Classifier(nn.Sequential(*norms), "test:norms", InputSpec(), CLASSES))
     assert [norm.momentum for norm in norms] == [0.3, 0.1, None]
 
 

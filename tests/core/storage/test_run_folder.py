@@ -14,20 +14,8 @@ from typing import Any
 import pytest
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.storage.run_folder import (
-    LOCK,
-    MANIFEST,
-    Artifact,
-    RunFolder,
-    clear_folder,
-    digest_of,
-    lock_folder,
-    read_json,
-    sha256_of,
-    write_atomic,
-    write_bytes,
-    write_json,
-)
+from nayer_edge.storage.files import digest_of, read_json, sha256_of, write_atomic, write_bytes, write_json
+from nayer_edge.storage.run_folder import LOCK, MANIFEST, Artifact, RunFolder, clear_folder, lock_folder
 
 
 @pytest.fixture
@@ -75,7 +63,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from nayer_edge.storage.run_folder import write_atomic
+from nayer_edge.storage.files import write_atomic
 def write(temporary):
     temporary.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -234,7 +222,7 @@ def test_a_manifest_with_a_path_outside_is_refused_when_it_is_checked(run: RunFo
 
 def test_altered_missing_and_strange_files_are_found(run: RunFolder, tmp_path: Path) -> None:
     assert run.problems() == []
-    assert run.strangers() == []
+    assert run.unexpected_files() == []
     run.require_intact()
     run.path("teacher/t.bin").write_bytes(b"Teacher")
     assert run.problems() == ["teacher/t.bin was altered: its SHA-256 is not the manifest's"]
@@ -248,7 +236,7 @@ def test_altered_missing_and_strange_files_are_found(run: RunFolder, tmp_path: P
     (run.root / ".hidden").write_text("x")
     (run.root / "link").symlink_to(tmp_path)
     with run.locked():
-        assert run.strangers() == [".hidden", "link", "teacher/new.txt"]
+        assert run.unexpected_files() == [".hidden", "link", "teacher/new.txt"]
 
 
 # ------------------------------------------------------------------ locks and clearing

@@ -20,7 +20,8 @@ from nayer_edge.pipelines.gate.verdict import run_gate
 from nayer_edge.pipelines.measurements import PREDICTIONS_PATH, REPORT_PATH
 from nayer_edge.pipelines.schemas import load
 from nayer_edge.pipelines.validate import count_pairs
-from nayer_edge.storage.run_folder import Artifact, RunFolder, sha256_of, write_json
+from nayer_edge.storage.files import sha256_of, write_json
+from nayer_edge.storage.run_folder import Artifact, RunFolder
 
 N, CLASSES = 800, 10
 LABELS = np.random.default_rng(0).integers(0, CLASSES, N).astype(np.int32)
@@ -295,8 +296,9 @@ def test_references_that_do_not_hold(release: Release, invoke: Invoke, policy: P
 
 def test_judging_is_a_pure_function_of_the_counts(release: Release, policy: Path, tmp_path: Path) -> None:
     """The same report and counts, the same verdict; none of the files is read again."""
-    from nayer_edge.config import make_policy, parse_toml
+    from nayer_edge.pipelines.gate.policy import make_policy
     from nayer_edge.pipelines.gate.verdict import load_report
+    from nayer_edge.pipelines.recipes.checking import parse_toml
 
     release("1.0", range(20))
     root = release("1.1", range(60))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nayer_edge.config import Policy, make_policy
 from nayer_edge.pipelines.gate.judgement import CHECKS, Check, Verdict, judge
+from nayer_edge.pipelines.gate.policy import Policy, make_policy
 from nayer_edge.pipelines.gate.statistics import binomial_lower, binomial_upper, drop_lower, drop_upper
 from nayer_edge.pipelines.measurements import (
     ArtifactReport,

@@ -22,10 +22,10 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from xmlschema import XMLSchema, XMLSchemaValidationError
 
-from nayer_edge.config import Policy, make_policy, make_recipe
 from nayer_edge.errors import EXIT_INTEGRITY, EXIT_USAGE, IntegrityError, NayerEdgeError, UsageError
 from nayer_edge.pipelines.gate import verdict as gate
 from nayer_edge.pipelines.gate.judgement import Check, Verdict
+from nayer_edge.pipelines.gate.policy import Policy, make_policy
 from nayer_edge.pipelines.gate.verdict import (
     append_summary,
     github_annotations,
@@ -42,10 +42,12 @@ from nayer_edge.pipelines.gate.verdict import (
     write_junit,
 )
 from nayer_edge.pipelines.measurements import PREDICTIONS_PATH, REPORT_PATH, Report
+from nayer_edge.pipelines.recipes.settings import make_recipe
 from nayer_edge.pipelines.schemas import __main__ as schema_writer
 from nayer_edge.pipelines.schemas import load
 from nayer_edge.runtime.progress import Silent
-from nayer_edge.storage.run_folder import Artifact, RunFolder, sha256_of, write_json
+from nayer_edge.storage.files import sha256_of, write_json
+from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.text import inert
 
 FP32, INT8 = "export/student.fp32.onnx", "export/student.int8.cpu.onnx"

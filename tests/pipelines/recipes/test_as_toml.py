@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nayer_edge.config import make_recipe
 from nayer_edge.pipelines.recipes.as_toml import recipe_toml, travelling
 from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.recipes.settings import make_recipe
 
 KEYS = st.text(min_size=1, max_size=8)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -8,10 +8,11 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from nayer_edge.config import Recipe, apply_settings
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.pipelines.recipes import preflight
 from nayer_edge.pipelines.recipes.loading import Shipped, load_recipe, portable, recipe_of, shipped
+from nayer_edge.pipelines.recipes.schema import Recipe
+from nayer_edge.pipelines.recipes.settings import apply_settings
 from nayer_edge.pipelines.schemas import load
 from nayer_edge.pipelines.steps import STEPS, until
 from nayer_edge.storage.run_folder import RunFolder

@@ -22,15 +22,16 @@ import pytest
 import torch
 from PIL import Image
 
-from nayer_edge.config import Recipe
 from nayer_edge.errors import IntegrityError
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.pipelines.cli import main
 from nayer_edge.pipelines.gate.statistics import drop_lower, drop_upper
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
+from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.report.page import render
-from nayer_edge.storage.run_folder import RunFolder, sha256_of
+from nayer_edge.storage.files import sha256_of
+from nayer_edge.storage.run_folder import RunFolder
 
 HOSTILE = (
     '\x1b[2J</p></title><script>document.title="owned"</script><img src=x onerror=alert(1)>"\' {{ 7919*7907 }}\u202e'

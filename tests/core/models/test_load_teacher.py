@@ -12,8 +12,7 @@ import torch
 from nayer_edge.config import InputSpec, Teacher
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.models.load import build_classifier
-from nayer_edge.models.teachers import load, untrained
+from nayer_edge.models.load import build_classifier, load_teacher, untrained_teacher
 from nayer_edge.models.user_code import trusting
 from nayer_edge.runtime.compute import seeded
 
@@ -29,7 +28,7 @@ def teacher_of(model: str, path: Path | None = None, **changes: Any) -> Teacher:
 
 
 def loaded(config: Teacher) -> tuple[Classifier, dict[str, Any]]:
-    return load(config, untrained(config))
+    return load_teacher(config, untrained_teacher(config))
 
 
 def test_what_was_taken_is_in_the_card(tmp_path: Path) -> None:
@@ -52,11 +51,11 @@ def test_what_was_taken_is_in_the_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["timm:test_vit", "torchvision:convnext_tiny"])
 def test_teachers_without_batchnorm(model: str, tmp_path: Path) -> None:
     config = teacher_of(model, tmp_path / "w.pt", input={"height": 160, "width": 160})
-    network = untrained(config)
+    network = untrained_teacher(config)
     torch.save(network.backbone.state_dict(), tmp_path / "w.pt")
     with pytest.raises(UsageError, match="has no BatchNorm layers") as caught:
-        load(config, network)
-    assert "transformers and ConvNeXt have none" in caught.value.why
+        load_teacher(config, network)
+    assert "Transformers, ConvNeXt and GroupNorm networks store none" in caught.value.why
 
 
 def test_dropout_is_off(tmp_path: Path) -> None:

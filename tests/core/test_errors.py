@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import subprocess
 import sys
 
 import pytest
 
-from nayer_edge.errors import MissingError, UsageError
-from nayer_edge.scarcity import memory_behind, scarce
+from nayer_edge.errors import MissingError, UsageError, hidden_memory_error, resource_error
 
 
 @pytest.mark.parametrize(
@@ -27,7 +25,7 @@ from nayer_edge.scarcity import memory_behind, scarce
     ],
 )  # fmt: skip
 def test_memory(error: Exception) -> None:
-    found = scarce(error)
+    found = resource_error(error)
     assert isinstance(found, MissingError)
     assert "memory" in found.what
     assert "bank_mib" in found.fix
@@ -41,7 +39,7 @@ def test_disks_also_where_another_error_came_of_it(number: int) -> None:
         except OSError:
             raise ValueError("the optimised model cannot be read") from None
     except ValueError as error:
-        found = scarce(error)
+        found = resource_error(error)
     assert isinstance(found, UsageError)
     assert os.strerror(number) in found.why
     assert "TMPDIR" in found.fix
@@ -52,7 +50,7 @@ def test_memory_is_named_where_it_was_taken_for_another_mistake() -> None:
         try:
             raise UsageError("The model does not take such images.") from cause
         except UsageError as error:
-            found = memory_behind(error)
+            found = hidden_memory_error(error)
         assert (found is not None) == wanted
         assert found is None or found.why == f"{cause}"
 
@@ -63,21 +61,20 @@ def test_other_errors_are_not_explained_away() -> None:
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         OSError(errno.ENOENT, "x"),
     ):
-        assert scarce(error) is None
+        assert resource_error(error) is None
 
 
 def test_what_torch_says_where_there_is_no_memory() -> None:
     """The words are PyTorch's own, of the version that is installed."""
     program = """
 import resource, torch
-from nayer_edge.scarcity import scarce
+from nayer_edge.errors import resource_error
 limit = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**26
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
     torch.empty(2**30, dtype=torch.uint8)
 except Exception as error:
-    print(type(scarce(error)).__name__)
+    print(type(resource_error(error)).__name__)
 """
-    assert resource.getpagesize() > 0
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "MissingError\n", done.stderr

@@ -1,0 +1,86 @@
+"""Reads TOML and reports every problem of it at once, in words."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from nayer_edge.errors import UsageError, nearest
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def parse_toml(path: Path, what: str) -> dict[str, Any]:
+    """Reads a TOML file of at most 1 MiB.
+
+    Raises:
+        UsageError: it is missing, too large or not TOML.
+    """
+    try:
+        if path.stat().st_size > 2**20:
+            raise UsageError(f"{path} is larger than {what} can be (1 MiB).")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no {what} at {path}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not readable as {what}.", why=f"{error}", fix="Mend the file.") from error
+
+
+def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Every problem of a validation as one sentence each; unknown keys with the nearest known name."""
+    sentences = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = known_keys(model, problem["loc"][:-1])
+            hint = nearest(str(problem["loc"][-1]), known)
+            section = where.rpartition(".")[0]
+            whole = hint.replace("'", f"'{section}.", 1) if section else hint
+            sentences.append(f"unknown key '{where}'.{whole}")
+        elif problem["type"] == "missing":
+            sentences.append(f"'{where}' is missing.")
+        else:
+            reason = problem["msg"].removeprefix("Value error, ")
+            sentences.append(f"{where}: {reason}." if where else f"{reason}.")
+    return sentences
+
+
+def known_keys(model: type[BaseModel], location: tuple[int | str, ...] = ()) -> list[str]:
+    """The keys that `model` knows at a place inside it, nested sections by name."""
+    current: Any = model
+    for part in location:
+        current = section_of(field_of(current, part))
+        if current is None:
+            return []
+    return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def field_of(model: type[BaseModel] | None, key: int | str) -> Any:
+    """The field that a key names, by its alias too; None where there is no such field."""
+    fields = model.model_fields.items() if model else ()
+    return next((field for name, field in fields if key in (name, field.alias)), None)
+
+
+def section_of(field: Any) -> type[BaseModel] | None:
+    """The nested section that a field holds, optional or not; None where it holds a value."""
+    kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def checked(kind: type[Checked], values: dict[str, Any], what: str, fix: str) -> Checked:
+    """`values` as a model, or every problem in one error; `what` and `fix` are its first and last line.
+
+    Raises:
+        UsageError: they do not validate.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        why = "\n".join(f"  - {sentence}" for sentence in problems_of(error, kind))
+        raise UsageError(what, why=why, fix=fix) from error
