@@ -1,9 +1,9 @@
-"""The table of README.md: what benchmarks/cifar.py measured, from its committed JSON, beside what was published.
+"""The CIFAR tables of docs/BENCHMARKS.md: what benchmarks/cifar.py measured, beside what was published.
 
-    python benchmarks/cifar_table.py --readme README.md
+    python benchmarks/cifar_table.py --page docs/BENCHMARKS.md
 
-A cell without a run stays empty. Published figures are the maximum over epochs of test accuracy, as their authors
-report it; ours of that kind stands in a column of its own.
+The figures come from the committed JSON; a cell without a run stays empty. Published figures are the maximum of test
+accuracy over epochs, as their authors report it; ours of that kind has its own column.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ PUBLISHED = {
     ("cifar100", "w402-w162", 100): "70.20 (paper)",
     ("cifar100", "w402-w162", 200): "71.23 (paper)",
     ("cifar100", "w402-w162", 300): "71.72 (paper)",
-    ("cifar10", "r34-r18", 100): "93.88 (log of others)",
-    ("cifar10", "w402-w162", 300): "94.16 (log of others)",
+    ("cifar10", "r34-r18", 100): "93.88 (third-party log)",
+    ("cifar10", "w402-w162", 300): "94.16 (third-party log)",
 }
 
 
 def main() -> None:
-    """Prints the tables, and writes them into the README where told."""
+    """Prints the tables; with `--page` also writes them between the marks of that file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
     text = tables(read(arguments.results))
     print(text)
-    if arguments.readme:
-        before, _, rest = arguments.readme.read_text(encoding="utf-8").partition(BEGIN)
+    if arguments.page:
+        before, _, rest = arguments.page.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
-        arguments.readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        arguments.page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
 def as_published(runs: list[dict[str, Any]]) -> list[str]:
     """One line per pair and number of epochs that was run or published; the rest is named as not run."""
     lines = [
-        "| top-1, % | E | teacher, and student on real images, as published | NAYER, as published "
+        "| top-1, % | E | published: teacher, student trained on real images | published: NAYER "
         "| ours, last epoch | ours, maximum over epochs | seeds | hardware, commit |",
         "|---|--:|---|---|---|---|--:|---|",
     ]
@@ -121,7 +121,7 @@ def scaled_down(runs: list[dict[str, Any]]) -> list[str]:
         return []
     lines = [
         "| scaled down, top-1 in % | student epochs × steps × batch | images made | teacher | last epoch "
-        "| agrees with the teacher (synthetic) | seeds | hardware, commit |",
+        "| agreement with the teacher (synthetic) | seeds | hardware, commit |",
         "|---|---|--:|---|---|---|--:|---|",
     ]
     groups: dict[str, list[dict[str, Any]]] = {}

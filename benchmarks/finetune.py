@@ -285,7 +285,7 @@ def simulated(network: torch.nn.Module, images: np.ndarray) -> np.ndarray:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The table of docs/LOG.md."""
+    """The results as a Markdown table."""
     mean, runs = result["mean"], result["runs"]
 
     def row(name: str, prefix: str, version: str) -> str:

@@ -135,7 +135,7 @@ STEPS = (
     ),
     Step(
         "validate",
-        "compares every artefact with the teacher",
+        "compares every artifact with the teacher",
         "validate:make_report",
         ("teacher", "lte", "student", "onnx", "int8", "engine"),
         ("validate", "synthesis", "seed", "device", "precision"),

@@ -25,14 +25,16 @@ from nayer_edge.storage.run_folder import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+MEASUREMENTS = ROOT / "docs" / "BENCHMARKS.md"
+RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUNNABLE = {"gate", "verify", "validate", "report", "export", "bench", "calibration-data", "doctor", "recipes", "lte"}
 """commands that a finished tiny run answers in seconds"""
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar_table"])
-def test_tables_come_from_committed_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each stands in the README exactly as its command writes it."""
+@pytest.mark.parametrize(("name", "page"), [("digits", README), ("cifar_table", MEASUREMENTS)])
+def test_tables_come_from_committed_figures(name: str, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is in its document exactly as its command writes it."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
@@ -40,10 +42,23 @@ def test_tables_come_from_committed_figures(name: str, monkeypatch: pytest.Monke
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     if name == "digits":
-        wanted = benchmark.table(json.loads((ROOT / "benchmarks" / "results" / "digits.json").read_text()))
+        wanted = benchmark.table(json.loads((RESULTS / "digits.json").read_text()))
     else:
         wanted = benchmark.tables(benchmark.read(benchmark.RESULTS))
-    assert f"{benchmark.BEGIN}\n{wanted}\n{benchmark.END}" in README.read_text(encoding="utf-8")
+    assert f"{benchmark.BEGIN}\n{wanted}\n{benchmark.END}" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: path.stem)
+def test_every_result_is_documented_with_its_command(path: Path) -> None:
+    text = MEASUREMENTS.read_text(encoding="utf-8")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert f"\n    {result['command']}\n" in text
+    assert (
+        f"`{result['name'].rpartition('-s')[0]}`"
+        if path.parent.name == "cifar"
+        else f"`benchmarks/results/{path.name}`"
+    ) in text
+    assert result.get("commit", "") in text
 
 
 def test_every_measurement_is_listed() -> None:
@@ -207,7 +222,7 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r' (?:src|srcset|href)="([^"]+)"', text):
         if re.match(r"[a-z]+:", link):
             continue
         name, _, anchor = link.partition("#")
@@ -219,7 +234,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_the_example_recipe_is_one(tmp_path: Path) -> None:
-    examples = [text for _, language, text in blocks(README) if language == "toml" and "[student]" in text]
+    page = ROOT / "docs" / "YOUR_OWN_MODEL.md"
+    examples = [text for _, language, text in blocks(page) if language == "toml" and "[student]" in text]
     assert examples
     for number, text in enumerate(examples):
         path = tmp_path / f"example{number}.toml"

@@ -18,7 +18,7 @@ Weights = dict[str, Tensor]
 
 def lies(kit: Kit, tries: int) -> Tally:
     """Each of them ends with exit 1, or 2 where the weights show it, names what is wrong, and says what to change."""
-    tally = Tally("numbers that lie (NaN, constant, dead, collapsed, copies)")
+    tally = Tally("silent training failures (NaN, constant, dead, collapsed, copies)")
     twins = kit.room().with_suffix(".npy")
     np.save(twins, np.ones((3, 4), np.float32))
     for number in range(tries):

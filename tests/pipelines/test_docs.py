@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +73,42 @@ def test_the_example_of_using_the_onnx_file_runs(
         assert capsys.readouterr().out.strip() == load_recipe("digits").teacher.classes[label]
 
 
-def test_artefacts_have_the_names_that_are_listed() -> None:
+def files_on_the_map(text: str) -> Iterator[str]:
+    """The paths of the tree in docs/ARCHITECTURE.md: one name a line, two spaces of indentation for each folder."""
+    for block in re.findall(r"^```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        folders: list[str] = []
+        for line in block.splitlines():
+            name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+            del folders[depth:]
+            if name.endswith("/"):
+                folders.append(name)
+            else:
+                yield "".join(folders) + name
+
+
+def holds_code(path: Path) -> bool:
+    """Whether there is more in a module than its docstring."""
+    return any(not isinstance(part, ast.Expr) for part in ast.parse(path.read_text(encoding="utf-8")).body)
+
+
+def test_the_map_of_the_code_names_every_module() -> None:
+    named = list(files_on_the_map((ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")))
+    assert len(named) == len(set(named))
+    modules = [path for folder in ("nayer_edge", "export", "pipelines") for path in (ROOT / folder).rglob("*.py")]
+    assert {path.relative_to(ROOT).as_posix() for path in modules if holds_code(path)} == set(named)
+
+
+def test_the_paper_map_names_what_exists() -> None:
+    text = (ROOT / "docs" / "PAPER_MAP.md").read_text(encoding="utf-8")
+    rows = re.findall(r"`(nayer_edge/[\w/]+\.py): (\w+)`", text)
+    assert len(rows) > 10
+    for file, name in rows:
+        module = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        defined = {part.name for part in module.body if isinstance(part, ast.ClassDef | ast.FunctionDef)}
+        assert name in defined, f"{file}: {name}"
+
+
+def test_artifacts_have_the_names_that_are_listed() -> None:
     text = (ROOT / "docs" / "DEPLOYING.md").read_text(encoding="utf-8")
     for candidate in graphs(load_recipe("digits")):
         assert f"`{candidate.name}`" in text
