@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -182,36 +184,85 @@ def test_packages_are_the_folders() -> None:
     assert set(SETUPTOOLS["packages"]) == found
 
 
-def lock_entries() -> list[str]:
-    text = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ")
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+EXTRAS = {
+    "requirements.lock": ("cpu",),
+    "requirements-dev.lock": ("cpu", "rtx", "lm", "timm", "sign", "sbom", "tracking", "dev"),
+}
+"""what each lock is made for; both hold the base install and the build's needs"""
 
 
-def test_the_lock_pins_with_hashes_and_names_no_index() -> None:
-    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+def lock_entries(lock: str) -> dict[str, frozenset[str]]:
+    """The hashes of every pin."""
+    text = (ROOT / lock).read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    pins = {line.partition("--hash")[0].strip(): frozenset(re.findall(r"--hash=(\S+)", line)) for line in lines}
+    assert len(pins) == len(lines), "one line each"
+    return pins
+
+
+def needs(lock: str) -> list[Requirement]:
+    lines = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]]
+    for extra in EXTRAS[lock]:
+        lines += PROJECT["project"]["optional-dependencies"][extra]
+    return [Requirement(line) for line in lines]
+
+
+@pytest.mark.parametrize("lock", EXTRAS)
+def test_a_lock_pins_with_hashes_and_names_no_index(lock: str) -> None:
+    text = (ROOT / lock).read_text(encoding="utf-8")
     assert not re.search(r"://|index|find-links|trusted-host|\bfile:|@ ", text)
-    entries = lock_entries()
+    entries = lock_entries(lock)
     assert len(entries) > 50
-    pattern = re.compile(r"[a-z0-9][a-z0-9._-]*(\[[a-z0-9,-]+\])?==[^\s;]+( *;[^;]*?)?( +--hash=sha256:[0-9a-f]{64})+")
-    for entry in entries:
-        assert pattern.fullmatch(entry), entry[:100]
-    names = [entry.partition("==")[0] + "|" + entry.partition(";")[2].partition("--hash")[0] for entry in entries]
-    assert len(set(names)) == len(names), "one pin each"
+    for entry, hashes in entries.items():
+        assert re.fullmatch(r"[a-z0-9][a-z0-9-]*==[^\s;]+( ;[^;]*)?", entry), entry
+        assert hashes, entry
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", value) for value in hashes), entry
+
+
+@pytest.mark.parametrize("lock", EXTRAS)
+def test_a_lock_covers_what_pyproject_asks_for(lock: str) -> None:
+    locked = {entry.partition("==")[0] for entry in lock_entries(lock)}
+    assert {canonicalize_name(need.name) for need in needs(lock)} <= locked
+
+
+@pytest.mark.parametrize("lock", EXTRAS)
+def test_a_lock_is_complete_and_holds_nothing_else(lock: str) -> None:
+    """The locks are installed without looking at dependencies, so a missing one would show only when it is imported."""
+    pins = {pin.name: pin for pin in map(Requirement, lock_entries(lock)) if not pin.marker or pin.marker.evaluate()}
+    for name, pin in pins.items():
+        if metadata.version(name) not in pin.specifier:
+            pytest.skip(f"{name} {metadata.version(name)} is installed here, and the lock has {pin}")
+    found: set[tuple[str, str]] = set()
+    todo = needs(lock)
+    while todo:
+        need = todo.pop()
+        if need.marker and not need.marker.evaluate({"extra": ""}):
+            continue
+        name = canonicalize_name(need.name)
+        for extra in {"", *need.extras} - {extra for known, extra in found if known == name}:
+            found.add((name, extra))
+            for line in metadata.requires(name) or []:
+                dependency = Requirement(line)
+                if not dependency.marker or dependency.marker.evaluate({"extra": extra}):
+                    dependency.marker = None
+                    todo.append(dependency)
+    assert {name for name, _ in found} == set(pins)
+
+
+def test_the_lock_of_the_quickstart_is_a_part_of_the_other() -> None:
+    base, dev = ({entry.partition(" ;")[0]: hashes for entry, hashes in lock_entries(lock).items()} for lock in EXTRAS)
+    assert base.items() < dev.items()
+
+
+def test_the_makefile_resolves_what_the_locks_are_made_for() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    for lock, extras in EXTRAS.items():
+        (line,) = [line for line in text.splitlines() if f"--output-file {lock}" in line]
+        assert tuple(re.findall(r"--extra (\S+)", line)) == extras
 
 
 def normalised(requirement: str) -> str:
-    found = re.match(r"[A-Za-z0-9._-]+", requirement)
-    assert found is not None
-    return re.sub(r"[-_.]+", "-", found[0]).lower()
-
-
-def test_the_lock_covers_what_pyproject_asks_for() -> None:
-    locked = {normalised(entry) for entry in lock_entries()}
-    extras = PROJECT["project"]["optional-dependencies"]
-    for extra in ("cpu", "dev", "lm", "rtx", "timm", "sign", "sbom", "tracking"):
-        assert {normalised(line) for line in extras[extra]} <= locked, extra
-    assert {normalised(line) for line in PROJECT["project"]["dependencies"]} <= locked
-    assert {normalised(line) for line in PROJECT["build-system"]["requires"]} <= locked
+    return canonicalize_name(Requirement(requirement).name)
 
 
 def test_cpu_and_gpu_differ_only_where_they_must() -> None:
@@ -245,7 +296,7 @@ def ignored(name: str) -> bool:
 @pytest.mark.parametrize("name", ["uv.lock", ".venv", "runs", "build", "dist", "x.egg-info", "__pycache__"])
 def test_what_git_ignores(name: str) -> None:
     assert ignored(name)
-    assert not ignored("requirements.lock")
+    assert not any(ignored(lock) for lock in EXTRAS)
 
 
 def test_the_version_is_one(run_version: Callable[[], str]) -> None:
