@@ -600,7 +600,7 @@ def test_student_and_teacher_must_be_two_networks(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_where_there_is_none() -> None:
-    with pytest.raises(MissingError, match="finds none here") as caught:
+    with pytest.raises(MissingError, match="PyTorch finds none") as caught:
         choose("cuda")
     assert "device=cpu" in caught.value.fix
 

@@ -138,7 +138,7 @@ def test_a_damaged_card_is_refused(tmp_path: Path, change: Callable[[dict[str, A
     path = tmp_path / "generator.safetensors"
     generators.save(made(), None, path)
     change_card(path, change)
-    with pytest.raises(IntegrityError, match="not a generator of ours"):
+    with pytest.raises(IntegrityError, match="not a nayer-edge generator"):
         generators.load(path)
 
 
@@ -155,7 +155,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     tensors.pop("generator.noisy.weight")
     save_tensors(path, tensors)
     change_card(path, lambda card: card.update(sha256=generators.sha256_of(path)))
-    with pytest.raises(IntegrityError, match="not a generator of ours"):
+    with pytest.raises(IntegrityError, match="not a nayer-edge generator"):
         generators.load(path)
     path.unlink()
     with pytest.raises(IntegrityError, match="not readable as a generator"):

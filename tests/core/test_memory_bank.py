@@ -67,12 +67,12 @@ def test_the_byte_budget_is_respected(budget: int, capacity: int) -> None:
     assert MemoryBank(SHAPE, budget, CPU).capacity == capacity
 
 
-def test_budgets_that_hold_nothing_are_refused() -> None:
-    with pytest.raises(UsageError, match="holds not one image") as caught:
+def test_budgets_below_one_image_are_refused() -> None:
+    with pytest.raises(UsageError, match="too small for one image") as caught:
         MemoryBank(SHAPE, BYTES - 1, CPU)
     assert "bank_mib" in caught.value.fix
     bank = MemoryBank(SHAPE, 3 * BYTES, CPU)
-    with pytest.raises(UsageError, match="holds 3 images and one round has 4"):
+    with pytest.raises(UsageError, match="room for 3 images, but one round makes 4"):
         bank.add(*images_of(0, 4))
     assert len(bank) == 0
 

@@ -76,7 +76,7 @@ def test_what_is_typed_counts_more_than_the_recipe(here: Path, invoke: Invoke) -
         (["digits", "--prompt", "no label"], "must contain {label}"),
         (["digits", "--synonyms", "second"], "synonyms"),
         (["--labels", "absent.txt"], "no file of class names"),
-        (["--labels", "labels.txt", "--encoder", "absent.npy"], "no file of embeddings"),
+        (["--labels", "labels.txt", "--encoder", "absent.npy"], "no embedding file"),
     ],
 )
 def test_wrong_usage(here: Path, invoke: Invoke, arguments: list[str], words: str) -> None:

@@ -25,7 +25,7 @@ from nayer_edge.config import LTE
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.labels import text_encoders
-from nayer_edge.labels.class_names import spoken
+from nayer_edge.labels.class_names import as_words
 from nayer_edge.labels.embeddings import (
     LabelEmbeddings,
     averaged,
@@ -112,7 +112,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         ({"embeddings": torch.full((2, 3), torch.nan)}, good),
     ):
         save_tensors(path, tensors, facts)
-        with pytest.raises(IntegrityError, match=r"not a file of label-text embeddings|embeddings for \d labels"):
+        with pytest.raises(
+            IntegrityError, match=r"not a file of label-text embeddings|embeddings of shape .* for \d labels"
+        ):
             load(path)
     save_tensors(path, {"embeddings": torch.zeros(2, 3)}, good)
     assert load(path).labels == ("a", "b")
@@ -123,7 +125,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(IntegrityError, match="its numbers are not those that it was written with"):
+    with pytest.raises(IntegrityError, match=r"altered.*SHA-256"):
         load(path)
     with pytest.raises(IntegrityError):
         load(tmp_path / "absent.safetensors")
@@ -223,7 +225,7 @@ def test_a_damaged_cache_file_is_made_anew(
         path.write_bytes(bad)
     with caplog.at_level(logging.WARNING):
         again = build(("cat", "dog"), config)
-    assert "damaged, and is made anew" in caplog.text
+    assert "damaged cache file is rebuilt" in caplog.text
     assert torch.equal(again.embeddings, first.embeddings)
     assert path.read_bytes() == good
     caplog.clear()
@@ -239,7 +241,7 @@ def test_a_cache_that_cannot_be_written(
     closed.mkdir(mode=0o500)
     monkeypatch.setenv("XDG_CACHE_HOME", str(closed))
     assert build(("cat", "dog"), LTE(encoder=str(sentence_encoder))).embeddings.shape == (2, 16)
-    assert "not kept for the next time" in caplog.text
+    assert "could not be cached" in caplog.text
 
 
 def test_a_cache_folder_that_is_a_file(
@@ -248,7 +250,7 @@ def test_a_cache_folder_that_is_a_file(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert build(("cat", "dog"), LTE(encoder=str(sentence_encoder))).embeddings.shape == (2, 16)
-    assert "not kept for the next time" in caplog.text
+    assert "could not be cached" in caplog.text
 
 
 # ------------------------------------------------------------------ encoders
@@ -312,8 +314,8 @@ def test_more_labels_than_a_batch(sentence_encoder: Path) -> None:
 
 
 def test_labels_are_spoken_and_braces_in_them_are_harmless(sentence_encoder: Path) -> None:
-    assert spoken("sea_bird") == "sea bird"
-    assert spoken("  sea__bird\n") == "sea bird"
+    assert as_words("sea_bird") == "sea bird"
+    assert as_words("  sea__bird\n") == "sea bird"
     found = build(("cat", "{label}", "{0}"), LTE(encoder=str(sentence_encoder)))
     assert found.labels == ("cat", "{label}", "{0}")
 
@@ -357,10 +359,11 @@ def test_averaging_by_hand() -> None:
     torch.testing.assert_close(averaged(encoded, [2, 1]), wanted)
 
 
-def test_classes_that_the_encoder_cannot_tell_apart(sentence_encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_classes_that_the_encoder_cannot_distinguish(sentence_encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = build(("cat", "duck", "goose\x1b"), LTE(encoder=str(sentence_encoder)))
     assert duplicates(found) == ["duck", "goose\x1b"], "both are unknown words"
-    assert "cannot tell 2 classes apart: duck, goose" in caplog.text
+    assert "2 classes share an embedding" in caplog.text
+    assert "duck, goose" in caplog.text
     assert "\x1b" not in caplog.text
     caplog.clear()
     build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
@@ -396,16 +399,16 @@ def without(folder: Path, *names: str) -> None:
     save_file({n: t.clone() for n, t in tensors.items() if n not in names}, weights, metadata={"format": "pt"})
 
 
-def test_an_encoder_whose_weights_are_not_complete_is_refused(sentence_encoder: Path, clip_encoder: Path) -> None:
-    """transformers only warns of weights that it draws at random; such embeddings would mean nothing."""
+def test_an_encoder_with_incomplete_weights_is_refused(sentence_encoder: Path, clip_encoder: Path) -> None:
+    """transformers only warns about weights that it initialises at random; such embeddings would be meaningless."""
     without(clip_encoder, "text_projection.weight")
-    with pytest.raises(IntegrityError, match="not complete; it was not used") as caught:
+    with pytest.raises(IntegrityError, match="incomplete; it was not used") as caught:
         build(("cat", "dog"), LTE(encoder=str(clip_encoder)))
-    assert "1 are missing or of another shape: text_projection.weight" in caught.value.why
+    assert "1 are missing or have the wrong shape: text_projection.weight" in caught.value.why
     without(sentence_encoder, "pooler.dense.weight", "pooler.dense.bias")
     build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))  # the mean over tokens needs no pooler
     without(sentence_encoder, "encoder.layer.1.output.dense.weight", "encoder.layer.1.output.dense.bias")
-    with pytest.raises(IntegrityError, match="not complete; it was not used") as caught:
+    with pytest.raises(IntegrityError, match="incomplete; it was not used") as caught:
         build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
     assert "2 are missing" in caught.value.why
 
@@ -417,18 +420,18 @@ def test_a_text_tower_saved_without_its_projection(clip_encoder: Path, tmp_path:
     whole = CLIPTextModelWithProjection.from_pretrained(clip_encoder)
     plain = CLIPTextModel(whole.config)
     plain.save_pretrained(clip_encoder)
-    with pytest.raises(IntegrityError, match="not complete"):
+    with pytest.raises(IntegrityError, match="incomplete"):
         build(("cat", "dog"), LTE(encoder=str(clip_encoder)))
 
 
-def test_a_model_that_is_no_text_encoder(sentence_encoder: Path) -> None:
+def test_a_model_that_is_not_a_text_encoder(sentence_encoder: Path) -> None:
     from transformers import ResNetConfig, ResNetModel
 
     for file in ("config.json", "model.safetensors"):
         (sentence_encoder / file).unlink()
     config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1])
     ResNetModel(config).save_pretrained(sentence_encoder)
-    with pytest.raises(UsageError, match="is no text encoder"):
+    with pytest.raises(UsageError, match="is not a supported text encoder"):
         build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
 
 
@@ -469,7 +472,7 @@ def test_a_file_of_embeddings_is_taken_by_class_name(tmp_path: Path) -> None:
     assert (found.encoder, found.labels) == ("my encoder", ("c", "a"))
     with pytest.raises(UsageError, match="no embedding for 1 of 2 classes: d"):
         build(("a", "d"), LTE(encoder=str(path)))
-    with pytest.raises(UsageError, match="no file of embeddings"):
+    with pytest.raises(UsageError, match="no embedding file"):
         build(("a", "b"), LTE(encoder=str(tmp_path / "absent.safetensors")))
     save(dataclasses.replace(made, embeddings=made.embeddings + 1e-3), path)
     assert build(("c", "a"), LTE(encoder=str(path))).digest != found.digest, "a changed file is another run"
@@ -523,7 +526,7 @@ def test_ready_files_are_what_the_encoder_computes() -> None:
     for path in READY:
         found = load(path)
         labels = found.labels[:12]
-        made = text_encoders._encode_minilm([found.prompt.replace("{label}", spoken(label)) for label in labels])
+        made = text_encoders._encode_minilm([found.prompt.replace("{label}", as_words(label)) for label in labels])
         torch.testing.assert_close(made, found.embeddings[:12], rtol=1e-3, atol=1e-4)
 
 

@@ -82,7 +82,7 @@ def test_tracing_leaves_no_trace() -> None:
 def test_what_needs_no_lowering_is_said(model: str) -> None:
     with pytest.raises(UsageError, match="cannot be lowered for images of") as caught:
         build_classifier(model, InputSpec(height=224, width=224), CLASSES)
-    assert "Name it without @" in caught.value.fix
+    assert "Remove @" in caught.value.fix
     with pytest.raises(UsageError, match="cannot be lowered") as caught:
         lower_strides(nn.Sequential(nn.Conv2d(3, 4, 3)), 3, 32)
     assert "no strided layers" in caught.value.why

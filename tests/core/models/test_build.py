@@ -97,7 +97,7 @@ def test_a_timm_tag_names_the_same_network() -> None:
     ("model", "message"),
     [
         ("timm:resnet19", "timm has no network 'resnet19'. Did you mean 'resnet"),
-        ("timm:resnet18.a1_in2k", "no weights 'a1_in2k' of resnet18. Did you mean"),
+        ("timm:resnet18.a1_in2k", "no weights 'a1_in2k' for resnet18. Did you mean"),
         ("timm:hf_hub:org/model", "timm has no network"),
         ("timm:", "timm has no network"),
         ("trochvision:resnet18", "Did you mean 'torchvision'"),
@@ -121,7 +121,7 @@ def test_unknown_names_and_the_nearest_known(model: str, message: str) -> None:
     ],
 )
 def test_arguments_that_would_fetch_or_contradict(model: str, arguments: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=f"cannot be given the argument {next(iter(arguments))}"):
+    with pytest.raises(UsageError, match=f"does not accept the argument {next(iter(arguments))}"):
         build_classifier(model, SPEC, CLASSES, arguments)
 
 
@@ -202,7 +202,7 @@ def test_logits_are_found(wrap: Any) -> None:
 
 @pytest.mark.parametrize("output", [None, "logits", (), {}, {"out": torch.rand(2, 3)}, SimpleNamespace(logits=3), (3,)])
 def test_no_logits(output: Any) -> None:
-    with pytest.raises(UsageError, match="no logits"):
+    with pytest.raises(UsageError, match="without logits"):
         logits_in(output)
 
 
@@ -229,5 +229,5 @@ def test_images_that_a_network_cannot_take() -> None:
 def test_another_number_of_outputs() -> None:
     network = build_classifier("nayer:resnet8", SPEC, CLASSES)
     network.backbone.add_module("fc", nn.Linear(64, 1000))
-    with pytest.raises(UsageError, match=r"\(2, 1000\) to 2 images; 3 classes make it \(2, 3\)"):
+    with pytest.raises(UsageError, match=r"\(2, 1000\) for 2 images; with 3 classes it should be \(2, 3\)"):
         check_forward(network)

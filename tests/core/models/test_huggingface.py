@@ -152,7 +152,7 @@ def test_class_names_in_another_order(folder: Path) -> None:
 def test_another_number_of_classes(folder: Path) -> None:
     with pytest.raises(UsageError, match="with 4 classes") as caught:
         loaded(teacher_of(folder).model_copy(update={"classes": ("a", "b", "c", "d")}))
-    assert "Their head has 3 outputs, and the recipe names 4 classes" in caught.value.why
+    assert "Their head has 3 outputs, but the recipe has 4 classes" in caught.value.why
     assert "one name for each of the 3 outputs" in caught.value.fix
 
 
@@ -170,7 +170,7 @@ def test_pickled_weights_are_not_read(folder: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(folder, tmp_path / "mine"))
     (mine / "model.safetensors").unlink()
     torch.save({"a": torch.zeros(1)}, mine / "pytorch_model.bin")
-    with pytest.raises(UsageError, match="holds no weights in safetensors"):
+    with pytest.raises(UsageError, match="has no safetensors weights"):
         loaded(teacher_of(mine))
 
 
@@ -178,7 +178,7 @@ def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(folder, tmp_path / "mine"))
     whole = (mine / "model.safetensors").read_bytes()
     (mine / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UsageError, match=r"are damaged|holds no weights|cannot be loaded"):
+    with pytest.raises(UsageError, match=r"are damaged|has no safetensors weights|cannot be loaded"):
         loaded(teacher_of(mine))
 
 
@@ -208,7 +208,7 @@ def test_a_timm_network_inside_transformers(tmp_path: Path) -> None:
             {"model_type": "timm_wrapper", "architecture": "resnet18", "num_classes": 3, "label_names": ["a", "b", "c"]}
         )
     )
-    with pytest.raises(UsageError, match="timm network inside transformers") as caught:
+    with pytest.raises(UsageError, match="timm network wrapped by transformers") as caught:
         build_classifier(f"hf:{tmp_path}/wrapped", SPEC, CLASSES)
     assert "timm:resnet18" in caught.value.fix
 

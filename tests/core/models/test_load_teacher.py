@@ -86,7 +86,7 @@ def test_python_models_may_bring_their_weights(tmp_path: Path) -> None:
         broken = teacher_of(f"python:{tmp_path}/nets.py:trained").model_copy(update={"arguments": {"bias": math.nan}})
         with pytest.raises(UsageError, match="NaN or infinity"):
             loaded(broken)
-        with pytest.raises(UsageError, match=r"\(2, 3\) to 2 images; 4 classes make it \(2, 4\)"):
+        with pytest.raises(UsageError, match=r"\(2, 3\) for 2 images; with 4 classes it should be \(2, 4\)"):
             loaded(teacher_of(f"python:{tmp_path}/nets.py:trained", classes=("a", "b", "c", "d")))
 
 
@@ -111,8 +111,8 @@ def test_a_pickle_that_would_run_code(tmp_path: Path) -> None:
 def test_another_architecture(tmp_path: Path) -> None:
     other = build_classifier("torchvision:resnet34", SPEC, CLASSES).backbone.state_dict()
     torch.save(other, tmp_path / "w.pt")
-    with pytest.raises(UsageError, match="not those of torchvision:resnet18") as caught:
+    with pytest.raises(UsageError, match="do not match torchvision:resnet18") as caught:
         loaded(teacher_of("torchvision:resnet18", tmp_path / "w.pt"))
     mine = build_classifier("torchvision:resnet18", SPEC, CLASSES).backbone.state_dict()
     assert f"{len(set(other) - set(mine))} not in the model" in caught.value.why
-    assert "Name the architecture" in caught.value.fix
+    assert "Use the architecture" in caught.value.fix

@@ -61,7 +61,7 @@ def test_inception_turns_one_normalisation_into_another() -> None:
     ("model", "weights", "message"),
     [
         ("torchvision:resnet50", "torchvision:IMAGENET1K_V3", "Did you mean 'IMAGENET1K_V2'"),
-        ("timm:resnet18", "timm:a1_in2k", "timm knows no weights"),
+        ("timm:resnet18", "timm:a1_in2k", "timm has no weights"),
         ("timm:resnet19", None, "timm has no network 'resnet19'"),
     ],
 )
@@ -71,7 +71,7 @@ def test_weights_that_nobody_publishes(model: str, weights: str | None, message:
 
 
 def test_weights_of_another_library() -> None:
-    with pytest.raises(UsageError, match="are no weights of timm:resnet18"):
+    with pytest.raises(UsageError, match="are not weights of timm:resnet18"):
         published.fetch("timm:resnet18", "torchvision:DEFAULT")
 
 

@@ -67,7 +67,7 @@ def test_a_prefix_that_only_some_keys_have_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"epoch": 3}, [torch.zeros(1)], torch.zeros(1)])
 def test_files_without_weights(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(UsageError, match="holds no state dict"):
+    with pytest.raises(UsageError, match="contains no state dict"):
         read_state_dict(tmp_path / "w.pt")
 
 
@@ -129,7 +129,7 @@ def test_weights_of_another_architecture_are_named_with_counts(network: Classifi
     state = other.backbone.state_dict()
     mine = set(network.backbone.state_dict())
     path = tmp_path / "w.safetensors"
-    with pytest.raises(UsageError, match="not those of nayer:resnet8 with 3 classes") as caught:
+    with pytest.raises(UsageError, match="do not match nayer:resnet8 with 3 classes") as caught:
         load_weights(network, state, path)
     assert f"{len(set(state) - mine)} not in the model" in caught.value.why
     assert "layer1.1.bn1.bias" in caught.value.why
@@ -140,7 +140,7 @@ def test_weights_of_another_architecture_are_named_with_counts(network: Classifi
     more = build_classifier("nayer:resnet8", SPEC, (*CLASSES, "d")).backbone.state_dict()
     with pytest.raises(UsageError) as caught:
         load_weights(network, more, path)
-    assert "2 of another shape (fc.bias, fc.weight)" in caught.value.why
+    assert "2 with another shape (fc.bias, fc.weight)" in caught.value.why
 
 
 def test_one_number_is_not_taken_for_another_shape(network: Classifier, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_one_number_is_not_taken_for_another_shape(network: Classifier, tmp_path
     state = Slope(8).state_dict()
     with pytest.raises(UsageError) as caught:
         load_weights(one, state, tmp_path / "w.safetensors")
-    assert "1 of another shape (slope.weight)" in caught.value.why
+    assert "1 with another shape (slope.weight)" in caught.value.why
     load_weights(one, {"slope.weight": torch.full((1,), 0.5), "count": torch.tensor([7])}, tmp_path / "w.safetensors")
     assert one.backbone.state_dict()["slope.weight"].tolist() == [0.5]
     assert one.backbone.state_dict()["count"].item() == 7
@@ -171,7 +171,7 @@ def test_a_running_average_must_be_chosen(network: Classifier, tmp_path: Path, a
     averaged = {name: value + 1 if value.is_floating_point() else value for name, value in plain.items()}
     path = tmp_path / "w.pth"
     torch.save({"epoch": 3, "model": plain, average: averaged}, path)
-    with pytest.raises(UsageError, match="holds 2 sets of weights: model") as caught:
+    with pytest.raises(UsageError, match="contains 2 sets of weights: model") as caught:
         read_state_dict(path)
     assert average in caught.value.what
     assert "--set teacher.weights_key=model" in caught.value.fix
@@ -204,7 +204,7 @@ def test_averages_under_a_prefix_must_be_chosen(network: Classifier, tmp_path: P
 def test_teacher_and_student_in_one_file(network: Classifier, tmp_path: Path) -> None:
     state = network.backbone.state_dict()
     torch.save({"teacher": state, "student": state}, tmp_path / "w.pt")
-    with pytest.raises(UsageError, match="holds 2 sets"):
+    with pytest.raises(UsageError, match="contains 2 sets"):
         read_state_dict(tmp_path / "w.pt")
 
 
@@ -290,7 +290,7 @@ def test_other_precisions_become_the_networks(network: Classifier, tmp_path: Pat
 def test_weights_that_are_quantized_already(network: Classifier, tmp_path: Path) -> None:
     state = dict(network.backbone.state_dict())
     state["fc.weight"] = (state["fc.weight"] * 10).to(torch.int8)
-    with pytest.raises(UsageError, match=r"fc\.weight in .* is of type int8"):
+    with pytest.raises(UsageError, match=r"fc\.weight in .* has the type int8"):
         load_weights(network, state, tmp_path / "w.pt")
 
 
@@ -299,7 +299,7 @@ def test_weights_that_are_not_finite(network: Classifier, tmp_path: Path, value:
     state = {name: tensor.clone() for name, tensor in network.backbone.state_dict().items()}
     before = weights_digest(network)
     state["layer1.0.conv1.weight"][0, 0, 0, 0] = value
-    with pytest.raises(UsageError, match=r"1 of \d+ tensors in .* hold NaN or infinity: layer1\.0\.conv1\.weight"):
+    with pytest.raises(UsageError, match=r"1 of \d+ tensors in .* contain NaN or infinity: layer1\.0\.conv1\.weight"):
         load_weights(network, state, tmp_path / "w.pt")
     assert weights_digest(network) == before, "half loaded"
 
@@ -308,7 +308,7 @@ def test_a_head_for_other_classes(network: Classifier, tmp_path: Path) -> None:
     thousand = build_classifier("nayer:resnet8", SPEC, tuple(map(str, range(1000)))).backbone.state_dict()
     with pytest.raises(UsageError) as caught:
         load_weights(network, thousand, tmp_path / "w.pt")
-    assert caught.value.why.startswith("Their head has 1000 outputs, and the recipe names 3 classes.")
+    assert caught.value.why.startswith("Their head has 1000 outputs, but the recipe has 3 classes.")
     assert "fc.bias is 1000 in the file, 3 in the model" in caught.value.why
     assert "one name for each of the 1000 outputs" in caught.value.fix
 
@@ -317,7 +317,7 @@ def test_no_head(network: Classifier, tmp_path: Path) -> None:
     state = {name: value for name, value in network.backbone.state_dict().items() if not name.startswith("fc.")}
     with pytest.raises(UsageError) as caught:
         load_weights(network, state, tmp_path / "w.pt")
-    assert caught.value.why.startswith("They hold no classifier head: Keys 2 missing (fc.bias, fc.weight)")
+    assert caught.value.why.startswith("They have no classifier head: Keys: 2 missing (fc.bias, fc.weight)")
 
 
 def test_other_channels(network: Classifier, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_other_channels(network: Classifier, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load_weights(network, state, tmp_path / "w.pt")
     assert "images of 3 channels" in caught.value.why
-    assert caught.value.fix == "Type: --set teacher.input.channels=3"
+    assert caught.value.fix == "Add --set teacher.input.channels=3"
 
 
 def test_heads_that_work_in_training_alone_are_left_out(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_heads_that_work_in_training_alone_are_left_out(tmp_path: Path) -> None:
 
 def test_what_is_no_part_of_the_network_is_named_by_the_user(network: Classifier, tmp_path: Path) -> None:
     state = {**network.backbone.state_dict(), "projector.0.weight": torch.ones(2, 2)}
-    with pytest.raises(UsageError, match="not those of") as caught:
+    with pytest.raises(UsageError, match="do not match nayer:resnet8") as caught:
         load_weights(network, state, tmp_path / "w.pt")
     assert 'teacher.weights_ignore=["projector."]' in caught.value.fix
     assert load_weights(network, state, tmp_path / "w.pt", ["projector."]).ignored == ("projector.0.weight",)
