@@ -22,7 +22,7 @@ Stream = Callable[[int], torch.Generator]
 
 
 def images_of(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images that carry their number, with labels."""
+    """Images that encode their number, with labels."""
     numbers = torch.arange(first, first + count)
     images = (numbers % 251).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, *SHAPE).contiguous()
     return images, numbers % 7
@@ -77,7 +77,7 @@ def test_budgets_below_one_image_are_refused() -> None:
     assert len(bank) == 0
 
 
-def test_growth_keeps_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_keeps_the_content(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(banks, "_FIRST_ALLOCATION", 4)
     bank = MemoryBank(SHAPE, 50 * BYTES, CPU)
     sizes = set()

@@ -1,4 +1,4 @@
-"""Class names: every form in which people have them, and every way in which they can be wrong."""
+"""Class names in all supported formats, and every kind of invalid file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write(folder: Path, name: str, text: str | bytes) -> Path:
         ("gap.csv", 'id,name\n\n0,cat\n1,dog\n2,"été, summer"\n'),
     ],
 )
-def test_forms_of_one_list(tmp_path: Path, name: str, text: str | bytes) -> None:
+def test_formats_of_one_list(tmp_path: Path, name: str, text: str | bytes) -> None:
     assert read_labels(write(tmp_path, name, text)) == CATS
 
 
@@ -114,7 +114,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 
 def test_wordnet_ids_are_translated(tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    # Two of ImageNet's classes are called "crane"; their definitions tell them apart.
+    # Two ImageNet classes are named "crane"; their definitions distinguish them.
     path = write(tmp_path, "wnids.txt", "n01440764\nn02012849\nn03126707\n")
     tench, bird, machine = read_labels(path)
     assert tench == "tench, Tinca tinca"

@@ -1,4 +1,4 @@
-"""Embeddings from elsewhere: their formats, whose row is whose, and files that are not what they say."""
+"""Precomputed embeddings: file formats, matching of rows to classes, and invalid files."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def take(path: Path, names: tuple[str, ...] = NAMES) -> torch.Tensor:
 
 
 def clip_like(path: Path, labels: list[str], values: np.ndarray = VALUES) -> Path:
-    """Of the form in which CLIP embeddings were published with the NAYER code: no revision, labels one per line."""
+    """In the format of the CLIP embeddings published with the NAYER code: no revision, labels one per line."""
     facts = {"labels": "\n".join(labels), "prompt": "a image of {label}", "encoder": "CLIP ViT-B/32 text tower"}
     save_file({"embeddings": torch.from_numpy(values)}, path, {**facts, "normalized": "no", "source": "elsewhere"})
     return path
 
 
-def test_the_form_of_the_published_clip_embeddings(tmp_path: Path) -> None:
+def test_the_format_of_the_published_clip_embeddings(tmp_path: Path) -> None:
     path = clip_like(tmp_path / "clip.safetensors", ["dog", "sea bird, Aves", "Cat"])
     found = build(NAMES, LTE(encoder=str(path)))
     assert found.embeddings.tolist() == VALUES[[2, 0, 1]].tolist()
@@ -56,7 +56,7 @@ def test_the_form_of_the_published_clip_embeddings(tmp_path: Path) -> None:
     ],
 )
 def test_the_published_clip_embeddings(file: str, recipe: str, classes: int, cosine: float) -> None:
-    """The mean cosines are those that the provider of the data measured."""
+    """The mean cosines are those measured by the provider of the data."""
     path = Path(os.environ["NAYER_EDGE_DATA"]) / "lte" / f"clip-vit-b32-{file}.safetensors"
     found = build(load_recipe(recipe).teacher.classes, LTE(encoder=str(path)))
     assert found.embeddings.shape == (classes, 512)
@@ -64,7 +64,7 @@ def test_the_published_clip_embeddings(file: str, recipe: str, classes: int, cos
 
 
 def test_imagenet_by_name_whatever_the_order(tmp_path: Path) -> None:
-    """Its lists differ: whole synsets or first synonyms, and two classes that are both called crane."""
+    """Its published lists differ (whole synsets or first synonyms), and two classes are named crane."""
     published = ["tench, Tinca tinca", "crane", "goldfish, Carassius auratus", "crane", "maillot", "maillot, tank suit"]
     ours = ["tench", "crane (bird)", "goldfish", "crane (machine)", "maillot", "maillot, tank suit"]
     torchvision = ["tench", "crane", "goldfish", "crane (machine)", "maillot", "tank_suit"]
@@ -132,7 +132,7 @@ def test_half_precision_and_other_names_in_safetensors(tmp_path: Path) -> None:
 
 
 class Hostile:
-    """Would write a file if anybody unpickled it."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -168,7 +168,7 @@ def test_damaged_files(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("values", [np.full((3, 4), np.nan), np.full((3, 4), np.inf), np.ones((3, 4), dtype=np.int64)])
-def test_numbers_that_are_no_embeddings(tmp_path: Path, values: np.ndarray) -> None:
+def test_values_that_are_not_embeddings(tmp_path: Path, values: np.ndarray) -> None:
     for suffix in (".npy", ".safetensors"):
         path = tmp_path / f"e{suffix}"
         np.save(path, values) if suffix == ".npy" else save_file({"embeddings": torch.from_numpy(values)}, path)

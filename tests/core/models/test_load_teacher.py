@@ -1,4 +1,4 @@
-"""Teachers from their recipes: whatever cannot teach is refused before any work, with the reason."""
+"""Teachers from recipes: unsuitable teachers are rejected with the reason before any work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def loaded(config: Teacher) -> tuple[Classifier, dict[str, Any]]:
     return load_teacher(config, untrained_teacher(config))
 
 
-def test_what_was_taken_is_in_the_card(tmp_path: Path) -> None:
+def test_the_card_lists_what_was_loaded(tmp_path: Path) -> None:
     with seeded(3):
         network = build_classifier("timm:resnet10t", SPEC, CLASSES).eval()
     state = {f"module.{name}": value.half() for name, value in network.backbone.state_dict().items()}
@@ -67,7 +67,7 @@ def test_dropout_is_off(tmp_path: Path) -> None:
     assert torch.equal(teacher(images), teacher(images))
     assert teacher.rebuild["arguments"] == {"dropout": 0.9}
     dropped = teacher.train()
-    assert not torch.equal(dropped(images), dropped(images)), "there is no dropout: this test shows nothing"
+    assert not torch.equal(dropped(images), dropped(images)), "there is no dropout: this test proves nothing"
 
 
 def test_python_models_may_bring_their_weights(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_python_models_may_bring_their_weights(tmp_path: Path) -> None:
 
 
 class Hostile:
-    """Unpickling it would create a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

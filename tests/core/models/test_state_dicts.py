@@ -1,4 +1,4 @@
-"""Foreign weights in the shapes that people have, hostile ones included."""
+"""Users' checkpoints in all supported forms, and malicious ones."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
 
 
 class Hostile:
-    """Unpickling it would create a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,7 +97,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "w.pth") as archive:
         names = [name for name in archive.namelist() if name.endswith("data.pkl")]
         operations = [operation.name for operation, _, _ in pickletools.genops(archive.read(names[0]))]
-        assert b"mkdir" in archive.read(names[0]), "the file was harmless: this test shows nothing"
+        assert b"mkdir" in archive.read(names[0]), "the file was harmless: this test proves nothing"
         assert "REDUCE" in operations
 
 
@@ -143,8 +143,8 @@ def test_weights_of_another_architecture_are_named_with_counts(network: Classifi
     assert "2 with another shape (fc.bias, fc.weight)" in caught.value.why
 
 
-def test_one_number_is_not_taken_for_another_shape(network: Classifier, tmp_path: Path) -> None:
-    """A counter may be a number or a list of one; a slope for each of eight channels is no slope for all."""
+def test_one_element_tensors_and_scalars_match(network: Classifier, tmp_path: Path) -> None:
+    """A counter may be a scalar or have one element, but eight slopes do not match one."""
 
     class Slope(nn.Module):
         def __init__(self, channels: int) -> None:
@@ -183,11 +183,11 @@ def test_a_running_average_must_be_chosen(network: Classifier, tmp_path: Path, a
     assert f"{average} ({len(plain)} tensors)" in caught.value.why
     torch.save({average: averaged}, path)
     assert torch.equal(read_state_dict(path)["fc.bias"], averaged["fc.bias"])
-    assert key_taken(path) == average, "what was taken is said"
+    assert key_taken(path) == average, "the key is reported"
 
 
 def test_averages_under_a_prefix_must_be_chosen(network: Classifier, tmp_path: Path) -> None:
-    """As Lightning keeps them: both in one flat state dict."""
+    """As saved by Lightning: both in one flat state dict."""
     plain = network.backbone.state_dict()
     flat = {f"model.{n}": v for n, v in plain.items()} | {f"ema_model.{n}": v + 1 for n, v in plain.items()}
     path = tmp_path / "last.ckpt"
@@ -233,7 +233,7 @@ def test_prefixes_of_wrappers(network: Classifier, tmp_path: Path, rename: Calla
     assert loaded.ignored == ()
 
 
-def test_a_prefix_that_the_network_has_and_the_file_has_not(network: Classifier, tmp_path: Path) -> None:
+def test_a_prefix_that_only_the_network_has(network: Classifier, tmp_path: Path) -> None:
     class Wrapped(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -244,8 +244,8 @@ def test_a_prefix_that_the_network_has_and_the_file_has_not(network: Classifier,
     assert torch.equal(wrapped.backbone.state_dict()["inner.fc.bias"], network.backbone.state_dict()["fc.bias"])
 
 
-def test_torchs_own_average(network: Classifier, tmp_path: Path) -> None:
-    """torch.optim.swa_utils.AveragedModel counts beside the weights."""
+def test_torchs_averaged_model(network: Classifier, tmp_path: Path) -> None:
+    """torch.optim.swa_utils.AveragedModel stores a counter beside the weights."""
     averaged = torch.optim.swa_utils.AveragedModel(network.backbone)
     torch.save(averaged.state_dict(), tmp_path / "w.pt")
     with seeded(1):
@@ -262,7 +262,7 @@ def test_a_loss_beside_the_weights(network: Classifier, tmp_path: Path) -> None:
 
 
 def test_options_and_numbers_beside_the_weights(network: Classifier, tmp_path: Path) -> None:
-    """What timm's and many other training scripts store; none of it is code."""
+    """As stored by timm's and many other training scripts; none of it is code."""
     import numpy as np
 
     path = tmp_path / "w.pth.tar"
@@ -277,7 +277,7 @@ def test_options_and_numbers_beside_the_weights(network: Classifier, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_become_the_networks(network: Classifier, tmp_path: Path, kind: torch.dtype) -> None:
+def test_other_precisions_are_converted(network: Classifier, tmp_path: Path, kind: torch.dtype) -> None:
     state = {n: v.to(kind) if v.is_floating_point() else v for n, v in network.backbone.state_dict().items()}
     with seeded(1):
         other = build_classifier("nayer:resnet8", SPEC, CLASSES)
@@ -287,7 +287,7 @@ def test_other_precisions_become_the_networks(network: Classifier, tmp_path: Pat
     assert loaded.notes == (f"stored as {str(kind).removeprefix('torch.')}",)
 
 
-def test_weights_that_are_quantized_already(network: Classifier, tmp_path: Path) -> None:
+def test_quantized_weights(network: Classifier, tmp_path: Path) -> None:
     state = dict(network.backbone.state_dict())
     state["fc.weight"] = (state["fc.weight"] * 10).to(torch.int8)
     with pytest.raises(UsageError, match=r"fc\.weight in .* has the type int8"):
@@ -301,7 +301,7 @@ def test_weights_that_are_not_finite(network: Classifier, tmp_path: Path, value:
     state["layer1.0.conv1.weight"][0, 0, 0, 0] = value
     with pytest.raises(UsageError, match=r"1 of \d+ tensors in .* contain NaN or infinity: layer1\.0\.conv1\.weight"):
         load_weights(network, state, tmp_path / "w.pt")
-    assert weights_digest(network) == before, "half loaded"
+    assert weights_digest(network) == before, "partly loaded"
 
 
 def test_a_head_for_other_classes(network: Classifier, tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_other_channels(network: Classifier, tmp_path: Path) -> None:
     assert caught.value.fix == "Add --set teacher.input.channels=3"
 
 
-def test_heads_that_work_in_training_alone_are_left_out(tmp_path: Path) -> None:
+def test_auxiliary_heads_are_skipped(tmp_path: Path) -> None:
     spec = InputSpec(height=96, width=96)
     whole = build_classifier("torchvision:googlenet", spec, CLASSES, {"aux_logits": True}).backbone.state_dict()
     plain = build_classifier("torchvision:googlenet", spec, CLASSES)
@@ -337,7 +337,7 @@ def test_heads_that_work_in_training_alone_are_left_out(tmp_path: Path) -> None:
     assert all(name.startswith("aux") for name in loaded.ignored)
 
 
-def test_what_is_no_part_of_the_network_is_named_by_the_user(network: Classifier, tmp_path: Path) -> None:
+def test_tensors_to_ignore_are_named_by_the_user(network: Classifier, tmp_path: Path) -> None:
     state = {**network.backbone.state_dict(), "projector.0.weight": torch.ones(2, 2)}
     with pytest.raises(UsageError, match="do not match nayer:resnet8") as caught:
         load_weights(network, state, tmp_path / "w.pt")
@@ -352,7 +352,7 @@ def test_the_nearest_names(network: Classifier, tmp_path: Path) -> None:
     assert "For layer2.0.downsample.0.weight: Did you mean 'layer2.0.down_sample.0.weight'?" in caught.value.why
 
 
-def test_old_checkpoints_do_not_count_batches(network: Classifier, tmp_path: Path) -> None:
+def test_old_checkpoints_lack_the_batch_counter(network: Classifier, tmp_path: Path) -> None:
     state = {n: v for n, v in network.backbone.state_dict().items() if not n.endswith("num_batches_tracked")}
     with seeded(1):
         other = build_classifier("nayer:resnet8", SPEC, CLASSES)
