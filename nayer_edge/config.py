@@ -110,9 +110,9 @@ class Teacher(Section):
         empty = [str(index) for index, label in enumerate(classes) if not label.strip()]
         if empty:
             raise ValueError(f"class names must not be empty (number {', '.join(empty)})")
-        doubled = sorted(label for label, times in Counter(classes).items() if times > 1)
-        if doubled:
-            raise ValueError(f"class names must be unique; used more than once: {', '.join(doubled)}")
+        duplicates = sorted(label for label, times in Counter(classes).items() if times > 1)
+        if duplicates:
+            raise ValueError(f"class names must be unique; used more than once: {', '.join(duplicates)}")
         return classes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # In tests, the shape annotations of these modules are checked at run time.
 SHAPED = ("losses", "augment", "batchnorm", "generator", "memory_bank", "synthesis", "evaluate", "cached_views")
-install_import_hook([f"nayer_edge.{module}" for module in SHAPED], "beartype.beartype")
+SHAPED_MODULES = [f"nayer_edge.{module}" for module in SHAPED]
+# The hook ignores modules that do not exist.
+assert all(map(find_spec, SHAPED_MODULES)), "a module with shape annotations was renamed"
+install_import_hook(SHAPED_MODULES, "beartype.beartype")
 
 # A terminal of 80 columns without colours, whatever the CI server sets.
 os.environ["COLUMNS"] = "80"

@@ -195,9 +195,9 @@ def _from_table(path: Path, text: str, delimiter: str | None) -> list[str]:
         ) from error
     if not rows:
         raise UsageError(f"{path} is empty.", fix="Write one class name per line.")
-    if odd := [number for number, row in enumerate(rows, start=1) if len(row) != len(rows[0])]:
+    if ragged := [number for number, row in enumerate(rows, start=1) if len(row) != len(rows[0])]:
         raise UsageError(
-            f"Row {odd[0]} of {path} has {len(rows[odd[0] - 1])} cells, but the first row has {len(rows[0])}.",
+            f"Row {ragged[0]} of {path} has {len(rows[ragged[0] - 1])} cells, but the first row has {len(rows[0])}.",
             fix="Quote names that contain a comma, or use a text file with one name per line.",
         )
     heading = [cell.strip().lower() for cell in rows[0]]
