@@ -16,7 +16,7 @@ SANCTIONED = {
     ("nayer_edge/storage/files.py", "write_bytes"): "`temporary.write_bytes`, inside write_atomic",
     ("nayer_edge/storage/files.py", "write_atomic"): "opens the temporary file to fsync it",
     ("nayer_edge/storage/run_folder.py", "lock_folder"): "the lock, which holds nothing",
-    ("nayer_edge/labels/embeddings.py", "_waiting"): "the lock of the cache, which holds nothing",
+    ("nayer_edge/labels/embeddings.py", "_locked"): "the lock of the cache, which holds nothing",
     ("nayer_edge/storage/tensors.py", "_sort_header"): "of the temporary file, inside write_atomic",
     ("export/to_int8.py", "prepared"): "in a folder for temporary files",
     ("pipelines/gate/verdict.py", "append_summary"): "GitHub's summary is added to, as its contract says",
