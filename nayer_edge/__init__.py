@@ -1,8 +1,7 @@
-"""Data-free distillation of image classifiers to compact INT8 models (NAYER), from teacher to gated artefact.
+"""Data-free distillation of image classifiers to compact INT8 models (NAYER), from the teacher to a gated artifact.
 
-Three folders, one import root, imports pointing one way: `nayer_edge` (what the method is) ←
-`nayer_edge.export` (how weights become something that runs) ← `nayer_edge.pipelines` (which steps,
-in which order, with which numbers).
+Three packages under one import root; imports point one way: `nayer_edge` (the method) ← `nayer_edge.export`
+(conversion to ONNX, INT8 and device runtimes) ← `nayer_edge.pipelines` (recipes, steps, gate, report, CLI).
 """
 
 __version__ = "0.1.0"

@@ -1,10 +1,10 @@
-"""`python -m nayer_edge` and the `nayer-edge` command. The one module of the core that imports the pipelines."""
+"""Entry point of `python -m nayer_edge` and `nayer-edge`: the only core module that imports the pipelines."""
 
 from __future__ import annotations
 
 
 def main() -> None:
-    """Runs the command line; heavy modules are imported inside its commands."""
+    """Runs the CLI, whose commands import heavy modules only when they run."""
     from nayer_edge.pipelines.cli import main as cli_main
 
     cli_main()

@@ -1,7 +1,7 @@
-"""Random crop, flip and mixture, batched on the device, one draw per image.
+"""Random crop, flip and mixup on the device, with separate random parameters for each image of the batch.
 
-A zero-padded crop is a translation with zero fill, so its gradient is the opposite translation: both
-directions are one gather, where autograd's own backward of an indexing operation would scatter.
+A zero-padded crop is a translation with zero fill, and its gradient is the opposite translation. Forward and backward
+are therefore one gather each; autograd's backward of an indexing operation would be a scatter.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from nayer_edge.runtime.distributed import SINGLE, World
 def crop_and_flip(
     images: Num[Tensor, "B C H W"], augment: Augment, random: torch.Generator, world: World = SINGLE
 ) -> Num[Tensor, "B C H W"]:
-    """Pads with zeros, crops at a random place and mirrors half of the images; differentiable.
+    """Zero-pads, crops at a random position and flips with probability 1/2; differentiable.
 
     Args:
-        images: any number type; the result has the same, channels-last.
-        augment: the padding in pixels, and whether to flip.
-        random: a stream on the images' device.
-        world: ranks whose images these are a share of; the draws are those of the whole batch.
+        images: of any numeric dtype; the result keeps it and is channels-last.
+        augment: padding in pixels, and whether to flip.
+        random: generator on the images' device.
+        world: ranks that share the batch; parameters are drawn for the whole batch, and each rank uses its share.
     """
     if augment.pad == 0 and not augment.flip:
         return images
@@ -40,14 +40,14 @@ def crop_and_flip(
 
 
 def mixup(images: Float[Tensor, "B C H W"], share: float, random: torch.Generator) -> Float[Tensor, "B C H W"]:
-    """Mixes a share of the images with others of the batch: w x + (1 − w) x', w from U(0, 1).
+    """Mixes a fraction of the images with others of the batch: w x + (1 − w) x', w ~ U(0, 1).
 
-    Mixup (Zhang et al., ICLR 2018, https://arxiv.org/abs/1710.09412, α = 1); the teacher is then asked for the mixture,
-    in place of mixing answers, as in Beyer et al., CVPR 2022 (https://arxiv.org/abs/2106.05237).
+    Mixup (Zhang et al., ICLR 2018, https://arxiv.org/abs/1710.09412, α = 1). Targets are not mixed: the teacher labels
+    the mixed image, as in Beyer et al., CVPR 2022 (https://arxiv.org/abs/2106.05237).
 
     Args:
-        share: from 0 to 1, how many of the images, on average.
-        random: a stream on the images' device.
+        share: expected fraction of images to mix, from 0 to 1.
+        random: generator on the images' device.
     """
     count, device = images.shape[0], images.device
     chosen, weights = torch.rand(2, count, generator=random, device=device).unbind()
@@ -69,19 +69,19 @@ def translate(
     flips: Bool[Tensor, " B"],
     pad: int,
 ) -> Num[Tensor, "B C H W"]:
-    """The crop at row `pad` + dy and column `pad` + dx of each zero-padded image, mirrored where `flips`."""
+    """Crops each zero-padded image at row `pad` + dy, column `pad` + dx, and mirrors it where `flips` is true."""
     return _Translate.apply(images, dy, dx, flips, pad)  # pyright: ignore[reportReturnType]
 
 
 def _gather(images: Tensor, rows: Tensor, columns: Tensor, pad: int) -> Tensor:
-    """images[b, :, rows[b, y], columns[b, x]] with zeros outside; `pad` bounds how far outside."""
+    """images[b, :, rows[b, y], columns[b, x]] with zeros outside; indices exceed the image by at most `pad`."""
     padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
     batch = torch.arange(images.shape[0], device=images.device)[:, None, None]
     return padded[batch, rows[:, :, None] + pad, columns[:, None, :] + pad].permute(0, 3, 1, 2)
 
 
 class _Translate(torch.autograd.Function):
-    """out[y, x] = in[y + dy, X + dx] with X = x, or W − 1 − x where mirrored."""
+    """out[y, x] = in[y + dy, X + dx], where X = x, or W − 1 − x if mirrored."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
-"""BatchNorm: the statistics that L_bn compares, their memory, and one BatchNorm over several ranks.
+"""BatchNorm: statistics for L_bn, their moving average over rounds, and BatchNorm synchronised across ranks.
 
-`torch.var_mean` over a channels-last activation takes twenty times as long on a CPU as the kernel that BatchNorm
-itself uses, and its autograd formula makes several passes more; docs/LOG.md has the figures.
+On a CPU, `torch.var_mean` of a channels-last activation is 20 times slower than BatchNorm's own kernel, and its
+backward makes several more passes; docs/LOG.md has the measurements.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nayer_edge.runtime.distributed import SINGLE, World, across_ranks
 
 
 def channel_statistics(x: Float[Tensor, "B C *HW"]) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
-    """Mean and biased variance over everything but the channel, float32 whatever the input; differentiable."""
+    """Mean and biased variance per channel, in float32 for any input dtype; differentiable."""
     return _ChannelStatistics.apply(x)  # pyright: ignore[reportReturnType]
 
 
@@ -47,19 +47,19 @@ class _ChannelStatistics(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         scale = variance_gradient * (2 / count)
         shift = mean_gradient / count - scale * mean
-        # An evaluated BatchNorm is that map in one kernel, with float32 factors whatever the activation's type.
+        # BatchNorm in eval mode is this map in one kernel, with float32 factors for any activation dtype.
         zero, one = torch.zeros_like(mean), torch.ones_like(mean)
         return F.batch_norm(x, zero, one, scale, shift, eps=0.0)
 
 
 class BatchNormStatistics:
-    """Watches the inputs of a teacher's BatchNorms, and remembers those of earlier rounds.
+    """Collects the input statistics of a teacher's BatchNorm layers, and their moving average over rounds (the memory).
 
-    The memory is an exponential mean over rounds of the last step's statistics; L_bn then compares the running
-    statistics with momentum · memory + (1 − momentum) · now (published as bn_mmt; Fast-Datafree, AAAI 2022).
+    The memory averages the statistics of each round's last step exponentially. L_bn compares the teacher's running
+    statistics with momentum · memory + (1 − momentum) · current (published as bn_mmt; Fast-Datafree, AAAI 2022).
 
     Args:
-        world: ranks that watch equal shares of the batch.
+        world: ranks that process equal shares of the batch.
 
     Raises:
         UsageError: the teacher has no BatchNorm with running statistics.
@@ -73,13 +73,13 @@ class BatchNormStatistics:
         self._now: dict[int, tuple[Tensor, Tensor]] = {}
 
     def watch(self) -> _Watch:
-        """A context in which every BatchNorm's input statistics are gathered during the one forward pass."""
+        """Context manager that collects every BatchNorm's input statistics during one forward pass."""
         return _Watch(self._norms, self._now, self._world)
 
     def loss(self) -> Float[Tensor, ""]:
-        """L_bn of the pass that was just watched."""
-        # By layer, not in the order of the pass: a network may call its layers in another order than it lists them,
-        # and leave some out (the auxiliary heads of an evaluated GoogLeNet).
+        """L_bn of the last watched forward pass."""
+        # In order of registration, not of calls: a network may call its layers in another order, and skip some
+        # (GoogLeNet's auxiliary heads in eval mode).
         watched = [norm for index, norm in enumerate(self._norms) if index in self._now]
         now, memory, m = self._in_order(), self.memory, self.momentum
         if memory is not None and m > 0:
@@ -95,7 +95,7 @@ class BatchNormStatistics:
         )
 
     def remember(self) -> None:
-        """Ends a round: the statistics of its last step enter the memory."""
+        """Ends a round: adds the statistics of its last step to the memory."""
         now = [(mean.detach().clone(), var.detach().clone()) for mean, var in self._in_order()]
         if self.memory is None:
             self.memory = now
@@ -110,11 +110,11 @@ class BatchNormStatistics:
         return [self._now[index] for index in sorted(self._now)]
 
     def copy(self) -> BatchNormStatistics:
-        """The same teacher and memory, for rounds that must leave no trace."""
-        twin = object.__new__(BatchNormStatistics)
-        twin._norms, twin.momentum, twin.memory, twin._now = self._norms, self.momentum, self.memory, {}
-        twin._world = self._world
-        return twin
+        """A copy with the same teacher and memory, for rounds that must not change this one."""
+        clone = object.__new__(BatchNormStatistics)
+        clone._norms, clone.momentum, clone.memory, clone._now = self._norms, self.momentum, self.memory, {}
+        clone._world = self._world
+        return clone
 
 
 class _Watch:
@@ -139,7 +139,7 @@ class _Watch:
             self._combine()
 
     def _combine(self) -> None:
-        """The statistics of the batch of all ranks, every layer in one message."""
+        """Combines the statistics of all ranks, with all layers in one message."""
         layers = sorted(self._now)
         sizes = [len(self._now[layer][0]) for layer in layers]
         local = (torch.cat([self._now[layer][kind] for layer in layers]) for kind in (0, 1))
@@ -148,16 +148,16 @@ class _Watch:
 
 
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A BatchNorm whose batch is that of all ranks. (PyTorch's SyncBatchNorm runs on GPUs only.)"""
+    """BatchNorm over the batches of all ranks (PyTorch's SyncBatchNorm runs on GPUs only)."""
 
     @classmethod
     def like(cls, norm: nn.modules.batchnorm._BatchNorm) -> SynchronisedBatchNorm:
-        """The same parameters and buffers."""
-        twin = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        twin.weight, twin.bias = norm.weight, norm.bias
+        """A synchronised layer that shares the parameters and buffers of `norm`."""
+        layer = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        layer.weight, layer.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers():
-            setattr(twin, name, buffer)
-        return twin.train(norm.training)
+            setattr(layer, name, buffer)
+        return layer.train(norm.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -169,8 +169,8 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, variance = across_ranks(*channel_statistics(x))
         mean_value, variance_value = mean.detach(), variance.detach()
         self._follow(mean_value, variance_value, x.numel() // x.shape[1] * dist.get_world_size())
-        # An evaluated BatchNorm is one kernel, but takes its statistics for constants. `scale` has the value of the
-        # weight and `shift` that of the bias; their gradients go on into variance and mean.
+        # BatchNorm in eval mode is one kernel, but treats its statistics as constants. `scale` equals the weight and
+        # `shift` the bias; their gradients flow on into variance and mean.
         inverse = torch.rsqrt(variance + self.eps)
         weight = self.weight if self.affine else torch.ones_like(mean_value)
         bias = self.bias if self.affine else torch.zeros_like(mean_value)
@@ -190,7 +190,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_batchnorms(model: nn.Module, world: World) -> None:
-    """Lets the BatchNorms of a model see the batch of all ranks. Names and values of its state stay."""
+    """Makes a model's BatchNorm layers use the batches of all ranks. Its state dict keeps its names and values."""
     if world.size == 1:
         return
     for parent in list(model.modules()):
@@ -200,7 +200,7 @@ def synchronise_batchnorms(model: nn.Module, world: World) -> None:
 
 
 SHORT_MOMENTUM = 0.1
-"""PyTorch's own, of the running statistics of BatchNorms"""
+"""PyTorch's default momentum of BatchNorm's running statistics"""
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -213,10 +213,11 @@ def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 def raise_bn_momentum(classifier: Classifier) -> None:
-    """Lets BatchNorms remember tens of batches and not hundreds, where a library set them so for its long schedules.
+    """Raises the BatchNorm momentum of libraries that set it for long schedules to PyTorch's default.
 
-    MobileNetV3 and TensorFlow's EfficientNets have a momentum of 0.01. A student of some hundred steps would be
-    evaluated, also by L_adv, with statistics that are mostly their initial ones, and answer the same to every image.
+    MobileNetV3 and TensorFlow's EfficientNets use 0.01. After a few hundred steps, the running statistics of such a
+    student would still be close to their initial values, and in eval mode (also in L_adv) it would predict the same
+    class for every image.
     """
     for norm in batch_norms(classifier):
         if norm.momentum is not None:
@@ -224,10 +225,10 @@ def raise_bn_momentum(classifier: Classifier) -> None:
 
 
 def require_batch_norms(network: nn.Module, what: str) -> None:
-    """Refuses a network that has no statistics for synthesis to match.
+    """Raises an error for a network without BatchNorm statistics that synthesis can match.
 
     Args:
-        what: names the network in the message, as "The teacher".
+        what: the network's name in the error message, e.g. "The teacher".
 
     Raises:
         UsageError: it has no BatchNorm with running statistics.

@@ -1,8 +1,8 @@
-"""Teacher logits computed once per view: a lever that the published loop leaves unused.
+"""Caches teacher logits per augmented view; not in the paper.
 
-With a pad of 4 pixels and flips there are only 162 views of an image, and at E = 100 each image of the bank is drawn
-some 128 times, every time through the teacher. Here each image is seen in `distill.views` fixed views, and the teacher
-answers each of them once. What was measured of that, and of mixed views, is in docs/LOG.md.
+With a padding of 4 pixels and flips an image has only 162 views. At E = 100 each bank image is drawn about 128 times,
+and every draw needs a forward pass of the teacher. Here each image has `distill.views` fixed views, and the teacher
+runs once per view. docs/LOG.md has measurements of this and of mixed views.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
 
 MIXTURES = 4093
-"""after so many views the draws of mixtures repeat; a prime, which no number of views shares a factor with"""
+"""number of random mixtures before they repeat; a prime, so that it shares no factor with the number of views"""
 
 
 class ViewCache:
     """Draws augmented images of a memory bank together with the teacher's logits.
 
-    Image i has views (i + v) mod T of a fixed random order of all T crops and flips, v < `views`: over the bank all
-    crops are equally frequent. A share `mixup` of the views is mixed, once and for all, with the same view of an image
-    at an earlier place: w x + (1 − w) x', w from U(0, 1).
+    Image i has the views (i + v) mod T, v < `views`, of a fixed random permutation of all T crops and flips, so that
+    all crops are equally frequent over the bank. A fraction `mixup` of the views is permanently mixed with the same
+    view of an image at a lower index: w x + (1 − w) x', w ~ U(0, 1).
 
     Args:
-        bank: where images come from; what it overwrites is forgotten here.
+        bank: source of the images; the logits of overwritten images are discarded.
         augment: crop and flip.
-        views: fixed views per image, at most all T.
-        order: stream that shuffles the views and draws the mixtures, on the bank's device.
-        mixup: share of the views that are mixed, from 0 to 1.
+        views: fixed views per image, at most T.
+        order: generator for the permutation and the mixtures, on the bank's device.
+        mixup: fraction of the views to mix, from 0 to 1.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ViewCache:
         self._known = torch.zeros(0, self.views, dtype=torch.bool, device=compute.device)
         self._seen = 0
         self.asked, self.computed = 0, 0
-        """views drawn, and those of them that went through the teacher"""
+        """views drawn, and how many of them needed a forward pass of the teacher"""
 
     def draw(self, count: int, random: torch.Generator) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
         """Images in [0, 1] and the teacher's logits, drawn uniformly with replacement."""
@@ -90,7 +90,7 @@ class ViewCache:
         return blend(images, to_unit(self._crop(others, numbers)), weights)
 
     def _mixture(self, places: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Each view's own weight, and the place of the image that it is mixed with; the first image has only itself."""
+        """The weight of each view, and the index of the image it is mixed with (the first image only has itself)."""
         drawn = (places * self.views + numbers) % MIXTURES
         return self._weights[drawn], (self._earlier[drawn] * places).long()
 
@@ -102,7 +102,7 @@ class ViewCache:
         return translate(self._bank.images[places], dy, dx, flips, self._augment.pad)
 
     def _follow_bank(self) -> None:
-        """Grows with the bank, and forgets the places that it has written since the last draw."""
+        """Grows with the bank, and invalidates the places written since the last draw."""
         added, size = self._bank.added, len(self._bank)
         if size > len(self._known):
             grown = max(size, min(2 * len(self._known), self._bank.capacity))
@@ -119,7 +119,7 @@ class ViewCache:
         self._seen = added
 
     def _forget_mixtures_with(self, places: Tensor) -> None:
-        """Views of other images that hold something of an image which is no longer there."""
+        """Invalidates views of other images that are mixed with an overwritten image."""
         written = torch.zeros(len(self._known), dtype=torch.bool, device=self._known.device)
         written[places] = True
         every = torch.arange(len(self._known), device=self._known.device)
@@ -128,11 +128,11 @@ class ViewCache:
             self._known[:, number] &= ~(written[others] & (weights < 1))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The cache, for a checkpoint: logits computed again in other batches could differ in their last bits."""
+        """The cache, for a checkpoint: logits recomputed in other batches could differ in their last bits."""
         return {"logits": self._logits, "known": self._known, "seen": torch.tensor(self._seen)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `tensors` returned."""
+        """Restores what `tensors` returned."""
         device = self._compute.device
         self._logits, self._known = tensors["logits"].to(device), tensors["known"].to(device)
         self._seen = int(tensors["seen"])

@@ -1,4 +1,4 @@
-"""The recipe: every number of a run, in TOML, checked as a whole before any work.
+"""Recipe sections that the core uses, with their defaults and limits.
 
 The names follow the paper (Tran et al., CVPR 2024) and its published code; docs/PAPER_MAP.md lists both.
 """
@@ -21,31 +21,31 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Fit = Literal["exact", "stretch", "center-crop"]
-"""what is done with a picture that is not of the model's size: refuse it, resize it, or resize and crop it"""
+"""what happens to an image of another size than the model's: error, resize, or resize and crop"""
 Arguments = dict[str, bool | int | float | str]
 EMBEDDING_FILES = (".safetensors", ".npz", ".npy")
-"""what the name of a file of embeddings ends with"""
+"""extensions of embedding files"""
 
 
 class Section(BaseModel):
-    """A part of a recipe: immutable, unknown keys are errors."""
+    """A recipe section: immutable; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class InputSpec(Section):
-    """What a model eats: images in [0, 1], channels first, normalised inside the model as (x − mean) / std."""
+    """The input a model expects: images in [0, 1], channels first, normalised inside the model as (x − mean) / std."""
 
     channels: Count = 3
-    """1: grey, 3: red, green, blue"""
+    """1: greyscale; 3: RGB"""
     height: Annotated[int, Field(ge=4, le=4096)] = 32
     """pixels"""
     width: Annotated[int, Field(ge=4, le=4096)] = 32
     """pixels"""
     mean: tuple[float, ...] = (0.5,)
-    """one value per channel, or one for all"""
+    """one value per channel, or one for all channels"""
     std: tuple[Positive, ...] = (0.5,)
-    """one value per channel, or one for all"""
+    """one value per channel, or one for all channels"""
 
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> InputSpec:
@@ -61,30 +61,31 @@ class InputSpec(Section):
 
 
 class Augment(Section):
-    """Random crop with zero padding and horizontal flip, drawn anew for every image."""
+    """Random crop with zero padding and random horizontal flip, drawn separately for each image."""
 
     pad: Annotated[int, Field(ge=0, le=64)] = 4
-    """pixels added on each side before the crop"""
+    """pixels of padding on each side before the crop"""
     flip: bool = True
-    """mirror half of the images; wrong for digits and text"""
+    """flip each image with probability 1/2; unsuitable for digits and text"""
 
 
 class Teacher(Section):
-    """The trained classifier. Either `weights` are given, or a [teach] section trains it (for demonstrations); hf: and
-    python: models may bring their own."""
+    """The trained classifier. It needs `weights`, or a [teach] section that trains it (for demonstrations); hf: and
+    python: models can bring their own weights."""
 
     model: str
     """nayer:wrn_40_2, torchvision:resnet18, timm:resnet18, hf:<hub id or folder>, python:<module or file.py>:<factory>
     (runs only with --trust-code)"""
     arguments: Arguments = {}
-    """further arguments of the network, for its library or factory"""
+    """additional arguments for the library or factory that builds the network"""
     weights: str | None = None
-    """a .safetensors file or a state dict, relative to the recipe ($NAYER_EDGE_DATA is expanded); or those that a
-    library publishes, as torchvision:IMAGENET1K_V1 or timm:a1_in1k"""
+    """a .safetensors file or a state dict, relative to the recipe ($NAYER_EDGE_DATA is expanded); or weights
+    that a library publishes, such as torchvision:IMAGENET1K_V1 or timm:a1_in1k"""
     weights_key: str | None = None
-    """where in the file they are, or the prefix of their names; needed where it holds several, as state_dict_ema"""
+    """key of the weights in the file, such as state_dict_ema, or the prefix of their names; needed if the file contains
+    several sets of weights"""
     weights_ignore: tuple[str, ...] = ()
-    """beginnings of names in the file that are no part of the network, as "projector." """
+    """name prefixes of tensors in the file that do not belong to the network, such as "projector." """
     classes: Annotated[
         tuple[str, ...],
         Field(min_length=2, max_length=100_000),
@@ -97,11 +98,11 @@ class Teacher(Section):
             }
         ),
     ]
-    """class names in the order of the classifier's outputs, or a file of them, relative to the recipe"""
+    """class names in the order of the classifier's outputs, or a file of class names, relative to the recipe"""
     input: InputSpec = InputSpec()
-    """what is not written comes from the library's own description of the weights, where it has one"""
+    """omitted keys default to the library's metadata of the weights, if it has any"""
     input_from: str = ""
-    """where that came from; written when the recipe is read"""
+    """where the input specification came from; filled in when the recipe is read"""
 
     @field_validator("classes")
     @classmethod
@@ -109,47 +110,47 @@ class Teacher(Section):
         empty = [str(index) for index, label in enumerate(classes) if not label.strip()]
         if empty:
             raise ValueError(f"class names must not be empty (number {', '.join(empty)})")
-        doubled = sorted(label for label, times in Counter(classes).items() if times > 1)
-        if doubled:
-            raise ValueError(f"class names must differ; more than once: {', '.join(doubled)}")
+        duplicates = sorted(label for label, times in Counter(classes).items() if times > 1)
+        if duplicates:
+            raise ValueError(f"class names must be unique; used more than once: {', '.join(duplicates)}")
         return classes
 
 
 class Teach(Section):
-    """Training a teacher on labelled images: for demonstrations and benchmarks."""
+    """Trains a teacher on labelled images, for demonstrations and benchmarks."""
 
     data: str
     """digits, or a folder, parquet or npz file of labelled images"""
     epochs: Count = 20
-    """passes over the images"""
+    """passes over the training images"""
     batch: Count = 128
     """images per step"""
     optimizer: Literal["sgd", "muon"] = "sgd"
-    """sgd: for all parameters; muon: for convolutions and hidden linear layers, SGD for the rest"""
+    """sgd: SGD for all parameters; muon: Muon for convolutions and hidden linear layers, SGD for the others"""
     lr: Positive = 0.25
-    """peak of SGD's one-cycle schedule"""
+    """peak learning rate of SGD (one-cycle schedule)"""
     muon_lr: Positive = 0.05
-    """peak of Muon's one-cycle schedule"""
+    """peak learning rate of Muon (one-cycle schedule)"""
     momentum: Fraction = 0.9
-    """of SGD, with Nesterov"""
+    """of SGD (Nesterov)"""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """of all parameters"""
+    """applied to all parameters"""
     label_smoothing: Fraction = 0.0
-    """how much of each label goes to all classes alike"""
+    """fraction of each label that is spread evenly over all classes"""
     augment: Augment = Augment()
-    """of the training images"""
+    """applied to the training images"""
 
 
 class LTE(Section):
-    """Label-text embeddings: one prompt per class through a text encoder, once."""
+    """Label-text embeddings: one prompt per class, encoded once by a text encoder."""
 
     encoder: str = "all-MiniLM-L6-v2"
     """all-MiniLM-L6-v2, a hub id or folder for transformers, a file of embeddings, onehot, or random"""
     prompt: str | tuple[str, ...] = "a photo of a {label}"
     """one template, or several whose embeddings are averaged (Radford et al. 2021, §3.1.4)"""
     synonyms: Literal["first", "all", "average"] = "first"
-    """what of "tench, Tinca tinca" stands in the prompt: first: tench (where classes share it, the whole label); all:
-    the label as it is; average: each name in a prompt of its own, averaged"""
+    """which part of a label such as "tench, Tinca tinca" goes into the prompt: first: tench (the whole label if several
+    classes share the first name); all: the whole label; average: each name in its own prompt, embeddings averaged"""
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -158,15 +159,15 @@ class LTE(Section):
 
     @property
     def precomputed(self) -> bool:
-        """The encoder is a file of embeddings."""
+        """Whether the encoder is a file of embeddings."""
         return self.encoder.lower().endswith(EMBEDDING_FILES)
 
     @model_validator(mode="after")
     def _prompt_has_label(self) -> LTE:
         if not self.templates or not all("{label}" in template for template in self.templates):
-            raise ValueError("the prompt must contain {label}, and so must each of several")
+            raise ValueError("every prompt template must contain {label}")
         if any(len(template.splitlines()) > 1 for template in self.templates):
-            raise ValueError("a prompt is one line")
+            raise ValueError("a prompt must be a single line")
         return self
 
 
@@ -176,7 +177,7 @@ class Student(Section):
     model: str
     """as teacher.model; torchvision:mobilenet_v3_small@32 lowers a library network's strides for 32-pixel images"""
     arguments: Arguments = {}
-    """further arguments of the network, for its library or factory"""
+    """additional arguments for the library or factory that builds the network"""
 
 
 class Generator(Section):
@@ -185,11 +186,11 @@ class Generator(Section):
     noisy_dim: Count = 1000
     """outputs of the noisy linear layer"""
     channels: Count = 64
-    """width of the last convolutions; the first have twice as many"""
+    """output channels of the last up-sampling convolution; earlier layers have twice as many"""
 
 
 class Synthesis(Section):
-    """One synthesis round and how many of them there are (paper Alg. 1, Eq. 4 to 8)."""
+    """A synthesis round, and the number of rounds (paper Alg. 1, Eq. 4 to 8)."""
 
     batch: Annotated[int, Field(ge=2)] = 400
     """images per round"""
@@ -200,57 +201,56 @@ class Synthesis(Section):
     warmup_rounds: Count = 10
     """rounds per warm-up epoch (published: gwp_loops)"""
     g_life: Count = 10
-    """epochs after which the generator is created anew"""
+    """epochs after which the generator is re-initialised"""
     lr: Positive = 4e-3
-    """Adam, betas 0.5 and 0.999, a fresh one every round"""
+    """learning rate of Adam (betas 0.5 and 0.999), which is re-created every round"""
     lambda_bn: Annotated[float, Field(ge=0)] = 10.0
-    """weight of L_bn: the BatchNorm statistics of the images against those that the teacher remembers"""
+    """weight of L_bn: distance of the images' BatchNorm statistics from the teacher's running statistics"""
     lambda_ce: Annotated[float, Field(ge=0)] = 0.5
-    """weight of L_ce: the teacher sees the class that the image was made for"""
+    """weight of L_ce: cross-entropy of the teacher's prediction to the class that the image was generated for"""
     lambda_adv: Annotated[float, Field(ge=0)] = 1.33
-    """weight of L_adv: the student does not answer as the teacher does"""
+    """weight of L_adv: divergence between student and teacher, which the generator maximises"""
     bn_momentum: Fraction = 0.9
-    """how much of the BatchNorm statistics of earlier rounds L_bn remembers (published: bn_mmt); 0 disables it"""
+    """weight of earlier rounds' BatchNorm statistics in L_bn (published: bn_mmt); 0 disables it"""
     augment: Augment = Augment()
-    """applied inside the loss"""
+    """applied to the images inside the loss"""
 
 
 class Distill(Section):
-    """Training the student on the memory bank (paper Eq. 9)."""
+    """Trains the student on the memory bank (paper Eq. 9)."""
 
     epochs: Count = 120
-    """warm-up included; the paper's E = 100 is 120"""
+    """including warm-up; the paper's E = 100 is 120 here"""
     warmup_epochs: Annotated[int, Field(ge=0)] = 20
-    """epochs of synthesis alone"""
+    """epochs of synthesis without student training"""
     steps: Count = 400
     """student steps per epoch"""
     batch: Annotated[int, Field(ge=2)] = 512
     """images per student step"""
     lr: Positive = 0.2
-    """start of the cosine schedule of SGD"""
+    """initial learning rate of SGD (cosine schedule)"""
     lr_min: Annotated[float, Field(ge=0)] = 2e-4
-    """end of the cosine schedule"""
+    """final learning rate of the cosine schedule"""
     momentum: Fraction = 0.9
     """of SGD"""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """of all parameters"""
+    """applied to all parameters"""
     temperature: Positive = 20.0
-    """by which the logits of both are divided before they are compared"""
+    """divides the logits of student and teacher in the KL loss"""
     augment: Augment = Augment()
-    """of the images that the student sees"""
+    """applied to the student's training images"""
     views: Annotated[int, Field(ge=0)] = 0
-    """0: every crop is drawn anew, as published; n: each image is seen in n fixed views, whose teacher logits are
-    computed once"""
+    """0: a new random crop for every draw, as published; n: n fixed views per image, whose teacher logits are cached"""
     mixup: Fraction = 0.0
-    """share of the student's images that are mixtures of two, with the teacher's answer to the mixture; published: 0"""
+    """fraction of the student's images that are mixtures of two, labelled by the teacher; published: 0"""
     patience: Annotated[int, Field(ge=0)] = 0
-    """stop after so many epochs without better agreement on the synthetic hold-out; 0: never"""
+    """stop after this many epochs without better agreement on the synthetic hold-out; 0: never"""
     bank_mib: Positive = 4096.0
-    """byte budget of the memory bank, MiB"""
+    """size limit of the memory bank in MiB"""
     holdout_rounds: Count = 2
-    """synthetic hold-out rounds: measured for agreement, never trained on"""
+    """rounds set aside as the synthetic hold-out: used to measure agreement, never for training"""
     select: Literal["last", "agreement"] = "last"
-    """which student is shipped: the last one, or the one that agrees best on the synthetic hold-out"""
+    """which student to ship: the last one, or the one with the best agreement on the synthetic hold-out"""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Distill:

@@ -200,7 +200,7 @@ class Distillation:
         parts = torch.stack([made.losses for made in rounds]).mean(dim=0)
         for made in rounds:
             self.bank.add(made.images, made.labels)
-        signs = health.look_at_images(self.teacher, rounds[-1].images, self.compute)
+        signs = health.inspect_images(self.teacher, rounds[-1].images, self.compute)
         shares, distinct = map(self.world.mean, signs)
         if epoch == max(distill.warmup_epochs - 1, 0):
             self._make_holdout()
@@ -274,7 +274,7 @@ class Distillation:
         """Agreement of student and teacher on the synthetic hold-out, and how far the student's answers spread."""
         teacher = logits_of(self.teacher, self.holdout, self.compute)
         student = logits_of(self.student, self.holdout, self.compute)
-        found = torch.stack((agreement(student, teacher), health.spread(student)))
+        found = torch.stack((agreement(student, teacher), health.logit_spread(student)))
         agreed, spread = self.world.mean(found).tolist()
         return agreed, spread
 
@@ -480,7 +480,7 @@ def distill(
                 agreement=epoch.agreement,
                 **{"images/s": epoch.images_per_s},
             )
-            if notice := health.judge(distillation.history, distillation.finished):
+            if notice := health.check_health(distillation.history, distillation.finished):
                 progress.notice(notice)
             # The last one too: what is still to be written may be interrupted.
             done = bool(interrupt.asked) or distillation.finished

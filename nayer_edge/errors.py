@@ -1,10 +1,10 @@
-"""What can go wrong, and the exit code that says so.
+"""Error types and their exit codes.
 
-    NayerEdgeError            what happened, why, what to type next
+    NayerEdgeError            what happened, why, and how to fix it
     ├── UsageError       2    wrong usage, recipe or input
     ├── MissingError     3    something is not installed, or no such device
-    ├── IntegrityError   4    an artefact is corrupt, stale, tampered with or untrusted
-    └── TrainingError    1    training itself went wrong (NaN, a constant teacher, a dead student)
+    ├── IntegrityError   4    an artifact is corrupt, stale, tampered with or untrusted
+    └── TrainingError    1    training failed (NaN, a constant teacher, a dead student)
 
 Exit codes of the command line: 0 done or gate passed, 1 gate failed or inconclusive (or a
 TrainingError), 2, 3 and 4 as above, 130 interrupted (resumable).
@@ -26,12 +26,12 @@ EXIT_INTERRUPTED = 130
 
 
 class NayerEdgeError(Exception):
-    """An error that a person can act on.
+    """An error that the user can act on.
 
     Args:
-        what: what happened, one sentence.
-        why: the cause as far as it is known.
-        fix: what to type or change next.
+        what: what happened, in one sentence.
+        why: the cause, as far as it is known.
+        fix: what to run or change next.
     """
 
     exit_code = EXIT_FAILED
@@ -59,27 +59,27 @@ class MissingError(NayerEdgeError):
 
 
 class IntegrityError(NayerEdgeError):
-    """An artefact is corrupt, stale, tampered with or untrusted (exit 4)."""
+    """An artifact is corrupt, stale, tampered with or untrusted (exit 4)."""
 
     exit_code = EXIT_INTEGRITY
 
 
 class TrainingError(NayerEdgeError):
-    """Training went wrong: NaN, a constant teacher, a dead student (exit 1)."""
+    """Training failed: NaN, a constant teacher, a dead student (exit 1)."""
 
 
 def no_batch_norms(what: str, detail: str = "") -> UsageError:
-    """The refusal of a network without BatchNorm; `what` names it, as "The teacher"."""
+    """The error for a network without BatchNorm, which `what` names ("The teacher")."""
     return UsageError(
         f"{what} has no BatchNorm layers{detail}.",
-        why="NAYER makes images whose activations match the statistics that BatchNorm layers store. "
+        why="NAYER synthesises images whose activations match the statistics stored in BatchNorm layers. "
         "Transformers, ConvNeXt and GroupNorm networks store none, so there is nothing to match.",
         fix="Use a teacher with BatchNorm (ResNet, WideResNet, VGG-BN, MobileNet, EfficientNet, …).",
     )
 
 
 def missing_extra(module: str, extra: str, purpose: str) -> MissingError:
-    """The error for an import that an extra would have satisfied."""
+    """The error for a missing package that an extra installs."""
     return MissingError(
         f"{purpose} needs the Python package '{module}', which is not installed.",
         fix=f"Type: pip install 'nayer-edge[{extra}]'   (in a checkout: pip install '.[{extra}]')",
@@ -99,7 +99,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-# PyTorch (CPU and CUDA), its loader, oneDNN (which says no more where a buffer cannot be had), C++, ONNX Runtime.
+# Messages of PyTorch (CPU and CUDA), its file loader, oneDNN (failed allocations say no more than this), C++ and ONNX
+# Runtime.
 _NO_MEMORY = re.compile(
     r"not enough memory|out of memory|can't allocate memory|cannot allocate memory|insufficient memory"
     r"|could not (create|execute) a primitive|bad_alloc|failed to allocate memory|unable to allocate",
@@ -108,21 +109,21 @@ _NO_MEMORY = re.compile(
 
 
 def resource_error(error: BaseException) -> NayerEdgeError | None:
-    """What an unforeseen error says about memory or disk, the errors that led to it included; None where nothing."""
+    """The out-of-memory or disk error behind an unexpected error or its causes; None if there is none."""
     for link in _chain(error):
         if _no_memory(link):
             return _memory_error(link)
         if isinstance(link, OSError) and link.errno in NO_ROOM:
             return UsageError(
-                "Cannot write: a disk is full, or may not be written to.",
-                why=f"The system says: {link.strerror or link}.",
-                fix="Free some space, in the folder for temporary files too (TMPDIR). Then the same command continues.",
+                "Cannot write: the disk is full or read-only.",
+                why=f"System error: {link.strerror or link}.",
+                fix="Free some space, also in the temporary folder (TMPDIR), and repeat the command: it resumes.",
             )
     return None
 
 
 def hidden_memory_error(error: NayerEdgeError) -> MissingError | None:
-    """What came of a lack of memory and was taken for another mistake, as a network that "takes no such images"."""
+    """The out-of-memory error hidden behind another error, such as "cannot take images of …"; None if there is none."""
     return next((_memory_error(link) for link in _chain(error) if _no_memory(link)), None)
 
 
@@ -134,15 +135,15 @@ def _no_memory(error: BaseException) -> bool:
 
 def _memory_error(error: BaseException) -> MissingError:
     return MissingError(
-        "There is not enough memory.",
+        "Out of memory.",
         why=f"{error}".strip().splitlines()[0] if f"{error}".strip() else "",
         fix="Close other programs, or lower synthesis.batch, distill.batch or distill.bank_mib with --set. "
-        "Then the same command continues.",
+        "Then repeat the command: it resumes.",
     )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from."""
+    """An error, then its causes."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:

@@ -1,4 +1,4 @@
-"""Per-image predictions, never only a mean."""
+"""Logits, top-1 accuracy and agreement."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nayer_edge.runtime.compute import Compute
 def logits_of(
     classifier: Classifier, images: UInt8[Tensor, "N C H W"], compute: Compute, batch: int | None = None
 ) -> Float[Tensor, "N K"]:
-    """Logits in evaluation mode, float32; the images may be on any device, the result is on the model's.
+    """Logits in evaluation mode, in float32. The images may be on any device; the result is on the model's.
 
     Args:
-        batch: images at once; None takes 512 on a GPU and 64 on a CPU, whose allocator hands larger activations back to
-            the system after every layer (docs/LOG.md).
+        batch: images per forward pass; None: 512 on a GPU and 64 on a CPU, whose allocator returns larger activations
+            to the system after every layer (docs/LOG.md).
     """
     if batch is None:
         batch = 512 if compute.device.type == "cuda" else 64
@@ -34,10 +34,10 @@ def logits_of(
 
 
 def agreement(a: Float[Tensor, "N K"], b: Float[Tensor, "N K"]) -> Float[Tensor, ""]:
-    """Fraction of images on which both choose the same class, on the device."""
+    """Fraction of images on which both predict the same class, on the logits' device."""
     return (a.argmax(dim=1) == b.argmax(dim=1)).float().mean()
 
 
 def top1(logits: Float[Tensor, "N K"], labels: Int[Tensor, " N"]) -> float:
-    """Fraction of images whose class is right."""
+    """Fraction of correctly classified images."""
     return float((logits.argmax(dim=1) == labels.to(logits.device)).float().mean())

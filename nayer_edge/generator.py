@@ -1,7 +1,7 @@
 """The noisy-layer generator (Tran et al., CVPR 2024, §3.2 and Fig. 2).
 
 E[y] → BatchNorm1d → noisy linear → linear → up-sampling convolutions → sigmoid. There is no latent z: all
-diversity comes from the noisy layer, which is drawn anew at the start of every round and trained within it.
+diversity comes from the noisy layer, which is re-drawn at the start of every round and trained during it.
 
 Shapes: B images, G groups of at most K classes (G = ⌈B/K⌉), D embedding dimensions, Z noisy dimensions.
 """
@@ -28,14 +28,14 @@ from nayer_edge.storage.tensors import load_tensors, save_tensors
 CARD_SCHEMA = "nayer-edge/generator/1"
 _NOISY = ("noisy.weight", "noisy.bias")
 Memory = list[tuple[Tensor, Tensor]]
-"""mean and variance per BatchNorm of the teacher, remembered over rounds"""
+"""moving average over rounds of the mean and variance at each of the teacher's BatchNorm layers"""
 
 
 class NoisyLinear(nn.Module):
-    """One linear map D → Z per group of labels, as one grouped product instead of a list of linears.
+    """One linear map D → Z per group of labels, computed as one batched matrix product.
 
     Args:
-        world: ranks of which each has `groups` groups of its own, drawn from one stream.
+        world: ranks, each with its own `groups` groups, all drawn from one random stream.
     """
 
     def __init__(self, groups: int, inputs: int, outputs: int, world: World = SINGLE) -> None:
@@ -46,13 +46,13 @@ class NoisyLinear(nn.Module):
 
     @torch.no_grad()
     def redraw(self, random: torch.Generator) -> None:
-        """Weights from N(0, 1), biases 0."""
+        """Draws the weights from N(0, 1) and sets the biases to 0."""
         if self.ranks == 1:
             self.weight.normal_(generator=random)
         else:
             groups, *sizes = self.weight.shape
-            everyone = self.weight.new_empty(self.ranks * groups, *sizes).normal_(generator=random)
-            self.weight.copy_(everyone.chunk(self.ranks)[self.rank])
+            drawn = self.weight.new_empty(self.ranks * groups, *sizes).normal_(generator=random)
+            self.weight.copy_(drawn.chunk(self.ranks)[self.rank])
         self.bias.zero_()
 
     def forward(self, x: Float[Tensor, "G K D"]) -> Float[Tensor, "G K Z"]:
@@ -64,12 +64,12 @@ class Generator(nn.Module):
 
     Args:
         embedding_dim: D.
-        classes: how many labels share one noisy linear.
+        classes: number of labels that share one noisy linear layer.
         batch: images per round; the noisy layer has ⌈batch/classes⌉ groups.
-        shape: (channels, height, width) of the images; any sizes from 4 pixels.
+        shape: (channels, height, width) of the images; any size from 4 pixels.
         config: widths.
-        world: ranks that make equal shares of the batch. Each has the groups of its share; with fewer images than
-            classes there is one group, which all have.
+        world: ranks that generate equal shares of the batch. Each rank has the groups of its share; with fewer images
+            than classes there is one group, shared by all ranks.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Generator(nn.Module):
         }
         share = batch // world.size
         self.group = min(classes, share)
-        # Two doublings up to 64 pixels, as published; five from a grid of 7 at ImageNet sizes.
+        # Two doublings up to 64 pixels, as published; five above (from a 7×7 grid at 224 pixels).
         doublings = 2 if max(self.height, self.width) <= 64 else 5
         self.grid = (math.ceil(self.height / 2**doublings), math.ceil(self.width / 2**doublings))
         wide, narrow = 2 * config.channels, config.channels
@@ -114,7 +114,7 @@ class Generator(nn.Module):
 
     @property
     def own_parameters(self) -> list[nn.Parameter]:
-        """Those that only this rank has."""
+        """Parameters that only this rank has."""
         return list(self.noisy.parameters()) if self.noisy.ranks > 1 else []
 
     def forward(self, embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B C H W"]:
@@ -130,9 +130,9 @@ class Generator(nn.Module):
 
 
 def initialise(generator: Generator, random: torch.Generator) -> None:
-    """Draws every weight anew with PyTorch's own distributions, from one stream (for `g_life`)."""
+    """Re-initialises every weight with PyTorch's default distributions, from one random stream (for `g_life`)."""
     device = generator.noisy.weight.device
-    # Drawn on the CPU, so that a generator is the same on every device.
+    # Drawn on the CPU, so that the weights are the same on every device.
     with seeded(random.initial_seed()):
         generator.to("cpu")
         for module in generator.modules():
@@ -143,9 +143,9 @@ def initialise(generator: Generator, random: torch.Generator) -> None:
 
 
 def balanced_labels(count: int, classes: int, random: torch.Generator) -> Int[Tensor, " B"]:
-    """Every class once, again and again, until there are `count`; with fewer images than classes, distinct classes.
+    """`count` labels that cycle through the classes; with fewer images than classes, distinct random classes.
 
-    Group g of the noisy layer then holds images g·K … g·K + K − 1, one of each class.
+    Group g of the noisy layer then covers images g·K … g·K + K − 1, one of each class.
     """
     if count < classes:
         return torch.randperm(classes, generator=random, device=random.device)[:count]
@@ -153,14 +153,16 @@ def balanced_labels(count: int, classes: int, random: torch.Generator) -> Int[Te
 
 
 def common_state(generator: Generator) -> list[Tensor]:
-    """Parameters and buffers that all ranks have."""
+    """Parameters and buffers that all ranks share."""
     state = generator.state_dict()
     return [state[name] for name in state if generator.noisy.ranks == 1 or name not in _NOISY]
 
 
 def whole_state(generator: Generator, world: World) -> dict[str, Tensor]:
-    """The state that one process would have: the groups of all ranks in their order. Every rank must call it; only
-    rank 0's answer is whole."""
+    """The state dict of the equivalent single-process generator, with the groups of all ranks in order.
+
+    Every rank must call it; only rank 0 gets the complete state.
+    """
     state = generator.state_dict()
     if generator.noisy.ranks > 1:
         for name in _NOISY:
@@ -169,14 +171,14 @@ def whole_state(generator: Generator, world: World) -> dict[str, Tensor]:
 
 
 def load_whole_state(generator: Generator, state: Mapping[str, Tensor]) -> None:
-    """Takes over what `whole_state` returned, in a world of any size."""
+    """Loads what `whole_state` returned, for any number of ranks."""
     noisy = generator.noisy
     own = {name: state[name].chunk(noisy.ranks)[noisy.rank] for name in _NOISY}
     generator.load_state_dict({**state, **own})
 
 
 def whole(generator: Generator, world: World) -> Generator:
-    """The generator for one process, on rank 0. Every rank must call it; others get their own back."""
+    """The equivalent single-process generator, on rank 0. Every rank must call it; the others get their own back."""
     state = whole_state(generator, world)
     if world.size == 1 or not world.first:
         return generator
@@ -196,7 +198,7 @@ def _built(arguments: Mapping[str, Any]) -> Generator:
 
 
 def save(generator: Generator, memory: Memory | None, weights: Path) -> None:
-    """Writes a generator and the BatchNorm memory of its run, with a card that says how to rebuild it."""
+    """Writes a generator and the BatchNorm memory of its run, with a JSON card to rebuild it."""
     tensors = {f"generator.{name}": tensor for name, tensor in generator.state_dict().items()}
     for index, (mean, variance) in enumerate(memory or []):
         tensors[f"memory.{index}.mean"], tensors[f"memory.{index}.var"] = mean, variance
@@ -211,7 +213,7 @@ def load(weights: Path) -> tuple[Generator, Memory | None]:
     """Reads what `save` wrote.
 
     Raises:
-        IntegrityError: card or weights are missing, damaged or do not belong together.
+        IntegrityError: card or weights are missing, damaged or do not match.
     """
     card = read_json(weights.with_suffix(".json"), "a generator's card")
     tensors = load_tensors(weights, "a generator")
@@ -226,5 +228,5 @@ def load(weights: Path) -> tuple[Generator, Memory | None]:
         layers = sum(name.startswith("memory.") and name.endswith(".mean") for name in tensors)
         memory = [(tensors[f"memory.{i}.mean"], tensors[f"memory.{i}.var"]) for i in range(layers)]
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise IntegrityError(f"{weights} is not a generator of ours.", why=f"{error}") from error
+        raise IntegrityError(f"{weights} is not a nayer-edge generator.", why=f"{error}") from error
     return generator, memory or None

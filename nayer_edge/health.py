@@ -1,7 +1,7 @@
-"""Numbers that lie: a generator that makes one class, a bank of copies, a student that says the same of everything.
+"""Detects silent training failures: a collapsed generator, a bank of duplicates, a student with constant output.
 
-Each of them runs on with finite losses for hours. The signs are read once per epoch, from images and logits that are
-there anyway, and judged from the epochs' history, so that a continued run judges as an uninterrupted one.
+The losses stay finite in all three cases. The checks run once per epoch on images and logits that exist anyway. They
+depend only on the history of epochs, so that a resumed run behaves like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
 
 SAMPLE = 256
-"""newest images that are looked at: a fraction of one synthesis step's work"""
+"""number of newest images to inspect; costs a fraction of one synthesis step"""
 NOTICE_AFTER = 5
-"""epochs in a row; every g_life epochs the generator is created anew, and its first images may well be poor"""
+"""consecutive bad epochs before a warning; a generator re-initialised after g_life epochs may start with poor images"""
 STOP_AFTER = 20
-"""epochs, all there were: by then every recipe has re-created its generator, or will not"""
+"""stop after this many epochs if all were bad; by then every recipe has re-initialised its generator at least once, or
+never will"""
 DEAD_AFTER = 3
-"""student epochs in a row: units whose inputs are all negative get no gradient, so the student stays dead"""
+"""consecutive epochs with constant output after which the student is dead: units with only negative inputs get no
+gradient, so it cannot recover"""
 CONSTANT = 1e-6
-"""largest difference of logits that is one answer; students that were trained at all differ by a million times that"""
+"""logit spread up to which the output is constant; students that have learned anything are a million times above it"""
 COPIES = 0.5
-"""fraction of distinct images below which a bank is called one of copies; healthy generators make none"""
+"""fraction of distinct images below which a warning is due; healthy generators produce no duplicates"""
 
 
-class Signs(Protocol):
-    """What an epoch's metrics say of its health."""
+class EpochMetrics(Protocol):
+    """The metrics of an epoch that `check_health` reads."""
 
     phase: str
     synthetic_classes: int
@@ -41,11 +43,14 @@ class Signs(Protocol):
     student_spread: float | None
 
 
-def look_at_images(
+def inspect_images(
     teacher: Classifier, images: UInt8[Tensor, "N C H W"], compute: Compute
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, ""]]:
-    """How often the teacher sees each class in the newest images (fractions), and how many of them are no copies of
-    another (a fraction); both stay on the device."""
+    """Inspects the newest images.
+
+    Returns:
+        The fraction that the teacher assigns to each class, and the fraction of distinct images, both on the device.
+    """
     newest = images[-SAMPLE:]
     seen = logits_of(teacher, newest, compute).argmax(dim=1)
     shares = torch.bincount(seen, minlength=len(teacher.classes)).float() / len(newest)
@@ -53,54 +58,54 @@ def look_at_images(
     return shares, torch.tensor(distinct / len(newest), device=shares.device)
 
 
-def spread(logits: Float[Tensor, "N K"]) -> Float[Tensor, ""]:
-    """Largest difference between the logits of two images; 0 for a network that says the same of every image."""
+def logit_spread(logits: Float[Tensor, "N K"]) -> Float[Tensor, ""]:
+    """Largest difference between any image's logits and the first image's; 0 for a constant output."""
     return (logits - logits[:1]).abs().max()
 
 
-def judge(history: Sequence[Signs], finished: bool) -> str | None:
-    """What is to be said after an epoch, once, where something begins to look wrong.
+def check_health(history: Sequence[EpochMetrics], finished: bool) -> str | None:
+    """Checks the run after an epoch; returns a warning when a problem first becomes persistent, else None.
 
     Args:
         history: all epochs so far.
-        finished: there are no more to come.
+        finished: whether this was the last epoch.
 
     Raises:
-        TrainingError: the run is certainly worthless.
+        TrainingError: training has failed for certain.
     """
     trained = [epoch for epoch in history if epoch.student_spread is not None]
-    dead = _in_a_row(trained, lambda epoch: epoch.student_spread is not None and epoch.student_spread < CONSTANT)
+    dead = _consecutive(trained, lambda epoch: epoch.student_spread is not None and epoch.student_spread < CONSTANT)
     if dead >= DEAD_AFTER or (finished and dead):
         raise TrainingError(
-            f"The student is dead: for {_epochs(dead)} it has given every synthetic image the same answer.",
-            why="Its units get no gradient any more, so it would stay so.",
+            f"The student is dead: for {_epochs(dead)} its output has been the same for every synthetic image.",
+            why="Its units no longer get gradients, so it cannot recover.",
             fix="Lower distill.lr, or choose another student.",
         )
-    one_class = _in_a_row(history, lambda epoch: epoch.synthetic_classes == 1)
-    copies = _in_a_row(history, lambda epoch: epoch.distinct < COPIES)
+    one_class = _consecutive(history, lambda epoch: epoch.synthetic_classes == 1)
+    copies = _consecutive(history, lambda epoch: epoch.distinct < COPIES)
     for count, what, fix in (
         (
             one_class,
-            "the teacher sees one and the same class in every synthetic image: the generator has collapsed",
-            "Raise synthesis.lambda_ce or synthesis.g_steps, or lower synthesis.lr; and check that the class names "
+            "the teacher has predicted one and the same class for every synthetic image: the generator has collapsed",
+            "Raise synthesis.lambda_ce or synthesis.g_steps, or lower synthesis.lr. Check that the class names "
             "are in the order of the teacher's outputs.",
         ),
         (
             copies,
-            "most synthetic images are copies of each other: the memory bank holds duplicates",
-            "Raise generator.noisy_dim or synthesis.g_steps, or lower synthesis.lr; and look at the label embeddings: "
+            "most synthetic images have been copies of each other: the memory bank is full of duplicates",
+            "Raise generator.noisy_dim or synthesis.g_steps, or lower synthesis.lr. Inspect the label embeddings with "
             "nayer-edge lte show RECIPE.",
         ),
     ):
         if count >= STOP_AFTER and count == len(history):
-            raise TrainingError(f"For {_epochs(count)}, all there were, {what}.", "No student can learn from it.", fix)
+            raise TrainingError(f"For all {_epochs(count)} {what}.", "No student can learn from such images.", fix)
         if count == NOTICE_AFTER:
             return f"For {_epochs(count)} {what}. {fix}"
     return None
 
 
-def _in_a_row(history: Sequence[Signs], holds: Callable[[Signs], bool]) -> int:
-    """How many of the last epochs it holds for without a break."""
+def _consecutive(history: Sequence[EpochMetrics], holds: Callable[[EpochMetrics], bool]) -> int:
+    """The number of consecutive epochs, up to the last one, for which `holds` is true."""
     count = 0
     for epoch in reversed(history):
         if not holds(epoch):

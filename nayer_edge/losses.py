@@ -23,11 +23,11 @@ def batchnorm_loss(
 
     Args:
         means, variances: of the batch, per layer.
-        running_means, running_variances: what they should be.
+        running_means, running_variances: their targets, the teacher's running statistics.
     """
     residuals = [
-        torch.linalg.vector_norm(wanted - found)
-        for found, wanted in (
+        torch.linalg.vector_norm(target - value)
+        for value, target in (
             *zip(means, running_means, strict=True),
             *zip(variances, running_variances, strict=True),
         )
@@ -36,15 +36,15 @@ def batchnorm_loss(
 
 
 def class_loss(teacher_logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
-    """L_ce: cross-entropy of the teacher's prediction to the label that the image was made for."""
+    """L_ce: cross-entropy of the teacher's prediction to the label that the image was generated for."""
     return F.cross_entropy(teacher_logits.float(), labels)
 
 
 def adversarial_loss(teacher_logits: Float[Tensor, "B K"], student_logits: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
     """L_adv: −mean(1[argmax S = argmax T] · KL(T‖S)) at temperature 1.
 
-    Drives the generator to images on which the student still differs, but only where it already agrees on the
-    class, so that images stay inside their class.
+    Drives the generator towards images on which the student still differs from the teacher, but only where both agree
+    on the class, so that images stay within their class.
     """
     teacher_log = F.log_softmax(teacher_logits.float(), dim=1)
     student_log = F.log_softmax(student_logits.float(), dim=1)

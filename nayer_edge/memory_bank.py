@@ -1,4 +1,4 @@
-"""The memory bank: every synthesised image, as uint8 on the training device, bounded by a byte budget."""
+"""The memory bank: synthesised images as uint8 on the training device, within a byte budget."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _FIRST_ALLOCATION = 4096
 
 
 class MemoryBank:
-    """Images with the labels that they were made for. Begins empty.
+    """Images with the labels that they were generated for; initially empty.
 
-    When the budget is used up, new images take the place of the oldest (a ring): the oldest were made against
-    the least trained student. The published bank is unbounded.
+    When the bank is full, new images replace the oldest ones (ring buffer), which were generated against the least
+    trained student. The published bank is unbounded.
 
     Args:
         shape: (channels, height, width).
-        budget_bytes: upper bound of what the images take.
-        device: where they live.
+        budget_bytes: maximum size of the images.
+        device: where they are stored.
 
     Raises:
-        UsageError: the budget holds not even one image.
+        UsageError: the budget is smaller than one image.
     """
 
     def __init__(self, shape: tuple[int, int, int], budget_bytes: int, device: torch.device) -> None:
@@ -34,11 +34,11 @@ class MemoryBank:
         self.capacity = budget_bytes // (shape[0] * shape[1] * shape[2])
         if self.capacity < 1:
             raise UsageError(
-                f"A memory bank of {budget_bytes} bytes holds not one image of {shape[0]}×{shape[1]}×{shape[2]}.",
+                f"A bank of {budget_bytes} bytes is too small for one image of {shape[0]}×{shape[1]}×{shape[2]}.",
                 fix="Raise distill.bank_mib.",
             )
         self.added = 0
-        """images ever added; those beyond the capacity took the place of the oldest"""
+        """total number of images added, including those that were replaced"""
         self._images = torch.empty((0, *shape), dtype=torch.uint8, device=device)
         self._labels = torch.empty(0, dtype=torch.long, device=device)
 
@@ -52,24 +52,24 @@ class MemoryBank:
 
     @property
     def labels(self) -> Int[Tensor, " N"]:
-        """The class that each was made for."""
+        """The class that each image was generated for."""
         return self._labels[: len(self)]
 
     @property
     def bytes(self) -> int:
-        """What the stored images take."""
+        """Size of the stored images."""
         return self.images.numel()
 
     def add(self, images: UInt8[Tensor, "B C H W"], labels: Int[Tensor, " B"]) -> None:
-        """Appends a round of images, at most the capacity.
+        """Adds a round of images, at most the capacity.
 
         Raises:
-            UsageError: one round is larger than the whole bank.
+            UsageError: the round is larger than the whole bank.
         """
         count = images.shape[0]
         if count > self.capacity:
             raise UsageError(
-                f"The memory bank holds {self.capacity} images and one round has {count}.",
+                f"The memory bank has room for {self.capacity} images, but one round makes {count}.",
                 fix="Raise distill.bank_mib, or lower synthesis.batch.",
             )
         self._reserve(min(self.added + count, self.capacity))
@@ -79,7 +79,7 @@ class MemoryBank:
         self.added += count
 
     def _reserve(self, count: int) -> None:
-        """Grows the storage by doubling, so that adding stays cheap."""
+        """Grows the storage by doubling, so that adding takes amortised constant time."""
         have = self._images.shape[0]
         if count <= have:
             return
@@ -90,12 +90,12 @@ class MemoryBank:
         self._images, self._labels = images, labels
 
     def draw(self, count: int, random: torch.Generator) -> UInt8[Tensor, "B C H W"]:
-        """Images drawn uniformly with replacement."""
+        """Draws images uniformly with replacement."""
         places = torch.randint(0, len(self), (count,), generator=random, device=self._images.device)
         return self._images[places]
 
     def newest(self, count: int) -> tuple[UInt8[Tensor, "B C H W"], Int[Tensor, " B"]]:
-        """The images added last, oldest of them first, and their labels."""
+        """The `count` newest images, oldest first, and their labels."""
         count = min(count, len(self))
         places = torch.arange(self.added - count, self.added, device=self._images.device) % self.capacity
         return self._images[places], self._labels[places]
@@ -105,13 +105,13 @@ class MemoryBank:
         return {"images": self.images, "labels": self.labels, "added": torch.tensor(self.added)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `tensors` returned."""
+        """Restores what `tensors` returned."""
         device = self._images.device
         self._images, self._labels = tensors["images"].to(device), tensors["labels"].to(device)
         self.added = int(tensors["added"])
 
     def refill(self, images: UInt8[Tensor, "N C H W"], labels: Int[Tensor, " N"], added: int) -> None:
-        """Becomes a bank to which `added` images were ever added, the newest of them these, oldest first."""
+        """Replaces the content: `added` images were added in total, and these (oldest first) are the newest of them."""
         device = self._images.device
         self._images, self._labels = self._images[:0], self._labels[:0]
         self.added = added - len(images)
@@ -123,7 +123,7 @@ class MemoryBank:
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> MemoryBank:
-        """Reads a bank that `save` wrote.
+        """Reads a bank written by `save`.
 
         Raises:
             IntegrityError: the file is damaged.
@@ -132,10 +132,10 @@ class MemoryBank:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], device: torch.device, source: Path | str) -> MemoryBank:
-        """A bank of what `tensors` returned, as large as its images.
+        """A bank of what `tensors` returned, with a capacity of exactly its images.
 
         Raises:
-            IntegrityError: they are not a bank's.
+            IntegrityError: the tensors are not those of a bank.
         """
         images, labels, added = (tensors.get(name) for name in ("images", "labels", "added"))
         if (

@@ -1,7 +1,7 @@
 """One synthesis round (Tran et al., CVPR 2024, Alg. 1, lines 4 to 12, Eq. 4 to 8).
 
-Draw the noisy layer anew, take a fresh Adam, and for g steps minimise
-L = λ_bn·L_bn + λ_ce·L_ce + λ_adv·L_adv over all of the generator's weights; keep the images of the best step.
+Re-draw the noisy layer, create a new Adam optimizer, and for g steps minimise
+L = λ_bn·L_bn + λ_ce·L_ce + λ_adv·L_adv over all weights of the generator; keep the images of the best step.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from nayer_edge.runtime.distributed import SINGLE, World
 
 @dataclass(frozen=True)
 class Round:
-    """What one round made.
+    """The result of one round.
 
     Attributes:
-        images: of the step with the lowest loss, before augmentation; in a world of several ranks, this one's share.
-        labels: what they were made for.
-        losses: L_bn, L_ce and L_adv of that step and the whole batch, on the device (reading them waits for it).
+        images: those of the step with the lowest loss, before augmentation; with several ranks, this rank's share.
+        labels: the classes that they were generated for.
+        losses: L_bn, L_ce and L_adv of that step over the whole batch, on the device (reading them synchronises).
     """
 
     images: UInt8[Tensor, "B C H W"]
@@ -53,15 +53,15 @@ def synthesize_round(
     on_step: Callable[[], None] = lambda: None,
     world: World = SINGLE,
 ) -> Round:
-    """Runs one round; the generator's weights and the statistics' memory go on to the next.
+    """Runs one round. The generator's weights and the BatchNorm memory carry over to the next.
 
     Args:
         embeddings: of all classes, on the device.
-        teacher: evaluated, frozen.
-        student: for L_adv; None switches that loss off (warm-up).
-        random: a stream on the device, the same on every rank: each draws for the whole batch and takes its share.
+        teacher: in eval mode, frozen.
+        student: for L_adv; None disables that loss (warm-up).
+        random: generator on the device, equal on every rank: each draws for the whole batch and uses its share.
         on_step: called after each step.
-        world: ranks that make equal shares of the batch.
+        world: ranks that generate equal shares of the batch.
     """
     generator.noisy.redraw(random)
     labels = world.share(balanced_labels(config.batch, len(embeddings), random))
@@ -71,7 +71,7 @@ def synthesize_round(
     optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.5, 0.999), fused=True)
     best_loss = torch.full((), torch.inf, device=inputs.device)
     best_images = torch.empty((), device=inputs.device)
-    # What stays where no step has a finite loss, so that the caller sees it.
+    # Stays NaN if no step has a finite loss, so that the caller notices.
     best_parts = torch.full((3,), torch.nan, device=inputs.device)
     for step in range(config.g_steps):
         with compute.autocast():
@@ -88,15 +88,15 @@ def synthesize_round(
             loss_adv = losses.adversarial_loss(teacher_logits, student_logits)
         loss = config.lambda_bn * loss_bn + config.lambda_ce * loss_ce + config.lambda_adv * loss_adv
         with torch.no_grad():
-            # Kept on the device: comparing here would wait for it at every step.
-            # Judged by the whole batch, so that all ranks keep the same step.
+            # On the device: a comparison in Python would synchronise at every step.
+            # By the loss over the whole batch, so that all ranks keep the same step.
             whole_loss, *parts = world.mean(torch.stack((loss, loss_bn, loss_ce, loss_adv))).unbind()
             better = whole_loss < best_loss
             best_images = images.detach() if step == 0 else torch.where(better, images.detach(), best_images)
             best_parts = torch.where(better, torch.stack(parts), best_parts)
             best_loss = torch.where(better, whole_loss, best_loss)
         optimizer.zero_grad(set_to_none=True)
-        # Only the generator's gradients are wanted; the student's weights keep theirs out of it.
+        # Gradients of the generator only; the student's must not change.
         loss.backward(inputs=parameters)
         world.average_gradients(parameters, generator.own_parameters)
         optimizer.step()
@@ -116,21 +116,21 @@ def draw_images(
     count: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> tuple[UInt8[Tensor, "N C H W"], Int[Tensor, " N"]]:
-    """Fresh, class-balanced images from a trained generator, for calibration or as a synthetic hold-out.
+    """New, class-balanced images from a trained generator, for calibration or as a synthetic hold-out.
 
-    Whole rounds without L_adv on a copy of the generator, so that drawing leaves no trace; images of the last
-    round beyond `count` are dropped.
+    Runs whole rounds without L_adv on a copy of the generator, which itself is unchanged. Images of the last round
+    beyond `count` are dropped.
 
     Args:
         memory: the BatchNorm memory of the training run.
-        random: stream of round i; disjoint purposes give disjoint images.
+        random: returns the random generator of round i; different streams give different images.
     """
-    twin = copy.deepcopy(generator)
+    clone = copy.deepcopy(generator)
     statistics = BatchNormStatistics(teacher, config.bn_momentum)
     statistics.memory = memory
     images, labels = [], []
     for number in range(math.ceil(count / config.batch)):
-        made = synthesize_round(twin, embeddings, teacher, None, statistics, config, compute, random(number), on_step)
+        made = synthesize_round(clone, embeddings, teacher, None, statistics, config, compute, random(number), on_step)
         images.append(made.images)
         labels.append(made.labels)
     return torch.cat(images)[:count], torch.cat(labels)[:count]

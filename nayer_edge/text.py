@@ -1,4 +1,4 @@
-"""Text from outside (class names, file names, reasons) made harmless before it is shown."""
+"""Sanitises untrusted text (class names, file names, reasons) before it is displayed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 
 def inert(text: str) -> str:
-    """`text` with every character that could act, and not only show, replaced by U+FFFD.
+    """Replaces control and formatting characters in `text` by U+FFFD.
 
-    The result is one line, can be encoded as UTF-8, is legal in XML 1.0, and neither moves a terminal's
-    cursor nor reorders what stands around it.
+    The result is a single line, valid UTF-8 and XML 1.0, and neither moves a terminal's cursor nor reorders the text
+    around it.
 
     >>> inert("cat\\x1b[2J")
     'cat\ufffd[2J'
@@ -22,7 +22,7 @@ def inert(text: str) -> str:
 
 
 def printed(text: str) -> str:
-    """`text` made inert, for a place where a line may begin: no workflow command (`::`, `##[`) of a CI server acts.
+    """`inert` text that can start a line: it cannot contain a CI workflow command (`::`, `##[`).
 
     >>> printed("::error::x")
     ':\u200b:error:\u200b:x'

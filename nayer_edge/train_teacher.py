@@ -1,4 +1,4 @@
-"""Training a teacher on labelled images, for demonstrations and benchmarks: images on the device, augmented there."""
+"""Trains a teacher on labelled images, for demonstrations and benchmarks; the images are augmented on the device."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def teach(
     seed: int,
     progress: Progress | None = None,
 ) -> Classifier:
-    """Trains with a one-cycle schedule (Smith & Topin 2019, arXiv 1708.07120); the last epoch stays.
+    """Trains with a one-cycle schedule (Smith & Topin 2019, arXiv 1708.07120); returns the last epoch's weights.
 
     Args:
         classifier: untrained; trained in place.
         data: uint8 images of the classifier's size.
 
     Returns:
-        The classifier, evaluated, on the compute device.
+        The classifier in eval mode, on the compute device.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -77,7 +77,7 @@ def teach(
         if not math.isfinite(mean):
             raise TrainingError(
                 f"The teacher's loss became {mean} in epoch {epoch + 1}.",
-                fix="Lower teach.lr, or type --set precision=fp32.",
+                fix="Lower teach.lr, or add --set precision=fp32.",
             )
         progress.figures(epoch=f"{epoch + 1}/{config.epochs}", loss=mean)
     progress.finish()

@@ -1,9 +1,10 @@
-"""What every test shares: threads that leave the other core alone, and a run that is made once."""
+"""Shared by all tests: thread limits, a small run that is made once, and tiny text encoders."""
 
 from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,19 @@ from jaxtyping import install_import_hook
 
 from nayer_edge.runtime.provenance import usable_cores
 
-# Workers share the cores, in what they start, too. Before torch is imported, which reads this once.
+# Workers, and their child processes, share the cores. Set before torch is imported, which reads it once.
 if "PYTEST_XDIST_WORKER" in os.environ:
     share = usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ["OMP_NUM_THREADS"] = str(max(1, share))
 
-# The shapes in these modules' signatures are executed, in tests only.
-SHAPED = ("losses", "augment", "channel_statistics", "generator", "bank", "synthesis", "evaluate", "views")
-install_import_hook([f"nayer_edge.{module}" for module in SHAPED], "beartype.beartype")
+# In tests, the shape annotations of these modules are checked at run time.
+SHAPED = ("losses", "augment", "batchnorm", "generator", "memory_bank", "synthesis", "evaluate", "cached_views")
+SHAPED_MODULES = [f"nayer_edge.{module}" for module in SHAPED]
+# The hook ignores modules that do not exist.
+assert all(map(find_spec, SHAPED_MODULES)), "a module with shape annotations was renamed"
+install_import_hook(SHAPED_MODULES, "beartype.beartype")
 
-# A terminal of 80 columns without colours, whatever the server that runs the tests sets.
+# A terminal of 80 columns without colours, whatever the CI server sets.
 os.environ["COLUMNS"] = "80"
 os.environ.pop("FORCE_COLOR", None)
 
@@ -38,16 +42,16 @@ TINY = (
     "export.calibration_method=minmax",
     "export.sensitivity=false",
 )
-"""the digits recipe, small enough to run in seconds; what it makes is no good"""
+"""the digits recipe, small enough to run in seconds; its student is not meant to be accurate"""
 
 
 WORDS = ("a", "photo", "of", "cat", "dog", "sea", "bird", "日", "été")
-"""what the tiny text encoders know"""
+"""vocabulary of the tiny text encoders"""
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the cache of whoever runs the tests."""
+    """Tests do not read or write the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
@@ -127,7 +131,7 @@ def clip_encoder(tmp_path: Path) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives slow tests an hour, and skips GPU tests with the reason where there is no GPU."""
+    """Gives slow tests a timeout of an hour, and skips GPU tests if there is no GPU."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))

@@ -1,4 +1,4 @@
-"""What the layout promises, read from the source: imports point one way, the gate is light, nothing is unpickled."""
+"""Properties of the source code: imports point one way, the gate imports nothing heavy, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BASE_INSTALL = {"typer", "rich", "pydantic"}
 
 @dataclass(frozen=True)
 class Import:
-    """One import statement: what it names, absolutely, and how it was written."""
+    """One import statement: the absolute module, and how it was written."""
 
     module: str
     names: tuple[str, ...]
     level: int
     line: int
     lazy: bool
-    """inside a function, or for type checkers only"""
+    """inside a function, or only for type checkers"""
 
 
 def module_of(path: Path) -> str:
@@ -71,7 +71,7 @@ def imports_of(module: str) -> Iterator[Import]:
 
 
 def project_modules(found: Import) -> set[str]:
-    """The project's modules that an import loads: the named one, submodules named in it, and their packages."""
+    """The project's modules that an import loads: the named module, named submodules, and their packages."""
     named = {found.module, *(f"{found.module}.{name}" for name in found.names)} & SOURCES.keys()
     return named | {parent for name in named for parent in parents(name)}
 
@@ -83,7 +83,7 @@ def parents(module: str) -> Iterator[str]:
 
 
 def reached(start: str, *, lazy: bool) -> set[str]:
-    """The project's modules that importing one loads in turn, with or without imports inside functions."""
+    """The project's modules that importing one loads transitively, with or without imports inside functions."""
     seen: set[str] = set()
     waiting = {start, *parents(start)}
     while waiting:
@@ -105,7 +105,7 @@ def third_party(modules: set[str], *, lazy: bool) -> set[str]:
     return tops - set(sys.stdlib_module_names) - {"nayer_edge"}
 
 
-def test_there_is_something_to_look_at() -> None:
+def test_sources_are_found() -> None:
     assert len(SOURCES) > 40
     assert {layer_of(module) for module in MODULES} == set(LAYERS)
 
@@ -120,7 +120,7 @@ def test_imports_point_one_way(module: str) -> None:
             assert LAYERS.index(layer_of(target)) <= height, f"line {found.line} imports {target}"
 
 
-def test_only_the_start_of_the_command_line_is_excepted() -> None:
+def test_the_entry_point_is_the_only_exception() -> None:
     found = [entry for entry in imports_of("nayer_edge.__main__") if entry.module != "__future__"]
     assert [(entry.module, entry.names, entry.lazy) for entry in found] == [
         ("nayer_edge.pipelines.cli", ("main",), True)
@@ -129,7 +129,7 @@ def test_only_the_start_of_the_command_line_is_excepted() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_siblings_relatively_and_the_core_absolutely(module: str) -> None:
-    """The one form that editors and type checkers follow although the folders are mapped."""
+    """The only form that editors and type checkers follow despite the mapped folders."""
     layer = layer_of(module)
     for found in imports_of(module):
         if not project_modules(found) and found.level == 0:
@@ -172,7 +172,7 @@ def test_the_light_path_needs_the_base_install_only(module: str) -> None:
 
 
 def test_the_gate_is_light_to_the_last_function() -> None:
-    """Nothing heavy waits inside a function either: `gate` is what a CI server runs."""
+    """No heavy import inside functions either: `gate` runs on CI servers."""
     modules = reached("nayer_edge.pipelines.gate.verdict", lazy=True)
     assert third_party(modules, lazy=True) <= BASE_INSTALL
 
@@ -234,7 +234,7 @@ print("done")
         text=True,
         capture_output=True,
     )
-    assert "ModuleNotFoundError" in done.stderr, "the lock holds"
+    assert "ModuleNotFoundError" in done.stderr, "the import block works"
 
 
 # The step table
@@ -250,7 +250,7 @@ def test_the_step_table_is_consistent() -> None:
         assert {key.split(".")[0] for key in step.settings} <= keys, step.name
 
 
-# What must not be written
+# Forbidden calls
 
 
 def calls(module: str) -> Iterator[tuple[str, ast.Call]]:
@@ -292,12 +292,12 @@ def test_options_in_dictionaries_trust_no_remote_code(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_module_says_what_it_is(module: str) -> None:
+def test_every_module_has_a_docstring(module: str) -> None:
     text = ast.get_docstring(TREES[module])
     if SOURCES[module].name == "__init__.py" and not TREES[module].body:
         return
-    assert text, "a module begins with a docstring"
-    assert text.split("\n\n")[0].rstrip().endswith((".", ":")), "a sentence"
+    assert text, "a module needs a docstring"
+    assert text.split("\n\n")[0].rstrip().endswith((".", ":")), "a docstring ends with a full stop"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -307,5 +307,5 @@ def test_public_functions_have_docstrings(module: str) -> None:
             assert ast.get_docstring(node), f"line {node.lineno}: {node.name}"
 
 
-def test_no_two_modules_that_nobody_can_tell_apart() -> None:
+def test_no_vague_module_names() -> None:
     assert not {"utils", "util", "helpers", "misc", "common"} & {module.rpartition(".")[2] for module in MODULES}

@@ -1,4 +1,4 @@
-"""The short form of `make faults`: a few tries of each kind, in the command's own process; nothing may be lost."""
+"""The short form of `make faults`: a few tries of each kind, in a separate process, without losses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_nothing_is_lost() -> None:
 
 
 def test_a_loss_is_counted_and_ends_with_exit_1() -> None:
-    """The count can tell a loss: every altered byte is one where nothing looks at hashes."""
+    """Losses are counted: without hash checks, every altered byte is one."""
     program = (
         "import sys; sys.argv = ['faults', '--short', '--tries', '3', 'byte']\n"
         "from tests.faults import kit, tampering, __main__ as faults\n"

@@ -1,4 +1,4 @@
-"""What is shipped: the wheel's exact files, the base install outside the checkout, the pins, the extras."""
+"""Packaging: the wheel's exact files, the base install outside the checkout, pins and extras."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the tree without network."""
+    """The wheel, built from a copy of the tree, without network access."""
     tree = tmp_path_factory.mktemp("tree")
     for folder in (*FOLDERS, "tests"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=JUNK)
@@ -49,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
-    """An environment that holds the wheel, what its base install requires, and nothing else."""
+    """An environment with only the wheel and the requirements of its base install."""
     folder = tmp_path_factory.mktemp("base")
     venv.create(folder, symlinks=True)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
@@ -65,7 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
 
 
 def requirements(name: str, seen: frozenset[str] = frozenset()) -> set[str]:
-    """What a distribution needs without extras, and what that needs in turn."""
+    """The transitive requirements of a distribution without extras."""
     found: set[str] = set()
     for line in metadata.requires(name) or []:
         needed = re.match(r"[A-Za-z0-9._-]+", line)
@@ -82,7 +82,7 @@ def requirements(name: str, seen: frozenset[str] = frozenset()) -> set[str]:
 
 
 def expected_files() -> set[str]:
-    """By rule: every Python file under the three folders, and package data as pyproject.toml names it."""
+    """All Python files in the three folders, and the package data listed in pyproject.toml."""
     found = set()
     for folder, name in FOLDERS.items():
         found |= {f"{name}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
@@ -108,8 +108,8 @@ def test_the_wheel_holds_exactly_what_it_should(wheel: Path) -> None:
     assert names == expected_files()
 
 
-def test_package_data_is_nothing_forgotten(wheel: Path) -> None:
-    """Every file in the packages that is not Python is shipped, but for examples to be copied from a checkout."""
+def test_package_data_is_complete(wheel: Path) -> None:
+    """All non-Python files in the packages are shipped, except examples to copy from a checkout."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     for folder, name in FOLDERS.items():
@@ -118,7 +118,7 @@ def test_package_data_is_nothing_forgotten(wheel: Path) -> None:
                 assert f"{name}/{path.relative_to(ROOT / folder).as_posix()}" in names, path
 
 
-def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+def test_the_wheels_metadata(wheel: Path) -> None:
     assert wheel.name == "nayer_edge-0.1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         held = {name.partition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}

@@ -1,4 +1,4 @@
-"""The documents say what is true: their commands exist and run, their links lead somewhere."""
+"""The documentation is correct: its commands exist and run, and its links resolve."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEASUREMENTS = ROOT / "docs" / "BENCHMARKS.md"
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUNNABLE = {"gate", "verify", "validate", "report", "export", "bench", "calibration-data", "doctor", "recipes", "lte"}
-"""commands that a finished tiny run answers in seconds"""
+"""commands that take seconds on a finished tiny run"""
 
 
 @pytest.mark.parametrize(("name", "page"), [("digits", README), ("cifar_table", MEASUREMENTS)])
@@ -111,7 +111,7 @@ OF_README = [command for command in OURS if command.document == "README.md"]
 
 
 def parse(words: tuple[str, ...]) -> str:
-    """The name of a command line's command, its options and arguments checked."""
+    """The name of a command line's command, after checking its options and arguments."""
     command: Any = typer.main.get_command(app)
     rest, path = list(words), []
     while hasattr(command, "commands"):
@@ -151,7 +151,7 @@ def test_recipes_that_are_named_are_shipped(command: Command) -> None:
 
 @pytest.fixture(scope="module")
 def checkout(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which runs/digits is a finished run that passes its gate."""
+    """A folder with a finished run in runs/digits that passes its gate."""
     folder = tmp_path_factory.mktemp("readme")
     root = shutil.copytree(tiny_run, folder / "runs" / "digits")
     values = json.loads((root / MANIFEST).read_text())
@@ -164,7 +164,7 @@ def checkout(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_of_the_readme_run(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In the order in which a reader would type them."""
+    """In the order of the page."""
     monkeypatch.chdir(checkout)
     for name in ("NAYER_EDGE_DEBUG", "_TYPER_FORCE_DISABLE_TERMINAL"):
         monkeypatch.setenv(name, "")
@@ -172,7 +172,7 @@ def test_the_commands_of_the_readme_run(
     ran = set()
     for command in OF_README:
         name = command.words[1]
-        # The reader's own teacher: test_your_own_model.py.
+        # The user's own teacher: see test_your_own_model.py.
         if name not in RUNNABLE or "trial.toml" in command.words:
             continue
         with pytest.raises(SystemExit) as ended:
@@ -196,7 +196,7 @@ def test_make_targets_exist() -> None:
     assert named <= targets
 
 
-def test_make_says_what_it_does() -> None:
+def test_make_help() -> None:
     make = shutil.which("make")
     if make is None:
         pytest.skip("there is no make")
@@ -220,7 +220,7 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_resolve(path: Path) -> None:
     text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r' (?:src|srcset|href)="([^"]+)"', text):
         if re.match(r"[a-z]+:", link):
@@ -251,6 +251,6 @@ def test_exit_codes_are_those_of_the_errors() -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_nothing_is_left_to_fill_in(path: Path) -> None:
+def test_no_placeholders_are_left(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"@@|\bTODO\b|\bTBD\b|\bFIXME\b|\bXXX\b", text)

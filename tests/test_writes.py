@@ -1,4 +1,4 @@
-"""Every write of the product goes through `write_atomic`: to a temporary file, fsynced, renamed."""
+"""Every write of the product goes through `write_atomic`: temporary file, fsync, rename."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for folder in ("nayer_edge", "export", "pipelines") for path in (ROOT / folder).rglob("*.py"))
 
 SANCTIONED = {
-    # The one place: what `write` gets is the temporary file.
+    # The only place that passes a temporary file to `write`.
     ("nayer_edge/storage/files.py", "write_bytes"): "`temporary.write_bytes`, inside write_atomic",
     ("nayer_edge/storage/files.py", "write_atomic"): "opens the temporary file to fsync it",
     ("nayer_edge/storage/run_folder.py", "lock_folder"): "the lock, which holds nothing",
-    ("nayer_edge/labels/embeddings.py", "_waiting"): "the lock of the cache, which holds nothing",
+    ("nayer_edge/labels/embeddings.py", "_locked"): "the lock of the cache, which holds nothing",
     ("nayer_edge/storage/tensors.py", "_sort_header"): "of the temporary file, inside write_atomic",
     ("export/to_int8.py", "prepared"): "in a folder for temporary files",
     ("pipelines/gate/verdict.py", "append_summary"): "GitHub's summary is added to, as its contract says",
 }
-"""(file, function) → why it may write; functions whose parameter is `temporary` are called by write_atomic"""
+"""(file, function) → why it may write; functions with a parameter `temporary` are called by write_atomic"""
 
 METHODS = {"write_text", "write_bytes", "savez", "savez_compressed", "save_file", "savefig", "tofile", "to_parquet"}
 FUNCTIONS = {"np.save", "onnx.save", "onnx.save_model", "torch.save", "json.dump", "shutil.copy", "shutil.copyfile",
@@ -29,7 +29,7 @@ FUNCTIONS = {"np.save", "onnx.save", "onnx.save_model", "torch.save", "json.dump
 
 
 def functions(tree: ast.AST, inside: tuple[ast.AST, ...] = ()) -> Iterator[tuple[ast.Call, tuple[ast.AST, ...]]]:
-    """Every call, with the functions around it, innermost last."""
+    """Every call, with its enclosing functions, innermost last."""
     for child in ast.iter_child_nodes(tree):
         around = (*inside, child) if isinstance(child, ast.FunctionDef | ast.Lambda) else inside
         if isinstance(child, ast.Call):
@@ -47,7 +47,7 @@ def writes(call: ast.Call) -> bool:
         return (
             isinstance(chosen, ast.Constant) and isinstance(chosen.value, str) and bool(set("wax+") & set(chosen.value))
         )
-    # The project's own write_bytes takes a path and bytes, and is atomic.
+    # The project's own write_bytes(path, data) is atomic.
     own = isinstance(call.func, ast.Name) and last == "write_bytes"
     return (
         (last in METHODS and not own)
@@ -57,7 +57,7 @@ def writes(call: ast.Call) -> bool:
 
 
 def into_memory_or_temporary(call: ast.Call, around: tuple[ast.AST, ...]) -> bool:
-    """The target is a buffer, or the temporary file that write_atomic hands to the function."""
+    """Whether the target is a buffer, or the temporary file from write_atomic."""
     names = {node.id for node in ast.walk(call) if isinstance(node, ast.Name)}
     parameters = {a.arg for f in around if isinstance(f, ast.FunctionDef | ast.Lambda) for a in f.args.args}
     return "buffer" in names or ("temporary" in parameters)
@@ -106,7 +106,7 @@ def test_the_audit_sees_a_write(line: str, tmp_path: Path, monkeypatch: pytest.M
     assert len(unsanctioned(path)) == 1
 
 
-def test_what_is_sanctioned_is_there() -> None:
+def test_sanctioned_functions_exist() -> None:
     for file, function in SANCTIONED:
         names = {n.name for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.FunctionDef)}
         assert function in names

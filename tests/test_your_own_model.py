@@ -1,4 +1,4 @@
-"""The way from a checkpoint to an artefact: exactly the commands of docs/YOUR_OWN_MODEL.md, on a small case."""
+"""From a checkpoint to an artifact with exactly the commands of docs/YOUR_OWN_MODEL.md, on a small example."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 def documents() -> ModuleType:
-    """`test_readme.py` beside this file, for its way to read a document."""
+    """The module `test_readme.py`, which parses documents."""
     path = Path(__file__).with_name("test_readme.py")
     specification = importlib.util.spec_from_file_location("nayer_edge_documents", path)
     assert specification is not None
@@ -36,12 +36,12 @@ OURS = documents().OURS
 README = [c.words for c in OURS if c.document == "README.md" and c.section == "Your own teacher"]
 COMMANDS = [c.words for c in OURS if c.document == "docs/YOUR_OWN_MODEL.md"]
 LONG = [words for words in COMMANDS if (words[1] == "run" and "mine.toml" in words) or "runs/mine" in words]
-"""those of the real run"""
+"""the commands of the real run"""
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a teacher that was trained for a moment on real digits, saved as people do."""
+    """A folder with a briefly trained teacher of real digits, saved as a usual checkpoint."""
     from nayer_edge import train_teacher as teaching
     from nayer_edge.config import Augment, InputSpec, Teach
     from nayer_edge.data import datasets as data
@@ -68,7 +68,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def type_in(
     teacher: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[[tuple[str, ...]], tuple[int, str]]]:
-    """Types a command in the folder of the teacher: (exit code, what was shown)."""
+    """Runs a command in the teacher's folder: (exit code, output)."""
     monkeypatch.chdir(teacher)
     for name in ("NAYER_EDGE_DEBUG", "_TYPER_FORCE_DISABLE_TERMINAL"):
         monkeypatch.setenv(name, "")
@@ -85,11 +85,11 @@ def type_in(
         signal.signal(number, handler)
 
 
-def test_the_page_goes_the_whole_way() -> None:
+def test_the_page_covers_the_whole_pipeline() -> None:
     assert {words[1] for words in COMMANDS} >= {"doctor", "init", "lte", "run", "verify", "gate", "bench"}
     assert len(LONG) == 8
     assert len(README) == 3
-    assert set(README) <= set(COMMANDS), "what the README shows is of this page"
+    assert set(README) <= set(COMMANDS), "the README shows commands of this page"
 
 
 def test_the_commands_up_to_the_trial(type_in: Callable[[tuple[str, ...]], tuple[int, str]], teacher: Path) -> None:
@@ -105,7 +105,7 @@ def test_the_commands_up_to_the_trial(type_in: Callable[[tuple[str, ...]], tuple
 
 @pytest.mark.slow
 def test_the_commands_of_the_real_run(type_in: Callable[[tuple[str, ...]], tuple[int, str]], teacher: Path) -> None:
-    """From a foreign key layout to a gated INT8 artefact."""
+    """From a checkpoint with other keys to a gated INT8 artifact."""
     for words in COMMANDS:
         if words[1] == "init":
             type_in((*words, "--force"))

@@ -1,7 +1,7 @@
-"""Label-text embeddings (LTE): E ∈ R^{K×D}, one prompt per class through a text encoder, once (paper §3.2).
+"""Label-text embeddings (LTE): E ∈ R^{K×D}, one prompt per class, encoded once by a text encoder (paper §3.2).
 
-A cache file is named by the digest of encoder, revision and texts. The package ships a few ready ones (`lte_ready/`),
-so the shipped recipes need no language model. There is never a fall-back from one encoder to another.
+Cache files are named by the digest of encoder, revision and texts. The package ships embeddings for its recipes
+(`lte_ready/`), so that these need no language model. One encoder never silently replaces another.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from nayer_edge.storage.tensors import save_tensors
 from nayer_edge.text import inert
 
 BASELINE_DIM = 512
-"""dimensions of `random` embeddings, those of CLIP ViT-B/32"""
+"""dimension of `random` embeddings, the same as CLIP ViT-B/32"""
 SAME = 1 - 1e-5
-"""cosine similarity above which two embeddings are one"""
+"""cosine similarity above which two embeddings count as equal"""
 _CHUNK = 1024
-"""rows of a similarity matrix at once"""
+"""rows of the similarity matrix computed at once"""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LabelEmbeddings:
-    """Embeddings with everything that they depend on.
+    """Embeddings and everything that they depend on.
 
     Attributes:
         embeddings: (K, D), float32.
-        encoder, revision: what made them.
-        prompt: with {label}; several templates, one per line, were averaged.
+        encoder, revision: the text encoder.
+        prompt: the template with {label}; several templates, one per line, are averaged.
         labels: the K class names.
-        synonyms: what of a label with commas stood in the prompt (config.LTE).
+        synonyms: which of a label's comma-separated names went into the prompt (see config.LTE).
     """
 
     embeddings: Float[Tensor, "K D"]
@@ -61,17 +61,17 @@ class LabelEmbeddings:
 
     @property
     def digest(self) -> str:
-        """Identifies the numbers and all that they came from: other embeddings are another run."""
+        """Digest of the embeddings and their provenance; a run with another digest is a different run."""
         return digest_of({**self._facts, "labels": list(self.labels), "numbers": self.numbers_digest})
 
     @property
     def numbers_digest(self) -> str:
-        """SHA-256 of the numbers, little-endian, row by row."""
+        """SHA-256 of the embedding matrix (float32, little-endian, row-major)."""
         return hashlib.sha256(self.embeddings.contiguous().numpy().astype("<f4").tobytes()).hexdigest()
 
     @property
     def texts(self) -> list[tuple[str, ...]]:
-        """What the encoder was given for each class."""
+        """The encoder's input texts for each class."""
         return texts_of(self.labels, self.prompt.split("\n"), self.synonyms)
 
     @property
@@ -81,7 +81,7 @@ class LabelEmbeddings:
 
 
 def texts_of(labels: Sequence[str], templates: Sequence[str], synonyms: Synonyms) -> list[tuple[str, ...]]:
-    """The prompts of each class: every phrase of the label in every template."""
+    """The prompts of each class: every phrase in every template."""
     return [
         tuple(template.replace("{label}", phrase) for phrase in of_class for template in templates)
         for of_class in phrases(labels, synonyms)
@@ -89,23 +89,23 @@ def texts_of(labels: Sequence[str], templates: Sequence[str], synonyms: Synonyms
 
 
 def cache_key(encoder: str, revision: str, texts: Sequence[Sequence[str]]) -> str:
-    """The name under which embeddings are cached: all that goes into the language model, and which one it is."""
+    """The cache key: a digest of the encoder, its revision and its input texts."""
     return digest_of({"encoder": encoder, "revision": revision, "texts": [list(of_class) for of_class in texts]})
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/nayer-edge/lte, by default in ~/.cache."""
+    """$XDG_CACHE_HOME/nayer-edge/lte; ~/.cache/nayer-edge/lte by default."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "nayer-edge" / "lte"
 
 
 def build(labels: Sequence[str], config: LTE) -> LabelEmbeddings:
-    """Takes embeddings from a file, the package or the user's cache, or makes and caches them.
+    """Loads embeddings from a file, the package or the user's cache, or else computes and caches them.
 
     Raises:
-        MissingError: the encoder is not here.
-        UsageError: the labels do not fit the embeddings that were given.
-        IntegrityError: a file of embeddings or an encoder's weights are damaged.
+        MissingError: the encoder is not available.
+        UsageError: the labels do not match the given embeddings.
+        IntegrityError: the embedding file or the encoder's weights are damaged.
     """
     encoder, names, templates = config.encoder, tuple(labels), config.templates
     prompt = "\n".join(templates)
@@ -123,8 +123,8 @@ def build(labels: Sequence[str], config: LTE) -> LabelEmbeddings:
     made = _cached_or_made(found, texts, described) if values is None else described(values)
     if same := duplicates(made):
         _log.warning(
-            "The encoder cannot tell %d classes apart: %s have the same embedding, so the generator cannot either. "
-            "Give them names that it knows, or take another encoder.",
+            "%d classes share an embedding with another class, so the generator cannot distinguish them: %s. "
+            "Use names that the encoder knows, or another encoder.",
             len(same),
             inert(", ".join(same[:4])) + (", …" if len(same) > 4 else ""),
         )
@@ -132,10 +132,10 @@ def build(labels: Sequence[str], config: LTE) -> LabelEmbeddings:
 
 
 def check(labels: Sequence[str], config: LTE) -> None:
-    """Whether `build` can go on, without a language model: the file is there and fits, the encoder is installed.
+    """Checks, without loading an encoder, that `build` can run: the file exists and matches, the encoder is installed.
 
     Raises:
-        NayerEdgeError: as `build` would, as far as that is known without loading an encoder.
+        NayerEdgeError: the error that `build` would raise, as far as it is known before loading an encoder.
     """
     encoder = config.encoder
     if config.precomputed:
@@ -150,7 +150,7 @@ def check(labels: Sequence[str], config: LTE) -> None:
 
 
 def duplicates(embeddings: LabelEmbeddings) -> list[str]:
-    """The labels whose embedding another label has too, but for rounding."""
+    """Labels that share their embedding with another label, up to rounding."""
     cosine, _ = nearest_labels(embeddings.embeddings)
     return [label for label, value in zip(embeddings.labels, cosine.tolist(), strict=True) if value > SAME]
 
@@ -162,17 +162,17 @@ def _baseline(encoder: str, count: int) -> Tensor:
 
 
 def _from_file(path: Path, names: tuple[str, ...]) -> LabelEmbeddings:
-    """Precomputed embeddings; the rows are chosen by class name. The file's digest is their revision."""
+    """Precomputed embeddings, with rows selected by class name; the revision is the file's SHA-256."""
     found = precomputed.read(path)
     encoder, prompt = found.facts.get("encoder", path.name), found.facts.get("prompt", "")
     return LabelEmbeddings(found.rows_for(names, path), encoder, found.sha256, prompt, names, "all")
 
 
 def averaged(encoded: Float[Tensor, "n D"], counts: Sequence[int]) -> Float[Tensor, "K D"]:
-    """One row per class from the rows of its texts, which follow each other.
+    """Averages the consecutive rows of each class's texts into one row per class.
 
-    One text: its embedding as it is. Several: each L2-normalised, their mean, L2-normalised again (prompt ensembling
-    in the embedding space, Radford et al. 2021, §3.1.4).
+    If every class has one text, the embeddings are returned unchanged. Otherwise each row is L2-normalised, averaged
+    and L2-normalised again (prompt ensembling in embedding space, Radford et al. 2021, §3.1.4).
     """
     if all(count == 1 for count in counts):
         return encoded
@@ -185,11 +185,11 @@ def averaged(encoded: Float[Tensor, "n D"], counts: Sequence[int]) -> Float[Tens
     )
 
 
-# ------------------------------------------------------------------ ready and cached
+# ------------------------------------------------------------------ shipped and cached
 
 
 def _ready(encoder: str, revision: str, texts: Sequence[tuple[str, ...]]) -> Tensor | None:
-    """Rows that the package ships, if one file has them all: any choice and order of its classes."""
+    """Rows of a shipped file that covers all texts, in any selection and order; None if there is none."""
     for path in sorted(Path(str(resources.files("nayer_edge.labels.lte_ready"))).glob("*.safetensors")):
         held = load(path)
         if (held.encoder, held.revision) == (encoder, revision):
@@ -209,35 +209,37 @@ def _cached_or_made(
     texts: Sequence[tuple[str, ...]],
     described: Callable[[Tensor], LabelEmbeddings],
 ) -> LabelEmbeddings:
-    """From the user's cache, else through the encoder and into the cache. Of several processes that want the same
-    embeddings at once, one makes them and the others wait for it."""
+    """Embeddings from the user's cache, or else computed and cached.
+
+    If several processes need the same embeddings, one computes them and the others wait.
+    """
     key = cache_key(encoder.name, encoder.revision, texts)
     path = _cache_file(key)
-    with _waiting(path.with_suffix(".lock")):
+    with _locked(path.with_suffix(".lock")):
         if path.is_file():
             try:
                 return described(_from_cache(path, key, len(texts)))
             except IntegrityError as error:
-                _log.warning("A file in the cache is damaged, and is made anew: %s", inert(error.what))
+                _log.warning("A damaged cache file is rebuilt: %s", inert(error.what))
         encoded = encoder.encode([text for of_class in texts for text in of_class])
         made = described(averaged(encoded, [len(of_class) for of_class in texts]).contiguous())
         try:
             save(made, path, {"key": key})
         except UsageError as error:
-            _log.warning("The embeddings were not kept for the next time: %s %s", inert(error.what), inert(error.why))
+            _log.warning("The embeddings could not be cached: %s %s", inert(error.what), inert(error.why))
         return made
 
 
 def _from_cache(path: Path, key: str, count: int) -> Tensor:
     held, facts = _read(path)
     if facts.get("key") != key or len(held.embeddings) != count:
-        raise IntegrityError(f"{path} holds the embeddings of something else.")
+        raise IntegrityError(f"{path} contains embeddings of other texts.")
     return held.embeddings
 
 
 @contextlib.contextmanager
-def _waiting(path: Path) -> Iterator[None]:
-    """Holds a lock that the kernel releases when the process ends; without one where the folder cannot have it."""
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a file lock, which the kernel releases when the process ends; no lock if the folder does not allow one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
@@ -254,7 +256,7 @@ def _waiting(path: Path) -> Iterator[None]:
 
 
 def save(embeddings: LabelEmbeddings, path: Path, more: dict[str, str] | None = None) -> None:
-    """Writes one safetensors file with its provenance in the metadata."""
+    """Writes a safetensors file with the provenance in its metadata."""
     provenance = {
         "encoder": embeddings.encoder,
         "revision": embeddings.revision,
@@ -267,10 +269,10 @@ def save(embeddings: LabelEmbeddings, path: Path, more: dict[str, str] | None = 
 
 
 def load(path: Path) -> LabelEmbeddings:
-    """Reads what `save` wrote.
+    """Reads a file written by `save`.
 
     Raises:
-        IntegrityError: the file is missing, damaged, or not a file of embeddings.
+        IntegrityError: the file is missing, damaged, or not an embedding file.
     """
     return _read(path)[0]
 
@@ -283,25 +285,25 @@ def _read(path: Path) -> tuple[LabelEmbeddings, dict[str, str]]:
         labels = tuple(json.loads(facts["labels"]))
         synonyms = facts.get("synonyms", "first")
         if synonyms not in ("first", "all", "average") or not all(isinstance(label, str) for label in labels):
-            raise ValueError("its labels are not what they should be")
+            raise ValueError("invalid labels or synonyms in its metadata")
         found = LabelEmbeddings(values, facts["encoder"], facts["revision"], facts["prompt"], labels, synonyms)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{path} is not a file of label-text embeddings.", why=f"{error}") from error
     if values.ndim != 2 or values.shape[0] != len(labels) or not bool(torch.isfinite(values).all()):
-        raise IntegrityError(f"{path} holds {tuple(values.shape)} embeddings for {len(labels)} labels.")
+        raise IntegrityError(f"{path} has embeddings of shape {tuple(values.shape)} for {len(labels)} labels.")
     if facts.get("sha256", found.numbers_digest) != found.numbers_digest:
-        raise IntegrityError(f"{path} was altered: its numbers are not those that it was written with.")
+        raise IntegrityError(f"{path} was altered: its embeddings do not match the stored SHA-256.")
     return found, facts
 
 
 def cosines(embeddings: Float[Tensor, "K D"]) -> Float[Tensor, "K K"]:
-    """Cosine similarity of every pair of classes."""
+    """Pairwise cosine similarity of the classes."""
     unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
     return unit @ unit.T
 
 
 def nearest_labels(embeddings: Float[Tensor, "K D"]) -> tuple[Float[Tensor, " K"], Int[Tensor, " K"]]:
-    """For each class the greatest cosine similarity to another, and which that is."""
+    """For each class, the cosine similarity to the most similar other class, and that class's index."""
     unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
     values, places = [], []
     for start in range(0, len(unit), _CHUNK):
@@ -314,8 +316,8 @@ def nearest_labels(embeddings: Float[Tensor, "K D"]) -> tuple[Float[Tensor, " K"
 
 
 def mean_cosine(embeddings: Float[Tensor, "K D"]) -> float:
-    """Mean cosine similarity between different classes: how close together the labels lie."""
+    """Mean cosine similarity over all pairs of different classes."""
     unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
     count = len(unit)
-    # Σ over all pairs of u·v is |Σu|².
+    # The sum of u·v over all pairs is |Σu|².
     return float((unit.sum(dim=0).square().sum() - unit.square().sum()) / (count * (count - 1)))

@@ -1,4 +1,4 @@
-"""Label-text embeddings that somebody else computed: safetensors, npz and npy files, rows matched by class name."""
+"""Precomputed label-text embeddings from safetensors, npz and npy files, with rows matched by class name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nayer_edge.errors import IntegrityError, UsageError, nearest
-from nayer_edge.labels.class_names import labels_beside, read_labels, spoken, synonyms_of
+from nayer_edge.labels.class_names import as_words, labels_beside, read_labels, synonyms_of
 from nayer_edge.storage.files import sha256_of
 
 MAX_BYTES = 4 * 2**30
@@ -28,12 +28,12 @@ _LABEL_NAMES = ("labels", "classes", "class_names", "names")
 
 @dataclass(frozen=True)
 class Precomputed:
-    """A file of embeddings, as it is.
+    """The content of an embedding file.
 
     Attributes:
         values: (K, D), float32.
-        labels: the K class names; None where the file says none, and then the rows are in the recipe's order.
-        facts: what the file says about itself (encoder, prompt, source, …); empty for npy and npz.
+        labels: the K class names; None if the file has none (its rows are then in the recipe's order).
+        facts: the file's metadata (encoder, prompt, source, …); empty for npy and npz.
         sha256: of the file.
     """
 
@@ -43,34 +43,34 @@ class Precomputed:
     sha256: str
 
     def rows_for(self, names: Sequence[str], path: Path) -> Float[Tensor, "K D"]:
-        """The rows of these classes, by name where the file has names, else in its order.
+        """The rows of the given classes, by name if the file has names, else in file order.
 
         Raises:
-            UsageError: another number of rows than classes, or a class without a row.
+            UsageError: the number of rows differs from the number of classes, or a class has no row.
         """
         if self.labels is not None:
             return self.values[rows_by_name(names, self.labels, path)]
         if len(self.values) != len(names):
             raise UsageError(
-                f"{path} holds {len(self.values)} embeddings, and there are {len(names)} classes.",
-                why="It says no class names, so its rows would be taken in the order of the classes.",
+                f"{path} has {len(self.values)} embeddings for {len(names)} classes.",
+                why="It has no class names, so its rows must be in the order of the classes.",
                 fix=f"Write its class names, one per line, into {path.with_suffix('.labels.txt').name} beside it.",
             )
         return self.values
 
 
 def read(path: Path) -> Precomputed:
-    """Reads a file of embeddings.
+    """Reads an embedding file.
 
-    The tensor is called `embeddings`, or is the only matrix in the file. Labels stand in safetensors' metadata (a JSON
-    list, or one per line), in an npz array `labels`, or in a file beside it (clip.npy → clip.labels.txt, .json, .csv).
+    The tensor is named `embeddings`, or is the only matrix in the file. Labels come from the safetensors metadata (a
+    JSON list, or one per line), an npz array `labels`, or a file beside it (clip.npy → clip.labels.txt, .json or .csv).
 
     Raises:
-        UsageError: no such file, several matrices and none called `embeddings`, or labels that do not hold.
-        IntegrityError: it is damaged, holds Python objects, or numbers that are not finite.
+        UsageError: no such file, several matrices and none named `embeddings`, or invalid labels.
+        IntegrityError: it is damaged, or contains Python objects or non-finite values.
     """
     if not path.is_file():
-        raise UsageError(f"There is no file of embeddings at {path}.", fix="Mend lte.encoder in the recipe.")
+        raise UsageError(f"There is no embedding file at {path}.", fix="Correct lte.encoder in the recipe.")
     facts: dict[str, str] = {}
     labels: tuple[str, ...] | None = None
     try:
@@ -85,25 +85,25 @@ def read(path: Path) -> Precomputed:
             labels = _labels_among(arrays)
     except (OSError, SafetensorError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise IntegrityError(
-            f"{path} is not readable as a file of embeddings.",
+            f"{path} is not readable as an embedding file.",
             why=f"{error}".splitlines()[0] if str(error) else type(error).__name__,
         ) from error
     if not values.is_floating_point() or not bool(torch.isfinite(values).all()):
-        raise IntegrityError(f"{path} holds numbers that are no embeddings ({values.dtype}, or NaN and infinities).")
+        raise IntegrityError(f"{path} has invalid embeddings (type {values.dtype}, or NaN or infinite values).")
     if labels is None and facts:
-        labels = next((_told(facts[key]) for key in _LABEL_NAMES if key in facts), None)
+        labels = next((_labels_in(facts[key]) for key in _LABEL_NAMES if key in facts), None)
     if labels is None and (beside := labels_beside(path)):
         labels = read_labels(beside)
     if labels is not None and len(labels) != len(values):
-        raise IntegrityError(f"{path} holds {tuple(values.shape)} embeddings for {len(labels)} labels.")
+        raise IntegrityError(f"{path} has embeddings of shape {tuple(values.shape)} for {len(labels)} labels.")
     return Precomputed(values.float().contiguous(), labels, facts, sha256_of(path))
 
 
 def rows_by_name(names: Sequence[str], labels: Sequence[str], path: Path) -> list[int]:
-    """For each class the number of its row: by its exact name; as it is spoken, whatever the case; by a synonym.
+    """The row index of each class: matched by exact name, else as words ignoring case, else by a synonym.
 
-    Where the names correspond one by one ("tench" and "tench, Tinca tinca"), their order decides; so ImageNet's two
-    cranes find their rows although both are called "crane".
+    If names and labels correspond one to one in order ("tench" and "tench, Tinca tinca"), the order decides; so both of
+    ImageNet's classes named "crane" get their own rows.
 
     Raises:
         UsageError: a class has no row, or several.
@@ -127,7 +127,7 @@ def rows_by_name(names: Sequence[str], labels: Sequence[str], path: Path) -> lis
         if len(rows) > 1:
             raise UsageError(
                 f"{path} has {len(rows)} embeddings for the class '{name}' (rows {', '.join(map(str, rows[:4]))}).",
-                fix="Say in the file's labels which is which, or give the classes in the order of the file.",
+                fix="Make the file's labels distinct, or give the classes in the file's order.",
             )
         found += rows
         absent += [] if rows else [name]
@@ -135,27 +135,27 @@ def rows_by_name(names: Sequence[str], labels: Sequence[str], path: Path) -> lis
         raise UsageError(
             f"{path} has no embedding for {len(absent)} of {len(names)} classes: {', '.join(absent[:4])}."
             f"{nearest(absent[0], labels)}",
-            why=f"It was made for {', '.join(labels[:4])}, …",
-            fix="Give a file that was made for these class names, or name an encoder.",
+            why=f"Its classes are {', '.join(labels[:4])}, …",
+            fix="Give a file made for these class names, or name an encoder.",
         )
     return found
 
 
 def _forms(name: str) -> tuple[str, ...]:
-    """The whole name, its synonyms, and these without what stands in brackets; spoken and without case."""
-    names = (spoken(name), *synonyms_of(name))
-    bare = (spoken(_BRACKETS.sub("", form)) for form in names)
+    """The whole name and its synonyms, each with and without text in brackets; as words, case-folded."""
+    names = (as_words(name), *synonyms_of(name))
+    bare = (as_words(_BRACKETS.sub("", form)) for form in names)
     return tuple(dict.fromkeys(form.casefold() for form in (*names, *bare) if form))
 
 
-def _told(text: str) -> tuple[str, ...] | None:
+def _labels_in(text: str) -> tuple[str, ...] | None:
     """Labels in a metadata string: a JSON list, or one per line."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = text.rstrip("\n").split("\n")
     if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
-        raise IntegrityError("The file's metadata holds labels that are no list of names.")
+        raise IntegrityError("The labels in the file's metadata are not a list of names.")
     return tuple(value)
 
 
@@ -166,8 +166,8 @@ def _matrix(path: Path, dimensions: dict[str, int]) -> str:
         name = matrices[0]
     if name is None:
         raise UsageError(
-            f"{path} holds {len(matrices)} matrices, and none is called 'embeddings'.",
-            why=f"It holds {', '.join(list(dimensions)[:6]) or 'nothing'}.",
+            f"{path} contains {len(matrices)} matrices, none of them named 'embeddings'.",
+            why=f"It contains {', '.join(list(dimensions)[:6]) or 'nothing'}.",
             fix="Save one matrix, (classes, dimensions), under the name 'embeddings'.",
         )
     return name
@@ -186,7 +186,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 def _matrix_of(path: Path, arrays: dict[str, Any]) -> np.ndarray:
     found = arrays[_matrix(path, {name: array.ndim for name, array in arrays.items()})]
     if found.dtype.kind != "f":
-        raise ValueError(f"its embeddings are of type {found.dtype}")
+        raise ValueError(f"its embeddings have the type {found.dtype}")
     return found
 
 

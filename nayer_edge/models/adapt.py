@@ -1,4 +1,4 @@
-"""Fitting a library's network, built for 224-pixel photographs, to other images: their channels and their size."""
+"""Adapts library networks, designed for 224-pixel RGB images, to other channel counts and image sizes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from nayer_edge.errors import UsageError
 
 TRACE_PIXELS = 224
-"""what the libraries' networks are built for; all of their strides show at this size"""
+"""design size of library networks, at which all of their strides can be observed"""
 LAST_GRID = 4
-"""shortest side of the last feature map that the strides are lowered for; 224-pixel networks end at 7"""
+"""minimum side of the last feature map after lowering strides; 224-pixel networks end at 7"""
 
 
 def replace_channels(network: nn.Module, channels: int) -> None:
-    """Gives the first convolution another number of input channels (library models are built for three)."""
+    """Replaces the first convolution by one with another number of input channels (library models have three)."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
             options: dict[str, Any] = {
@@ -33,18 +33,18 @@ def replace_channels(network: nn.Module, channels: int) -> None:
 
 
 def lower_strides(network: nn.Module, channels: int, pixels: int) -> list[str]:
-    """Sets the first strides of a network to 1, so that images of `pixels` still end on a grid of at least four.
+    """Sets a network's first strides to 1, so that the last feature map of a `pixels`-sized image is at least 4×4.
 
-    A network of total stride 32 sees a 32-pixel image as one position; with its first two strides set to 1, as in the
-    literature's CIFAR variants, it ends at 4×4. All layers that work at one resolution change together, so branches
-    that meet again stay of one size. Kernels, and so the shapes of all weights, stay those of the library; a strided
-    pooling layer becomes the identity.
+    A network of total stride 32 reduces a 32-pixel image to one position. With its first two strides set to 1, as in
+    the literature's CIFAR variants, the last feature map is 4×4. All layers at one resolution change together, so that
+    parallel branches keep equal sizes. Kernels and weight shapes do not change; strided pooling layers become the
+    identity.
 
     Returns:
         Names of the changed layers.
 
     Raises:
-        UsageError: the network does not work by strided layers, or is small enough already.
+        UsageError: the network has no strided layers, or its strides are low enough already.
     """
     levels = _strided_levels(network, channels)
     strides = [max(_stride(module) for _, module in level) for level in levels]
@@ -61,15 +61,15 @@ def lower_strides(network: nn.Module, channels: int, pixels: int) -> list[str]:
     if not changed:
         raise UsageError(
             f"Its strides cannot be lowered for images of {pixels} pixels.",
-            why=f"They multiply to {math.prod(strides)} as they are." if strides else "It has no strided layers.",
-            fix=f"Name it without @{pixels}.",
+            why=f"Its total stride is only {math.prod(strides)}." if strides else "It has no strided layers.",
+            fix=f"Remove @{pixels} from the model's name.",
         )
     return changed
 
 
 def _strided_levels(network: nn.Module, channels: int) -> list[list[tuple[str, nn.Module]]]:
-    """Strided convolutions and pooling layers by the resolution that they see, the finest first."""
-    twin = copy.deepcopy(network).to("meta").eval()
+    """Strided convolutions and pooling layers grouped by input resolution, the finest first."""
+    traced = copy.deepcopy(network).to("meta").eval()
     seen: dict[int, list[str]] = {}
     handles = []
 
@@ -79,11 +79,11 @@ def _strided_levels(network: nn.Module, channels: int) -> list[list[tuple[str, n
 
         return gather
 
-    for name, module in twin.named_modules():
+    for name, module in traced.named_modules():
         if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and _stride(module) > 1:
             handles.append(module.register_forward_pre_hook(watch(name)))
     with torch.no_grad():
-        twin(torch.zeros(1, channels, TRACE_PIXELS, TRACE_PIXELS, device="meta"))
+        traced(torch.zeros(1, channels, TRACE_PIXELS, TRACE_PIXELS, device="meta"))
     return [[(name, network.get_submodule(name)) for name in seen[size]] for size in sorted(seen, reverse=True)]
 
 

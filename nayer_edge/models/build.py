@@ -1,4 +1,4 @@
-"""Where networks come from: one function per source, from a name to an untrained torch module."""
+"""Builds untrained networks by name, with one function per source."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from nayer_edge.models.adapt import lower_strides, replace_channels
 from nayer_edge.models.names import ModelName, parse
 
 FORBIDDEN_ARGUMENTS = ("pretrained", "checkpoint", "weights", "cache", "num_classes", "in_chans", "scriptable", "url")
-"""in the name of an argument: what would fetch or load files, and what the recipe says elsewhere"""
+"""forbidden parts of argument names: they would download or load files, or duplicate other recipe keys"""
 AUXILIARY = {"googlenet": {"init_weights": True}, "inception_v3": {"init_weights": True}}
-"""torchvision networks with heads for training alone, which are built without them"""
+"""torchvision networks with auxiliary heads, which are built without them"""
 PACKAGES = {"torchvision": "torchvision", "timm": "timm", "hf": "transformers"}
 
 
 @dataclass(frozen=True)
 class Built:
-    """An untrained network, and how to build it again.
+    """An untrained network, and what is needed to build it again.
 
     Attributes:
-        name: without this machine's folders.
-        rebuild: what its card must hold beside name, classes and input.
+        name: the model name without local folders.
+        rebuild: what its card must store in addition to name, classes and input.
     """
 
     network: nn.Module
@@ -43,17 +43,17 @@ def build(
     arguments: Mapping[str, Any] | None = None,
     rebuild: Mapping[str, Any] | None = None,
 ) -> Built:
-    """Builds an untrained network: (B, C, H, W) normalised images → logits, or what the library wraps them in.
+    """Builds an untrained network: (B, C, H, W) normalised images → logits, or the library's wrapper around them.
 
     Args:
         model: its name, see `nayer_edge.models.names`.
-        arguments: further arguments for the library or the factory, numbers and words.
-        rebuild: that of a network which was built before; nothing outside is looked at, but a python model's file.
+        arguments: additional arguments for the library or factory, numbers and strings.
+        rebuild: `Built.rebuild` of an earlier build; nothing else is read, except a python model's file.
 
     Raises:
-        UsageError: no such source or network, or it does not take these arguments.
+        UsageError: no such source or network, or it does not accept these arguments.
         MissingError: its library is not installed, or its hub cannot be reached.
-        IntegrityError: a python model that nobody trusted.
+        IntegrityError: a python model without --trust-code.
     """
     known, options = dict(rebuild or {}), dict(arguments or {})
     if rebuild and "origin" in known:
@@ -69,9 +69,7 @@ def build(
     if parsed.source == "python":
         network, digest = user_code.build(parsed, spec, len(classes), options, known.get("sha256"))
         if not isinstance(network, nn.Module):
-            raise UsageError(
-                f"{parsed.portable} returned a {type(network).__name__}.", fix="A factory returns a torch.nn.Module."
-            )
+            raise UsageError(f"{parsed.portable} returned a {type(network).__name__}.", fix="Return a torch.nn.Module.")
         if digest is not None:
             found |= {"origin": model, "sha256": digest}
     elif parsed.source == "hf":
@@ -89,11 +87,11 @@ def build(
 
 
 def logits_in(output: Any) -> Tensor:
-    """The logits in what a network returned: a tensor, the `logits` of a dictionary or data class, or the first tensor
-    of a tuple, behind which auxiliary heads stand.
+    """Extracts the logits from a network's output: a tensor, `logits` of a dictionary or data class, or the first item
+    of a tuple (auxiliary heads follow it).
 
     Raises:
-        UsageError: there are none.
+        UsageError: there are no logits.
     """
     found = output
     if isinstance(output, Mapping):
@@ -104,9 +102,9 @@ def logits_in(output: Any) -> Tensor:
             found = output[0]
     if not isinstance(found, Tensor):
         raise UsageError(
-            f"The network returns a {type(output).__name__} in which there are no logits.",
-            fix="Let it return a tensor of shape (batch, classes), a tuple that begins with it, or a dictionary with "
-            "the key logits.",
+            f"The network returns a {type(output).__name__} without logits.",
+            fix="Return a tensor of shape (batch, classes), a tuple that starts with one, or a dictionary with the key "
+            "logits.",
         )
     return found
 
@@ -115,9 +113,9 @@ def _check_arguments(model: ModelName, options: Mapping[str, Any]) -> None:
     bad = [name for name in options if any(word in name for word in FORBIDDEN_ARGUMENTS)]
     if bad:
         raise UsageError(
-            f"{model.portable} cannot be given the argument {', '.join(bad)}.",
-            why="Weights, classes and channels have keys of their own in the recipe.",
-            fix="teacher.weights names a file, teacher.classes the classes, teacher.input.channels the channels.",
+            f"{model.portable} does not accept the argument {', '.join(bad)} here.",
+            why="Weights, classes and channels have their own keys in the recipe.",
+            fix="Use teacher.weights, teacher.classes and teacher.input.channels.",
         )
 
 
@@ -126,7 +124,7 @@ def _torchvision(model: ModelName, spec: InputSpec, classes: Sequence[str], opti
         from torchvision import models as torchvision_models
     except ImportError as error:
         raise missing_extra("torchvision", "cpu", f"The model {model.portable}") from error
-    # Of this module alone: the others detect and segment, and may fetch weights for their backbones.
+    # Of this module only: others contain detection and segmentation models, which may download backbone weights.
     known = torchvision_models.list_models(module=torchvision_models)
     if model.name not in known:
         raise UsageError(
@@ -154,13 +152,13 @@ def _timm(model: ModelName, spec: InputSpec, classes: Sequence[str], options: Ma
     if not timm.is_model(architecture):
         raise UsageError(
             f"timm has no network '{architecture}'.{nearest(architecture, timm.list_models())}",
-            fix="timm.list_models() lists them; a model of the hub goes by its architecture's name.",
+            fix="timm.list_models() lists them; for a hub model, use the name of its architecture.",
         )
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise UsageError(
-            f"timm knows no weights '{tag}' of {architecture}.{nearest(tag, tags)}",
-            fix=f"It knows {', '.join(tags)}." if tags else f"Write timm:{architecture}.",
+            f"timm has no weights '{tag}' for {architecture}.{nearest(tag, tags)}",
+            fix=f"It has {', '.join(tags)}." if tags else f"Write timm:{architecture}.",
         )
     try:
         return timm.create_model(model.name, pretrained=False, num_classes=len(classes), in_chans=spec.channels,

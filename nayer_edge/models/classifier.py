@@ -1,6 +1,6 @@
-"""What teachers and students are: networks that eat images in [0, 1].
+"""The classifier of teachers and students: a network that takes images in [0, 1].
 
-Normalisation is part of a `Classifier`, so no caller and no device can get it wrong.
+A `Classifier` includes the normalisation, so that neither a caller nor a device can get it wrong.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Classifier(nn.Module):
 
     Attributes:
         model: its name, for example "nayer:wrn_40_2".
-        spec: the images that it eats.
+        spec: the input that it expects.
         classes: class names in the order of the logits.
-        rebuild: what else building it again takes: arguments, a configuration, versions of libraries.
+        rebuild: what else is needed to build it again: arguments, a configuration, library versions.
     """
 
     mean: Tensor
@@ -52,7 +52,7 @@ class Classifier(nn.Module):
 
     @property
     def identity(self) -> str:
-        """The name, and whatever else decides what the same weights compute."""
+        """The name and everything else that determines the function computed by given weights."""
         decisive = {key: value for key, value in self.rebuild.items() if key not in ("versions", "origin")}
         return self.model + (json.dumps(decisive, sort_keys=True) if decisive else "")
 

@@ -1,6 +1,6 @@
-"""Image classifiers of transformers, from the hub or from a local folder: safetensors only, no code of a repository.
+"""Image classifiers of transformers, from the hub or a local folder: safetensors only, never code from a repository.
 
-A card keeps the configuration, so a saved model is rebuilt without the hub.
+The model card stores the configuration, so that a saved model can be rebuilt without the hub.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from nayer_edge.models.names import ModelName
 from nayer_edge.runtime import hub
 
 PROBE_PIXELS = 512
-"""side of the flat images that are shown to an image processor"""
-NOT_OURS = ("timm_wrapper",)
-"""kinds of configurations that are refused: this one hands what it holds to a function that reads files"""
+"""side of the constant images given to an image processor"""
+REFUSED = ("timm_wrapper",)
+"""refused model types: this one passes its configuration to a function that reads files"""
 
 
 def build(
@@ -32,30 +32,30 @@ def build(
     arguments: Mapping[str, Any],
     config: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """An untrained classifier.
+    """Builds an untrained classifier.
 
     Args:
-        arguments: keys of its configuration that are to have other values.
-        config: the configuration from a card; None reads the folder or asks the hub.
+        arguments: configuration keys to override.
+        config: the configuration from a card; None: read it from the folder or the hub.
 
     Returns:
         The network, and its configuration.
 
     Raises:
-        UsageError: there is no such folder or model, or transformers has no image classifier of this kind.
+        UsageError: there is no such folder or model, or transformers has no image classifier of this type.
         MissingError: transformers is not installed, or the hub cannot be reached.
     """
     with _quiet(model) as transformers:
         try:
             values = dict(config) if config is not None else _config_of(transformers, model).to_dict()
             kind = str(values.get("model_type"))
-            # What would have code of a repository run, and what is of this machine.
+            # Keys that would run code from a repository, and local paths.
             for key in ("auto_map", "_name_or_path", "name_or_path", "quantization_config"):
                 values.pop(key, None)
-            if kind in NOT_OURS:
+            if kind in REFUSED:
                 raise UsageError(
-                    f"{model.portable} is a timm network inside transformers.",
-                    fix=f"Name it as timm:{values.get('architecture', '<architecture>')}, with teacher.weights = its "
+                    f"{model.portable} is a timm network wrapped by transformers.",
+                    fix=f"Use timm:{values.get('architecture', '<architecture>')}, and set teacher.weights to its "
                     "model.safetensors.",
                 )
             settings = transformers.AutoConfig.for_model(kind, **{k: v for k, v in values.items() if k != "model_type"})
@@ -73,7 +73,7 @@ def build(
             raise UsageError(
                 f"transformers cannot build an image classifier from {model.portable}.",
                 why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                fix="Give a model for image classification (ResNet, RegNet, MobileNet, EfficientNet, …).",
+                fix="Use an image classification model (ResNet, RegNet, MobileNet, EfficientNet, …).",
             ) from error
     kept = {"model_type": kind, **_plain(settings.to_diff_dict())}
     kept |= {"id2label": _plain(settings.id2label), "label2id": dict(settings.label2id)}
@@ -81,11 +81,11 @@ def build(
 
 
 def own_weights(model: ModelName) -> dict[str, Tensor]:
-    """The weights that the model was published with.
+    """The weights published with the model.
 
     Raises:
-        MissingError: they are not here, and the hub cannot be reached.
-        UsageError: there are none in safetensors, or they are not those of the configuration.
+        MissingError: they are not on this machine, and the hub cannot be reached.
+        UsageError: there are none in the safetensors format, or they do not match the configuration.
     """
     with _quiet(model) as transformers:
         try:
@@ -98,7 +98,7 @@ def own_weights(model: ModelName) -> dict[str, Tensor]:
         except OSError as error:
             if model.path is not None:
                 raise UsageError(
-                    f"{model.portable} holds no weights in safetensors.",
+                    f"{model.portable} has no safetensors weights.",
                     why=str(error).splitlines()[0],
                     fix="Save it with model.save_pretrained(folder), which writes model.safetensors.",
                 ) from error
@@ -109,15 +109,15 @@ def own_weights(model: ModelName) -> dict[str, Tensor]:
     if absent:
         raise UsageError(
             f"The weights of {model.portable} lack {len(absent)} tensors of its network.",
-            why=f"transformers would draw {', '.join(absent[:3])} at random: a model that was never trained as a "
+            why=f"transformers would initialise {', '.join(absent[:3])} at random: a model that was not trained as a "
             "classifier has no head.",
-            fix="Name a model that was trained for image classification.",
+            fix="Use a model that was trained for image classification.",
         )
     return network.state_dict()
 
 
 def labels(config: Mapping[str, Any]) -> list[str]:
-    """The class names that a configuration holds; none where it only numbers them."""
+    """The class names in a configuration; empty if it has only numbers."""
     names = {int(number): str(label) for number, label in dict(config.get("id2label") or {}).items()}
     if not names or all(label == f"LABEL_{number}" for number, label in names.items()):
         return []
@@ -125,19 +125,19 @@ def labels(config: Mapping[str, Any]) -> list[str]:
 
 
 def published_labels(model: ModelName) -> list[str]:
-    """The class names of a model in its folder or on the hub; none where it only numbers them."""
+    """The class names of a model in a folder or on the hub; empty if it has only numbers."""
     with _quiet(model) as transformers:
         return labels(_config_of(transformers, model).to_dict())
 
 
 def input_of(model: ModelName) -> dict[str, Any]:
-    """Channels, height, width, mean and std, found by showing the image processor flat images.
+    """Channels, height, width, mean and std, found by passing constant images through the image processor.
 
-    What it does to flat images of three brightnesses is an affine map for each channel, whatever its settings are
-    called; the size of what it returns is the model's.
+    Its outputs for three brightness levels give an affine map per channel, whatever its settings are called; their size
+    is the model's input size.
 
     Raises:
-        UsageError: it has no image processor, or one that does something else.
+        UsageError: it has no image processor, or one that does more than resize and normalise.
         MissingError: transformers is not installed, or the hub cannot be reached.
     """
     with _quiet(model) as transformers:
@@ -147,45 +147,45 @@ def input_of(model: ModelName) -> dict[str, Any]:
         except OSError as error:
             if model.path is not None:
                 raise UsageError(
-                    f"{model.portable} has no preprocessor_config.json, so it does not say what images it eats.",
-                    fix="Write [teacher.input]: channels, height, width, mean and std.",
+                    f"{model.portable} has no preprocessor_config.json, so its input is unknown.",
+                    fix="Set [teacher.input]: channels, height, width, mean and std.",
                 ) from error
             raise _unreachable(model, error) from error
         except (ValueError, TypeError, KeyError, ImportError) as error:
             raise UsageError(
                 f"transformers cannot read the image processor of {model.portable}.",
                 why=str(error).splitlines()[0],
-                fix="Write [teacher.input]: channels, height, width, mean and std.",
+                fix="Set [teacher.input]: channels, height, width, mean and std.",
             ) from error
-        dark, grey, bright = (_flat(processor, level) for level in (0, 51, 255))
+        dark, grey, bright = (_constant(processor, level) for level in (0, 51, 255))
     low, middle, high = (image.mean(axis=(1, 2), dtype=np.float64) for image in (dark, grey, bright))
     gain = high - low
     if not np.allclose(middle, low + gain / 5, atol=1e-4) or not (gain > 0).all() or np.ptp(dark, axis=(1, 2)).any():
         raise UsageError(
-            f"The image processor of {model.portable} does more than to resize and normalise.",
-            fix="Write [teacher.input]: channels, height, width, mean and std.",
+            f"The image processor of {model.portable} does more than resize and normalise.",
+            fix="Set [teacher.input]: channels, height, width, mean and std.",
         )
     channels, height, width = dark.shape
     return {
         "channels": channels,
         "height": height,
         "width": width,
-        "mean": tuple(_short(value) for value in -low / gain),
-        "std": tuple(_short(value) for value in 1 / gain),
+        "mean": tuple(_rounded(value) for value in -low / gain),
+        "std": tuple(_rounded(value) for value in 1 / gain),
     }
 
 
-def _flat(processor: Any, level: int) -> np.ndarray:
+def _constant(processor: Any, level: int) -> np.ndarray:
     image = np.full((PROBE_PIXELS, PROBE_PIXELS, 3), level, dtype=np.uint8)
     return np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])
 
 
-def _short(value: float) -> float:
+def _rounded(value: float) -> float:
     return float(f"{value:.5g}") + 0.0
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON, whose keys are words."""
+    """The value after a round trip through JSON, whose keys are strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -193,14 +193,14 @@ def _plain(value: Any) -> Any:
 
 def _config_of(transformers: Any, model: ModelName) -> Any:
     if model.path is None and (model.local or model.name.startswith(".")):
-        raise UsageError(f"There is no folder {model.name}.", fix="hf: takes a folder with config.json, or a hub id.")
+        raise UsageError(f"There is no folder {model.name}.", fix="Give hf: a folder with config.json, or a hub id.")
     try:
         _require_hub(model)
         return transformers.AutoConfig.from_pretrained(model.name, **_options(model))
     except OSError as error:
         if model.path is not None:
             raise UsageError(
-                f"{model.portable} holds no readable config.json.",
+                f"{model.portable} has no readable config.json.",
                 why=str(error).splitlines()[0],
                 fix="Save the model with model.save_pretrained(folder).",
             ) from error
@@ -219,22 +219,22 @@ def _require_hub(model: ModelName) -> None:
 
 def _unreachable(model: ModelName, error: Exception) -> MissingError:
     return MissingError(
-        f"The model {model.portable} is not on this machine, and the hub did not give it.",
+        f"The model {model.portable} is not on this machine and could not be downloaded from the hub.",
         why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        fix=f"Check its name; or, where there is a network, type: hf download {model.name} --local-dir FOLDER, "
-        "bring the folder here, and name it as hf:FOLDER.",
+        fix=f"Check its name; or run hf download {model.name} --local-dir FOLDER on a machine with network access, "
+        "copy the folder here, and use hf:FOLDER.",
     )
 
 
 @contextlib.contextmanager
 def _quiet(model: ModelName) -> Iterator[Any]:
-    """transformers, without its bars and advice."""
+    """transformers, without its progress bars and warnings."""
     try:
         import transformers
         from transformers.utils import logging
     except ImportError as error:
         raise missing_extra("transformers", "cpu", f"The model {model.portable}") from error
-    before = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -242,4 +242,4 @@ def _quiet(model: ModelName) -> Iterator[Any]:
             warnings.simplefilter("ignore", FutureWarning)
             yield transformers
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)

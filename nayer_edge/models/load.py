@@ -1,4 +1,4 @@
-"""Teachers and students: building them by name, and weights that never travel without a readable card."""
+"""Builds teachers and students by name; saves and loads them as weights with a readable JSON card."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def build_classifier(
     Raises:
         UsageError: no such source or network, or it cannot be built.
         MissingError: its library is not installed, or its hub cannot be reached.
-        IntegrityError: a `python:` model that nobody trusted.
+        IntegrityError: a `python:` model without --trust-code.
     """
     built = sources.build(model, spec, classes, arguments, rebuild)
     return Classifier(built.network, built.name, spec, classes, built.rebuild)
 
 
 def check_forward(classifier: Classifier) -> None:
-    """Lets an evaluated classifier answer once, so that one that cannot is found before any work.
+    """Runs one forward pass in eval mode, so that a classifier that cannot run is found before any work.
 
     Raises:
-        UsageError: it cannot take such images, or answers with another number of classes.
+        UsageError: it cannot take images of its input size, or its output has another number of classes.
     """
     device, training = next((p.device for p in classifier.parameters()), torch.device("cpu")), classifier.training
     spec = classifier.spec
@@ -62,23 +62,23 @@ def check_forward(classifier: Classifier) -> None:
         raise UsageError(
             f"{classifier.model} cannot take images of {spec.channels}×{spec.height}×{spec.width}.",
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="Check teacher.input; a network may also want larger images.",
+            fix="Check teacher.input; the network may need larger images.",
         ) from error
     finally:
         classifier.train(training)
     if logits.shape != (2, len(classifier.classes)):
         raise UsageError(
-            f"{classifier.model} answers with a tensor of shape {tuple(logits.shape)} to 2 images; "
-            f"{len(classifier.classes)} classes make it (2, {len(classifier.classes)}).",
-            fix="Give teacher.classes one name for each output, in their order.",
+            f"{classifier.model} returns a tensor of shape {tuple(logits.shape)} for 2 images; "
+            f"with {len(classifier.classes)} classes it should be (2, {len(classifier.classes)}).",
+            fix="Give teacher.classes one name for each output, in order.",
         )
 
 
 def save_classifier(classifier: Classifier, weights: Path, facts: Mapping[str, Any]) -> None:
-    """Writes `<name>.safetensors` and beside it `<name>.json`, which says how to rebuild it.
+    """Writes `<name>.safetensors`, and beside it the card `<name>.json` to rebuild the classifier.
 
     Args:
-        facts: what else a reader of the card should know (how it was trained, say).
+        facts: additional entries of the card, for example how the classifier was trained.
     """
     save_tensors(weights, classifier.backbone.state_dict())
     card = {
@@ -95,10 +95,10 @@ def save_classifier(classifier: Classifier, weights: Path, facts: Mapping[str, A
 
 
 def load_classifier(weights: Path) -> Classifier:
-    """Rebuilds a classifier that `save_classifier` wrote, in evaluation mode, on the CPU.
+    """Rebuilds a classifier written by `save_classifier`, in eval mode, on the CPU.
 
     Raises:
-        IntegrityError: card or weights are missing, damaged or do not belong together.
+        IntegrityError: card or weights are missing, damaged or do not match.
     """
     card = read_json(weights.with_suffix(".json"), "a model card")
     try:
@@ -112,8 +112,8 @@ def load_classifier(weights: Path) -> Classifier:
         raise IntegrityError(f"{weights.with_suffix('.json')} is not a model card.", why=f"{error}") from error
     if not weights.is_file() or sha256_of(weights) != digest:
         raise IntegrityError(
-            f"{weights} is missing or is not the file that its card describes.",
-            fix="Fetch both files again from where they were made.",
+            f"{weights} is missing or does not match its card.",
+            fix="Copy both files again from their source.",
         )
     classifier = build_classifier(model, spec, classes, arguments, rebuild)
     load_weights(classifier, load_tensors(weights, "model weights"), weights)
@@ -121,7 +121,7 @@ def load_classifier(weights: Path) -> Classifier:
 
 
 def weights_digest(classifier: Classifier) -> str:
-    """SHA-256 over the classifier's identity, and name and values of the backbone's state."""
+    """SHA-256 of the classifier's identity and the names and values of the backbone's state dict."""
     digest = hashlib.sha256(classifier.identity.encode())
     for name, tensor in sorted(classifier.backbone.state_dict().items()):
         digest.update(name.encode())
@@ -130,7 +130,7 @@ def weights_digest(classifier: Classifier) -> str:
 
 
 def untrained_teacher(config: Teacher) -> Classifier:
-    """The teacher's network; the arguments that published weights need are added to those of the recipe.
+    """The teacher's untrained network, built with the recipe's arguments and those that published weights need.
 
     Raises:
         UsageError, MissingError, IntegrityError: see `build_classifier`.
@@ -140,13 +140,16 @@ def untrained_teacher(config: Teacher) -> Classifier:
 
 
 def load_teacher(config: Teacher, random_weights: Classifier) -> tuple[Classifier, dict[str, Any]]:
-    """The trained teacher, evaluated, and what its card says of the weights.
+    """Loads the trained teacher.
 
     Args:
-        random_weights: what `untrained_teacher` built.
+        random_weights: the result of `untrained_teacher`.
+
+    Returns:
+        The teacher in eval mode, and the card's entries about its weights.
 
     Raises:
-        UsageError: the weights are not this network's, hold NaN, or the class names are not theirs.
+        UsageError: the weights do not match the network or contain NaN, or the class names do not match.
         MissingError: they are on a hub that cannot be reached.
         IntegrityError: the file is damaged, or a pickle that would run code.
     """
@@ -156,7 +159,7 @@ def load_teacher(config: Teacher, random_weights: Classifier) -> tuple[Classifie
         tensors: dict[str, Tensor] = huggingface.own_weights(model)
         loaded, facts = load_weights(teacher, tensors, Path(model.portable)), {"source": model.portable}
     elif config.weights is None:
-        # A python model's factory returned it as it is to be.
+        # The factory of a python model returned a trained network.
         loaded = load_weights(teacher, teacher.backbone.state_dict(), Path(model.portable))
         facts = {"source": model.portable}
     else:
@@ -178,11 +181,11 @@ def _left_out(loaded: Loaded) -> dict[str, Any]:
 
 
 def _check_labels(classes: Sequence[str], published_names: Sequence[str], model: str) -> None:
-    """Refuses the model's own class names in another order; other names for its classes are the user's choice."""
+    """Rejects the model's own class names in another order; other class names are the user's choice."""
     if sorted(classes) == sorted(published_names) and list(classes) != list(published_names):
         first = next(number for number, name in enumerate(published_names) if classes[number] != name)
         raise UsageError(
             f"teacher.classes are the class names of {model} in another order.",
             why=f"Number {first} is '{published_names[first]}' there and '{classes[first]}' in the recipe.",
-            fix="Give them in the order of its config.json (id2label).",
+            fix="Use the order of its config.json (id2label).",
         )

@@ -1,9 +1,9 @@
-"""What a model's name says, read without building anything: its source, and the file of the user's that it stands on.
+"""Parses model names, without building anything.
 
-nayer:wrn_40_2                      our zoo
+nayer:wrn_40_2                      nayer-edge's own zoo
 torchvision:mobilenet_v3_small      a torchvision classifier; `…@32` lowers its strides for 32-pixel images
 timm:resnet18.a1_in1k               a timm classifier; `…@32` likewise
-hf:microsoft/resnet-18@<revision>   a classifier of transformers, from the hub or from a local folder (hf:./folder)
+hf:microsoft/resnet-18@<revision>   a classifier of transformers, from the hub or a local folder (hf:./folder)
 python:package.module:factory       the user's own code, or python:path/to/file.py:factory
 """
 
@@ -17,19 +17,19 @@ from nayer_edge.errors import UsageError, nearest
 
 SOURCES = ("nayer", "torchvision", "timm", "hf", "python")
 BRING_WEIGHTS = ("hf", "python")
-"""sources whose models may come with weights of their own"""
+"""sources whose models can come with their own weights"""
 PUBLISHED = ("torchvision", "timm")
 """sources whose published weights can be named: teacher.weights = "torchvision:IMAGENET1K_V1" """
 
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model's name in its parts.
+    """A parsed model name.
 
     Attributes:
         source: one of `SOURCES`.
-        name: what follows, less what is in the other parts: architecture, folder, hub id, module or file.
-        small: the image size in pixels that the strides are lowered for; None leaves them as the library has them.
+        name: architecture, folder, hub id, module or file.
+        small: image size in pixels for which the strides are lowered; None: the library's strides.
         revision: of a hub model.
         factory: of a python model.
     """
@@ -42,36 +42,36 @@ class ModelName:
 
     @property
     def local(self) -> bool:
-        """It stands on a file or folder of the user's, which may not be at hand."""
+        """Whether it names a local file or folder, which need not exist."""
         return (self.source == "python" and self.name.endswith(".py")) or (
             self.source == "hf" and Path(self.name).is_absolute()
         )
 
     @property
     def path(self) -> Path | None:
-        """That file or folder, where it is at hand."""
+        """That file or folder; None if it does not exist."""
         path = Path(self.name)
         return path if self.local and path.exists() else None
 
     @property
     def portable(self) -> str:
-        """The name without this machine's folders."""
+        """The name without local folders."""
         name = Path(self.name).name if self.local else self.name
         tail = f"@{self.small or self.revision}" if self.small or self.revision else ""
         return f"{self.source}:{name}{tail}" + (f":{self.factory}" if self.factory else "")
 
 
 def parse(model: str) -> ModelName:
-    """Takes a name apart.
+    """Parses a model name.
 
     Raises:
-        UsageError: there is no such source, or a python model names no factory.
+        UsageError: there is no such source, or a python model without a factory.
     """
     source, colon, name = model.partition(":")
     if not colon:
         raise UsageError(
-            f"'{model}' does not say where the model comes from.",
-            fix=f"Write nayer:{model} for our zoo, torchvision:{model}, timm:{model}, hf:{model}, "
+            f"The model name '{model}' has no source.",
+            fix=f"Write nayer:{model} for nayer-edge's zoo, torchvision:{model}, timm:{model}, hf:{model}, "
             "or python:package.module:factory.",
         )
     if source not in SOURCES:
@@ -83,7 +83,7 @@ def parse(model: str) -> ModelName:
         target, _, factory = name.rpartition(":")
         if not target or not factory.isidentifier():
             raise UsageError(
-                f"'{model}' names no factory.",
+                f"'{model}' does not name a factory.",
                 fix="Write python:package.module:factory, or python:path/to/file.py:factory.",
             )
         return ModelName(source, target, factory=factory)
@@ -99,7 +99,7 @@ def parse(model: str) -> ModelName:
 
 
 def located(model: str, folder: Path) -> str:
-    """The name with its file or folder made absolute; relative ones start at `folder`."""
+    """The name with its file or folder made absolute, relative to `folder`."""
     source, _, name = model.partition(":")
     if source == "python":
         target, _, factory = name.rpartition(":")
@@ -111,6 +111,6 @@ def located(model: str, folder: Path) -> str:
 
 
 def published_weights(weights: str | None) -> tuple[str, str] | None:
-    """(source, name) of weights that a library publishes, as in "torchvision:IMAGENET1K_V1"; None for a file."""
+    """(source, name) of weights published by a library, such as "torchvision:IMAGENET1K_V1"; None for a file."""
     source, colon, name = (weights or "").partition(":")
     return (source, name) if colon and source in PUBLISHED else None

@@ -1,4 +1,4 @@
-"""Weights that a library publishes, and what it says of the images that they were trained on."""
+"""Weights published by a library, and the library's metadata about their input."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from nayer_edge.runtime import hub
 from nayer_edge.storage.files import sha256_of
 
 TORCHVISION_TF_INPUT = ("googlenet", "inception_v3")
-"""networks whose published weights want `transform_input`, which turns torchvision's normalisation into TensorFlow's"""
+"""networks whose published weights need `transform_input`: it converts torchvision's normalisation to TensorFlow's"""
 
 
 def input_of(model: str, weights: str | None) -> tuple[dict[str, Any], str]:
-    """What the library's own metadata says of a model's input.
+    """A model's input according to the library's own metadata.
 
-    torchvision: the transforms of the weights that are named, or whose published file name `weights` has.
-    timm: the configuration of the architecture or of its tag. hf: the image processor.
+    torchvision: the transforms of the weights, identified by name or by their published file name.
+    timm: the configuration of the architecture or its tag. hf: the image processor.
 
     Returns:
-        Some of channels, height, width, mean and std, and where they are from; nothing where nobody knows.
+        Channels, height, width, mean and std, and their source; empty if they are unknown.
 
     Raises:
-        UsageError: there are no such weights or models.
+        UsageError: there are no such weights, or there is no such model.
         MissingError: the library is not installed, or its hub cannot be reached.
     """
     parsed = parse(model)
@@ -50,7 +50,7 @@ def input_of(model: str, weights: str | None) -> tuple[dict[str, Any], str]:
 
 
 def arguments_of(model: str, weights: str | None) -> dict[str, Any]:
-    """What a network must be built with so that published weights mean what they meant."""
+    """Arguments that the network needs for these published weights."""
     parsed = parse(model)
     if parsed.source == "torchvision" and parsed.name in TORCHVISION_TF_INPUT and _torchvision_entry(parsed, weights):
         return {"transform_input": True}
@@ -58,17 +58,17 @@ def arguments_of(model: str, weights: str | None) -> dict[str, Any]:
 
 
 def fetch(model: str, weights: str) -> Path:
-    """The file of named published weights: from the library's cache, or downloaded into it.
+    """The file of published weights, from the library's cache or downloaded into it.
 
     Raises:
         UsageError: there are no such weights.
-        MissingError: they are not here and cannot be downloaded.
+        MissingError: they are not on this machine and cannot be downloaded.
         IntegrityError: the cached file is not the published one.
     """
     parsed, named = parse(model), published_weights(weights)
     assert named is not None
     if named[0] != parsed.source:
-        raise UsageError(f"{weights} are no weights of {parsed.portable}.", fix="Both must be of one library.")
+        raise UsageError(f"{weights} are not weights of {parsed.portable}.", fix="Use weights of the same library.")
     if parsed.source == "timm":
         return _fetch_timm(parsed, weights)
     entry = _torchvision_entry(parsed, weights)
@@ -84,15 +84,15 @@ def fetch(model: str, weights: str) -> Path:
             raise MissingError(
                 f"The weights {weights} are not on this machine and cannot be downloaded.",
                 why=f"{error}",
-                fix=f"Fetch {url} where there is a network, bring it here, and give teacher.weights = its path; keep "
-                "the name, by which it is recognised.",
+                fix=f"Download {url} on a machine with network access, copy it here, and set teacher.weights to its "
+                "path. Keep the file name, which identifies the weights.",
             ) from error
     wanted = name.removesuffix(".pth").rpartition("-")[2]
     if not sha256_of(path).startswith(wanted):
         raise IntegrityError(
             f"{path} is not the published file.",
             why=f"Its SHA-256 should begin with {wanted}.",
-            fix="Delete it; it is fetched again.",
+            fix="Delete it; it will be downloaded again.",
         )
     return path
 
@@ -105,7 +105,7 @@ def _torchvision_entry(model: ModelName, weights: str | None) -> Any:
     try:
         entries = get_model_weights(model.name)
     except ValueError:
-        # No such network: building it says so better.
+        # No such network: building it gives a better error.
         return None
     named = published_weights(weights)
     if named is None:
@@ -139,7 +139,7 @@ def _timm_config(model: ModelName, weights: str | None) -> tuple[Any, str]:
     except (RuntimeError, ValueError) as error:
         tags = [entry.partition(".")[2] for entry in timm.list_pretrained(f"{architecture}.*")]
         raise UsageError(
-            f"timm knows no weights of {name}.", why=str(error), fix=f"It knows {', '.join(tags) or 'none'}."
+            f"timm has no weights for {name}.", why=str(error), fix=f"It has {', '.join(tags) or 'none'}."
         ) from error
     return config, name
 
@@ -154,10 +154,10 @@ def _fetch_timm(model: ModelName, weights: str) -> Path:
         return Path(hf_hub_download(identifier, "model.safetensors", revision=revision or None))
     except (OSError, ValueError) as error:
         raise MissingError(
-            f"The weights {name} are not on this machine, and the hub did not give them.",
+            f"The weights {name} are not on this machine and could not be downloaded from the hub.",
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix=f"Where there is a network, type: hf download {identifier} model.safetensors, bring the file here, and "
-            "give teacher.weights = its path.",
+            fix=f"Run hf download {identifier} model.safetensors on a machine with network access, copy the file here, "
+            "and set teacher.weights to its path.",
         ) from error
 
 

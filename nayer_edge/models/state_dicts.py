@@ -1,7 +1,7 @@
-"""Foreign weights, in the shapes that people really have: nested, wrapped, averaged, halved. Nothing is unpickled.
+"""Reads users' checkpoints: nested, wrapped, averaged or half-precision state dicts. Nothing is unpickled.
 
-`read_state_dict` finds the one state dict in a file; `load_weights` fits it to a network, key by key, and says what it
-left out. What could be taken in two ways is refused with the choice, never guessed.
+`read_state_dict` finds the state dict in a file; `load_weights` matches it with a network key by key and reports what
+it skipped. Ambiguous files are rejected with a list of choices, never guessed.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from nayer_edge.models.classifier import Classifier
 from nayer_edge.storage.tensors import load_tensors
 
 KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params", "backbone")
-"""under which files nest a state dict, in the order in which they are preferred"""
+"""keys under which files nest a state dict, in order of preference"""
 AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?|shadow)([._]|$)", re.IGNORECASE)
-"""a name that says that its weights are a running average of others"""
+"""names of averaged weights"""
 NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loop|callback|momentum", re.IGNORECASE)
 AUXILIARY = re.compile(r"(^|\.)(AuxLogits|aux_?(logits|head|classifier)?\d*)\.", re.IGNORECASE)
-"""heads that work in training alone"""
+"""auxiliary heads, used only in training"""
 WRAPPERS = ("module.", "_orig_mod.")
-"""what DataParallel, DistributedDataParallel and torch.compile put before every name"""
+"""name prefixes added by DataParallel, DistributedDataParallel and torch.compile"""
 SHOWN = 4
 DEPTH = 3
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was taken from a file.
+    """How weights were loaded from a file.
 
     Attributes:
-        key: the prefix whose tensors were taken; empty for all.
-        ignored: tensors that were left out.
-        notes: what else a reader of the card should know.
+        key: the prefix of the loaded tensors; empty for all.
+        ignored: tensors that were skipped.
+        notes: other remarks for the card.
     """
 
     key: str = ""
@@ -49,46 +49,46 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
-        """For the card."""
+        """The entries for the card."""
         found = {"prefix": self.key, "ignored": list(self.ignored), "notes": list(self.notes)}
         return {name: value for name, value in found.items() if value}
 
 
 def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """Reads foreign weights: safetensors, or a PyTorch file with `weights_only=True`.
+    """Reads a state dict from a safetensors file, or from a PyTorch file with `weights_only=True`.
 
-    Nested keys and the prefixes of torch's own wrappers are understood.
+    Handles nested keys and the name prefixes of torch's wrappers.
 
     Args:
-        key: where in the file they are ("model_ema", "state_dict.teacher"), or the prefix of their names; needed only
-            where the file holds several.
+        key: key of the weights in the file ("model_ema", "state_dict.teacher"), or the prefix of their names; needed
+            only if the file contains several sets.
 
     Raises:
-        UsageError: there is no such file, it holds no weights, or several.
-        IntegrityError: it is damaged, or a pickle that would run code (it was not run).
+        UsageError: there is no such file, or it contains no weights or several sets.
+        IntegrityError: it is damaged, or a pickle that would run code (which was not run).
     """
     return _chosen(_read(path), path, key)[0]
 
 
 def key_taken(path: Path, key: str | None = None) -> str:
-    """Where in a file `read_state_dict` finds the weights; empty where they are all that it holds."""
+    """The key under which `read_state_dict` finds the weights; empty if they are the whole file."""
     return _chosen(_read(path), path, key)[1]
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise UsageError(f"There are no weights at {path}.", fix="Mend teacher.weights in the recipe.")
+        raise UsageError(f"There are no weights at {path}.", fix="Correct teacher.weights in the recipe.")
     if path.suffix == ".safetensors":
         return load_tensors(path, "model weights")
     try:
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_safe_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged or hostile file
         raise _unsafe(path, error) from error
 
 
-def _harmless() -> list[Any]:
-    """Beside tensors, what training scripts store with them and what only holds values: options and numbers."""
+def _safe_types() -> list[Any]:
+    """Plain value types, besides tensors, that training scripts store in checkpoints: options and numbers."""
     import numpy as np
 
     kinds: list[Any] = [argparse.Namespace, np.dtype, np.ndarray]
@@ -103,18 +103,18 @@ def _unsafe(path: Path, error: Exception) -> IntegrityError:
     why = text.splitlines()[0] if text else type(error).__name__
     if found:
         name = (found[1] or found[2]).strip("`.,")
-        why = f"It is a pickle that would have {name} imported and run, and not a file of tensors alone."
+        why = f"It is a pickle that would import and run {name}, not a file of tensors only."
     elif "TorchScript" in text:
         why = "It is a TorchScript archive, which is a program."
     return IntegrityError(
         f"{path} is not a state dict that can be read safely; nothing in it was run.",
         why=why,
-        fix="Where it was made, save it again with torch.save(model.state_dict(), …) or safetensors.",
+        fix="Save it again at its source, with torch.save(model.state_dict(), …) or safetensors.",
     )
 
 
 def _chosen(content: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor], str]:
-    """The one state dict in a file's content, and where it was."""
+    """The state dict in a file's content, and its key."""
     found = dict(_state_dicts(content))
     if key:
         if key in found:
@@ -124,21 +124,21 @@ def _chosen(content: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor
             if under:
                 return _unwrapped(under), f"{place}.{key}".lstrip(".")
         raise UsageError(
-            f"{path} holds no weights under '{key}'.{nearest(key, found)}",
-            why=f"It holds: {_listed(found)}." if found else "",
-            fix="Mend teacher.weights_key.",
+            f"{path} has no weights under '{key}'.{nearest(key, found)}",
+            why=f"It has: {_listed(found)}." if found else "",
+            fix="Correct teacher.weights_key.",
         )
     if not found:
-        raise UsageError(f"{path} holds no state dict.", fix="Save it with torch.save(model.state_dict(), …).")
+        raise UsageError(f"{path} contains no state dict.", fix="Save it with torch.save(model.state_dict(), …).")
     if len(found) > 1:
         plain = [place for place in found if not AVERAGED.search(place)]
         known = [place for name in KEYS for place in plain if place.rpartition(".")[2] == name]
         if len(plain) == len(found) and known:
             return _unwrapped(found[known[0]]), known[0]
         raise UsageError(
-            f"{path} holds {len(found)} sets of weights: {_listed(found)}.",
-            why="They may differ, and only you know which are the teacher's; of a running average (EMA) and the plain "
-            "weights it is usually the average that was evaluated.",
+            f"{path} contains {len(found)} sets of weights: {_listed(found)}.",
+            why="They may differ, and only you know which are the teacher's. A running average (EMA) is usually the "
+            "set that was evaluated.",
             fix=f"Choose, for example: --set teacher.weights_key={next(iter(found))}",
         )
     place, tensors = next(iter(found.items()))
@@ -146,7 +146,7 @@ def _chosen(content: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor
 
 
 def _state_dicts(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every state dict in nested dictionaries, with its dotted place."""
+    """Every state dict in nested dictionaries, with its dotted key."""
     if not isinstance(content, Mapping) or depth > DEPTH or NOT_WEIGHTS.search(place):
         return
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
@@ -156,7 +156,7 @@ def _state_dicts(content: Any, place: str = "", depth: int = 0) -> Iterator[tupl
         if isinstance(name, str)
         for found in _state_dicts(value, f"{place}.{name}".lstrip("."), depth + 1)
     ]
-    # Single tensors beside a state dict are an epoch's number or a loss.
+    # A few tensors beside a state dict are values such as an epoch number or a loss.
     if len(tensors) > max((len(inner) for _, inner in nested), default=0):
         yield place, tensors
     else:
@@ -175,20 +175,20 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_weights(
     classifier: Classifier, tensors: Mapping[str, Tensor], source: Path, ignore: Iterable[str] = ()
 ) -> Loaded:
-    """Loads weights into the backbone: every tensor of it, in its shape.
+    """Loads weights into the backbone; all of its tensors must be present, with the right shapes.
 
-    A prefix that the names of the file or of the backbone have and the other's have not is taken off or put on; heads
-    for training alone, and `ignore`, are left out; half and double precision become that of the backbone.
+    A name prefix that only the file or only the backbone has is removed or added. Auxiliary heads and `ignore` are
+    skipped, and half or double precision is converted to the backbone's.
 
     Args:
-        ignore: beginnings of names that are not the backbone's and need not be ("projector.").
+        ignore: name prefixes of tensors that do not belong to the backbone ("projector.").
 
     Raises:
-        UsageError: they belong to another architecture (says which keys, and how many), or are not finite.
+        UsageError: the weights belong to another architecture (the message lists the keys), or are not finite.
     """
     wanted = classifier.backbone.state_dict()
     aligned, key, outside = _aligned(tensors, wanted, source)
-    # Older checkpoints have no such counter, and nothing reads it.
+    # Older checkpoints lack this counter, and nothing reads it.
     counter = "num_batches_tracked"
     optional = {n for n in wanted if n.endswith(counter) and n.replace(counter, "running_mean") in aligned}
     missing = sorted(set(wanted) - set(aligned) - optional)
@@ -203,9 +203,9 @@ def load_weights(
     broken = [name for name, value in found.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise UsageError(
-            f"{len(broken)} of {len(found)} tensors in {source} hold NaN or infinity: {_some(broken)}.",
-            why="The network was saved after its training had diverged, or the file was written by something else.",
-            fix="Take an earlier checkpoint.",
+            f"{len(broken)} of {len(found)} tensors in {source} contain NaN or infinity: {_some(broken)}.",
+            why="The network was saved after its training diverged, or the file is damaged.",
+            fix="Use an earlier checkpoint.",
         )
     classifier.backbone.load_state_dict({**{name: wanted[name] for name in optional}, **found})
     kinds = sorted({str(aligned[n].dtype).removeprefix("torch.") for n in shared if aligned[n].is_floating_point()})
@@ -214,27 +214,27 @@ def load_weights(
 
 
 def _one_number(a: Tensor, b: Tensor) -> bool:
-    """Counters are stored as a number by some, and as a list of one by others."""
+    """Some checkpoints store counters as scalars, others as tensors of one element."""
     return a.numel() == b.numel() == 1
 
 
 def _aligned(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: Path
 ) -> tuple[dict[str, Tensor], str, list[str]]:
-    """The tensors by the backbone's names; the prefix that was taken off; names that did not have it."""
+    """The tensors under the backbone's names, the removed prefix, and the names without that prefix."""
     tensors = _unwrapped(tensors)
 
     def matching(prefix: str) -> int:
         return len({name.removeprefix(prefix) for name in tensors if name.startswith(prefix)} & set(wanted))
 
     best = max(_prefixes(tensors), key=matching, default="")
-    # Some names fit by chance; more than half of them do not.
+    # A few names may match by chance, but not more than half.
     if matching(best) > max(matching(""), len(wanted) // 2):
         rivals = [other for other in _prefixes(tensors) if matching(other) == matching(best)]
         if len(rivals) > 1:
             names = [prefix.removesuffix(".") for prefix in rivals]
             raise UsageError(
-                f"{source} holds {len(names)} sets of these weights: {', '.join(names)}.",
+                f"{source} contains {len(names)} sets of these weights: {', '.join(names)}.",
                 fix=f"Choose, for example: --set teacher.weights_key={names[0]}",
             )
         taken = {name.removeprefix(best): value for name, value in tensors.items() if name.startswith(best)}
@@ -246,19 +246,19 @@ def _aligned(
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
-    """Beginnings of names up to a dot, the short ones first."""
+    """Name prefixes that end with a dot, the shortest first."""
     split = [name.split(".") for name in names]
     found = {".".join(parts[:n]) + "." for parts in split for n in range(1, min(len(parts), DEPTH + 1))}
     return sorted(found, key=lambda prefix: (prefix.count("."), prefix))
 
 
 def _cast(value: Tensor, wanted: Tensor, name: str, source: Path) -> Tensor:
-    # The other way round it is a counter that was halved with everything else.
+    # The reverse is a counter that was converted to half precision with everything else.
     if wanted.is_floating_point() and not value.is_floating_point():
         raise UsageError(
-            f"{name} in {source} is of type {str(value.dtype).removeprefix('torch.')}.",
-            why="The weights are quantized already; a teacher is read in floating point.",
-            fix="Take the checkpoint from before it was quantized.",
+            f"{name} in {source} has the type {str(value.dtype).removeprefix('torch.')}.",
+            why="The weights are already quantized; a teacher must have floating-point weights.",
+            fix="Use the checkpoint from before quantization.",
         )
     return value.to(wanted.dtype).reshape(wanted.shape)
 
@@ -271,41 +271,41 @@ def _other(
     extra: list[str],
     shapes: list[str],
 ) -> UsageError:
-    """The error for weights that do not fit, with what can be said about why."""
+    """The error for weights that do not match, with the likely cause."""
     wanted, classes = classifier.backbone.state_dict(), len(classifier.classes)
     parts = []
-    for what, names in (("missing", missing), ("not in the model", extra), ("of another shape", shapes)):
+    for kind, names in (("missing", missing), ("not in the model", extra), ("with another shape", shapes)):
         if names:
-            parts.append(f"{len(names)} {what} ({_some(names)})")
-    whole = f"The weights in {source} are not those of {classifier.model} with {classes} classes."
-    why = f"Keys {'; '.join(parts)}."
+            parts.append(f"{len(names)} {kind} ({_some(names)})")
+    what = f"The weights in {source} do not match {classifier.model} with {classes} classes."
+    why = f"Keys: {'; '.join(parts)}."
     if shapes:
         first = shapes[0]
         why += f" {first} is {_shape(tensors[first])} in the file, {_shape(wanted[first])} in the model."
     if missing and (alike := nearest(missing[0], extra)):
         why += f" For {missing[0]}:{alike}"
-    fix = "Name the architecture that they were trained with."
+    fix = "Use the architecture that they were trained with."
     head = _head(wanted, classes)
     stem = next((name for name, tensor in wanted.items() if tensor.ndim == 4), None)
     if not missing and not extra and head and set(shapes) <= head:
         outputs = tensors[shapes[0]].shape[0]
-        why = f"Their head has {outputs} outputs, and the recipe names {classes} classes. {why}"
-        fix = f"Give teacher.classes one name for each of the {outputs} outputs, in their order."
+        why = f"Their head has {outputs} outputs, but the recipe has {classes} classes. {why}"
+        fix = f"Give teacher.classes one name for each of the {outputs} outputs, in order."
     elif not extra and not shapes and head and set(missing) <= head:
-        why = f"They hold no classifier head: {why}"
-        fix = "Give weights of the whole classifier; a head cannot be guessed."
+        why = f"They have no classifier head: {why}"
+        fix = "Use the weights of the whole classifier."
     elif stem and shapes == [stem] and not missing and not extra:
         channels = tensors[stem].shape[1]
         why = f"They were trained on images of {channels} channels. {why}"
-        fix = f"Type: --set teacher.input.channels={channels}"
+        fix = f"Add --set teacher.input.channels={channels}"
     elif extra and not missing and not shapes:
         start = extra[0].partition(".")[0]
-        fix += f" If what is extra is no part of it: --set 'teacher.weights_ignore=[\"{start}.\"]'"
-    return UsageError(whole, why=why, fix=fix)
+        fix += f" If the extra tensors do not belong to it, add --set 'teacher.weights_ignore=[\"{start}.\"]'"
+    return UsageError(what, why=why, fix=fix)
 
 
 def _head(wanted: Mapping[str, Tensor], classes: int) -> set[str]:
-    """Names of the last layer that has one output per class."""
+    """Tensor names of the last layer with one output per class."""
     last = [name for name, tensor in wanted.items() if tensor.ndim in (2, 4) and tensor.shape[0] == classes]
     if not last:
         return set()

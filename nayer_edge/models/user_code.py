@@ -1,6 +1,6 @@
-"""`python:` models: the user's own code, which runs only where the user said that it is trusted.
+"""`python:` models: the user's own code, which runs only with `--trust-code`.
 
-A recipe or a run folder may come from anybody, so what it names is not imported unless `--trust-code` was typed.
+A recipe or run folder may come from anyone, so the code that it names is not imported by default.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 CLASSES_KEYWORDS = ("classes", "num_classes", "n_classes", "num_labels")
 CHANNELS_KEYWORDS = ("channels", "in_channels", "in_chans", "num_channels")
-"""how a factory may call them; those that it takes are given to it"""
+"""parameter names of factories for classes and channels; a factory gets those that it accepts"""
 
 
 @contextlib.contextmanager
 def trusting(trust: bool = True) -> Iterator[None]:
-    """A context in which `python:` models may run; the command line enters it for `--trust-code`."""
+    """Context manager in which `python:` models may run; the CLI enters it for `--trust-code`."""
     token = _trusted.set(trust)
     try:
         yield
@@ -38,16 +38,16 @@ def trusting(trust: bool = True) -> Iterator[None]:
 
 
 def require_trust(model: ModelName) -> None:
-    """Refuses a `python:` model outside of `trusting`.
+    """Raises an error for a `python:` model outside of `trusting`.
 
     Raises:
-        IntegrityError: nobody said that its code is trusted.
+        IntegrityError: the code is not trusted.
     """
     if not _trusted.get():
         raise IntegrityError(
             f"A `python:` model from a recipe file runs only with --trust-code ({model.portable}).",
-            why="It is a program of whoever wrote it, and can do whatever you can.",
-            fix="Read it; if you trust it, type the same command again with --trust-code.",
+            why="Its code runs with your permissions.",
+            fix="Read the code; if you trust it, repeat the command with --trust-code.",
         )
 
 
@@ -57,27 +57,27 @@ def build(
     """Calls the factory.
 
     Args:
-        arguments: keyword arguments beside those for classes and channels.
-        digest: SHA-256 that the file must have, where a saved model is rebuilt.
+        arguments: keyword arguments in addition to classes and channels.
+        digest: expected SHA-256 of the file, if a saved model is rebuilt.
 
     Returns:
-        What the factory returned, and the SHA-256 of its file (None for a module's).
+        The factory's return value, and the SHA-256 of its file (None for a module).
 
     Raises:
-        IntegrityError: nobody said that the code is trusted, or the file is not the one that a saved model was made by.
-        UsageError: there is no such code, or it does not work.
+        IntegrityError: the code is not trusted, or the file changed since the model was saved.
+        UsageError: there is no such code, or it fails.
     """
     require_trust(model)
     path = Path(model.name) if model.local else None
     found = None
     if path is not None:
         if not path.is_file():
-            raise UsageError(f"There is no file {path}, which {model.portable} names.", fix="Put it there again.")
+            raise UsageError(f"The file {path} of {model.portable} is missing.", fix="Restore the file.")
         found = sha256_of(path)
         if digest is not None and found != digest:
             raise IntegrityError(
-                f"{path} is not the file that the model was made with.",
-                why=f"Its SHA-256 is {found[:16]}…, then it was {digest[:16]}….",
+                f"{path} is not the file that the model was built with.",
+                why=f"Its SHA-256 is {found[:16]}…, but it was {digest[:16]}….",
                 fix="Restore the file, or start over with --fresh.",
             )
     with _on_path(path.parent if path else Path.cwd()):
@@ -87,9 +87,9 @@ def build(
             return factory(**given), found
         except Exception as error:
             raise UsageError(
-                f"{model.portable} failed when it was called with {_written(given)}.",
+                f"{model.portable} failed when called with {_formatted(given)}.",
                 why=f"{type(error).__name__}: {error}",
-                fix="A factory returns a torch.nn.Module; --debug shows where it failed.",
+                fix="The factory must return a torch.nn.Module; --debug shows where it failed.",
             ) from error
 
 
@@ -100,12 +100,12 @@ def _factory(model: ModelName, path: Path | None) -> Callable[..., Any]:
         if error.name and model.name.startswith(error.name):
             raise UsageError(
                 f"There is no module '{model.name}'.",
-                fix="Install it, or start from the folder that it lies in, or name its file: python:path/to/file.py:…",
+                fix="Install it, run from the folder that contains it, or name its file: python:path/to/file.py:…",
             ) from error
         raise UsageError(f"{model.portable} needs a module that is not installed.", why=f"{error}") from error
     except Exception as error:
         raise UsageError(
-            f"{model.portable} cannot be imported.", why=f"{type(error).__name__}: {error}", fix="Mend the file."
+            f"{model.portable} cannot be imported.", why=f"{type(error).__name__}: {error}", fix="Correct the file."
         ) from error
     factory = getattr(module, model.factory, None)
     if not callable(factory):
@@ -123,7 +123,7 @@ def _module_of(path: Path) -> Any:
     if specification is None or specification.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(specification)
-    # Known by name while it runs, as dataclasses expect.
+    # Registered while it runs, as dataclasses require.
     sys.modules[name] = module
     specification.loader.exec_module(module)
     return module
@@ -131,7 +131,7 @@ def _module_of(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
-    """The code finds what lies beside it, as if it were started from there."""
+    """Lets the code import modules beside it, as if it were run from its folder."""
     kept = list(sys.path)
     sys.path.insert(0, str(folder))
     try:
@@ -141,7 +141,7 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 
 def _given(factory: Callable[..., Any], spec: InputSpec, classes: int) -> dict[str, Any]:
-    """The number of classes and channels, under the names that the factory has for them."""
+    """The numbers of classes and channels, under the factory's own parameter names."""
     try:
         taken = inspect.signature(factory).parameters
     except (TypeError, ValueError):
@@ -152,5 +152,5 @@ def _given(factory: Callable[..., Any], spec: InputSpec, classes: int) -> dict[s
     return given
 
 
-def _written(arguments: Mapping[str, Any]) -> str:
+def _formatted(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "no arguments"

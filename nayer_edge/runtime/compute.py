@@ -1,4 +1,4 @@
-"""Where and in which precision tensors are computed, and random numbers that a resumed run draws again."""
+"""Device, precision, and random streams that a resumed run can reproduce."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Placed = TypeVar("Placed", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Compute:
-    """A device and the precision of its matrix arithmetic.
+    """A device and the precision of its matrix operations.
 
     Attributes:
-        device: where tensors live.
-        bf16: autocast to bfloat16.
-        reason: why, in words.
+        device: where tensors are stored.
+        bf16: whether to autocast to bfloat16.
+        reason: the reason for this choice, as text.
     """
 
     device: torch.device
@@ -33,12 +33,12 @@ class Compute:
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        """Runs a forward pass in the chosen precision; losses are computed in float32 outside it."""
+        """Context manager for forward passes in the chosen precision; compute losses outside it, in float32."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             yield
 
     def place(self, model: Placed) -> Placed:
-        """Moves a model to the device, convolutions channels-last."""
+        """Moves a model to the device, in channels-last memory format."""
         return model.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
@@ -48,12 +48,12 @@ def choose(
     """Chooses device and precision.
 
     Raises:
-        MissingError: CUDA was asked for and there is none.
+        MissingError: CUDA was requested and is not available.
     """
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise MissingError(
-            "The recipe asks for a CUDA device, and PyTorch finds none here.",
+            "The recipe requires a CUDA device, but PyTorch finds none.",
             fix="Type: nayer-edge doctor   or run on the CPU with --set device=cpu",
         )
     kind = "cuda" if device == "cuda" or (device == "auto" and cuda) else "cpu"
@@ -69,8 +69,8 @@ def choose(
 def random_stream(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator for one purpose, for example `random_stream(seed, "synthesis", epoch, round)`.
 
-    Each purpose has its own stream, so a run that is continued, or that draws more in one place, draws the
-    same numbers everywhere else.
+    Each purpose has its own stream, so that resuming a run, or drawing more numbers in one place, does not change the
+    numbers drawn elsewhere.
     """
     text = "/".join(str(part) for part in (seed, *purpose))
     state = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -79,7 +79,7 @@ def random_stream(seed: int, *purpose: str | int, device: torch.device | str = "
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Makes PyTorch's global CPU stream, which weight initialisers draw from, start at `seed`; restored afterwards."""
+    """Seeds PyTorch's global CPU generator, which weight initialisers use, and restores it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -1,20 +1,21 @@
-"""Whether the model hub answers, asked once: its client asks again and again, for minutes where there is no network."""
+"""Checks once whether the model hub is reachable: without a network, its client retries for minutes."""
 
 from __future__ import annotations
 
 PATIENCE = 10.0
-"""seconds until an answer"""
+"""timeout in seconds"""
 
 
 def require(identifier: str, file: str = "config.json", revision: str | None = None) -> None:
-    """Does nothing where a file is in the hub's cache, or the hub answers, or the user told its client to stay offline
-    (which then says so itself).
+    """Raises an error if a file is not in the hub's cache and the hub is not reachable.
+
+    In the client's offline mode it does nothing: the client then raises its own error.
 
     Args:
         identifier: owner/name.
 
     Raises:
-        ConnectionError: the hub does not answer.
+        ConnectionError: the hub is not reachable.
     """
     from huggingface_hub import constants, get_session, try_to_load_from_cache
 
@@ -23,4 +24,4 @@ def require(identifier: str, file: str = "config.json", revision: str | None = N
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
     except Exception as error:
-        raise ConnectionError(f"{constants.ENDPOINT} does not answer: {error}") from error
+        raise ConnectionError(f"{constants.ENDPOINT} is not reachable: {error}") from error

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, put off until finished work is on the disk."""
+"""Defers SIGINT and SIGTERM until finished work is saved, and reads torchrun's environment."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from nayer_edge.errors import UsageError
 
 
 class Deferred:
-    """A context in which the first SIGINT or SIGTERM only sets `asked` while there is something to save.
+    """Context manager in which the first SIGINT or SIGTERM only sets `asked`, if there is unsaved work.
 
-    Where there is nothing to save, and at the second signal, what handled them before acts at once. Outside the main
-    thread, which alone receives signals, it does nothing.
+    If there is none, and at the second signal, the previous handler runs at once. Outside the main thread, the only one
+    that receives signals, this does nothing.
 
     Args:
-        unsaved: there is finished work that would be lost.
+        unsaved: returns whether finished work would be lost.
     """
 
     def __init__(self, unsaved: Callable[[], bool]) -> None:
         self._unsaved = unsaved
         self._kept: dict[int, Callable[[int, FrameType | None], object] | int] = {}
         self.asked = 0
-        """the signal that waits; 0 while there is none"""
+        """the deferred signal; 0 if there is none"""
 
     def __enter__(self) -> Deferred:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 handler = signal.getsignal(number)
-                # None: installed by another language, which cannot be put back.
+                # None: a handler not installed from Python, which cannot be restored.
                 if handler is not None and handler != signal.SIG_IGN:
                     self._kept[number] = handler
                     signal.signal(number, self._receive)
@@ -43,7 +43,7 @@ class Deferred:
             self.act()
 
     def act(self) -> None:
-        """Does what the signal asked for, if one waits: finished work has been saved."""
+        """Runs the previous handler for a deferred signal, if there is one; call it after saving."""
         if self.asked:
             number, self.asked = self.asked, 0
             self._act(number, None)
@@ -68,10 +68,10 @@ class Deferred:
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of processes as torchrun states them in the environment; (0, 1) where it is not torchrun's.
+    """Rank and number of processes from torchrun's environment variables; (0, 1) without torchrun.
 
     Raises:
-        UsageError: the variables are not numbers that fit each other.
+        UsageError: the variables are not consistent numbers.
     """
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         return 0, 1
@@ -82,7 +82,7 @@ def launched() -> tuple[int, int]:
             raise ValueError
     except ValueError as error:
         raise UsageError(
-            f"RANK={texts[0]} and WORLD_SIZE={texts[1]} are not those of a process that torchrun started.",
+            f"RANK={texts[0]} and WORLD_SIZE={texts[1]} are not valid for a torchrun process.",
             fix="Start it with torchrun, or unset both.",
         ) from error
     return rank, size

@@ -1,4 +1,4 @@
-"""What long work tells whoever watches it. The pipelines show it (rich bars or plain lines); the core only reports."""
+"""Progress reports of long tasks: the core reports them, the pipelines display them (rich bars or plain lines)."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """A listener to one piece of long work."""
+    """Receives the progress of a long task."""
 
     def start(self, what: str, total: int) -> None:
-        """Work begins that will take `total` advances."""
+        """A task of `total` steps starts."""
         ...
 
     def advance(self, count: int = 1) -> None:
-        """Some of it is done."""
+        """`count` steps are done."""
         ...
 
     def figures(self, **figures: float | str) -> None:
-        """The newest figures, for example loss and agreement at the end of an epoch."""
+        """The latest figures, for example loss and agreement at the end of an epoch."""
         ...
 
     def notice(self, text: str) -> None:
-        """Something that whoever watches should know now, and read again later."""
+        """A message that the user should see now and be able to read again later."""
         ...
 
     def finish(self) -> None:
-        """It is all done."""
+        """The task is done."""
         ...
 
 
 class Silent:
-    """Listens to nothing."""
+    """Ignores all progress reports."""
 
     def start(self, what: str, total: int) -> None:
         """Ignored."""

@@ -1,4 +1,4 @@
-"""Which versions and which hardware made a run. Imports nothing heavy: versions come from package metadata."""
+"""Software versions and hardware of a run. Imports nothing heavy: versions come from package metadata."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of Python and of the packages that decide what a run computes."""
+    """Installed versions of Python and of the packages that affect a run's results."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, the instruction sets that matter here, and usable cores."""
+    """Processor, relevant instruction sets, and usable cores."""
     info = cpu_info()
     flags = info.get("flags", "").split()
     interesting = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx512f", "avx2")
@@ -50,7 +50,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cpu_info() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; empty where the system has none."""
+    """The first processor in /proc/cpuinfo; empty if there is no such file."""
     found: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -66,7 +66,7 @@ def cpu_info() -> dict[str, str]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:

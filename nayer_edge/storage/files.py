@@ -1,4 +1,4 @@
-"""Files: hashes, atomic writes, JSON of a bounded size."""
+"""Hashes, atomic writes, and JSON files of bounded size."""
 
 from __future__ import annotations
 
@@ -15,12 +15,8 @@ from typing import Any
 from nayer_edge.errors import IntegrityError, UsageError
 
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
-"""names that `write_atomic` gives to files until they are whole"""
-
-
+"""names of temporary files of `write_atomic`"""
 MAX_JSON_BYTES = 64 * 2**20
-
-
 MAX_NAME_BYTES = 255
 
 
@@ -28,13 +24,13 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal; the file is streamed.
 
     Raises:
-        UsageError: who asks may not read it.
+        UsageError: permission to read it is denied.
     """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except PermissionError as error:
-        fix = f"Make it readable to whoever runs this command, or type: sudo chmod a+r {shlex.quote(str(path))}"
+        fix = f"Make it readable for your user, or type: sudo chmod a+r {shlex.quote(str(path))}"
         raise UsageError(f"{path} cannot be read: permission denied.", fix=fix) from error
 
 
@@ -45,10 +41,10 @@ def digest_of(value: object) -> str:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary)` and renames the result to `path`, fsynced: it is there whole or not at all.
+    """Calls `write(temporary)`, fsyncs the result and renames it to `path`, which is thus complete or absent.
 
     Raises:
-        UsageError: the folder cannot be written to.
+        UsageError: the folder is not writable, or the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +52,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise UsageError(
             f"Cannot write {path}.",
-            why=f"The system says: {error.strerror or error}.",
-            fix="Choose another folder with --out, or give yourself the right to write here.",
+            why=f"System error: {error.strerror or error}.",
+            fix="Choose another folder with --out, or get write permission for this one.",
         ) from error
     os.close(handle)
     temporary = Path(name)
@@ -65,7 +61,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         _write(temporary, write)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes private files; artefacts are meant to be read by others.
+        # mkstemp creates private files, but artifacts should be readable by others.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -74,20 +70,20 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise UsageError(
             f"Cannot write {path}.",
-            why=f"The system says: {error.strerror or error}.",
-            fix="Free some space, then repeat the command: finished steps are kept.",
+            why=f"System error: {error.strerror or error}.",
+            fix="Free some space and repeat the command; finished steps are kept.",
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _write(temporary: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write`; what a library says of the system in its own kind of exception becomes an OSError again."""
+    """Calls `write`, and converts a library's own exception for a system error to an OSError."""
     try:
         write(temporary)
     except OSError:
         raise
-    except Exception as error:  # safetensors' writer has an exception of its own, whose text ends with the system's
+    except Exception as error:  # safetensors raises its own exception type, with the system error in the text
         match = re.search(r"os error (\d{1,4})", str(error))
         if match is None:
             raise
@@ -108,14 +104,14 @@ def read_json(path: Path, what: str) -> Any:
     """Reads a JSON file of at most 64 MiB.
 
     Args:
-        what: how to call the file in an error ("the manifest").
+        what: the file's name in error messages ("the manifest").
 
     Raises:
-        IntegrityError: it is missing, too large or no JSON.
+        IntegrityError: it is missing, too large or not valid JSON.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise IntegrityError(f"{path} is larger than {what} can be ({MAX_JSON_BYTES >> 20} MiB).")
+            raise IntegrityError(f"{path} is too large for {what} (the limit is {MAX_JSON_BYTES >> 20} MiB).")
         return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise IntegrityError(f"{path} is missing, so {what} cannot be read.") from error

@@ -1,6 +1,6 @@
-"""The run folder: the unit that travels, its manifest, and writes that cannot be half done.
+"""The run folder: its manifest, the hashes of its files, and its lock.
 
-Everything here works with the base install (no torch, no numpy), because `gate` and `verify` need it.
+Needs only the base install (no torch, no numpy), because `gate` and `verify` use it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from nayer_edge.storage.files import MAX_NAME_BYTES, TEMPORARY, read_json, sha25
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 SIGNATURE = "model.sig"
-"""over all other files of the run (OpenSSF model signing); the manifest cannot name it"""
+"""signature over all other files of the run (OpenSSF model signing); not listed in the manifest"""
 MANIFEST_SCHEMA = "nayer-edge/manifest/1"
 _DIGEST = r"^[0-9a-f]{64}$"
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What one step made: its files, by role, relative to the run folder.
+    """The result of one step: its files, relative to the run folder.
 
     Attributes:
         step: the step that made it.
         files: role ("student", "bank", …) → POSIX path inside the run folder. Every file has one role.
-        numbers: a few figures worth showing when the step ends.
+        numbers: a few figures to show when the step ends.
     """
 
     step: str
@@ -44,7 +44,7 @@ class Artifact:
 
 
 class FileRecord(BaseModel):
-    """One file of the run, as the manifest states it."""
+    """A file's entry in the manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,27 +56,27 @@ class FileRecord(BaseModel):
 
 
 class StepRecord(BaseModel):
-    """One finished step."""
+    """A finished step's entry in the manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    digest: str = Field(pattern=_DIGEST, description="of the step's settings and its inputs' hashes")
+    digest: str = Field(pattern=_DIGEST, description="digest of the step's settings and its inputs' hashes")
     settings: dict[str, Any] = Field(description="the part of the recipe that the step reads")
     seconds: float = Field(ge=0)
     finished: str = Field(description="UTC, ISO 8601")
     numbers: dict[str, float | int | str | None] = Field(default_factory=dict)
     versions: dict[str, str] = Field(
-        default_factory=dict, description="of packages where they are others than the manifest's: the run was continued"
+        default_factory=dict, description="package versions that differ from the manifest's, if the run was resumed"
     )
-    hardware: dict[str, Any] = Field(default_factory=dict, description="where it is other than the manifest's")
+    hardware: dict[str, Any] = Field(default_factory=dict, description="hardware that differs from the manifest's")
 
 
 @dataclass(frozen=True)
 class Forgotten:
-    """A step's entries that were taken out of the manifest; `record` is None where it had none.
+    """A step's entries that were removed from the manifest; `record` is None if it had none.
 
     Attributes:
-        before: steps and files as the manifest listed them before, in that order.
+        before: all steps and files of the manifest before the removal, in order.
     """
 
     step: str
@@ -86,7 +86,7 @@ class Forgotten:
 
 
 class Manifest(BaseModel):
-    """`manifest.json`: what made this run, and the hash and parents of every file in it."""
+    """`manifest.json`: the provenance of the run, and hash and parents of each of its files."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
@@ -99,12 +99,12 @@ class Manifest(BaseModel):
     files: dict[str, FileRecord] = Field(default_factory=dict)
 
 
-def _others(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in now.items() if key not in before or before[key] != value}
 
 
 def _is_plain(path: Path) -> bool:
-    """A file itself: no link, folder, pipe or device."""
+    """Whether this is a regular file: not a link, folder, pipe or device."""
     return path.is_file() and not path.is_symlink()
 
 
@@ -119,10 +119,10 @@ class RunFolder:
     def create(
         cls, root: Path, recipe: dict[str, Any], seed: int, versions: dict[str, str], hardware: dict[str, Any]
     ) -> RunFolder:
-        """Starts a run folder with an empty manifest.
+        """Creates a run folder with an empty manifest.
 
         Raises:
-            UsageError: the folder cannot be written to.
+            UsageError: the folder is not writable.
         """
         run = cls(root, Manifest(recipe=recipe, seed=seed, versions=versions, hardware=hardware))
         run.save()
@@ -133,20 +133,20 @@ class RunFolder:
         """Opens an existing run.
 
         Raises:
-            UsageError: there is no run here.
+            UsageError: this is not a run folder.
             IntegrityError: its manifest is damaged.
         """
         if not (root / MANIFEST).is_file():
             raise UsageError(
                 f"{root} is not a run folder.",
-                why=f"It holds no {MANIFEST}.",
+                why=f"It has no {MANIFEST}.",
                 fix="Type: nayer-edge run RECIPE --out DIR   (nayer-edge recipes lists them)",
             )
         if (root / MANIFEST).is_symlink():
             raise IntegrityError(
                 f"{root / MANIFEST} is a link.",
                 why="What it points to is not part of the run.",
-                fix="Do not use this folder: it was altered. Fetch it again from where it was made.",
+                fix="Do not use this folder: it was altered. Copy it again from its source.",
             )
         try:
             manifest = Manifest.model_validate(read_json(root / MANIFEST, "the manifest"))
@@ -156,13 +156,13 @@ class RunFolder:
             raise IntegrityError(
                 f"{root / MANIFEST} is not a manifest of this version.",
                 why=f"{where}: {first['msg']}.",
-                fix="Fetch the run folder again from where it was made.",
+                fix="Copy the run folder again from its source.",
             ) from error
         return cls(root, manifest)
 
     @property
     def typed(self) -> str:
-        """The folder as an argument of a command line, which no recipe's name can be mistaken for."""
+        """The folder as a command-line argument that cannot be mistaken for a recipe's name."""
         name = str(self.root)
         return shlex.quote(name if "/" in name else f"./{name}")
 
@@ -174,7 +174,7 @@ class RunFolder:
         """The path of a file of this run.
 
         Raises:
-            IntegrityError: the name would leave the run folder, by its parts or through a link, or is too long for one.
+            IntegrityError: the path is outside the run folder, also through a link, or is not a valid path.
         """
         pure = PurePosixPath(relative)
         path = self.root / pure
@@ -191,15 +191,15 @@ class RunFolder:
                 path.lstat()
         except PermissionError as error:
             raise UsageError(
-                f"{self.root / relative} cannot be looked at: permission denied.",
-                fix="Make the run folder readable to whoever runs this command.",
+                f"{self.root / relative} cannot be accessed: permission denied.",
+                fix="Make the run folder readable for your user.",
             ) from error
-        except (OSError, ValueError, RuntimeError):  # links in a circle, or a name that the system cannot hold
+        except (OSError, ValueError, RuntimeError):  # a cycle of links, or an invalid name
             inside = False
         if not inside:
             raise IntegrityError(
-                f"'{relative[:200]}' points outside the run folder {self.root}, or is no name that it can hold.",
-                fix="Do not use this folder: it was altered. Fetch it again from where it was made.",
+                f"'{relative[:200]}' points outside the run folder {self.root}, or is not a valid path.",
+                fix="Do not use this folder: it was altered. Copy it again from its source.",
             )
         return path
 
@@ -215,10 +215,10 @@ class RunFolder:
         versions: Mapping[str, str] | None = None,
         hardware: Mapping[str, Any] | None = None,
     ) -> None:
-        """Enters a finished step and its files, with their hashes, into the manifest, and saves it.
+        """Adds a finished step and its files, with their hashes, to the manifest, and saves it.
 
         Args:
-            versions, hardware: of the machine that made them; those of the run's start by default.
+            versions, hardware: of the machine that ran the step; by default those at the run's start.
         """
         hashes = tuple(self.manifest.files[name].sha256 for parent in parents for name in sorted(parent.files.values()))
         files = {name: entry for name, entry in self.manifest.files.items() if entry.step != artifact.step}
@@ -238,13 +238,13 @@ class RunFolder:
             seconds=round(seconds, 3),
             finished=finished,
             numbers=dict(artifact.numbers),
-            versions=_others(versions or {}, self.manifest.versions),
-            hardware=_others(hardware or {}, self.manifest.hardware),
+            versions=_changed(versions or {}, self.manifest.versions),
+            hardware=_changed(hardware or {}, self.manifest.hardware),
         )
         self.save()
 
     def forget(self, step: str) -> Forgotten:
-        """Takes a step and its files out of the manifest (the files stay until they are overwritten)."""
+        """Removes a step and its files from the manifest; the files themselves stay until they are overwritten."""
         files = {name: entry for name, entry in self.manifest.files.items() if entry.step == step}
         before = dict(self.manifest.steps), dict(self.manifest.files)
         forgotten = Forgotten(step, self.manifest.steps.pop(step, None), files, before)
@@ -253,29 +253,29 @@ class RunFolder:
         return forgotten
 
     def restore(self, forgotten: Forgotten) -> bool:
-        """Takes a step back into the manifest if none of its files was touched; False if one was."""
+        """Puts a step back into the manifest and returns True, unless one of its files was changed."""
         if forgotten.record is None:
             return False
         files = {**self.manifest.files, **forgotten.files}
         if RunFolder(self.root, self.manifest.model_copy(update={"files": files})).problems(list(forgotten.files)):
             return False
-        # In the old order: a signature over the manifest then holds again.
+        # In the old order, so that a signature over the manifest is valid again.
         steps, files = forgotten.before
         self.manifest.steps, self.manifest.files = dict(steps), dict(files)
         self.save()
         return True
 
     def remove_leftovers(self, forgotten: Forgotten) -> None:
-        """Removes the files of a step's earlier result that the manifest no longer lists."""
+        """Deletes files of a step's earlier result that the manifest no longer lists."""
         for name in forgotten.files:
             if name not in self.manifest.files:
                 self.path(name).unlink(missing_ok=True)
 
     def artifact(self, step: str) -> Artifact:
-        """The artefact of a finished step, as the manifest states it.
+        """The artifact of a finished step, according to the manifest.
 
         Raises:
-            UsageError: the step has not been run.
+            UsageError: the step is not finished.
         """
         if step not in self.manifest.steps:
             raise UsageError(
@@ -286,10 +286,10 @@ class RunFolder:
         return Artifact(step, files, self.manifest.steps[step].numbers)
 
     def problems(self, names: Iterator[str] | Sequence[str] | None = None) -> list[str]:
-        """Compares files with the manifest's hashes; one sentence for each that differs or is missing.
+        """Compares files with the manifest's hashes; one sentence for each file that differs or is missing.
 
         Args:
-            names: which files; all of the manifest by default.
+            names: the files to compare; by default all in the manifest.
         """
         found = []
         for name in sorted(self.manifest.files if names is None else names):
@@ -299,11 +299,11 @@ class RunFolder:
             elif path.is_symlink():
                 found.append(f"{name} was altered: it is a link")
             elif path.stat().st_size != record.bytes or sha256_of(path) != record.sha256:
-                found.append(f"{name} was altered: its SHA-256 is not the manifest's")
+                found.append(f"{name} was altered: its SHA-256 differs from the manifest's")
         return found
 
     def unexpected_files(self) -> list[str]:
-        """Files in the folder that the manifest does not know."""
+        """Files in the folder that the manifest does not list."""
         known = {MANIFEST, LOCK, SIGNATURE, *self.manifest.files}
         found = []
         for path in sorted(self.root.rglob("*")):
@@ -319,12 +319,12 @@ class RunFolder:
             raise IntegrityError(
                 f"{self.root} does not match its manifest.",
                 why="; ".join(found) + ".",
-                fix=f"Fetch the folder again, or make it anew: nayer-edge run {self.typed} --fresh",
+                fix=f"Copy the folder again from its source, or start over: nayer-edge run {self.typed} --fresh",
             )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder's lock, so that two processes cannot write one run.
+        """Holds the folder's lock, so that two processes cannot write to the same run.
 
         Raises:
             UsageError: another process holds it.
@@ -335,19 +335,19 @@ class RunFolder:
 
 @contextlib.contextmanager
 def lock_folder(root: Path) -> Iterator[None]:
-    """An advisory lock on a folder; the kernel releases it when the process ends, however it ends.
+    """Holds an advisory lock on a folder; the kernel releases it when the process ends for any reason.
 
     Raises:
-        UsageError: another process holds it, or the folder cannot be written to.
+        UsageError: another process holds it, or the folder is not writable.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # Never through a link: the lock of a folder lies in it.
+        # Never through a link: the lock file must be in the folder itself.
         file = os.fdopen(os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "rb+")
     except OSError as error:
         raise UsageError(
             f"Cannot write to {root}.",
-            why=f"The system says: {error.strerror or error}.",
+            why=f"System error: {error.strerror or error}.",
             fix="Choose another folder with --out.",
         ) from error
     with file:
@@ -362,28 +362,28 @@ def lock_folder(root: Path) -> Iterator[None]:
 
 
 def remove_temporaries(root: Path) -> None:
-    """Removes what killed processes left of their writes. Only under the folder's lock."""
+    """Removes temporary files left by killed processes. Call it only with the folder's lock held."""
     for path in root.rglob("*.tmp"):
         if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 
 
 def is_vacant(root: Path) -> bool:
-    """A run can be started here: no such folder yet, or nothing in it but a lock or a manifest that was cut short."""
+    """Whether a run can start here: the folder does not exist, or has only a lock or temporary files in it."""
     if not root.is_dir():
         return not root.exists()
     return all(path.name == LOCK or TEMPORARY.fullmatch(path.name) for path in root.iterdir())
 
 
 def clear_folder(root: Path) -> None:
-    """Empties a run folder for `--fresh`. Refuses a folder that holds something but no run.
+    """Empties a run folder for `--fresh`.
 
     Raises:
-        UsageError: the folder holds files and no manifest, so it is not ours to empty.
+        UsageError: the folder has files but no manifest, so it is not a run folder.
     """
     if not root.exists():
         return
-    # The manifest goes last: until then an interrupted --fresh knows that the folder is a run's.
+    # The manifest goes last, so that after an interruption the folder is still recognised as a run.
     inside = sorted((path for path in root.iterdir() if path.name != LOCK), key=lambda path: path.name == MANIFEST)
     if inside and not (root / MANIFEST).is_file():
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors, written atomically, and never unpickled."""
+"""Tensors in safetensors files, written atomically; nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nayer_edge.storage.files import write_atomic
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors as safetensors, atomically; equal tensors give equal bytes."""
+    """Writes a safetensors file atomically; equal tensors and metadata give equal bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
 
     def write(temporary: Path) -> None:
@@ -27,8 +27,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def _sort_header(path: Path) -> None:
-    """The library writes metadata in an order that differs from process to process. Format: eight bytes with the
-    header's length, little-endian, a JSON header that blanks may follow, the tensors."""
+    """Sorts the metadata, which the library writes in a different order in each process.
+
+    File format: the header's length (8 bytes, little-endian), a JSON header padded with blanks, the tensors.
+    """
     with path.open("rb+") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

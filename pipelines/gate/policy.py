@@ -1,4 +1,4 @@
-"""The policy: what an artifact must satisfy before it ships."""
+"""The gate's policy: limits that an artifact must meet before it ships."""
 
 from __future__ import annotations
 
@@ -14,74 +14,74 @@ from ..recipes.checking import checked
 
 
 class AccuracyPolicy(Section):
-    """Paired accuracy drops, fractions in [0, 1]; see docs/ARCHITECTURE.md for the statistics."""
+    """Limits on paired accuracy drops, as fractions in [0, 1]; docs/ARCHITECTURE.md explains the statistics."""
 
     max_drop_vs_fp32: Fraction | None = None
-    """against the FP32 student: what quantization may cost"""
+    """largest drop against the FP32 student (the cost of quantization)"""
     max_drop_vs_teacher: Fraction | None = None
-    """against the teacher: what the whole way may cost"""
+    """largest drop against the teacher (the cost of the whole pipeline)"""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    """of the one-sided bounds of every check that has one"""
+    """confidence level of the one-sided bounds, in all checks that use them"""
 
 
 class AgreementPolicy(Section):
-    """Fraction of images on which artefact and teacher choose the same class."""
+    """Limit on the fraction of images on which artifact and teacher predict the same class."""
 
     min: Fraction | None = None
-    """at least so many"""
+    """smallest allowed fraction"""
 
 
 class LatencyPolicy(Section):
-    """At batch 1, on the machine that ran `validate`."""
+    """Limits on latency at batch 1, on the machine that ran `validate`."""
 
     max_p95_ms: Positive | None = None
-    """19 of 20 runs take no longer, in ms"""
+    """largest 95th percentile of the latency, in ms"""
     min_speedup_vs_fp32: Positive | None = None
-    """how many times as fast as the FP32 student"""
+    """smallest speed-up over the FP32 student"""
 
 
 class SizePolicy(Section):
-    """Of one artefact's file."""
+    """Limit on an artifact's file size."""
 
     max_bytes: Count | None = None
-    """bytes"""
+    """largest size in bytes"""
 
 
 class Int8Policy(Section):
-    """Fraction of eligible convolutions and matrix products that run in INT8."""
+    """Limit on the fraction of eligible convolutions and matrix products that run in INT8."""
 
     min_coverage: Fraction | None = None
-    """at least so many; 1: all of them"""
+    """smallest allowed fraction; 1: all of them"""
 
 
 class ParityPolicy(Section):
-    """Largest absolute logit difference between FP32 ONNX and the torch student."""
+    """Limit on the difference between the logits of the FP32 ONNX model and the torch student."""
 
     max_abs_diff: Positive | None = None
-    """of a logit"""
+    """largest absolute difference of a logit"""
 
 
 class PerClassPolicy(Section):
-    """Drop of any single class against the FP32 student."""
+    """Limit on the accuracy drop of a single class against the FP32 student."""
 
     max_drop: Fraction | None = None
-    """no class loses more"""
+    """largest drop of any class"""
     advisory: bool = True
-    """report, but do not fail"""
+    """report violations without failing the gate"""
 
 
 class BaselinePolicy(Section):
-    """Paired accuracy drop against the same artefact of the baseline run that `gate --references` names."""
+    """Limit on the paired accuracy drop against the same artifact of the baseline run in `gate --references`."""
 
     max_drop: Fraction | None = None
-    """against the release before"""
+    """largest drop against the previous release"""
 
 
 class Policy(Section):
-    """What an artefact must satisfy before it ships. A check whose limit is absent is not made."""
+    """Limits that an artifact must meet before it ships. Checks without a limit are skipped."""
 
     artifacts: Annotated[tuple[str, ...], Field(min_length=1)] = ("int8.cpu",)
-    """names as in report.json"""
+    """artifacts to check, by their names in report.json"""
     accuracy: AccuracyPolicy = AccuracyPolicy(max_drop_vs_fp32=0.015, max_drop_vs_teacher=0.04)
     baseline: BaselinePolicy = BaselinePolicy()
     agreement: AgreementPolicy = AgreementPolicy()
@@ -98,31 +98,31 @@ class Baseline(Section):
     run: Annotated[str, Field(min_length=1)]
     """a validated run folder, or a folder with its report.json and predictions.npz; relative to this file"""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """of its report.json; without it, whoever can write there can lower the bar"""
+    """SHA-256 of its report.json; without it, anyone with write access there can lower the bar"""
 
 
 class References(Section):
-    """`references.toml`: what `gate` compares a run with, beside the limits of the policy."""
+    """`references.toml`: runs that `gate` compares with, in addition to the policy's limits."""
 
     baseline: Baseline
-    """the release before"""
+    """the previous release"""
 
 
 def make_policy(values: dict[str, Any], source: str) -> Policy:
-    """Checks a gate policy; all its problems are reported at once.
+    """Validates a gate policy and reports all problems at once.
 
     Raises:
-        UsageError: it does not hold.
+        UsageError: it is invalid.
     """
-    fix = "Mend these lines. `nayer-edge gate RUN --print-policy` shows the one in force."
-    return checked(Policy, values, f"The policy {source} does not hold:", fix)
+    fix = "Correct these lines. `nayer-edge gate RUN --print-policy` prints the current policy."
+    return checked(Policy, values, f"The policy {source} is invalid:", fix)
 
 
 def make_references(values: dict[str, Any], source: str) -> References:
-    """Checks what a run is to be compared with; all problems are reported at once.
+    """Validates `references.toml` and reports all problems at once.
 
     Raises:
-        UsageError: it does not hold.
+        UsageError: it is invalid.
     """
-    fix = 'Mend these lines. For example: [baseline] run = "runs/last"'
-    return checked(References, values, f"The references {source} do not hold:", fix)
+    fix = 'Correct these lines. For example: [baseline] run = "runs/last"'
+    return checked(References, values, f"The references {source} are invalid:", fix)

@@ -1,4 +1,4 @@
-"""The recipe: every number of a run, in TOML, checked as a whole before any work."""
+"""The recipe: all settings of a run, in TOML, validated as a whole before any work."""
 
 from __future__ import annotations
 
@@ -29,84 +29,84 @@ from ..gate.policy import Policy
 
 
 class Export(Section):
-    """ONNX and the quantized graphs."""
+    """ONNX export and quantization."""
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
-    """version of the ONNX operator set"""
+    """ONNX opset version"""
     targets: tuple[str, ...] = ("cpu",)
-    """which devices get a quantized graph; nayer_edge/export/targets.py lists them"""
+    """targets to quantize for; see nayer_edge/export/targets.py for a list"""
     calibration_images: Annotated[int, Field(ge=1, le=65536)] = 512
-    """synthetic images drawn from the trained generator"""
+    """number of synthetic images, drawn from the trained generator"""
     calibration_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
-    """auto: the one whose INT8 model agrees best with FP32 on a synthetic hold-out"""
+    """auto: the method whose INT8 model agrees best with FP32 on the synthetic hold-out"""
     max_drop: Fraction | None = 0.02
-    """largest fraction of the synthetic hold-out on which INT8 may choose another class than FP32; the most sensitive
-    layers return to float until it holds"""
+    """largest fraction of the synthetic hold-out on which INT8 may predict another class than FP32; the most sensitive
+    layers stay in float until this limit is met"""
     sensitivity: bool = False
-    """measure every layer alone, whether or not one has to return to float"""
+    """measure the sensitivity of every layer, even if none has to stay in float"""
     finetune: bool = False
-    """train the INT8 network with its rounding on images of the memory bank; kept where it agrees better with FP32 on
-    the synthetic hold-out than calibration alone"""
+    """quantization-aware training (QAT) on images of the memory bank; its result is used if it agrees better with FP32
+    on the synthetic hold-out than calibration alone"""
     finetune_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
-    """of fine-tuning"""
+    """epochs of QAT"""
     finetune_steps: Annotated[int, Field(ge=1, le=100_000)] = 100
-    """steps per epoch, of distill.batch images each"""
+    """QAT steps per epoch, with distill.batch images each"""
     finetune_lr: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
-    """peak step of Adam, as a fraction of each channel's root mean square weight"""
+    """peak learning rate of Adam in QAT, relative to the root mean square weight of each channel"""
     fp16: bool = False
-    """also write an FP16 graph (always written where an engine is to be built)"""
+    """also write an FP16 graph (always written if an engine is built)"""
     engines: bool = True
-    """build engines for the targets that have one"""
+    """build engines for targets that use one"""
     compute_capability: str = "sm89"
-    """for TensorRT-RTX, which builds ahead of time: sm75, sm80, sm86, sm89, sm120, …"""
+    """GPU architecture for TensorRT-RTX, which builds ahead of time: sm75, sm80, sm86, sm89, sm120, …"""
 
 
 class Validate(Section):
-    """On which images the artefacts are compared with the teacher."""
+    """The images on which the artifacts are compared with the teacher."""
 
     data: str | None = None
-    """labelled hold-out images (they only measure); none: fresh synthetic images"""
+    """labelled hold-out images, used only to measure; if absent, new synthetic images"""
     fit: Fit = "exact"
-    """pictures that are not of the model's size or kind: exact refuses them, with their count; stretch resizes them;
-    center-crop resizes the shorter side to 8/7 of the model's and cuts the middle out"""
+    """handling of images whose size or colour mode differs from the model's: exact: error with their count; stretch:
+    resize; center-crop: resize the shorter side to 8/7 of the model's size and crop the centre"""
     synthetic_images: Count = 2000
-    """how many, where there is no hold-out"""
+    """number of synthetic images, if there is no hold-out"""
 
 
 class Measured(Section):
-    """What the recipe's author measured, so that a user knows what to expect."""
+    """Results measured by the recipe's author, so that users know what to expect."""
 
     teacher_top1: Fraction | None = None
-    """mean over the seeds"""
+    """top-1 accuracy of the teacher, mean over the seeds"""
     student_top1: Fraction | None = None
-    """mean over the seeds"""
+    """top-1 accuracy of the student, mean over the seeds"""
     student_top1_sd: Annotated[float, Field(ge=0)] | None = None
-    """its standard deviation"""
+    """standard deviation over the seeds"""
     int8_drop: float | None = None
-    """FP32 student top-1 minus INT8 top-1, fraction"""
+    """top-1 of the FP32 student minus top-1 of the INT8 model, as a fraction"""
     seeds: Count | None = None
-    """how many"""
+    """number of seeds"""
     seconds: Positive | None = None
-    """of a whole run"""
+    """duration of a whole run"""
     hardware: str | None = None
-    """on what"""
+    """hardware of the measurements"""
 
 
 class Recipe(Section):
-    """A whole run: teacher, embeddings, synthesis, student, export, validation, gate."""
+    """A whole run: teacher, embeddings, synthesis, student, export, validation and gate."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    """the file's, unless it says another"""
+    """name of the run; defaults to the file's name"""
     description: str = ""
     """one line, shown by `nayer-edge recipes`"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """of every random stream"""
+    """seed of all random streams"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one"""
+    """auto: a GPU if there is one"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of training; auto: bf16 autocast where the processor has bf16 arithmetic"""
+    """training precision; auto: bf16 autocast if the processor supports bf16 arithmetic"""
     tracking: Literal["none", "tensorboard"] = "none"
-    """tensorboard: metrics also go to <run>.tensorboard/ (extra: tracking)"""
+    """tensorboard: also write metrics to <run>.tensorboard/ (extra: tracking)"""
     measured: Measured = Measured()
     teacher: Teacher
     teach: Teach | None = None

@@ -1,4 +1,4 @@
-"""Small networks, settings and streams that the tests of the core share."""
+"""Small networks, settings and random streams shared by the core tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nayer_edge.runtime.compute import Compute, choose, seeded
 CLASSES = ("red", "green", "blue")
 SPEC = InputSpec(channels=2, height=8, width=8, mean=(0.4, 0.5), std=(0.3, 0.25))
 GENERATOR = GeneratorConfig(noisy_dim=10, channels=4)
-# Three groups of three classes, the last one partial; a warm-up of two epochs; a new generator in the third.
+# Three groups of three classes, the last one incomplete; two warm-up epochs; a re-initialised generator in the third.
 SYNTHESIS = Synthesis(
     batch=8, g_steps=4, rounds=2, warmup_rounds=3, g_life=2, lr=4e-3, augment=Augment(pad=1, flip=True)
 )
@@ -58,15 +58,15 @@ def reference() -> ModuleType:
 
 @pytest.fixture
 def compute() -> Compute:
-    """float32 on the CPU, the arithmetic of the reference."""
+    """float32 on the CPU, as in the reference."""
     return choose("cpu", "fp32")
 
 
 class Smooth(nn.Module):
-    """A small network with nested BatchNorms and without kinks.
+    """A small smooth network with nested BatchNorms.
 
-    A ReLU whose input is within a rounding error of zero has one gradient here and another in the reference, and
-    Adam makes a step of either; where both are smooth, they stay together.
+    A ReLU whose input is within a rounding error of zero can have different gradients here and in the reference, and
+    Adam turns each into a full step. Smooth networks stay close to the reference.
     """
 
     def __init__(self, channels: int, width: int, classes: int) -> None:
@@ -87,7 +87,7 @@ class Smooth(nn.Module):
 
 
 def smooth(seed: int, width: int, scale: float) -> Classifier:
-    """Not trained, so it is the same on every machine: running statistics of smooth images, answers that differ."""
+    """An untrained network, hence the same on every machine, with running statistics of smooth images."""
     with seeded(seed):
         network = Classifier(Smooth(SPEC.channels, width, len(CLASSES)), f"test:smooth_{width}", SPEC, CLASSES)
         coarse = torch.rand(64, SPEC.channels, 3, 3)
@@ -112,13 +112,13 @@ def _teacher() -> Classifier:
 
 @pytest.fixture
 def teacher(_teacher: Classifier) -> Classifier:
-    """A teacher of one's own: three classes, two channels, 8×8 pixels."""
+    """A custom teacher: three classes, two channels, 8×8 pixels."""
     return copy.deepcopy(_teacher).requires_grad_(False)
 
 
 @pytest.fixture
 def student() -> Classifier:
-    """Untrained, always with the same weights, those of a distillation's beginning."""
+    """An untrained student, with the same weights as at the start of a distillation."""
     return smooth(seed=10, width=4, scale=4)
 
 
@@ -130,7 +130,7 @@ def label_embeddings() -> LabelEmbeddings:
 
 
 def changed(settings: Settings, **changes: Any) -> Settings:
-    """Settings with keys of their sections replaced: `changed(s, g_life=3, epochs=5, bank_mib=2.0)`."""
+    """Settings with some keys replaced: `changed(s, g_life=3, epochs=5, bank_mib=2.0)`."""
     parts: dict[str, Any] = {"seed": changes.pop("seed", settings.seed)}
     for name in ("generator", "synthesis", "distill"):
         section = getattr(settings, name)
@@ -154,7 +154,7 @@ def start(
     settings: Callable[..., Settings],
     compute: Compute,
 ) -> Callable[..., Distillation]:
-    """`start(distill_epochs=5)`: a distillation with networks of its own, at its beginning."""
+    """`start(distill_epochs=5)`: a new distillation with its own networks."""
 
     def begin(*, on: Compute = compute, **changes: Any) -> Distillation:
         student = smooth(seed=10, width=4, scale=4)
@@ -165,5 +165,5 @@ def start(
 
 @pytest.fixture
 def stream() -> Callable[[int], torch.Generator]:
-    """`stream(5)`: a fresh random stream."""
+    """`stream(5)`: a new random stream."""
     return lambda seed: torch.Generator().manual_seed(seed)

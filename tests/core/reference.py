@@ -1,8 +1,8 @@
-"""NAYER as a reader of the paper would write it down (Tran et al., CVPR 2024, arXiv 2310.00258, Algorithm 1).
+"""A straightforward reference implementation of NAYER (Tran et al., CVPR 2024, arXiv 2310.00258, Algorithm 1).
 
-Written from the published description, for the tests to compare with. Nothing here is fast: float32, one image at a
-time where that is clearer, Python lists, forward hooks. Nothing here is shared with the package either, except
-the order in which random numbers are drawn, which is what makes the two comparable:
+Written from the paper's description, for comparison in the tests. It favours clarity over speed: float32, one image at
+a time, Python lists, forward hooks. It shares no code with the package, only the order in which random numbers are
+drawn, which makes the two comparable:
 
     a round     one normal block (groups, D, Z) for the noisy layer; a permutation if there are fewer images
                 than classes; then, for each step, the crops (2, B) and the flips (B)
@@ -13,7 +13,7 @@ Algorithm 1 of the paper, with the published code's schedule (warm-up, generator
     for each epoch:
         every `g_life` epochs: a new generator
         for each round:                                          synthesis_round
-            draw the noisy layer anew, balanced labels, a new Adam
+            re-draw the noisy layer, balanced labels, a new Adam
             for g steps: minimise λ_bn L_bn + λ_ce L_ce + λ_adv L_adv
             append the images of the best step to the memory bank
         after warm-up, for each step:                            distillation_epoch
@@ -55,7 +55,7 @@ class ReferenceGenerator(nn.Module):
             self.convolutions.append(nn.Conv2d(2 * width, outputs, 3, padding=1))
             self.norms.append(nn.BatchNorm2d(outputs))
         self.last = nn.Conv2d(width, shape[0], 3, padding=1)
-        # After the others, so that a seed gives those the same weights whatever the batch.
+        # Created last, so that the weights of the other layers do not depend on the batch size.
         self.noisy = nn.ModuleList(nn.Linear(dimensions, noisy_dim) for _ in range(math.ceil(batch / classes)))
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class ReferenceGenerator(nn.Module):
 
 
 def take_over(mine: ReferenceGenerator, theirs: nn.Module) -> ReferenceGenerator:
-    """Copies the weights of the package's generator, whose noisy layer is one grouped tensor."""
+    """Copies the weights of the package's generator, whose noisy layer is a single grouped tensor."""
     with torch.no_grad():
         state: Any = theirs
         for index, linear in enumerate(mine.noisy):
@@ -99,21 +99,21 @@ def take_over(mine: ReferenceGenerator, theirs: nn.Module) -> ReferenceGenerator
 
 
 def new_generator(random: torch.Generator, *arguments: Any) -> ReferenceGenerator:
-    """PyTorch's own initialisation, from the stream's seed."""
+    """PyTorch's default initialisation, with the stream's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random.initial_seed())
         return ReferenceGenerator(*arguments)
 
 
 def labels_of_a_round(batch: int, classes: int, random: torch.Generator) -> Tensor:
-    """Every class equally often; distinct classes where the batch has fewer images."""
+    """Every class equally often; distinct classes if the batch has fewer images than classes."""
     if batch < classes:
         return torch.randperm(classes, generator=random)[:batch]
     return torch.tensor([number % classes for number in range(batch)])
 
 
 def crop_and_flip(images: Tensor, pad: int, flip: bool, random: torch.Generator) -> Tensor:
-    """Zero-pads, crops and mirrors, one image after another."""
+    """Zero-pads, crops and mirrors, image by image."""
     if pad == 0 and not flip:
         return images
     count, _, height, width = images.shape
@@ -135,7 +135,7 @@ def kl(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def teacher_with_statistics(teacher: nn.Module, images: Tensor) -> tuple[Tensor, Statistics, list[nn.Module]]:
-    """The teacher's logits, and mean and biased variance of what enters each of its BatchNorms."""
+    """The teacher's logits, and mean and biased variance of the input of each BatchNorm."""
     layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     entered: dict[nn.Module, Tensor] = {}
 
@@ -218,7 +218,7 @@ def synthesis_round(
         loss.backward()
         adam.step()
     if student is not None:
-        student.zero_grad()  # only the generator learns here
+        student.zero_grad()  # only the generator is trained here
     last = [(mean.detach(), variance.detach()) for mean, variance in now]
     if memory is None:
         remembered = last
@@ -269,7 +269,7 @@ def distillation_epoch(
 
 @dataclass
 class ReferenceRun:
-    """What a run leaves: one line of losses per epoch, and the bank, oldest image first."""
+    """The result of a run: one line of losses per epoch, and the bank, oldest image first."""
 
     curve: list[dict[str, float | None]] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
@@ -284,7 +284,7 @@ def distil(
     settings: Any,
     stream: Stream,
 ) -> ReferenceRun:
-    """Algorithm 1 as a whole; the student is trained in place."""
+    """The whole of Algorithm 1; the student is trained in place."""
     synthesis, config = settings.synthesis, settings.distill
     run = ReferenceRun()
     generator: ReferenceGenerator | None = None

@@ -1,4 +1,4 @@
-"""Crop and flip against a plain loop, and their gradient against autograd's own."""
+"""Crop and flip against a plain loop, and their gradients against autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nayer_edge.config import Augment
 
 
 def plain(images: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor, flips: torch.Tensor, pad: int) -> torch.Tensor:
-    """Pad, crop, mirror: one image after another, as a reader would write it."""
+    """Pad, crop and mirror, image by image."""
     height, width = images.shape[2:]
     padded = F.pad(images, (pad, pad, pad, pad))
     made = []
@@ -72,12 +72,12 @@ def test_equal_streams_give_equal_crops() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_a_share_of_a_batch_is_mixed(share: float) -> None:
-    """Every image is a unit vector, so a mixture shows which two it is of, and in which shares."""
+    """Every image is a unit vector, so a mixture shows its two images and their weights."""
     images = torch.eye(400).reshape(400, 1, 20, 20)
     made = mixup(images, share, torch.Generator().manual_seed(0)).flatten(1)
     torch.testing.assert_close(made.sum(1), torch.ones(400))
     own, others = made.diag(), (made - made.diag().diag())
-    assert int((others > 0).sum(1).max()) <= 1, "no more than two in a mixture"
+    assert int((others > 0).sum(1).max()) <= 1, "at most two images in a mixture"
     mixed = own < 1
     assert abs(float(mixed.float().mean()) - share) < 0.08
     assert torch.equal(made[~mixed], torch.eye(400)[~mixed])

@@ -1,4 +1,4 @@
-"""Teacher logits per fixed view: always those of the image that is drawn, and computed once."""
+"""Cached teacher logits per fixed view: they belong to the drawn image and are computed once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cache(bank: MemoryBank, teacher: Classifier, compute: Compute, stream: Strea
 def test_logits_are_those_of_the_images_that_come_with_them(
     bank: MemoryBank, cache: Callable[..., ViewCache], teacher: Classifier, stream: Stream, mixup: float
 ) -> None:
-    """Also after the ring has turned and overwritten images whose logits were known, alone or in a mixture."""
+    """Also after the ring buffer has overwritten images with cached logits, alone or in a mixture."""
     views = cache(Augment(pad=1), 4, mixup)
     for seed in range(12):
         images, logits = views.draw(10, stream(seed))
@@ -68,19 +68,19 @@ def test_every_view_goes_through_the_teacher_once(cache: Callable[..., ViewCache
 def test_a_share_of_the_views_is_mixed_with_an_earlier_image(
     teacher: Classifier, compute: Compute, stream: Stream, mixup: float
 ) -> None:
-    """Without crops a view is its image, so two images and a share explain every mixture."""
+    """Without crops a view is its image, so every mixture is explained by two images and a weight."""
     bank = MemoryBank(SHAPE, 128 * 200, torch.device("cpu"))
     bank.add(*more(200, stream(0)))
     images = to_unit(bank.images).double().flatten(1)
     views = ViewCache(bank, Augment(pad=0, flip=False), 1, teacher, compute, stream(7), mixup)
     mixed = views.at(torch.arange(200), torch.zeros(200, dtype=torch.long))[0].double().flatten(1)
     again = views.at(torch.arange(200), torch.zeros(200, dtype=torch.long))[0].double().flatten(1)
-    assert torch.equal(mixed, again), "a view stays what it was"
+    assert torch.equal(mixed, again), "a view does not change"
     own = []
     for place in range(1, 200):
         if torch.equal(mixed[place], images[place]):
             continue
-        # The best share for every earlier image, by least squares; one of them leaves nothing over.
+        # The best weight for every earlier image, by least squares; one of them has no residual.
         direction = images[place] - images[:place]
         share = ((mixed[place] - images[:place]) * direction).sum(1) / direction.square().sum(1)
         left = (mixed[place] - images[:place] - share[:, None] * direction).abs().amax(1)
@@ -89,7 +89,7 @@ def test_a_share_of_the_views_is_mixed_with_an_earlier_image(
     assert abs(len(own) / 199 - mixup) < 0.1
     assert min(own) >= 0
     assert max(own) <= 1
-    assert abs(sum(own) / len(own) - 0.5) < 0.12, "shares are not from U(0, 1)"
+    assert abs(sum(own) / len(own) - 0.5) < 0.12, "the weights are not from U(0, 1)"
 
 
 @pytest.mark.parametrize(("augment", "total"), [(Augment(pad=1), 18), (Augment(pad=1, flip=False), 9)])
@@ -120,7 +120,7 @@ def test_views_are_crops_and_flips_of_the_banks_images(
     assert {everything[image.numpy().tobytes()] for image in views.draw(200, stream(0))[0].contiguous()} <= set(seen)
 
 
-def test_a_cache_goes_on_from_its_tensors(bank: MemoryBank, cache: Callable[..., ViewCache], stream: Stream) -> None:
+def test_a_cache_continues_from_its_tensors(bank: MemoryBank, cache: Callable[..., ViewCache], stream: Stream) -> None:
     one, other = cache(Augment(pad=1), 4), cache(Augment(pad=1), 4)
     for seed in range(5):
         one.draw(10, stream(seed))

@@ -89,7 +89,7 @@ def test_unknown_keys_get_the_nearest_name(setting: str, nearest: str) -> None:
         (["seed=1.5"], "valid integer"),
     ],
 )
-def test_what_does_not_hold_is_said(settings: list[str], message: str) -> None:
+def test_invalid_values_are_reported(settings: list[str], message: str) -> None:
     assert message in problems(settings)
 
 
@@ -146,7 +146,7 @@ def test_settings_reach_into_sections_and_leave_the_recipe_alone() -> None:
 
 
 def test_a_setting_changes_one_key_and_no_limit_beside_it() -> None:
-    """Alone in a file, `[gate.accuracy] confidence = 0.99` says that nothing is limited; --set does not."""
+    """`[gate.accuracy] confidence = 0.99` alone in a file removes the section's default limits; --set does not."""
     before = make_recipe(GOOD, "mine.toml").gate
     settings = ["gate.accuracy.confidence=0.99", "gate.latency.max_p95_ms=3", "gate.parity.max_abs_diff=0.1"]
     after = make_recipe(apply_settings(GOOD, settings), "mine.toml").gate

@@ -1,4 +1,4 @@
-"""The loop against reference.py, its bank, its life cycle, and runs that are killed and continued."""
+"""The training loop against reference.py, its bank, its schedule, and runs that are killed and resumed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Start = Callable[..., Distillation]
 LOSSES = ("loss_bn", "loss_ce", "loss_adv", "loss_kd")
 
 # Made by `distil` in tests/core/reference.py, float32, torch 2.15 on a CPU: the small settings of conftest.py, seed 0.
-# Another processor adds in another order, which moves these by some 1e-6; the tolerance leaves room for a new torch.
+# Other processors sum in another order, which changes these by about 1e-6; the tolerance allows for newer versions.
 GOLDEN: list[dict[str, float | None]] = [
     {"loss_bn": 2.00667, "loss_ce": 0.913585, "loss_adv": 0.0, "loss_kd": None},
     {"loss_bn": 1.34063, "loss_ce": 1.18513, "loss_adv": 0.0, "loss_kd": None},
@@ -55,7 +55,7 @@ def reference_run(
     label_embeddings: LabelEmbeddings,
     settings: Callable[..., Settings],
 ) -> Callable[..., Any]:
-    """`reference_run(**changes)`: the reference's whole run, and the student that it trained."""
+    """`reference_run(**changes)`: a whole run of the reference, and its trained student."""
 
     def run(**changes: Any) -> tuple[Any, Classifier]:
         chosen = settings(**changes)
@@ -73,7 +73,7 @@ def reference_run(
 
 
 def everything(run: Distillation) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """All tensors of a run, and its metrics without what a clock or the memory says."""
+    """All tensors of a run, and its metrics except times and memory."""
     tensors, facts = run.state()
     metrics = [
         {name: value for name, value in epoch.items() if name not in ("seconds", "images_per_s", "memory_mib")}
@@ -83,11 +83,11 @@ def everything(run: Distillation) -> tuple[dict[str, Tensor], list[dict[str, Any
 
 
 def assert_same_run(one: Distillation, other: Distillation) -> None:
-    """The same bits."""
+    """Both runs are bit-identical."""
     (tensors, metrics), (others, other_metrics) = everything(one), everything(other)
     assert sorted(tensors) == sorted(others)
     for state in (tensors, others):
-        if "views.logits" in state:  # what is not known yet is whatever the memory held
+        if "views.logits" in state:  # entries that are not cached yet are uninitialised memory
             state["views.logits"] = state["views.logits"][state["views.known"]]
     for name, tensor in tensors.items():
         assert torch.equal(tensor, others[name]), f"{name} differs"
@@ -114,7 +114,7 @@ def test_a_run_equals_the_reference(start: Start, reference_run: Callable[..., A
     distill(run)
     wanted, wanted_student = reference_run(synthesis_g_life=g_life)
     assert_curve(run.history, wanted.curve, rel=1e-4, floor=1e-5)
-    assert any((line["loss_adv"] or 0) < -1e-3 for line in wanted.curve), "L_adv never does anything here"
+    assert any((line["loss_adv"] or 0) < -1e-3 for line in wanted.curve), "L_adv has no effect here"
     assert run.bank.labels.tolist() == wanted.labels
     apart = (run.bank.images.int() - torch.stack(wanted.images).int()).abs()
     assert int(apart.max()) <= 1
@@ -131,8 +131,9 @@ def test_golden_loss_curve(start: Start) -> None:
 
 
 def test_the_golden_curve_under_bf16(start: Start) -> None:
-    """bfloat16 rounds to 1 in 256, and Adam makes much of little: L_bn within 3 %, the others as they are noisier,
-    and only the epochs before the student's feedback through L_adv has had time to drive the two runs apart."""
+    """bfloat16 has a relative precision of 1/256, and Adam amplifies small differences. So L_bn must agree within 3 %,
+    noisier losses less closely, and only in the first epochs: later the student's feedback through L_adv drives the
+    two runs apart."""
     run = start(on=choose("cpu", "bf16"))
     distill(run)
     assert run.compute.bf16
@@ -150,7 +151,7 @@ def test_the_student_learns_the_teacher(start: Start) -> None:
     assert kd[-1] < 0.6 * kd[0]
 
 
-def test_metrics_say_what_happened(start: Start) -> None:
+def test_metrics_of_an_epoch(start: Start) -> None:
     run = start()
     distill(run)
     assert [epoch.epoch for epoch in run.history] == [1, 2, 3, 4]
@@ -169,13 +170,13 @@ def test_metrics_say_what_happened(start: Start) -> None:
     assert run.history[-1].agreement == pytest.approx(float(agreement(student, teacher)))
 
 
-def test_cosine_has_its_ends_and_its_middle() -> None:
+def test_cosine_schedule_at_its_ends_and_middle() -> None:
     assert cosine(0, 100, 0.2, 0.0) == pytest.approx(0.2)
     assert cosine(100, 100, 0.2, 0.01) == pytest.approx(0.01)
     assert cosine(50, 100, 0.2, 0.1) == pytest.approx(0.15)
 
 
-def test_steps_are_announced_and_taken(start: Start) -> None:
+def test_progress_counts_all_steps(start: Start) -> None:
     run = start()
     for epoch in range(4):
         taken: list[None] = []
@@ -190,7 +191,7 @@ def test_steps_are_announced_and_taken(start: Start) -> None:
 
 @pytest.fixture
 def rounds(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
-    """Every round that runs from now on; they run as they are."""
+    """Records every round from now on, without changing it."""
     seen: list[Round] = []
     real = distilling.synthesize_round
 
@@ -236,10 +237,10 @@ def test_a_bank_smaller_than_one_round_is_refused_before_any_work(start: Start) 
     assert "bank_mib" in caught.value.fix
 
 
-# ------------------------------------------------------------------ what belongs to whom
+# ------------------------------------------------------------------ what each phase may change
 
 
-def test_synthesis_leaves_the_student_alone_and_all_leaves_the_teacher_alone(start: Start) -> None:
+def test_synthesis_does_not_change_the_student_and_nothing_changes_the_teacher(start: Start) -> None:
     run = start(distill_steps=1)
     teacher = copy.deepcopy(run.teacher.state_dict())
     run.run_epoch()
@@ -259,7 +260,7 @@ def test_synthesis_leaves_the_student_alone_and_all_leaves_the_teacher_alone(sta
 
 
 def test_the_student_sees_no_labels(start: Start) -> None:
-    """Other labels in the bank, the same student."""
+    """Other labels in the bank give the same student."""
     one, other = start(), start()
     for run in (one, other):
         run.run_epoch()
@@ -271,8 +272,8 @@ def test_the_student_sees_no_labels(start: Start) -> None:
         assert torch.equal(value, other.student.state_dict()[name])
 
 
-def test_the_generator_is_created_anew_every_g_life_epochs(start: Start) -> None:
-    """With a learning rate near zero the weights stand still, except where a new generator begins."""
+def test_the_generator_is_reinitialised_every_g_life_epochs(start: Start) -> None:
+    """With a learning rate near zero the weights only change when the generator is re-initialised."""
     run = start(synthesis_lr=1e-9, synthesis_g_life=2, distill_epochs=5)
     states = []
     for _ in range(5):
@@ -292,8 +293,8 @@ def test_the_generator_is_created_anew_every_g_life_epochs(start: Start) -> None
                 torch.testing.assert_close(states[epoch][name], value.detach(), rtol=0, atol=1e-6)
 
 
-def test_holdout_rounds_leave_no_trace(start: Start) -> None:
-    # One generator for the whole run: a new one right after the hold-out would hide what the hold-out left behind.
+def test_holdout_rounds_have_no_effect_on_training(start: Start) -> None:
+    # One generator for the whole run: re-initialising it after the hold-out would hide effects of the hold-out.
     one, three = (start(distill_holdout_rounds=rounds, synthesis_g_life=9) for rounds in (1, 3))
     distill(one)
     distill(three)
@@ -322,7 +323,7 @@ def test_runs_with_one_seed_are_equal_and_with_two_are_not(start: Start) -> None
     assert not torch.equal(one.bank.images, other.bank.images)
 
 
-# ------------------------------------------------------------------ killed and continued
+# ------------------------------------------------------------------ killed and resumed
 
 
 class KilledError(Exception):
@@ -330,7 +331,7 @@ class KilledError(Exception):
 
 
 def kill_after(run: Distillation, path: Path, epochs: int) -> None:
-    """Runs, and dies in the epoch after these; the checkpoint is that of the last whole one."""
+    """Runs, and dies in the epoch after these; the checkpoint is that of the last complete epoch."""
 
     def die(epoch: Epoch) -> None:
         if epoch.epoch == epochs + 1:
@@ -342,13 +343,13 @@ def kill_after(run: Distillation, path: Path, epochs: int) -> None:
 
 @pytest.mark.parametrize("views", [0, 3])
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
-def test_the_teacher_answers_mixtures_and_not_their_parts(start: Start, views: int, mixup: float) -> None:
+def test_the_teacher_labels_the_mixtures(start: Start, views: int, mixup: float) -> None:
     run = start(distill_views=views, distill_mixup=mixup)
     distill(run)
     images, logits = run._draw(torch.Generator().manual_seed(3))
     levels = 255 * images
     whole = (levels - levels.round()).abs() < 1e-3
-    # An image of the bank has whole levels, a mixture has not; the first image of all has only itself to mix with.
+    # Bank images have integer levels, mixtures do not; the very first image can only be mixed with itself.
     assert whole.flatten(1).all(dim=1).float().mean() == 1.0 if mixup == 0 else whole.float().mean() < 0.5
     with torch.no_grad():
         torch.testing.assert_close(logits, run.teacher(images), rtol=1e-4, atol=1e-4)
@@ -360,7 +361,7 @@ def test_a_continued_run_ends_with_the_same_bits(
     start: Start, tmp_path: Path, after: int, views: int, mixup: float
 ) -> None:
     changes = {"distill_views": views, "distill_mixup": mixup}
-    changes |= {"distill_bank_mib": 60 * 128 / 2**20}  # so that the ring has turned
+    changes |= {"distill_bank_mib": 60 * 128 / 2**20}  # so that the ring buffer has wrapped
     whole = start(**changes)
     distill(whole)
     path = tmp_path / "checkpoint.safetensors"
@@ -383,7 +384,7 @@ def test_a_continued_run_remembers_its_best_student(start: Start, tmp_path: Path
     shipped = copy.deepcopy(distill(whole).state_dict())
     scores = [epoch.agreement for epoch in whole.history[2:]]
     best = 3 + scores.index(max(scores))
-    assert best < 9, "the last is the best: these settings show nothing"
+    assert best < 9, "the last student is the best: this test would prove nothing"
     path = tmp_path / "checkpoint.safetensors"
     kill_after(start(**WILD), path, best)
     continued = start(**WILD)
@@ -398,7 +399,7 @@ def test_patience_ends_a_run_whose_agreement_does_not_rise(start: Start, tmp_pat
     distill(whole)
     scores = [epoch.agreement for epoch in whole.history[2:]]
     stale = [number - scores[: number + 1].index(max(scores[: number + 1])) for number in range(len(scores))]
-    assert 2 in stale, "agreement rises too often: these settings show nothing"
+    assert 2 in stale, "agreement rises too often: this test would prove nothing"
     run = start(**WILD, distill_patience=2)
     path = tmp_path / "checkpoint.safetensors"
     distill(run, path, checkpoint_seconds=0)
@@ -443,7 +444,7 @@ def test_a_damaged_checkpoint_is_named(start: Start, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(IntegrityError, match="checkpoint"):
         resume(start(), path)
-    # Readable, and no checkpoint at all: not a reason to begin anew in silence.
+    # Readable, but not a checkpoint: not a reason to silently start over.
     save_tensors(path, {"embeddings": torch.zeros(2, 2)}, {"labels": "3"})
     with pytest.raises(IntegrityError, match="not a checkpoint of this run"):
         resume(start(), path)
@@ -453,7 +454,7 @@ def test_a_damaged_checkpoint_is_named(start: Start, tmp_path: Path) -> None:
 def test_checkpoints_are_not_written_more_often_than_asked_for(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, kept: list[int]
 ) -> None:
-    """The first and the last epoch are always kept."""
+    """The first and the last epoch are always saved."""
     path, written = tmp_path / "checkpoint.safetensors", []
 
     def spy(run: Distillation, where: Path) -> None:
@@ -476,7 +477,7 @@ def test_select_agreement_ships_the_best_student(start: Start) -> None:
         students.append(copy.deepcopy(run.student.state_dict()))
     scores = [epoch.agreement if epoch.phase == "distill" else -1 for epoch in run.history]
     best = scores.index(max(scores))
-    assert scores[-1] < max(scores), "the last is the best: these settings show nothing"
+    assert scores[-1] < max(scores), "the last student is the best: this test would prove nothing"
     shipped = run.result()
     for name, value in shipped.state_dict().items():
         assert torch.equal(value, students[best][name])
@@ -544,7 +545,7 @@ def test_a_teacher_without_batchnorm_is_refused(
         Distillation(plain, label_embeddings, student, run.settings, run.compute)
 
 
-def test_a_teacher_that_answers_nan_is_refused(
+def test_a_teacher_with_nan_logits_is_refused(
     teacher: Classifier, student: Classifier, label_embeddings: LabelEmbeddings, start: Start
 ) -> None:
     run = start()
@@ -555,7 +556,7 @@ def test_a_teacher_that_answers_nan_is_refused(
     assert caught.value.why.startswith("32 of 32")
 
 
-def test_a_teacher_that_answers_nan_to_some_images_is_refused(teacher: Classifier, start: Start) -> None:
+def test_a_teacher_with_nan_logits_for_some_images_is_refused(teacher: Classifier, start: Start) -> None:
     class Picky(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.where(x.mean(dim=1, keepdim=True) > 1e9, x, x[:, :3] / (x[:, :1] - x[:, :1].max()))
@@ -600,7 +601,7 @@ def test_student_and_teacher_must_be_two_networks(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_where_there_is_none() -> None:
-    with pytest.raises(MissingError, match="finds none here") as caught:
+    with pytest.raises(MissingError, match="PyTorch finds none") as caught:
         choose("cuda")
     assert "device=cpu" in caught.value.fix
 

@@ -1,4 +1,4 @@
-"""What libraries say of memory and disks becomes an error that a person can act on."""
+"""Libraries' memory and disk errors become errors that the user can act on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_memory(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
-def test_disks_also_where_another_error_came_of_it(number: int) -> None:
+def test_disk_errors_behind_other_errors(number: int) -> None:
     try:
         try:
             raise OSError(number, os.strerror(number))
@@ -45,7 +45,7 @@ def test_disks_also_where_another_error_came_of_it(number: int) -> None:
     assert "TMPDIR" in found.fix
 
 
-def test_memory_is_named_where_it_was_taken_for_another_mistake() -> None:
+def test_a_memory_error_hidden_behind_another_error() -> None:
     for cause, wanted in ((RuntimeError("could not create a primitive"), True), (RuntimeError("shapes differ"), False)):
         try:
             raise UsageError("The model does not take such images.") from cause
@@ -64,8 +64,8 @@ def test_other_errors_are_not_explained_away() -> None:
         assert resource_error(error) is None
 
 
-def test_what_torch_says_where_there_is_no_memory() -> None:
-    """The words are PyTorch's own, of the version that is installed."""
+def test_torch_without_memory() -> None:
+    """With the real message of the installed PyTorch."""
     program = """
 import resource, torch
 from nayer_edge.errors import resource_error

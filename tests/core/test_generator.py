@@ -1,4 +1,4 @@
-"""Images of any size and channel count, from the same weights wherever they are drawn."""
+"""Images of any size and channel count; weights that are the same on every device."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_it_equals_the_reference(reference: ModuleType, shape: tuple[int, int, i
     torch.testing.assert_close(generator(embeddings), wanted(embeddings), rtol=1e-4, atol=1e-5)
 
 
-def test_initialise_draws_everything_from_its_stream(reference: ModuleType) -> None:
+def test_initialise_uses_its_own_stream_only(reference: ModuleType) -> None:
     one, same, other = made(seed=1), made(seed=1), made(seed=2)
     with torch.no_grad():
         for parameter in same.parameters():
@@ -87,7 +87,7 @@ def test_initialise_draws_everything_from_its_stream(reference: ModuleType) -> N
     torch.manual_seed(77)
     before = torch.random.get_rng_state()
     initialise(same, torch.Generator().manual_seed(1))
-    assert torch.equal(torch.random.get_rng_state(), before), "the global stream was moved"
+    assert torch.equal(torch.random.get_rng_state(), before), "the global generator was used"
     for (name, value), again, another in zip(
         one.named_parameters(), same.parameters(), other.parameters(), strict=True
     ):
@@ -138,7 +138,7 @@ def test_a_damaged_card_is_refused(tmp_path: Path, change: Callable[[dict[str, A
     path = tmp_path / "generator.safetensors"
     generators.save(made(), None, path)
     change_card(path, change)
-    with pytest.raises(IntegrityError, match="not a generator of ours"):
+    with pytest.raises(IntegrityError, match="not a nayer-edge generator"):
         generators.load(path)
 
 
@@ -155,7 +155,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     tensors.pop("generator.noisy.weight")
     save_tensors(path, tensors)
     change_card(path, lambda card: card.update(sha256=generators.sha256_of(path)))
-    with pytest.raises(IntegrityError, match="not a generator of ours"):
+    with pytest.raises(IntegrityError, match="not a nayer-edge generator"):
         generators.load(path)
     path.unlink()
     with pytest.raises(IntegrityError, match="not readable as a generator"):

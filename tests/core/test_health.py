@@ -1,4 +1,4 @@
-"""Numbers that lie are named while the run goes on, and healthy runs have nothing to say."""
+"""Silent training failures are reported during the run; healthy runs give no warnings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Start = Callable[..., Distillation]
 
 @dataclass
 class Line:
-    """An epoch's signs; a healthy one."""
+    """The metrics of a healthy epoch."""
 
     phase: str = "distill"
     synthetic_classes: int = 3
@@ -30,86 +30,86 @@ class Line:
     student_spread: float | None = 4.0
 
 
-def warmup(**signs: float) -> Line:
-    return Line(phase="warmup", student_spread=None, **signs)  # pyright: ignore[reportArgumentType]
+def warmup(**metrics: float) -> Line:
+    return Line(phase="warmup", student_spread=None, **metrics)  # pyright: ignore[reportArgumentType]
 
 
 class Notices(Silent):
-    """Keeps what was said."""
+    """Collects the warnings."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.texts: list[str] = []
 
     def notice(self, text: str) -> None:
-        self.said.append(text)
+        self.texts.append(text)
 
 
-def judged(lines: list[Line]) -> list[str]:
-    """What is said epoch by epoch."""
-    said = [health.judge(lines[: count + 1], finished=False) for count in range(len(lines))]
-    return [text for text in said if text]
+def warnings_of(lines: list[Line]) -> list[str]:
+    """The warnings, epoch by epoch."""
+    warnings = [health.check_health(lines[: count + 1], finished=False) for count in range(len(lines))]
+    return [text for text in warnings if text]
 
 
-def test_a_healthy_history_is_silent() -> None:
-    assert judged([warmup(), *[Line() for _ in range(40)]]) == []
-    assert health.judge([Line()], finished=True) is None
+def test_a_healthy_history_gives_no_warning() -> None:
+    assert warnings_of([warmup(), *[Line() for _ in range(40)]]) == []
+    assert health.check_health([Line()], finished=True) is None
 
 
-def test_one_class_is_said_once_and_stops_a_run_that_knew_nothing_else() -> None:
+def test_one_class_gives_one_warning_and_stops_a_run_that_had_nothing_else() -> None:
     collapsed = [warmup(synthetic_classes=1) for _ in range(health.STOP_AFTER)]
-    (said,) = judged(collapsed[:-1])
-    assert f"For {health.NOTICE_AFTER} epochs" in said
-    assert "lambda_ce" in said
+    (warning,) = warnings_of(collapsed[:-1])
+    assert f"For {health.NOTICE_AFTER} epochs" in warning
+    assert "lambda_ce" in warning
     with pytest.raises(TrainingError, match="one and the same class") as caught:
-        judged(collapsed)
+        warnings_of(collapsed)
     assert "lambda_ce" in caught.value.fix
-    # One good epoch anywhere: there is something in the bank to learn from.
-    assert len(judged([warmup(), *collapsed, *collapsed])) == 1
+    # After one good epoch, the bank has something to learn from.
+    assert len(warnings_of([warmup(), *collapsed, *collapsed])) == 1
 
 
-def test_copies_are_said_once_and_stop_a_run_that_knew_nothing_else() -> None:
+def test_copies_give_one_warning_and_stop_a_run_that_had_nothing_else() -> None:
     copies = [warmup(distinct=0.1) for _ in range(health.STOP_AFTER)]
-    (said,) = judged(copies[:-1])
-    assert "copies" in said
+    (warning,) = warnings_of(copies[:-1])
+    assert "copies" in warning
     with pytest.raises(TrainingError, match="copies of each other") as caught:
-        judged(copies)
+        warnings_of(copies)
     assert "noisy_dim" in caught.value.fix
 
 
 def test_a_dead_student_stops_the_run_after_three_epochs_or_at_its_end() -> None:
     dead = Line(student_spread=0.0)
-    assert judged([Line(), dead, dead, Line(), dead, dead]) == []
+    assert warnings_of([Line(), dead, dead, Line(), dead, dead]) == []
     with pytest.raises(TrainingError, match="dead: for 3 epochs") as caught:
-        judged([Line(), dead, dead, dead])
+        warnings_of([Line(), dead, dead, dead])
     assert "distill.lr" in caught.value.fix
     with pytest.raises(TrainingError, match="dead: for 1 epoch "):
-        health.judge([Line(), dead], finished=True)
+        health.check_health([Line(), dead], finished=True)
 
 
-def test_signs_of_images(teacher: Classifier, compute: Compute) -> None:
+def test_inspected_images(teacher: Classifier, compute: Compute) -> None:
     images = torch.randint(0, 256, (40, *teacher.spec.shape), generator=torch.manual_seed(0)).to(torch.uint8)
-    shares, distinct = health.look_at_images(teacher, images, compute)
+    shares, distinct = health.inspect_images(teacher, images, compute)
     with torch.no_grad():
         seen = teacher(images.float() / 255).argmax(dim=1)
     assert shares.tolist() == pytest.approx([float((seen == c).float().mean()) for c in range(3)])
     assert float(distinct) == 1.0
-    shares, distinct = health.look_at_images(teacher, images[:4].repeat(10, 1, 1, 1), compute)
+    shares, distinct = health.inspect_images(teacher, images[:4].repeat(10, 1, 1, 1), compute)
     assert float(distinct) == pytest.approx(0.1)
     assert float(shares.sum()) == pytest.approx(1.0)
-    # Only the newest are looked at.
+    # Only the newest are inspected.
     many = torch.cat((images[:1].expand(500, -1, -1, -1), images[:1].expand(health.SAMPLE, -1, -1, -1)))
-    assert float(health.look_at_images(teacher, many, compute)[1]) == pytest.approx(1 / health.SAMPLE)
+    assert float(health.inspect_images(teacher, many, compute)[1]) == pytest.approx(1 / health.SAMPLE)
 
 
-def test_spread_of_logits() -> None:
-    assert float(health.spread(torch.tensor([[1.0, 2.0], [1.0, 2.0]]))) == 0.0
-    assert float(health.spread(torch.tensor([[1.0, 2.0], [0.5, 5.0]]))) == 3.0
+def test_logit_spread() -> None:
+    assert float(health.logit_spread(torch.tensor([[1.0, 2.0], [1.0, 2.0]]))) == 0.0
+    assert float(health.logit_spread(torch.tensor([[1.0, 2.0], [0.5, 5.0]]))) == 3.0
 
 
-def test_an_ordinary_run_has_its_signs_in_the_metrics_and_nothing_to_say(start: Start) -> None:
+def test_an_ordinary_run_has_health_metrics_and_no_warnings(start: Start) -> None:
     run, notices = start(distill_epochs=8), Notices()
     distill(run, progress=notices)
-    assert notices.said == []
+    assert notices.texts == []
     for epoch in run.history:
         assert 1 <= epoch.synthetic_classes <= 3
         assert epoch.distinct > 0.9
@@ -119,7 +119,7 @@ def test_an_ordinary_run_has_its_signs_in_the_metrics_and_nothing_to_say(start: 
 
 
 class Same(nn.Module):
-    """Says nearly the same of every image, and can be trained to say nothing else."""
+    """A network whose output stays the same for every image, whatever its training."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_a_student_that_is_dead_ends_a_real_run(start: Start, tmp_path: Path) ->
     with pytest.raises(TrainingError, match="dead: for 3 epochs"):
         distill(run, path, checkpoint_seconds=0)
     assert run.epoch == 2 + health.DEAD_AFTER
-    assert path.is_file(), "what there was before is kept"
+    assert path.is_file(), "the checkpoint from before is kept"
 
 
 def test_a_generator_that_makes_one_image_ends_a_real_run(start: Start) -> None:
@@ -152,7 +152,7 @@ def test_a_generator_that_makes_one_image_ends_a_real_run(start: Start) -> None:
     with pytest.raises(TrainingError, match="one and the same class"):
         distill(run, progress=notices)
     assert run.epoch == health.STOP_AFTER
-    assert len(notices.said) == 1
+    assert len(notices.texts) == 1
 
 
 def test_a_checkpoint_that_fits_by_its_digest_and_not_by_its_content(start: Start, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Each loss against an independent formula, in NumPy and float64."""
+"""Each loss against an independent formula in NumPy, in float64."""
 
 from __future__ import annotations
 

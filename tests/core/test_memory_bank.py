@@ -22,7 +22,7 @@ Stream = Callable[[int], torch.Generator]
 
 
 def images_of(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images that carry their number, with labels."""
+    """Images that encode their number, with labels."""
     numbers = torch.arange(first, first + count)
     images = (numbers % 251).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, *SHAPE).contiguous()
     return images, numbers % 7
@@ -67,17 +67,17 @@ def test_the_byte_budget_is_respected(budget: int, capacity: int) -> None:
     assert MemoryBank(SHAPE, budget, CPU).capacity == capacity
 
 
-def test_budgets_that_hold_nothing_are_refused() -> None:
-    with pytest.raises(UsageError, match="holds not one image") as caught:
+def test_budgets_below_one_image_are_refused() -> None:
+    with pytest.raises(UsageError, match="too small for one image") as caught:
         MemoryBank(SHAPE, BYTES - 1, CPU)
     assert "bank_mib" in caught.value.fix
     bank = MemoryBank(SHAPE, 3 * BYTES, CPU)
-    with pytest.raises(UsageError, match="holds 3 images and one round has 4"):
+    with pytest.raises(UsageError, match="room for 3 images, but one round makes 4"):
         bank.add(*images_of(0, 4))
     assert len(bank) == 0
 
 
-def test_growth_keeps_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_keeps_the_content(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(banks, "_FIRST_ALLOCATION", 4)
     bank = MemoryBank(SHAPE, 50 * BYTES, CPU)
     sizes = set()

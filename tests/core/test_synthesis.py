@@ -1,4 +1,4 @@
-"""A synthesis round in float32 against reference.py, which draws the same random numbers."""
+"""A synthesis round in float32 against reference.py, with the same random numbers."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from nayer_edge.runtime.compute import Compute, choose
 from nayer_edge.synthesis import Round, draw_images, synthesize_round
 
 Stream = Callable[[int], torch.Generator]
-# Both compute in float32 but add in another order.
+# Both compute in float32, but sum in different orders.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 class Bench:
-    """Our generator and the reference's with the same weights, and everything that a round needs."""
+    """Our generator and the reference's with the same weights, and the other inputs of a round."""
 
     def __init__(self, reference: ModuleType, embeddings: Tensor, teacher: Classifier, config: Synthesis) -> None:
         widths = GeneratorConfig(noisy_dim=10, channels=4)
@@ -68,7 +68,7 @@ class Bench:
 def bench(
     reference: ModuleType, label_embeddings: LabelEmbeddings, teacher: Classifier, settings: Callable[..., Settings]
 ) -> Callable[..., Bench]:
-    """`bench(g_steps=5)`: the two generators side by side; `classes=9` asks for more labels than the teacher's."""
+    """`bench(g_steps=5)`: both generators side by side; `classes=9` uses more labels than the teacher has classes."""
 
     def make(*, on: Classifier = teacher, embeddings: Tensor = label_embeddings.embeddings, **changes: object) -> Bench:
         config = settings(**{f"synthesis_{key}": value for key, value in changes.items()}).synthesis
@@ -78,8 +78,8 @@ def bench(
 
 
 def assert_same_generator(bench: Bench) -> None:
-    """Weights that matter to the images; a bias before a BatchNorm has no gradient but rounding errors, which Adam
-    blows up to the size of a step, so the images are compared and not those."""
+    """Compares images and noisy weights. Biases before a BatchNorm are not compared: their gradients are rounding
+    errors, which Adam turns into full steps."""
     labels = torch.arange(bench.config.batch) % len(bench.embeddings)
     inputs = bench.embeddings[labels]
     torch.testing.assert_close(bench.ours(inputs), bench.theirs(inputs), rtol=1e-4, atol=1e-5)
@@ -89,7 +89,7 @@ def assert_same_generator(bench: Bench) -> None:
 
 
 def almost_all_equal(ours: Tensor, wanted: Tensor) -> bool:
-    """Bytes may differ by one level where a value lies on the border between two."""
+    """Bytes may differ by one level where a value is at a rounding boundary."""
     apart = (ours.int() - wanted.int()).abs()
     return int(apart.max()) <= 1 and float((apart > 0).float().mean()) < 0.01
 
@@ -132,7 +132,7 @@ def test_augmentation_equals_the_reference_with_the_same_draws(
 
 def test_all_batchnorms_are_matched_in_whatever_order_they_are_called(stream: Stream) -> None:
     class Nested(nn.Module):
-        """Lists its layers in another order than it calls them, nests one, and never calls another."""
+        """Registers its layers in another order than it calls them, nests one, and never calls another."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -169,7 +169,7 @@ def test_all_batchnorms_are_matched_in_whatever_order_they_are_called(stream: St
     statistics.remember()
     assert statistics.memory is not None
     assert len(statistics.memory) == 3
-    torch.testing.assert_close(statistics.loss(), wanted)  # the memory is what was just seen
+    torch.testing.assert_close(statistics.loss(), wanted)  # the memory equals the last statistics
     for module in network.modules():
         assert not module._forward_pre_hooks
 
@@ -184,8 +184,8 @@ def test_as_many_statistics_as_batchnorms(teacher: Classifier) -> None:
     assert [len(mean) for mean, _ in statistics.memory] == [len(norm.running_mean) for norm in batch_norms(teacher)]
 
 
-def test_a_normalisation_that_is_not_reached_is_left_out(stream: Stream) -> None:
-    """As in the auxiliary heads of a teacher of the user's own, which it computes only while it is trained."""
+def test_an_unused_batchnorm_is_skipped(stream: Stream) -> None:
+    """Such as in auxiliary heads of a user's teacher, which are used only in training."""
 
     class WithHead(nn.Module):
         def __init__(self) -> None:
@@ -224,7 +224,7 @@ def test_with_memory_the_gradient_is_scaled_by_one_minus_momentum(teacher: Class
 
     statistics = BatchNormStatistics(teacher, 0.9)
     alone = gradient(statistics)
-    statistics.remember()  # of the same images, so that the residual stays the same and only its gradient changes
+    statistics.remember()  # of the same images, so that the residual is the same and only its gradient changes
     assert float(alone.abs().max()) > 0
     torch.testing.assert_close(gradient(statistics), 0.1 * alone, rtol=1e-3, atol=1e-7)
     statistics.momentum = 0.0
@@ -278,7 +278,7 @@ def test_the_step_with_the_lowest_loss_is_kept_as_it_was_before_augmentation(
     seed = 8
     ours, wanted = both.round(seed, compute), both.reference_round(seed)
     totals = [step.loss for step in wanted.steps]
-    assert 0 < wanted.best < len(totals) - 1, "this seed shows nothing: the best step is the first or the last"
+    assert 0 < wanted.best < len(totals) - 1, "this seed proves nothing: the best step is the first or the last"
     assert totals.index(min(totals)) == wanted.best
     assert almost_all_equal(ours.images, to_uint8(wanted.steps[wanted.best].images))
     for number, step in enumerate(wanted.steps):
@@ -332,13 +332,13 @@ def test_grouped_noisy_layer_is_a_list_of_linears(stream: Stream) -> None:
 def test_the_noisy_layer_is_standard_normal_with_zero_bias(stream: Stream) -> None:
     layer = NoisyLinear(4, 64, 80)
     layer.redraw(stream(0))
-    # Kolmogorov–Smirnov at α = 0.01; the seed is fixed, so this passes always or never.
+    # Kolmogorov–Smirnov test at α = 0.01; the seed is fixed, so this is deterministic.
     assert stats.kstest(layer.weight.detach().flatten().numpy(), "norm").pvalue > 0.01
     assert stats.kstest(layer.weight.detach().flatten().numpy() * 1.1, "norm").pvalue < 0.01
     assert bool((layer.bias == 0).all())
 
 
-def test_it_is_drawn_anew_each_round_and_trained_within_it(bench: Callable[..., Bench], compute: Compute) -> None:
+def test_it_is_redrawn_each_round_and_trained_during_it(bench: Callable[..., Bench], compute: Compute) -> None:
     both = bench()
     seen = []
     for seed in (0, 1):
@@ -346,7 +346,7 @@ def test_it_is_drawn_anew_each_round_and_trained_within_it(bench: Callable[..., 
         drawn = copy.deepcopy(both.ours.noisy)
         drawn.redraw(torch.Generator().manual_seed(seed))
         moved = (both.ours.noisy.weight - drawn.weight).detach().abs()
-        # Adam moves a weight by little more than lr per step: trained, and not further from its own draw than that.
+        # Adam moves a weight by little more than lr per step: the layer is trained, and starts from its own draw.
         assert 0.5 * both.config.lr < float(moved.mean())
         assert float(moved.max()) < 2 * both.config.lr * both.config.g_steps
         assert float(both.ours.noisy.bias.detach().abs().max()) > 0
@@ -357,7 +357,7 @@ def test_it_is_drawn_anew_each_round_and_trained_within_it(bench: Callable[..., 
 
 
 def test_adam_is_fresh_every_round(bench: Callable[..., Bench], compute: Compute) -> None:
-    """The first step of a fresh Adam moves every weight by lr, whatever came before."""
+    """The first step of a new Adam moves every weight by lr, regardless of earlier rounds."""
     both = bench(g_steps=1, lr=1e-3)
     both.round(0, compute)
     before = both.ours.body[-1].weight.detach().clone()
@@ -367,7 +367,7 @@ def test_adam_is_fresh_every_round(bench: Callable[..., Bench], compute: Compute
     )
 
 
-# ------------------------------------------------------------------ what a round leaves alone
+# ------------------------------------------------------------------ what a round does not change
 
 
 def test_adversarial_loss_is_zero_in_warmup_and_where_they_disagree(
@@ -375,7 +375,7 @@ def test_adversarial_loss_is_zero_in_warmup_and_where_they_disagree(
 ) -> None:
     assert float(bench().round(0, compute).losses[2]) == 0
     assert float(bench().round(0, compute, student).losses[2]) < 0
-    # A student that always chooses one class earns a loss only on images of that class (in the teacher's eyes).
+    # A student that always predicts one class has a loss only on images that the teacher assigns to that class.
     stubborn = copy.deepcopy(student)
     head = stubborn.backbone.get_submodule("fc")
     with torch.no_grad():
@@ -402,8 +402,8 @@ def test_student_and_teacher_are_untouched(bench: Callable[..., Bench], compute:
 
 
 def test_bf16_is_close_to_float32(bench: Callable[..., Bench], compute: Compute, student: Classifier) -> None:
-    """bfloat16 has eight bits of mantissa. The first step differs by rounding alone; later ones by what Adam, which
-    moves every weight by about lr whatever the size of its gradient, makes of it, so there only the whole loss."""
+    """bfloat16 has eight bits of precision. The first step differs only by rounding. Later ones differ more, since Adam
+    moves every weight by about lr whatever the size of its gradient, so only the total loss is compared there."""
     half = choose("cpu", "bf16")
     first, rough_first = (bench(g_steps=1).round(0, arithmetic, student) for arithmetic in (compute, half))
     torch.testing.assert_close(first.losses, rough_first.losses, rtol=0.05, atol=0.02)
@@ -420,7 +420,7 @@ def test_bf16_is_close_to_float32(bench: Callable[..., Bench], compute: Compute,
 # ------------------------------------------------------------------ drawing from a trained generator
 
 
-def test_drawing_leaves_no_trace_and_gives_the_number_asked_for(
+def test_drawing_has_no_side_effects_and_gives_the_requested_number(
     bench: Callable[..., Bench], compute: Compute, stream: Stream
 ) -> None:
     both = bench()

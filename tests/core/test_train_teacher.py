@@ -54,7 +54,7 @@ def test_a_small_classifier_learns(network: Classifier, compute: Compute) -> Non
 
 
 def test_it_is_sgd_with_nesterov_momentum_and_one_cycle(network: Classifier, compute: Compute) -> None:
-    """Against a plain loop with the schedule as a formula: up for 30 % of the steps, then down to nearly nothing."""
+    """Against a plain loop with the schedule as a formula: up for 30 % of the steps, then down to almost zero."""
     data, config = halves(96, seed=1), settings(epochs=3, augment=Augment(pad=0, flip=False))
     plain = copy.deepcopy(network).train()
     teach(network, data, config, compute, seed=5)

@@ -1,1 +1,1 @@
-"""Faults done to the product on purpose, many times, and counted: `python -m tests.faults` (`make faults`)."""
+"""Fault injection, with counts of tries and losses: `python -m tests.faults` (`make faults`)."""

@@ -1,4 +1,4 @@
-"""Does every kind of fault, many times, and prints what was tried and what was lost; exit 1 if anything was.
+"""Injects every kind of fault many times and prints the numbers of tries and losses; exits with 1 if there are losses.
 
 python -m tests.faults              the full form (`make faults`)
 python -m tests.faults --short      a few tries of each kind (part of `make test`)
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# One thread, before anything is imported: a child has only the thread that forked it.
+# One thread, set before any import: a forked child has only the thread that called fork.
 os.environ.update(
     OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", ARROW_DEFAULT_MEMORY_POOL="system"
 )
@@ -58,14 +58,14 @@ KINDS: dict[str, tuple[Callable[[Kit, int], Tally], int, int]] = {
     "lies": (lies.lies, 9, 1),
     "healthy": (lies.healthy, 6, 0),
 }
-"""name → function, tries of the full form, and of the short one"""
+"""name → function, number of tries in the full form, and in the short form"""
 
 BEGINS, ENDS = "<!-- faults -->", "<!-- /faults -->"
-"""marks of the table in docs/SECURITY.md"""
+"""markers around the table in docs/SECURITY.md"""
 
 
 def main() -> int:
-    """Runs the kinds that were asked for; 1 if anything was lost."""
+    """Runs the requested kinds; returns 1 if there are losses."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description="Faults, tried and counted.")
     parser.add_argument("kinds", nargs="*", choices=[[], *KINDS], help="some kinds only")
     parser.add_argument("--short", action="store_true", help="a few tries of each kind")
@@ -108,7 +108,7 @@ def main() -> int:
 
 
 def _tried(kit: Kit, wanted: dict[str, int]) -> Iterator[tuple[Tally, float]]:
-    """Tries kinds, as many at a time as there are cores, each in a process; yields tallies and seconds as they come."""
+    """Runs each kind in its own process, as many at a time as there are cores; yields tallies and seconds."""
     waiting, working = list(wanted), {}
     while waiting or working:
         while waiting and len(working) < usable_cores():
@@ -131,7 +131,7 @@ def _tried(kit: Kit, wanted: dict[str, int]) -> Iterator[tuple[Tally, float]]:
 
 
 def _write(document: Path, tallies: list[Tally]) -> None:
-    """Replaces what stands between the marks by the table."""
+    """Replaces the text between the markers by the table."""
     order = {name: place for place, name in enumerate(KINDS)}
     rows = [f"| {t.kind} | {t.tries:,} | {len(t.losses)} |" for t in sorted(tallies, key=lambda t: order[t.name])]
     tries, losses = (sum(t.tries for t in tallies), sum(len(t.losses) for t in tallies))
@@ -143,7 +143,7 @@ def _write(document: Path, tallies: list[Tally]) -> None:
 
 
 def _try(kit: Kit, name: str, tries: int) -> None:
-    """In a process of its own: tries one kind, and writes its tally down."""
+    """Runs one kind in its own process, and writes its tally."""
     kit.kind = name
     began = time.monotonic()
     tally = KINDS[name][0](kit, tries)
@@ -155,5 +155,5 @@ def _try(kit: Kit, name: str, tries: int) -> None:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    # At once: extensions report leaks of their own when Python ends, after the line that is to be the last.
+    # Exit at once: at Python's normal exit, extensions would print their own leak reports after the last line.
     os._exit(code)

@@ -1,7 +1,7 @@
 """A coverage-guided fuzzer (atheris) against every reader: `python -m tests.faults.fuzz light|torch FOLDER …`.
 
-A reader may answer with its value or with an error of the product; anything else, and more than a gigabyte or ten
-seconds, is a crash, which libFuzzer reports and keeps in the folder. The first byte of an input chooses the reader.
+A reader must return a value or raise a nayer-edge error. Anything else, or more than a gigabyte or ten seconds, is a
+crash, which libFuzzer reports and saves in the folder. The first byte of an input selects the reader.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .kit import ROOT, Kit, Tally
 
 
 def fuzzed(kit: Kit, tries: int) -> Tally:
-    """So many inputs for each group of readers, from the files of the finished run onwards."""
+    """Fuzzes each group of readers, starting from the files of the finished run."""
     tally = Tally("mutated input, coverage-guided")
     notes = []
     for group, share in (("light", 0.75), ("torch", 0.25)):
@@ -44,7 +44,7 @@ def fuzzed(kit: Kit, tries: int) -> Tally:
 
 
 def seeds(kit: Kit, group: str) -> list[bytes]:
-    """Valid inputs, each behind the byte that chooses its reader."""
+    """Valid inputs, each after the byte that selects its reader."""
     run = kit.finished
     policy = b'artifacts = ["int8.cpu"]\n[accuracy]\nmax_drop_vs_fp32 = 0.01\n[latency]\nmax_p95_ms = 3.5\n'
     files = {
@@ -65,7 +65,7 @@ def seeds(kit: Kit, group: str) -> list[bytes]:
 
 
 def readers(group: str, folder: Path) -> list[Callable[[bytes], object]]:
-    """What reads an input: from a file in the folder, as the product does."""
+    """The readers; each reads from a file in the folder, as the product does."""
     from nayer_edge.pipelines.gate.policy import make_policy
     from nayer_edge.pipelines.measurements import Report
     from nayer_edge.pipelines.recipes.checking import parse_toml

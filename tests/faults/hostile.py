@@ -1,4 +1,4 @@
-"""Files that a stranger sends: none may run code, hang, take memory without bound, or show a traceback."""
+"""Malicious files: none may run code, hang, use unbounded memory, or cause a traceback."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from .kit import Kit, Tally
 from .scarcity import limit_memory
 
 MEMORY = 768 * 2**20
-"""bytes that a command may take beyond what it starts with: several times what the run needs"""
+"""bytes that a command may allocate: several times what the run needs"""
 SECONDS = 30.0
 
 
 def read(*command: str | Path) -> processes.Outcome:
-    """A command with bounded memory and time."""
+    """Runs a command with bounded memory and time."""
     return processes.run(*command, timeout=SECONDS, before=lambda: limit_memory(MEMORY))
 
 
 class Evil:
-    """Runs a call when it is unpickled."""
+    """Executes a call when unpickled."""
 
     def __init__(self, call: Callable[..., object], *arguments: object) -> None:
         self.call, self.arguments = call, arguments
@@ -45,7 +45,7 @@ class Evil:
 
 
 def _evil(canary: Path, number: int) -> object:
-    """One of several ways to make a file when unpickled, in one of several places of a state dict."""
+    """One of several ways to create a file when unpickled, at one of several places in a state dict."""
     import subprocess
 
     calls = (
@@ -70,7 +70,7 @@ def _evil(canary: Path, number: int) -> object:
 
 
 def pickles(kit: Kit, tries: int) -> Tally:
-    """Teacher weights that are pickles which run code, plain, in torch's zip, and under other files' names."""
+    """Teacher weights as pickles that run code: plain, in torch's zip format, and with other file extensions."""
     import torch
 
     tally = Tally("pickles that run code")
@@ -118,7 +118,7 @@ def _teacher(kit: Kit, weights: Path) -> Path:
 
 
 def safetensors_headers() -> list[tuple[str, bytes]]:
-    """Files whose headers state absurd things."""
+    """Files with absurd headers."""
 
     def file(header: object, data: bytes = b"\0" * 64, length: int | None = None) -> bytes:
         text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -165,7 +165,7 @@ LTE_FACTS = ("labels", "encoder", "revision", "prompt")
 
 
 def safetensors_files(kit: Kit, tries: int) -> Tally:
-    """Such files as a teacher's weights, as embeddings, as an interrupted run's checkpoint, and in a finished run."""
+    """Such files as teacher weights, embeddings, the checkpoint of an interrupted run, and files of a finished run."""
     tally = Tally("safetensors with absurd headers")
     headers = safetensors_headers()
     folder = kit.room()
@@ -187,7 +187,7 @@ def safetensors_files(kit: Kit, tries: int) -> Tally:
             root = kit.copy()
             _replace(root, "teacher/teacher.safetensors", content)
             outcome = read("validate", root, "--synthetic")
-        # A file that a reader may take for an empty but valid one is no loss where nothing comes of it.
+        # A file that counts as empty but valid is no loss if it has no effect.
         tally.count(outcome.wrong(2, 4), f"{what}, place {place}")
     return tally
 
@@ -203,7 +203,7 @@ def _until_student(kit: Kit) -> Path:
 
 
 def _replace(root: Path, name: str, content: bytes) -> None:
-    """Puts a file into a run as a stranger would, with a manifest that fits."""
+    """Puts a file into a run, with a matching manifest, as an attacker would."""
     (root / name).write_bytes(content)
     values = json.loads((root / MANIFEST).read_text())
     values["files"][name].update(sha256=sha256_of(root / name), bytes=len(content))
@@ -211,7 +211,7 @@ def _replace(root: Path, name: str, content: bytes) -> None:
 
 
 def onnx_files(kit: Kit, tries: int) -> Tally:
-    """ONNX that reads outside the folder, nests without end, or states absurd sizes, with a manifest that fits."""
+    """ONNX files that read outside the folder, nest deeply or state absurd sizes, with a matching manifest."""
     import onnx
     from onnx import TensorProto
 
@@ -230,7 +230,7 @@ def onnx_files(kit: Kit, tries: int) -> Tally:
         return model.SerializeToString()
 
     def deep() -> bytes:
-        """A graph in a node's attribute in a graph …, written by hand: protobuf's own writer refuses this depth."""
+        """A graph in a node's attribute in a graph …, written by hand, because protobuf's writer refuses this depth."""
 
         def field(number: int, content: bytes) -> bytes:
             size, head = len(content), bytes([number << 3 | 2])
@@ -291,7 +291,7 @@ def _npy(shape: tuple[int, ...], dtype: str, data: bytes) -> bytes:
 
 
 def bombs(kit: Kit, tries: int) -> Tally:
-    """Labelled images that unpack to far more than they are, or state sizes that nobody has."""
+    """Labelled images that unpack to far more than their file size, or state absurd sizes."""
     tally = Tally("zip bombs and images without end")
     folder = kit.room()
     folder.mkdir()
@@ -359,11 +359,11 @@ NASTY = (
 ACTING = re.compile(
     r"<script>alert|<img src=x|<svg onload|(?:href|src|action|data)\s*=\s*[\"']?\s*javascript:|\]\(javascript:"
 )
-"""what would act in a page or in Markdown; as text, or as the words of a label, it may stand there"""
+"""active content in a page or in Markdown, which may appear there only as text"""
 
 
 def class_names(kit: Kit, tries: int) -> Tally:
-    """HTML, escapes, workflow commands and paths as class names, from the recipe to page, terminal and JUnit."""
+    """HTML, escape sequences, workflow commands and paths as class names: in the page, the terminal and JUnit."""
     tally, chance = Tally("HTML and escapes in class names"), kit.random("names")
     for _ in range(tries):
         names = chance.sample(NASTY, 3)
@@ -412,7 +412,7 @@ def _shown(kit: Kit, root: Path, recipe: Path) -> str:
 
 
 def _acts(text: str, *, page: bool = False) -> str:
-    """What in a text would act on a terminal, or on a CI server that reads it."""
+    """The parts of a text that a terminal or a CI server would interpret."""
     for character in "\x1b\x07\x9b\u202e\x00":
         if character in text:
             return f"{character!r} is shown as it is"
@@ -422,7 +422,7 @@ def _acts(text: str, *, page: bool = False) -> str:
 
 
 def random_values(chance: random.Random) -> object:
-    """Any JSON value, a few levels deep, with numbers and texts that readers stumble over."""
+    """A random JSON value, a few levels deep, with numbers and texts that are difficult for readers."""
     leaves = (0, -1, 2**63, 1e308, -0.0, "", "\0", "\u202e", "x" * 500, True, None, [], {}, "..", "NaN", 1e-320)
     if chance.random() < 0.7:
         return chance.choice(leaves)
@@ -432,7 +432,7 @@ def random_values(chance: random.Random) -> object:
 
 
 def mutated_json(kit: Kit, tries: int) -> Tally:
-    """Every JSON file of a run with values replaced, in a run with a fitting manifest; whoever reads it says so."""
+    """Every JSON file of a run with values replaced and a matching manifest; readers must report it."""
     tally, chance = Tally("JSON files of a run with other values"), kit.random("json")
     names = [n for n in sorted(RunFolder.open(kit.finished).manifest.files) if n.endswith(".json")]
     for _ in range(tries):
@@ -460,7 +460,7 @@ def mutated_json(kit: Kit, tries: int) -> Tally:
 
 
 def _replace_somewhere(values: Any, chance: random.Random) -> None:
-    """Replaces one value inside nested ones."""
+    """Replaces one nested value."""
     place = values
     while True:
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))

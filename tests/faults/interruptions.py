@@ -1,4 +1,4 @@
-"""The process dies, is asked to end, or the clock jumps: what was finished is kept, and the end is the same."""
+"""The process is killed, interrupted, or the clock jumps: finished work is kept, and the result is the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def killed(kit: Kit, tries: int) -> Tally:
-    """SIGKILL at moments drawn uniformly from the whole run; continued, the run ends with the same bytes."""
+    """SIGKILL at uniformly random times; the resumed run ends with the same bytes."""
     tally, chance = Tally("SIGKILL at a random moment of a run"), kit.random("killed")
     steps: list[str] = []
     for _ in range(tries):
@@ -38,13 +38,13 @@ def killed(kit: Kit, tries: int) -> Tally:
 
 
 def killed_again_and_again(kit: Kit, tries: int) -> Tally:
-    """One run, killed once more each time it was continued, until it was killed as often as asked for."""
+    """A run that is killed again each time it is resumed, for the given number of kills."""
     tally, chance, root = Tally("SIGKILL again and again, one run"), kit.random("again"), kit.room()
     for number in range(tries):
         moment = chance.uniform(0, kit.seconds / 2)
         outcome = processes.run(*kit.run(root), before=checkpoint_often, during=processes.at(moment, signal.SIGKILL))
         if outcome.code != -signal.SIGKILL:
-            # It was finished before; the rest of the kills go to a new one.
+            # It has finished; the remaining kills go to a new run.
             tally.count(outcome.wrong(0, 1) or kit.differs(root), f"kill {number + 1}")
             root = kit.room()
         else:
@@ -54,7 +54,7 @@ def killed_again_and_again(kit: Kit, tries: int) -> Tally:
 
 
 def killed_while_writing(kit: Kit, tries: int) -> Tally:
-    """SIGKILL inside a write: before the bytes, between two of them, before and after the rename."""
+    """SIGKILL during a write: before the bytes, between two of them, before and after the rename."""
     tally, chance = Tally("SIGKILL inside a write"), kit.random("writing")
     for _ in range(tries):
         root, number, place = kit.room(), chance.randrange(1, 30), chance.choice(("fsync", "replace", "replaced"))
@@ -94,14 +94,14 @@ def _die_in_write(number: int, place: str) -> Callable[[], None]:
 
 
 def asked_to_end(kit: Kit, tries: int) -> Tally:
-    """SIGINT and SIGTERM at random moments: exit 130, finished epochs in the checkpoint, and then the same bytes."""
+    """SIGINT and SIGTERM at random times: exit 130, finished epochs in the checkpoint, and the same final bytes."""
     tally, chance = Tally("SIGINT or SIGTERM at a random moment"), kit.random("asked")
     for index in range(tries):
         root, number = kit.room(), (signal.SIGINT, signal.SIGTERM)[index % 2]
-        # Not before the command line is there to answer it.
+        # Not before the CLI is ready to handle it.
         moment = chance.uniform(0.1, 0.9) * kit.seconds
         outcome = processes.run(*kit.run(root), during=processes.at(moment, number))
-        # A run that was quicker than the signal has simply ended.
+        # The run may end before the signal arrives.
         wrong = outcome.wrong(130, 0, 1) or kit.damaged(root) or _unsaved(root)
         if outcome.code == 130 and "Interrupted" not in outcome.err:
             wrong = wrong or "nothing is said"
@@ -111,7 +111,7 @@ def asked_to_end(kit: Kit, tries: int) -> Tally:
 
 
 def _unsaved(root: Path) -> str:
-    """Epochs that metrics.jsonl names and the checkpoint does not hold."""
+    """Epochs that are in metrics.jsonl but not in the checkpoint."""
     metrics, checkpoint = root / "metrics.jsonl", root / "student" / "checkpoint.safetensors"
     if not metrics.is_file() or "student" in RunFolder.open(root).manifest.steps:
         return ""
@@ -129,7 +129,7 @@ def _unsaved(root: Path) -> str:
 
 
 def clock_jumps(kit: Kit, tries: int) -> Tally:
-    """Every clock that Python offers jumps by up to a year, forwards and backwards, at every reading."""
+    """All of Python's clocks jump by up to a year, forwards or backwards, at every reading."""
     tally, chance = Tally("clocks that jump"), kit.random("clock")
     for _ in range(tries):
         root, seed = kit.room(), chance.randrange(2**32)
@@ -152,7 +152,7 @@ def _jumping(seed: int) -> Callable[[], None]:
 
 
 def two_at_once(kit: Kit, tries: int) -> Tally:
-    """Several processes start the same run together; a lock that a killed process left does not count."""
+    """Several processes start the same run at once; the lock file of a killed process is ignored."""
     tally, chance = Tally("processes in one run folder at once"), kit.random("lock")
     for _ in range(tries):
         root = kit.copy()
@@ -162,7 +162,7 @@ def two_at_once(kit: Kit, tries: int) -> Tally:
         wrong = refused.wrong(2)
         if not wrong and "Another process is working" not in refused.err:
             wrong = f"refused for another reason: {refused.err}"
-        # Free again; and of several that start at the same moment at most one works at a time.
+        # Unlocked again. Of several processes that start at once, only one works at a time.
         shutil.rmtree(root / "gate")
         children = [processes.start(*kit.run(root, whole=True)) for _ in range(chance.randrange(2, 4))]
         codes = [processes.finish(child) for child in children]
@@ -178,8 +178,8 @@ def two_at_once(kit: Kit, tries: int) -> Tally:
 
 
 def one_cache(kit: Kit, tries: int) -> Tally:
-    """Processes build the same embeddings at once, one of them killed on the way; the cached file is missing, there,
-    or damaged."""
+    """Processes build the same embeddings at once, one of them is killed; the cache file is missing, present or
+    damaged."""
     from nayer_edge.labels import embeddings as lte
 
     tally, chance = Tally("processes in one LTE cache at once"), kit.random("cache")
@@ -211,7 +211,7 @@ def one_cache(kit: Kit, tries: int) -> Tally:
 
 
 def _build() -> LabelEmbeddings:
-    """Embeddings of labels that nobody ships, by an encoder that takes a moment: no language model is needed here."""
+    """Embeddings of labels that are not shipped, by a slow stand-in for a language model."""
     import torch
 
     from nayer_edge.config import LTE

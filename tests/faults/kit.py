@@ -1,4 +1,4 @@
-"""What every kind of fault shares: a run of three seconds, its finished result, and how a try is counted."""
+"""Shared by all kinds of faults: a run of three seconds, its finished result, and the count of tries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nayer_edge.storage.run_folder import RunFolder
 from . import processes
 
 LAST = "int8"
-"""the last step that makes something that ships"""
+"""the last step that makes a shipped artifact"""
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,15 +81,15 @@ SAME = (
     "export/student.int8.cpu.onnx",
     "export/quantization.json",
 )
-"""files of a run that must have the same bytes, whatever happened while they were made"""
+"""files of a run that must have the same bytes, whatever happened during the run"""
 
 
 @dataclass
 class Tally:
-    """How often a kind of fault was tried, and what was lost.
+    """Counts the tries of a kind of fault, and the losses.
 
-    A loss is finished work that is gone, an altered thing that was accepted, code that ran, a file written outside, a
-    hang, memory without bound, or a traceback shown.
+    A loss is lost finished work, an accepted altered file, executed code, a file written outside the folder, a hang,
+    unbounded memory, or a traceback.
     """
 
     kind: str
@@ -97,21 +97,21 @@ class Tally:
     losses: list[str] = field(default_factory=list)
     note: str = ""
     name: str = ""
-    """of the kind, as it is typed"""
+    """name of the kind on the command line"""
 
     def count(self, wrong: str, what: str = "") -> None:
-        """One try; `wrong` says what was lost, and is empty where nothing was."""
+        """Counts a try; `wrong` describes the loss, and is empty if there is none."""
         self.tries += 1
         if wrong:
             self.losses.append(f"{what}: {wrong}" if what else wrong)
 
 
 class Kit:
-    """A workshop: a recipe, the finished run that it makes without any fault, and room for copies.
+    """A recipe, its finished run without faults, and a folder for copies.
 
     Args:
         folder: an empty folder, which the caller removes.
-        seed: of every random choice; each kind has its own stream.
+        seed: seed of all random choices; each kind has its own stream.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -119,39 +119,39 @@ class Kit:
         self.recipe = folder / "tiny.toml"
         self.recipe.write_text(RECIPE.format(folder=folder), encoding="utf-8")
         self.seconds = 0.0
-        """how long the uninterrupted run takes"""
+        """duration of the uninterrupted run"""
         _write_digits(folder)
         self.finished = folder / "finished"
         self.kind = "kit"
-        """what is tried now; kinds that are tried at the same time have rooms of their own"""
+        """the current kind; kinds that run at the same time have separate folders"""
         self._rooms = 0
 
     def random(self, kind: str) -> random.Random:
-        """The random choices of a kind."""
+        """The random generator of a kind."""
         return random.Random(f"{self.seed}/{kind}")
 
     def room(self) -> Path:
-        """A path where nothing is yet."""
+        """A path that does not exist yet."""
         self._rooms += 1
         return self.folder / f"{self.kind}{self._rooms}"
 
     def copy(self) -> Path:
-        """A copy of the finished run, to be altered."""
+        """A copy of the finished run, to alter."""
         return Path(shutil.copytree(self.finished, self.room() / "run", symlinks=True))
 
     def run(self, root: Path, whole: bool = False) -> list[str | Path]:
-        """The command that makes the run, and continues it, up to what ships or to the report."""
+        """The command that starts or resumes the run, up to the shipped artifacts or to the report."""
         return ["run", self.recipe, "--out", root, *([] if whole else ["--until", LAST])]
 
     def prepare(self, own_process: bool) -> None:
-        """Makes the finished run, and imports here what commands import.
+        """Makes the finished run, and imports the modules that commands need.
 
         Args:
-            own_process: the finished run is made as a user makes it, in a process of its own, and a child must then
-                make the same bytes; else it is made in a child.
+            own_process: make the finished run in a separate process, as a user does, and check that a forked child
+                makes the same bytes; else make it in a forked child.
 
         Raises:
-            RuntimeError: the uninterrupted run fails; no fault can be judged then.
+            RuntimeError: the uninterrupted run fails, so faults cannot be assessed.
         """
         command = [sys.executable, "-c", CHECKPOINT_OFTEN, *map(str, self.run(self.finished, whole=True))]
         own = (
@@ -162,7 +162,7 @@ class Kit:
         processes.import_what_commands_import()
         _warm()
         gc.collect()
-        # Else the first collection in every child would touch, and so copy, each page of this process.
+        # Otherwise the first garbage collection in each child would touch, and so copy, every page of this process.
         gc.freeze()
         if own is not None:
             _, errors = own.communicate(timeout=1800)
@@ -175,7 +175,7 @@ class Kit:
         self.seconds = timed.seconds
 
     def differs(self, root: Path, whole: bool = False) -> str:
-        """What in a run is not as in the finished one, or not as its manifest states; empty where all is."""
+        """How a run differs from the finished one or from its manifest; empty if it does not."""
         try:
             run, wanted = RunFolder.open(root), RunFolder.open(self.finished)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is lost
@@ -188,7 +188,7 @@ class Kit:
         return f"other bytes in {', '.join(other)}" if other else ""
 
     def damaged(self, root: Path) -> str:
-        """What is wrong with the finished part of an unfinished run: nothing that its manifest names may be lost."""
+        """What is wrong with the finished part of an unfinished run: no file in its manifest may be lost."""
         if not (root / "manifest.json").exists():
             return ""
         try:
@@ -197,7 +197,7 @@ class Kit:
             return f"the manifest is lost: {error}"
 
     def continued(self, root: Path, whole: bool = False) -> str:
-        """Continues a run to its end; what is wrong with that, or with what it made."""
+        """Resumes a run to its end; returns what is wrong with that or with the result."""
         outcome = processes.run(*self.run(root, whole), before=checkpoint_often)
         return outcome.wrong(0, 1) or self.differs(root, whole)
 
@@ -209,11 +209,11 @@ distill.distill = functools.partial(distill.distill, checkpoint_seconds=0)
 from nayer_edge.pipelines.cli import main
 main(sys.argv[1:])
 """
-"""the command line with a checkpoint after every epoch, which in a run of hours is written once a minute"""
+"""the CLI with a checkpoint after every epoch (long runs write one per minute)"""
 
 
 def checkpoint_often() -> None:
-    """The same in a child."""
+    """The same in a forked child."""
     import functools
 
     from nayer_edge.pipelines import distill
@@ -222,7 +222,7 @@ def checkpoint_often() -> None:
 
 
 def _write_digits(folder: Path) -> None:
-    """The zeros, ones and twos of scikit-learn's digits, as they are: 8×8."""
+    """The zeros, ones and twos of scikit-learn's digits, in 8×8 pixels."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -234,7 +234,7 @@ def _write_digits(folder: Path) -> None:
 
 
 def _warm() -> None:
-    """Caches that every export and every picture would fill anew; nothing here starts a thread."""
+    """Fills caches that every export and plot would fill again, without starting a thread."""
     from matplotlib.figure import Figure
     from torch.onnx._internal.exporter import _registration
 

@@ -1,4 +1,4 @@
-"""Numbers that lie: weights, losses and images that are wrong in a way that runs on for hours if nobody looks."""
+"""Silent training failures: wrong weights, losses and images that would go unnoticed for hours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Weights = dict[str, Tensor]
 
 
 def lies(kit: Kit, tries: int) -> Tally:
-    """Each of them ends with exit 1, or 2 where the weights show it, names what is wrong, and says what to change."""
+    """Each failure exits with 1, or with 2 if the weights show it, and the error names the problem and a fix."""
     tally = Tally("silent training failures (NaN, constant, dead, collapsed, copies)")
     twins = kit.room().with_suffix(".npy")
     np.save(twins, np.ones((3, 4), np.float32))
@@ -43,7 +43,7 @@ def lies(kit: Kit, tries: int) -> Tally:
 
 
 def healthy(kit: Kit, tries: int) -> Tally:
-    """No false alarm: the same run with other seeds has nothing to say."""
+    """No false alarms: the same run with other seeds gives no warnings."""
     tally = Tally("no false alarm with other seeds")
     for number in range(tries):
         root = kit.room()
@@ -61,7 +61,7 @@ def _filled(value: float, part: str = "") -> Callable[[Weights], Weights]:
 
 
 def _one_class(weights: Weights) -> Weights:
-    """A teacher that sees one class in every image, with logits that still differ."""
+    """A teacher that predicts one class for every image, with varying logits."""
     bias = max(name for name in weights if name.endswith("bias") and weights[name].shape == (3,))
     return {**weights, bias: torch.tensor([0.0, 1e4, 0.0])}
 
@@ -74,9 +74,9 @@ def _one_nan(weights: Weights) -> Weights:
 
 
 LONG = ("distill.epochs=24", "distill.warmup_epochs=22", "distill.steps=1", "synthesis.warmup_rounds=1")
-"""epochs enough for what is judged only after many"""
+"""enough epochs for checks that need many"""
 
-# What, the weights of its teacher, settings, and the patterns that the error's text holds.
+# Name, teacher weights, settings, and patterns in the error message.
 CASES: tuple[tuple[str, Callable[[Weights], Weights] | None, tuple[str, ...], tuple[str, ...]], ...] = (
     ("a teacher of NaN", _filled(torch.nan), (), ("NaN or infinity", "checkpoint")),
     ("one weight is NaN", _one_nan, (), ("NaN or infinity", "checkpoint")),
@@ -85,9 +85,9 @@ CASES: tuple[tuple[str, Callable[[Weights], Weights] | None, tuple[str, ...], tu
     ("losses that become NaN", None, ("distill.lr=1e30",), ("became", "distill.lr")),
     ("synthesis that becomes NaN", None, ("synthesis.lr=1e30",), ("became", "synthesis.lr")),
     ("all synthetic images of one class", _one_class, LONG, ("one and the same class", "lambda_ce")),
-    # Labels with one embedding: BatchNorm in front of the noisy layer makes it zero, and all images of a round alike.
+    # Equal label embeddings: the BatchNorm before the noisy layer maps them to zero, so a round's images are equal.
     ("synthetic images that are copies", None, (*LONG, "lte.encoder={twins}"), ("copies", "noisy_dim")),
-    # Of such a rate the student dies or overflows, by chance.
+    # At this rate the student dies or overflows, by chance.
     (
         "a dead student",
         None,

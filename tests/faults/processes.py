@@ -1,9 +1,9 @@
-"""Children of a process that has imported everything: a command runs as in a process of its own, seconds sooner.
+"""Runs commands in forked children of a process that has imported everything, which saves seconds per command.
 
-Importing torch, ONNX and the exporter takes many times what the smallest run takes. So this process imports them once,
-with one thread and without computing anything (no OpenMP or autograd thread exists that a child would miss), and forks
-for every command. A child ends with `os._exit`, because destructors of libraries would join threads that only the
-parent has. That a child computes what `python -m nayer_edge` computes is one of the tries (`killed`).
+Importing torch, ONNX and the exporter takes many times longer than the smallest run. So this process imports them once,
+with one thread and without computing anything (so there are no OpenMP or autograd threads that a child would lack), and
+forks for every command. A child ends with `os._exit`, because library destructors would join threads that exist only in
+the parent. The kind `killed` checks that a child computes the same as `python -m nayer_edge`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIMEOUT = 60.0
-"""seconds of the processor, or a fifth of those of the clock, after which a child is said to hang"""
+"""CPU seconds, or a fifth of the wall-clock seconds, after which a child counts as hanging"""
 
 HEAVY = (
     *(
@@ -38,7 +38,7 @@ HEAVY = (
     *("matplotlib.backends.backend_svg", "sklearn.datasets", "sklearn.model_selection", "PIL.Image"),
     *("cyclonedx.output.json", "cyclonedx.validation.json", "packageurl", "model_signing"),
 )
-"""modules whose imports take most of a command's time"""
+"""modules whose imports take most of the time of a command"""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Outcome:
     """How a child ended.
 
     Attributes:
-        code: exit code; minus the signal's number where one killed it.
-        out, err: what it wrote.
-        seconds: how long it ran.
-        hung: it was still running after the limit, and was killed.
+        code: exit code, or minus the number of the signal that killed it.
+        out, err: its output.
+        seconds: its duration.
+        hung: whether it exceeded the limit and was killed.
     """
 
     code: int
@@ -59,7 +59,7 @@ class Outcome:
     hung: bool
 
     def wrong(self, *codes: int) -> str:
-        """What is wrong with this end where one of these exit codes was due; empty where nothing is."""
+        """What is wrong with this outcome if one of these exit codes was expected; empty if nothing is."""
         last = (self.err.strip().splitlines() or ["nothing on standard error"])[-1]
         if self.hung:
             return "it hangs"
@@ -78,12 +78,12 @@ def run(
     before: Callable[[], object] = lambda: None,
     during: Callable[[int, float], float | None] | None = None,
 ) -> Outcome:
-    """The command line in a child.
+    """Runs the CLI in a child.
 
     Args:
         before: called in the child before the command.
-        during: called in the parent with the child's id and its age in seconds, again and again; returns in how many
-            seconds it wants to be called next, None for never.
+        during: called repeatedly in the parent with the child's id and its age in seconds; returns the seconds until
+            the next call, or None for no further call.
     """
 
     def command() -> None:
@@ -101,7 +101,7 @@ def fork(
     timeout: float = TIMEOUT,
     during: Callable[[int, float], float | None] | None = None,
 ) -> Outcome:
-    """Any work in a child; its exit code is that of its SystemExit, 70 after another exception."""
+    """Runs a function in a child, whose exit code is that of its SystemExit, or 70 after another exception."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -147,10 +147,10 @@ def _work(work: Callable[[], object], out: int, err: int) -> None:
 def _watch(
     child: int, handle: int, began: float, timeout: float, during: Callable[[int, float], float | None] | None
 ) -> bool:
-    """Waits for a child's end; kills it, and returns False, where it hangs.
+    """Waits for a child to end; kills it and returns False if it hangs.
 
-    A busy machine is no hang: one that works is given so many seconds of the processor, one that waits five times as
-    many of the clock.
+    On a busy machine a slow child does not count as hanging: the limit is in CPU seconds, or five times as many
+    wall-clock seconds for a child that waits.
     """
     pause: float | None = 0.0 if during else None
     while True:
@@ -171,7 +171,7 @@ def _processor_seconds(child: int) -> float:
 
 
 def start(*arguments: str | Path, before: Callable[[], object] = lambda: None) -> int:
-    """A command in a child that nobody waits for yet; its id. `finish` waits."""
+    """Starts a command in a child and returns its id at once; `finish` waits for it."""
 
     def command() -> None:
         from nayer_edge.pipelines import cli
@@ -183,10 +183,10 @@ def start(*arguments: str | Path, before: Callable[[], object] = lambda: None) -
 
 
 def begin(work: Callable[[], object], *, quiet: bool = True) -> int:
-    """Any work in a child that nobody waits for yet; its id.
+    """Starts a function in a child and returns its id at once.
 
     Args:
-        quiet: nobody reads its output.
+        quiet: discard its output.
     """
     sys.stdout.flush()
     child = os.fork()
@@ -197,12 +197,12 @@ def begin(work: Callable[[], object], *, quiet: bool = True) -> int:
 
 
 def finish(child: int) -> int:
-    """Waits for a child of `start`; its exit code."""
+    """Waits for a child of `start` and returns its exit code."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def at(moment: float, number: int) -> Callable[[int, float], float | None]:
-    """Sends a signal at a moment of a child's life, in seconds."""
+    """Sends a signal when the child has run for the given seconds."""
 
     def during(child: int, age: float) -> float | None:
         if age < moment:
@@ -215,14 +215,14 @@ def at(moment: float, number: int) -> Callable[[int, float], float | None]:
 
 
 def import_what_commands_import() -> None:
-    """Imports here what any command may import, without computing anything."""
+    """Imports the modules that any command may need, without computing anything."""
     for name in HEAVY:
         importlib.import_module(name)
 
 
 @contextlib.contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Environment variables for the children of a block."""
+    """Sets environment variables for the children started in a block."""
     kept = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -236,7 +236,7 @@ def environment(**variables: str) -> Iterator[None]:
 
 
 def threads() -> Sequence[str]:
-    """Names of this process's threads."""
+    """Names of the threads of this process."""
     return [
         (Path("/proc/self/task") / task / "comm").read_text().strip()
         for task in os.listdir("/proc/self/task")  # noqa: PTH208

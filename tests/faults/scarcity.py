@@ -1,4 +1,4 @@
-"""No room on the disk, no right to write, no memory: an error that says so, nothing finished lost, and then on."""
+"""Full disks, missing write permission, too little memory: clear errors, no lost work, and runs that resume."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from . import processes
 from .kit import Kit, Tally, checkpoint_often
 
 NOBODY = 65534
-"""a user who owns nothing"""
+"""an unprivileged user"""
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Callable[[str], bool] | None]:
-    """A tmpfs of so many bytes on a folder; None where this process may not mount. Yields a way to remount it."""
+    """Mounts a tmpfs of the given size on a folder; yields a function to remount it, or None without permission."""
     folder.mkdir(parents=True)
     options = f"size={size}"
     mounted = os.geteuid() == 0 and _call("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder))
@@ -37,7 +37,7 @@ def _call(*command: str) -> bool:
 
 
 def full_disk(kit: Kit, tries: int) -> Tally:
-    """A disk that fills up at a random moment of the run; with more room, the same command goes on."""
+    """A disk that fills up at a random time in the run; with more space, the same command resumes."""
     tally, chance = Tally("disk full"), kit.random("disk")
     whole = sum(path.stat().st_size for path in kit.finished.rglob("*") if path.is_file())
     for _ in range(tries):
@@ -46,7 +46,7 @@ def full_disk(kit: Kit, tries: int) -> Tally:
         with small_disk(folder, size) as remount:
             root = folder / "run"
             if remount is None:
-                # Without the right to mount, the system's limit on a file's size has to do.
+                # Without permission to mount, use the system's limit on file sizes instead.
                 limit = chance.randrange(4096, 200_000)
                 outcome = processes.run(*kit.run(root), before=_limited(resource.RLIMIT_FSIZE, limit))
             else:
@@ -62,7 +62,7 @@ def full_disk(kit: Kit, tries: int) -> Tally:
 
 
 def file_size_limit(kit: Kit, tries: int) -> Tally:
-    """A quota on file sizes, which ends a write in the middle."""
+    """A limit on file sizes, which ends a write in the middle."""
     tally, chance = Tally("limit on file sizes (RLIMIT_FSIZE)"), kit.random("quota")
     for _ in range(tries):
         root, limit = kit.room(), chance.randrange(1024, 320_000)
@@ -76,7 +76,7 @@ def file_size_limit(kit: Kit, tries: int) -> Tally:
 
 
 def full_temporary_folder(kit: Kit, tries: int) -> Tally:
-    """The folder for temporary files has no room."""
+    """The temporary folder is full."""
     tally, chance = Tally("no room for temporary files"), kit.random("tmp")
     for _ in range(tries):
         root, folder = kit.copy(), kit.room()
@@ -105,7 +105,7 @@ def _forget(root: Path, *steps: str) -> None:
 
 
 def read_only(kit: Kit, tries: int) -> Tally:
-    """A run folder that cannot be written to: what only reads works, and what writes says so and changes nothing."""
+    """A read-only run folder: reading commands work; writing commands report it and change nothing."""
     tally, chance = Tally("read-only folders"), kit.random("read only")
     kit.folder.chmod(0o755)
     for _ in range(tries):
@@ -131,7 +131,7 @@ def read_only(kit: Kit, tries: int) -> Tally:
 
 
 def _without_rights(root: Path) -> None:
-    """In a child: the folder cannot be written to, and no privilege helps."""
+    """In a child: makes the folder read-only and drops privileges."""
     for path in (root, *root.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     if os.geteuid() == 0:
@@ -148,12 +148,12 @@ def _state(root: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def no_memory(kit: Kit, tries: int) -> Tally:
-    """A limit on memory, from nearly none to nearly enough (RLIMIT_AS); without it, the same command goes on."""
+    """A memory limit, from almost nothing to almost enough (RLIMIT_AS); without it, the same command resumes."""
     tally, chance = Tally("no memory for the bank, or for anything"), kit.random("memory")
     for _ in range(tries):
         root, room = kit.room(), chance.choice((4, 16, 48, 96, 160)) * 2**20
         outcome = processes.run(*kit.run(root), before=lambda room=room: _little_memory(room))
-        # A native library that does not look whether it got its memory ends the process, as a kill does.
+        # A native library that does not check its allocations ends the process, like a kill.
         wrong = outcome.wrong(3, 0, 1, -signal.SIGSEGV, -signal.SIGABRT) or kit.damaged(root)
         if not wrong and outcome.code == 3 and "memory" not in outcome.err:
             wrong = f"another reason: {outcome.err}"
@@ -168,7 +168,7 @@ def _little_memory(room: int) -> None:
 
 
 def limit_memory(room: int) -> None:
-    """In a child: so many bytes of address space more than now."""
+    """In a child: limits the additional address space, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + room
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

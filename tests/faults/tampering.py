@@ -1,5 +1,5 @@
-"""A stranger altered the run: every change is found, and with a signature or a noted digest every change of the
-manifest itself."""
+"""An attacker alters the run: every change is found, including changes of the manifest itself if there is a signature
+or a recorded digest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .kit import Kit, Tally, files_of
 
 
 def every_byte(kit: Kit, tries: int) -> Tally:
-    """Every byte of every file of a small run, flipped in turn, its manifest included (against a noted digest)."""
+    """Flips every byte of every file of a small run in turn, including the manifest (against a recorded digest)."""
     tally, chance = Tally("one flipped byte"), kit.random("byte")
     run = _small_run(kit.room())
     noted = sha256_of(run.root / MANIFEST)
@@ -60,7 +60,7 @@ def _accepted(root: Path, noted: str) -> str:
 
 
 def altered_folder(kit: Kit, tries: int) -> Tally:
-    """Files flipped, cut, lengthened, emptied, swapped, removed, added or replaced by links; `verify` and `gate`."""
+    """Files altered, cut, extended, emptied, swapped, removed, added or replaced by links; `verify` and `gate`."""
     tally, chance = Tally("an altered, missing or added file"), kit.random("altered")
     root = kit.copy()
     for _ in range(tries):
@@ -75,7 +75,7 @@ def altered_folder(kit: Kit, tries: int) -> Tally:
 
 
 def _alter(root: Path, chance: random.Random):
-    """Alters a run; says what was done, and returns what undoes it."""
+    """Alters a run; returns a description, and a function that undoes it."""
     names = sorted(RunFolder.open(root).manifest.files)
     name = chance.choice(names)
     path = root / name
@@ -107,7 +107,7 @@ def _alter(root: Path, chance: random.Random):
         other = root / chance.choice([n for n in names if n != name])
         path.write_bytes(other.read_bytes())
     elif how == "link":
-        # To a file with the right bytes, but elsewhere.
+        # To a file with the same bytes outside the folder.
         elsewhere = root.parent / "elsewhere"
         elsewhere.write_bytes(content)
         path.unlink()
@@ -117,7 +117,7 @@ def _alter(root: Path, chance: random.Random):
             ("extra.onnx", "export/extra.so", "student/.hidden", "validate/x\ny", "gate/\x1b[2J", "a/b/c")
         )
         if how == "named":
-            # As a killed write would be named, in a place where none is.
+            # With the name of an unfinished write, in a place where there are none.
             added = root / "export" / ".evil.so.ab12cd34.tmp"
         added.parent.mkdir(exist_ok=True, parents=True)
         added.write_bytes(b"x")
@@ -133,7 +133,7 @@ def _alter(root: Path, chance: random.Random):
 
 
 def signatures(kit: Kit, tries: int) -> Tally:
-    """Another key, an altered signature, none, and a folder whose manifest was made to fit the altered files."""
+    """Another key, an altered or missing signature, and altered files with a matching manifest."""
     tally, chance = Tally("a signed run, altered with its manifest"), kit.random("signature")
     root, keys = kit.copy(), kit.room()
     keys.mkdir()
@@ -147,7 +147,7 @@ def signatures(kit: Kit, tries: int) -> Tally:
         what, key = "", mine[1]
         if number % 4 == 0:
             altered = bytearray(signature)
-            # Of the bundle's content; JSON's own white space may change without a change of meaning.
+            # In the bundle's content: changing JSON white space has no effect.
             place = chance.choice([i for i, byte in enumerate(altered) if chr(byte).isalnum()])
             altered[place] = ord(chance.choice([c for c in "abcdefXYZ0123" if ord(c) != altered[place]]))
             (root / SIGNATURE).write_bytes(bytes(altered))
@@ -173,7 +173,7 @@ def signatures(kit: Kit, tries: int) -> Tally:
 
 
 def _holds(root: Path, key: Path) -> str:
-    """In this process: a signature that holds although something was altered."""
+    """In this process: whether a signature is valid although something was altered."""
     from nayer_edge.pipelines.trust.signing import require_signed
 
     try:
@@ -189,7 +189,7 @@ def _holds(root: Path, key: Path) -> str:
 
 
 def _alter_and_record(root: Path, chance: random.Random) -> str:
-    """Alters a file and makes the manifest fit, as a stranger would; without a signature nothing shows it."""
+    """Alters a file and its manifest entry, as an attacker would; only a signature reveals it."""
     values = json.loads((root / MANIFEST).read_text())
     name = chance.choice(sorted(values["files"]))
     path = root / name
@@ -202,7 +202,7 @@ def _alter_and_record(root: Path, chance: random.Random) -> str:
 
 
 def make_keys(folder: Path, name: str) -> tuple[Path, Path]:
-    """A pair of elliptic-curve keys, as `openssl` makes them: private, public."""
+    """A pair of elliptic-curve keys in the format of `openssl`: private, public."""
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -223,7 +223,7 @@ NAMES = (
 
 
 def hostile_paths(kit: Kit, tries: int) -> Tally:
-    """Manifests that name paths outside the folder, and folders whose parts are links, pipes or sockets."""
+    """Manifests with paths outside the folder, and folders that contain links, pipes or sockets."""
     tally, chance = Tally("paths and links that lead outside"), kit.random("paths")
     canary = kit.folder / "outside"
     for number in range(tries):
@@ -241,7 +241,7 @@ def hostile_paths(kit: Kit, tries: int) -> Tally:
         commands = [["verify", root], ["gate", root], ["report", root], ["run", kit.recipe, "--out", root]]
         command = commands[(number // 2) % len(commands)] if number % 3 else commands[0]
         outcome = processes.run(*command, timeout=30)
-        # The gate reads, and locks nothing.
+        # The gate only reads, and takes no lock.
         wrong = outcome.wrong(4, 2, *((0, 1) if (command[0], what) == ("gate", "lock") else ()))
         if not wrong and canary.read_text() != "mine":
             wrong = "a file outside was changed"
@@ -253,14 +253,14 @@ def hostile_paths(kit: Kit, tries: int) -> Tally:
 
 
 def _divert(root: Path, canary: Path, chance: random.Random) -> str:
-    """Replaces a part of a run folder by something that leads elsewhere or does not end."""
+    """Replaces a part of a run folder by something that points elsewhere or never ends."""
     how = chance.choice(("file", "folder", "pipe", "lock", "manifest", "circle", "device"))
     path = root / "student" / "student.safetensors"
     if how == "folder":
         shutil.move(root / "student", root.parent / "student")
         (root / "student").symlink_to(root.parent / "student")
     elif how == "lock":
-        # The lock is made where it is missing: through a link it would be made outside.
+        # A missing lock file is created; through a link it would be created outside.
         (root / ".lock").unlink(missing_ok=True)
         (root / ".lock").symlink_to(canary.parent / "made outside")
     elif how == "manifest":

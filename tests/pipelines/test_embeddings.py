@@ -76,7 +76,7 @@ def test_what_is_typed_counts_more_than_the_recipe(here: Path, invoke: Invoke) -
         (["digits", "--prompt", "no label"], "must contain {label}"),
         (["digits", "--synonyms", "second"], "synonyms"),
         (["--labels", "absent.txt"], "no file of class names"),
-        (["--labels", "labels.txt", "--encoder", "absent.npy"], "no file of embeddings"),
+        (["--labels", "labels.txt", "--encoder", "absent.npy"], "no embedding file"),
     ],
 )
 def test_wrong_usage(here: Path, invoke: Invoke, arguments: list[str], words: str) -> None:
@@ -212,7 +212,7 @@ def test_a_file_of_embeddings_counts_by_what_is_in_it(here: Path) -> None:
     with pytest.raises(UsageError, match="cannot run here") as caught:
         run_recipe(load_recipe(str(path)), root, last="lte")
     assert "lte.encoder: " in caught.value.why
-    assert "4 embeddings, and there are 3 classes" in caught.value.why
+    assert "4 embeddings for 3 classes" in caught.value.why
 
 
 def test_a_folder_of_an_encoder_is_relative_to_the_recipe(here: Path, sentence_encoder: Path) -> None:

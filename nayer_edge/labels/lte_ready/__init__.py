@@ -1,1 +1,1 @@
-"""Label-text embeddings that ship with the package: a read-only part of the cache, keyed by digest."""
+"""Label-text embeddings shipped with the package, named by digest."""

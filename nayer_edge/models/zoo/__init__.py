@@ -1,9 +1,9 @@
-"""The literature's CIFAR networks, with its state-dict keys, for any channel count, size and class number.
+"""CIFAR networks of the literature, with their usual state-dict keys, for any channels, image size and classes.
 
 wrn_<d>_<k>             WideResNet, pre-activation (Zagoruyko & Komodakis 2016), d = 6n + 4
 resnet8/20/32/56        CIFAR ResNet (He et al. 2016, §4.2) with 1×1-convolution shortcuts
 resnet18/34             ResNet with a 3×3 stem, as used throughout the data-free literature
-vgg11_bn                VGG-11 with BatchNorm and one linear layer
+vgg11_bn                VGG-11 with BatchNorm and a single linear layer
 """
 
 from __future__ import annotations

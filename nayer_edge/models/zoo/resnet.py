@@ -12,7 +12,7 @@ from nayer_edge.models.zoo.initialise import initialise
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut, which the literature's two code families name differently."""
+    """Two 3×3 convolutions and a shortcut, whose module name differs between codebases."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, shortcut: str) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from nayer_edge.models.zoo.initialise import initialise
 
-# A number is a convolution's width; blocks end with 2×2 max-pooling, the last one with a global average.
+# Convolution widths per block; blocks end with 2×2 max-pooling, the last one with global average pooling.
 BLOCKS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 

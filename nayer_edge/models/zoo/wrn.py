@@ -11,7 +11,7 @@ from nayer_edge.models.zoo.initialise import initialise
 
 
 class Block(nn.Module):
-    """BN-ReLU-conv twice; where the width changes, the 1×1 shortcut eats the activated input."""
+    """BN-ReLU-conv twice; if the width changes, a 1×1 shortcut is applied to the activated input."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class Group(nn.Module):
-    """The blocks of one resolution."""
+    """The blocks at one resolution."""
 
     def __init__(self, blocks: int, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class WideResNet(nn.Module):
         if depth < 10 or (depth - 4) % 6 or width < 1:
             raise UsageError(
                 f"There is no WideResNet of depth {depth} and width {width}.",
-                why="The depth is 6n + 4: 10, 16, 22, 28, 34, 40; the width at least 1.",
+                why="The depth must be 6n + 4 (10, 16, 22, 28, 34, 40, …) and the width at least 1.",
             )
         blocks = (depth - 4) // 6
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)

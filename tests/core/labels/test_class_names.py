@@ -1,4 +1,4 @@
-"""Class names: every form in which people have them, and every way in which they can be wrong."""
+"""Class names in all supported formats, and every kind of invalid file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nayer_edge.errors import UsageError
-from nayer_edge.labels.class_names import labels_beside, phrases, read_labels, spoken, synonyms_of
+from nayer_edge.labels.class_names import as_words, labels_beside, phrases, read_labels, synonyms_of
 
 CATS = ("cat", "dog", "été, summer")
 
@@ -51,7 +51,7 @@ def write(folder: Path, name: str, text: str | bytes) -> Path:
         ("gap.csv", 'id,name\n\n0,cat\n1,dog\n2,"été, summer"\n'),
     ],
 )
-def test_forms_of_one_list(tmp_path: Path, name: str, text: str | bytes) -> None:
+def test_formats_of_one_list(tmp_path: Path, name: str, text: str | bytes) -> None:
     assert read_labels(write(tmp_path, name, text)) == CATS
 
 
@@ -71,33 +71,33 @@ def test_names_that_look_like_something_else(tmp_path: Path) -> None:
         ("empty.txt", "", "is empty"),
         ("blank.txt", "\n \n", "is empty"),
         ("gap.txt", "cat\n\ndog\n", "Line 2 of .* is empty"),
-        ("one.txt", "cat\n", "holds 1 class names"),
+        ("one.txt", "cat\n", "has 1 class names; a classifier needs 2"),
         ("twice.txt", "cat\ndog\ncat\n", r"'cat' \(classes 0, 2\)"),
-        ("crane.txt", "crane\nx\ncrane\ny\ny\n", r"2 names to more than one class: 'crane' .*; 'y'"),
+        ("crane.txt", "crane\nx\ncrane\ny\ny\n", r"2 names for several classes: 'crane' .*; 'y'"),
         ("accents.txt", "été\ne\u0301te\u0301\n", "'été'"),
-        ("latin.txt", "cat\nété\n".encode("latin-1"), r"no UTF-8 text \(byte 4\)"),
-        ("binary.txt", b"\x00\x01\x02\n\x03", "no text"),
+        ("latin.txt", "cat\nété\n".encode("latin-1"), r"not UTF-8 text \(byte 4\)"),
+        ("binary.txt", b"\x00\x01\x02\n\x03", "not a text file"),
         ("list.json", '["cat", ""]', "no name for class 1"),
         ("list.json", '["cat", " ", "\\t"]', "no name for classes 1, 2"),
-        ("list.json", '["cat", 3]', "holds 3 where a class name should stand"),
-        ("list.json", "[]", "holds no class names"),
-        ("list.json", "{}", "holds no class names"),
-        ("list.json", '"cat"', "holds no class names"),
-        ("list.json", '["cat"', "is no JSON file"),
-        ("deep.json", "[" * 100_000, "is no JSON file"),
+        ("list.json", '["cat", 3]', "has 3 in place of a class name"),
+        ("list.json", "[]", "contains no class names"),
+        ("list.json", "{}", "contains no class names"),
+        ("list.json", '"cat"', "contains no class names"),
+        ("list.json", '["cat"', "is not a valid JSON file"),
+        ("deep.json", "[" * 100_000, "is not a valid JSON file"),
         ("ids.json", '{"0": "cat", "2": "dog"}', "id 1 is missing"),
         ("ids.json", '{"5": "cat", "6": "dog"}', "id 0 is missing"),
-        ("ids.json", '{"0": "cat", "0": "dog"}', "is no JSON file"),
-        ("ids.json", '{"cat": 0, "dog": 0}', "one id to two names"),
-        ("ids.csv", "0,cat\n0,dog\n", "id 0 stands there twice"),
+        ("ids.json", '{"0": "cat", "0": "dog"}', "is not a valid JSON file"),
+        ("ids.json", '{"cat": 0, "dog": 0}', "one id for two names"),
+        ("ids.csv", "0,cat\n0,dog\n", "id 0 occurs twice"),
         ("ids.csv", "0,cat\n2,dog\n", "id 1 is missing"),
-        ("ragged.csv", "0,cat\n1,tench, Tinca tinca\n", "Row 2 of .* has 3 cells, and the first has 2"),
+        ("ragged.csv", "0,cat\n1,tench, Tinca tinca\n", "Row 2 of .* has 3 cells, but the first row has 2"),
         ("empty.csv", "", "is empty"),
-        ("quote.csv", '0,"cat\n', "is no CSV file"),
+        ("quote.csv", '0,"cat\n', "is not a valid CSV file"),
         ("empty.csv", "0,cat\n1,\n", "no name for class 1"),
     ],
 )
-def test_files_that_do_not_hold(tmp_path: Path, name: str, text: str | bytes, words: str) -> None:
+def test_invalid_files(tmp_path: Path, name: str, text: str | bytes, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         read_labels(write(tmp_path, name, text))
     assert caught.value.fix or caught.value.why
@@ -108,13 +108,13 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         read_labels(tmp_path / "absent.txt")
     with pytest.raises(UsageError, match="cannot be read"):
         read_labels(tmp_path)
-    with pytest.raises(UsageError, match="larger than"):
+    with pytest.raises(UsageError, match="too large"):
         read_labels(write(tmp_path, "huge.txt", b"x\n" * (9 * 2**20)))
 
 
 def test_wordnet_ids_are_translated(tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    # Two of ImageNet's classes are called "crane"; their definitions tell them apart.
+    # Two ImageNet classes are named "crane"; their definitions distinguish them.
     path = write(tmp_path, "wnids.txt", "n01440764\nn02012849\nn03126707\n")
     tench, bird, machine = read_labels(path)
     assert tench == "tench, Tinca tinca"
@@ -140,7 +140,7 @@ def test_labels_beside_a_file(tmp_path: Path) -> None:
 
 
 def test_synonyms() -> None:
-    assert spoken("  aquarium__fish ") == "aquarium fish"
+    assert as_words("  aquarium__fish ") == "aquarium fish"
     assert synonyms_of("tench, Tinca tinca") == ("tench", "Tinca tinca")
     assert synonyms_of("great_white_shark,white shark,, man-eater ") == (
         "great white shark",
@@ -151,5 +151,5 @@ def test_synonyms() -> None:
     assert synonyms_of(",") == (",",)
     labels = ("tench, Tinca tinca", "maillot", "maillot, tank suit", "sea_bird")
     assert phrases(labels, "first") == [("tench",), ("maillot",), ("maillot, tank suit",), ("sea bird",)]
-    assert phrases(labels, "all") == [(spoken(label),) for label in labels]
+    assert phrases(labels, "all") == [(as_words(label),) for label in labels]
     assert phrases(labels, "average")[2] == ("maillot", "tank suit")

@@ -1,4 +1,4 @@
-"""Label-text embeddings: digests, the cache, the encoders, and files that are not what they say."""
+"""Label-text embeddings: digests, the cache, the encoders, and damaged or altered files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nayer_edge.config import LTE
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.labels import text_encoders
-from nayer_edge.labels.class_names import spoken
+from nayer_edge.labels.class_names import as_words
 from nayer_edge.labels.embeddings import (
     LabelEmbeddings,
     averaged,
@@ -78,7 +78,7 @@ def test_the_digest_is_of_the_numbers_too() -> None:
     ]
     assert len({found.digest for found in (base, *others)}) == 7
     assert dataclasses.replace(base, embeddings=values.clone()).digest == base.digest
-    # SHA-256 of the six float32, little-endian, by another way.
+    # SHA-256 of the six little-endian float32 values, computed in another way.
     packed = struct.pack("<6f", *values.flatten().tolist())
     assert base.numbers_digest == hashlib.sha256(packed).hexdigest()
 
@@ -95,7 +95,7 @@ def test_round_trip_with_labels_that_are_not_ascii(tmp_path: Path) -> None:
     first = path.read_bytes()
     for _ in range(8):
         save(made, path)
-        assert path.read_bytes() == first, "equal embeddings are equal bytes"
+        assert path.read_bytes() == first, "equal embeddings give equal bytes"
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -112,7 +112,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         ({"embeddings": torch.full((2, 3), torch.nan)}, good),
     ):
         save_tensors(path, tensors, facts)
-        with pytest.raises(IntegrityError, match=r"not a file of label-text embeddings|embeddings for \d labels"):
+        with pytest.raises(
+            IntegrityError, match=r"not a file of label-text embeddings|embeddings of shape .* for \d labels"
+        ):
             load(path)
     save_tensors(path, {"embeddings": torch.zeros(2, 3)}, good)
     assert load(path).labels == ("a", "b")
@@ -123,7 +125,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(IntegrityError, match="its numbers are not those that it was written with"):
+    with pytest.raises(IntegrityError, match=r"altered.*SHA-256"):
         load(path)
     with pytest.raises(IntegrityError):
         load(tmp_path / "absent.safetensors")
@@ -186,7 +188,7 @@ print(found.numbers_digest, "transformers" in sys.modules)
 
 
 def test_two_processes_at_once_share_the_work(sentence_encoder: Path, tmp_path: Path) -> None:
-    """Both wait for the same moment; one makes the embeddings, the other waits and takes them from the cache."""
+    """Both start at the same moment; one computes the embeddings, the other waits and reads them from the cache."""
     start = tmp_path / "start"
     command = [sys.executable, "-c", TWO_AT_ONCE, str(sentence_encoder), str(start)]
     both = [subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True) for number in range(2)]
@@ -204,9 +206,7 @@ def test_two_processes_at_once_share_the_work(sentence_encoder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "empty", "another"])
-def test_a_damaged_cache_file_is_made_anew(
-    sentence_encoder: Path, caplog: pytest.LogCaptureFixture, damage: str
-) -> None:
+def test_a_damaged_cache_file_is_rebuilt(sentence_encoder: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     config = LTE(encoder=str(sentence_encoder), prompt=f"{damage} {{label}}")
     first = build(("cat", "dog"), config)
     key = cache_key(first.encoder, first.revision, first.texts)
@@ -214,7 +214,7 @@ def test_a_damaged_cache_file_is_made_anew(
     good = path.read_bytes()
     assert load(path).digest == first.digest
     if damage == "another":
-        # Of the same form, and whole, but of other texts.
+        # A valid file of the same shape, but of other texts.
         build(("dog", "cat"), config)
         (other,) = {file for file in lte.cache_folder().glob("*.safetensors") if load(file).labels == ("dog", "cat")}
         other.replace(path)
@@ -223,7 +223,7 @@ def test_a_damaged_cache_file_is_made_anew(
         path.write_bytes(bad)
     with caplog.at_level(logging.WARNING):
         again = build(("cat", "dog"), config)
-    assert "damaged, and is made anew" in caplog.text
+    assert "damaged cache file is rebuilt" in caplog.text
     assert torch.equal(again.embeddings, first.embeddings)
     assert path.read_bytes() == good
     caplog.clear()
@@ -239,7 +239,7 @@ def test_a_cache_that_cannot_be_written(
     closed.mkdir(mode=0o500)
     monkeypatch.setenv("XDG_CACHE_HOME", str(closed))
     assert build(("cat", "dog"), LTE(encoder=str(sentence_encoder))).embeddings.shape == (2, 16)
-    assert "not kept for the next time" in caplog.text
+    assert "could not be cached" in caplog.text
 
 
 def test_a_cache_folder_that_is_a_file(
@@ -248,7 +248,7 @@ def test_a_cache_folder_that_is_a_file(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert build(("cat", "dog"), LTE(encoder=str(sentence_encoder))).embeddings.shape == (2, 16)
-    assert "not kept for the next time" in caplog.text
+    assert "could not be cached" in caplog.text
 
 
 # ------------------------------------------------------------------ encoders
@@ -282,7 +282,7 @@ def test_sentence_encoders_give_the_mean_over_tokens(sentence_encoder: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(sentence_encoder)
     model = AutoModel.from_pretrained(sentence_encoder).eval()
     for row, text in zip(found.embeddings, ("cat", "sea bird", "日", "été"), strict=True):
-        # Alone there is no padding, so this also shows that padding is left out of the mean.
+        # A single text has no padding, so this also shows that the mean excludes padding.
         tokens = tokenizer(f"a photo of a {text}", return_tensors="pt")
         assert tokenizer.unk_token_id not in tokens["input_ids"]
         with torch.no_grad():
@@ -311,9 +311,9 @@ def test_more_labels_than_a_batch(sentence_encoder: Path) -> None:
     torch.testing.assert_close(found.embeddings[65:66], alone.embeddings, rtol=1e-4, atol=1e-5)
 
 
-def test_labels_are_spoken_and_braces_in_them_are_harmless(sentence_encoder: Path) -> None:
-    assert spoken("sea_bird") == "sea bird"
-    assert spoken("  sea__bird\n") == "sea bird"
+def test_labels_become_words_and_may_contain_braces(sentence_encoder: Path) -> None:
+    assert as_words("sea_bird") == "sea bird"
+    assert as_words("  sea__bird\n") == "sea bird"
     found = build(("cat", "{label}", "{0}"), LTE(encoder=str(sentence_encoder)))
     assert found.labels == ("cat", "{label}", "{0}")
 
@@ -327,7 +327,7 @@ def test_several_prompts_are_averaged_as_clip_does(sentence_encoder: Path) -> No
     mean = sum(unit) / 3
     np.testing.assert_allclose(found.embeddings, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=1e-5)
     assert found.prompt.split("\n") == list(templates)
-    assert not np.allclose(np.linalg.norm(alone[0].numpy(), axis=1), 1), "one prompt alone stays as it is"
+    assert not np.allclose(np.linalg.norm(alone[0].numpy(), axis=1), 1), "a single prompt is unchanged"
     one = build(("cat", "sea_bird"), LTE(encoder=str(sentence_encoder), prompt=templates[:1]))
     assert torch.equal(one.embeddings, alone[0])
 
@@ -342,7 +342,7 @@ def test_synonyms(sentence_encoder: Path) -> None:
         rows(("cat, dog", "bird"), "all")[0],
     )
     torch.testing.assert_close(rows(("cat, dog", "bird"), "first")[0], cat, rtol=1e-4, atol=1e-5)
-    # Where two share the first synonym, the whole label tells them apart.
+    # If two share the first synonym, the whole labels distinguish them.
     shared = rows(("cat", "cat, dog"), "first")
     torch.testing.assert_close(shared, torch.stack([cat, both]), rtol=1e-4, atol=1e-5)
     mean = cat / cat.norm() + dog / dog.norm()
@@ -357,10 +357,11 @@ def test_averaging_by_hand() -> None:
     torch.testing.assert_close(averaged(encoded, [2, 1]), wanted)
 
 
-def test_classes_that_the_encoder_cannot_tell_apart(sentence_encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_classes_that_the_encoder_cannot_distinguish(sentence_encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = build(("cat", "duck", "goose\x1b"), LTE(encoder=str(sentence_encoder)))
     assert duplicates(found) == ["duck", "goose\x1b"], "both are unknown words"
-    assert "cannot tell 2 classes apart: duck, goose" in caplog.text
+    assert "2 classes share an embedding" in caplog.text
+    assert "duck, goose" in caplog.text
     assert "\x1b" not in caplog.text
     caplog.clear()
     build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
@@ -368,7 +369,7 @@ def test_classes_that_the_encoder_cannot_tell_apart(sentence_encoder: Path, capl
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
-def test_pooling_is_what_the_encoder_says(sentence_encoder: Path, pooling: str) -> None:
+def test_pooling_follows_the_encoders_configuration(sentence_encoder: Path, pooling: str) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     (sentence_encoder / "1_Pooling").mkdir()
@@ -389,46 +390,46 @@ def test_pooling_is_what_the_encoder_says(sentence_encoder: Path, pooling: str) 
 
 
 def without(folder: Path, *names: str) -> None:
-    """Saves an encoder again without some of its tensors."""
+    """Saves an encoder without some of its tensors."""
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
     assert set(names) <= set(tensors)
     save_file({n: t.clone() for n, t in tensors.items() if n not in names}, weights, metadata={"format": "pt"})
 
 
-def test_an_encoder_whose_weights_are_not_complete_is_refused(sentence_encoder: Path, clip_encoder: Path) -> None:
-    """transformers only warns of weights that it draws at random; such embeddings would mean nothing."""
+def test_an_encoder_with_incomplete_weights_is_refused(sentence_encoder: Path, clip_encoder: Path) -> None:
+    """transformers only warns about weights that it initialises at random; such embeddings would be meaningless."""
     without(clip_encoder, "text_projection.weight")
-    with pytest.raises(IntegrityError, match="not complete; it was not used") as caught:
+    with pytest.raises(IntegrityError, match="incomplete; it was not used") as caught:
         build(("cat", "dog"), LTE(encoder=str(clip_encoder)))
-    assert "1 are missing or of another shape: text_projection.weight" in caught.value.why
+    assert "1 are missing or have the wrong shape: text_projection.weight" in caught.value.why
     without(sentence_encoder, "pooler.dense.weight", "pooler.dense.bias")
     build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))  # the mean over tokens needs no pooler
     without(sentence_encoder, "encoder.layer.1.output.dense.weight", "encoder.layer.1.output.dense.bias")
-    with pytest.raises(IntegrityError, match="not complete; it was not used") as caught:
+    with pytest.raises(IntegrityError, match="incomplete; it was not used") as caught:
         build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
     assert "2 are missing" in caught.value.why
 
 
 def test_a_text_tower_saved_without_its_projection(clip_encoder: Path, tmp_path: Path) -> None:
-    """As CLIPTextModel saves it: the architecture is CLIP's, the embedding that CLIP was trained for is not in it."""
+    """As saved by CLIPTextModel: CLIP's architecture, but without the projection that CLIP was trained with."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     whole = CLIPTextModelWithProjection.from_pretrained(clip_encoder)
     plain = CLIPTextModel(whole.config)
     plain.save_pretrained(clip_encoder)
-    with pytest.raises(IntegrityError, match="not complete"):
+    with pytest.raises(IntegrityError, match="incomplete"):
         build(("cat", "dog"), LTE(encoder=str(clip_encoder)))
 
 
-def test_a_model_that_is_no_text_encoder(sentence_encoder: Path) -> None:
+def test_a_model_that_is_not_a_text_encoder(sentence_encoder: Path) -> None:
     from transformers import ResNetConfig, ResNetModel
 
     for file in ("config.json", "model.safetensors"):
         (sentence_encoder / file).unlink()
     config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1])
     ResNetModel(config).save_pretrained(sentence_encoder)
-    with pytest.raises(UsageError, match="is no text encoder"):
+    with pytest.raises(UsageError, match="is not a supported text encoder"):
         build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
 
 
@@ -469,16 +470,16 @@ def test_a_file_of_embeddings_is_taken_by_class_name(tmp_path: Path) -> None:
     assert (found.encoder, found.labels) == ("my encoder", ("c", "a"))
     with pytest.raises(UsageError, match="no embedding for 1 of 2 classes: d"):
         build(("a", "d"), LTE(encoder=str(path)))
-    with pytest.raises(UsageError, match="no file of embeddings"):
+    with pytest.raises(UsageError, match="no embedding file"):
         build(("a", "b"), LTE(encoder=str(tmp_path / "absent.safetensors")))
     save(dataclasses.replace(made, embeddings=made.embeddings + 1e-3), path)
-    assert build(("c", "a"), LTE(encoder=str(path))).digest != found.digest, "a changed file is another run"
+    assert build(("c", "a"), LTE(encoder=str(path))).digest != found.digest, "a changed file has another digest"
     path.write_bytes(b"no")
     with pytest.raises(IntegrityError):
         build(("a", "b"), LTE(encoder=str(path)))
 
 
-# ------------------------------------------------------------------ what the package ships
+# ------------------------------------------------------------------ shipped embeddings
 
 
 def test_ready_files_are_found_without_a_language_model() -> None:
@@ -504,14 +505,14 @@ except Exception as error:
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.name.split(".")[0])
-def test_ready_files_are_what_they_say(path: Path) -> None:
+def test_ready_files_match_their_metadata(path: Path) -> None:
     found = load(path)
     assert found.encoder == text_encoders.MINILM
     assert found.revision == text_encoders.MINILM_SHA256
     assert build(found.labels, LTE(prompt=found.prompt)).digest == found.digest
-    # Any choice of its classes, in any order, and under the names of the published lists.
+    # Any selection of its classes, in any order, also under the names of the published lists.
     some = build((f"{found.labels[3]}, in Latin", found.labels[1]), LTE(prompt=found.prompt))
-    # Another ready file may hold the same texts, made on another processor.
+    # Another ready file may contain the same texts, computed on another processor.
     torch.testing.assert_close(some.embeddings, found.embeddings[[3, 1]], rtol=0, atol=1e-5)
     assert some.labels == (f"{found.labels[3]}, in Latin", found.labels[1])
     assert 0 < mean_cosine(found.embeddings) < 0.95
@@ -523,7 +524,7 @@ def test_ready_files_are_what_the_encoder_computes() -> None:
     for path in READY:
         found = load(path)
         labels = found.labels[:12]
-        made = text_encoders._encode_minilm([found.prompt.replace("{label}", spoken(label)) for label in labels])
+        made = text_encoders._encode_minilm([found.prompt.replace("{label}", as_words(label)) for label in labels])
         torch.testing.assert_close(made, found.embeddings[:12], rtol=1e-3, atol=1e-4)
 
 

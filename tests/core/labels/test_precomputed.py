@@ -1,4 +1,4 @@
-"""Embeddings from elsewhere: their formats, whose row is whose, and files that are not what they say."""
+"""Precomputed embeddings: file formats, matching of rows to classes, and invalid files."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def take(path: Path, names: tuple[str, ...] = NAMES) -> torch.Tensor:
 
 
 def clip_like(path: Path, labels: list[str], values: np.ndarray = VALUES) -> Path:
-    """Of the form in which CLIP embeddings were published with the NAYER code: no revision, labels one per line."""
+    """In the format of the CLIP embeddings published with the NAYER code: no revision, labels one per line."""
     facts = {"labels": "\n".join(labels), "prompt": "a image of {label}", "encoder": "CLIP ViT-B/32 text tower"}
     save_file({"embeddings": torch.from_numpy(values)}, path, {**facts, "normalized": "no", "source": "elsewhere"})
     return path
 
 
-def test_the_form_of_the_published_clip_embeddings(tmp_path: Path) -> None:
+def test_the_format_of_the_published_clip_embeddings(tmp_path: Path) -> None:
     path = clip_like(tmp_path / "clip.safetensors", ["dog", "sea bird, Aves", "Cat"])
     found = build(NAMES, LTE(encoder=str(path)))
     assert found.embeddings.tolist() == VALUES[[2, 0, 1]].tolist()
@@ -56,7 +56,7 @@ def test_the_form_of_the_published_clip_embeddings(tmp_path: Path) -> None:
     ],
 )
 def test_the_published_clip_embeddings(file: str, recipe: str, classes: int, cosine: float) -> None:
-    """The mean cosines are those that the provider of the data measured."""
+    """The mean cosines are those measured by the provider of the data."""
     path = Path(os.environ["NAYER_EDGE_DATA"]) / "lte" / f"clip-vit-b32-{file}.safetensors"
     found = build(load_recipe(recipe).teacher.classes, LTE(encoder=str(path)))
     assert found.embeddings.shape == (classes, 512)
@@ -64,7 +64,7 @@ def test_the_published_clip_embeddings(file: str, recipe: str, classes: int, cos
 
 
 def test_imagenet_by_name_whatever_the_order(tmp_path: Path) -> None:
-    """Its lists differ: whole synsets or first synonyms, and two classes that are both called crane."""
+    """Its published lists differ (whole synsets or first synonyms), and two classes are named crane."""
     published = ["tench, Tinca tinca", "crane", "goldfish, Carassius auratus", "crane", "maillot", "maillot, tank suit"]
     ours = ["tench", "crane (bird)", "goldfish", "crane (machine)", "maillot", "maillot, tank suit"]
     torchvision = ["tench", "crane", "goldfish", "crane (machine)", "maillot", "tank_suit"]
@@ -90,14 +90,14 @@ def test_npy_has_labels_beside_it_or_the_order_of_the_classes(tmp_path: Path) ->
     path = tmp_path / "clip.npy"
     np.save(path, VALUES.astype(np.float64))
     assert take(path).tolist() == VALUES.tolist()
-    with pytest.raises(UsageError, match="3 embeddings, and there are 2 classes") as caught:
+    with pytest.raises(UsageError, match="3 embeddings for 2 classes") as caught:
         take(path, ("cat", "dog"))
     assert "clip.labels.txt" in caught.value.fix
     (tmp_path / "clip.labels.txt").write_text("dog\ncat\nsea bird\n")
     assert take(path).tolist() == VALUES[[1, 0, 2]].tolist()
     assert take(path, ("cat", "dog")).tolist() == VALUES[[1, 0]].tolist()
     (tmp_path / "clip.labels.txt").write_text("dog\ncat\n")
-    with pytest.raises(IntegrityError, match=r"\(3, 4\) embeddings for 2 labels"):
+    with pytest.raises(IntegrityError, match=r"shape \(3, 4\) for 2 labels"):
         take(path)
 
 
@@ -121,18 +121,18 @@ def test_half_precision_and_other_names_in_safetensors(tmp_path: Path) -> None:
     save_file({"x": torch.ones(3, 4)}, path, {"classes": json.dumps(["dog", "cat", "sea_bird"])})
     assert read(path).labels == ("dog", "cat", "sea_bird")
     save_file({"x": torch.ones(3, 4), "y": torch.ones(3, 4)}, path)
-    with pytest.raises(UsageError, match="2 matrices, and none is called 'embeddings'"):
+    with pytest.raises(UsageError, match="2 matrices, none of them named 'embeddings'"):
         read(path)
     save_file({"x": torch.ones(3)}, path)
     with pytest.raises(UsageError, match="0 matrices"):
         read(path)
     save_file({"x": torch.ones(3, 4)}, path, {"labels": "3"})
-    with pytest.raises(IntegrityError, match="no list of names"):
+    with pytest.raises(IntegrityError, match="not a list of names"):
         read(path)
 
 
 class Hostile:
-    """Would write a file if anybody unpickled it."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -145,7 +145,7 @@ class Hostile:
 def test_python_objects_are_not_unpickled(tmp_path: Path, suffix: str) -> None:
     path, trap = tmp_path / f"e{suffix}", tmp_path / "ran"
     (np.save if suffix == ".npy" else np.savez)(path, np.array([[Hostile(trap)]], dtype=object), allow_pickle=True)
-    with pytest.raises(IntegrityError, match="not readable as a file of embeddings"):
+    with pytest.raises(IntegrityError, match="not readable as an embedding file"):
         read(path)
     assert not trap.exists()
 
@@ -163,12 +163,12 @@ def test_damaged_files(tmp_path: Path, suffix: str) -> None:
         with pytest.raises(IntegrityError):
             read(path)
     path.unlink()
-    with pytest.raises(UsageError, match="no file of embeddings"):
+    with pytest.raises(UsageError, match="no embedding file"):
         read(path)
 
 
 @pytest.mark.parametrize("values", [np.full((3, 4), np.nan), np.full((3, 4), np.inf), np.ones((3, 4), dtype=np.int64)])
-def test_numbers_that_are_no_embeddings(tmp_path: Path, values: np.ndarray) -> None:
+def test_values_that_are_not_embeddings(tmp_path: Path, values: np.ndarray) -> None:
     for suffix in (".npy", ".safetensors"):
         path = tmp_path / f"e{suffix}"
         np.save(path, values) if suffix == ".npy" else save_file({"embeddings": torch.from_numpy(values)}, path)

@@ -1,4 +1,4 @@
-"""Library networks fitted to other channels and to small images, compared with the untouched ones."""
+"""Library networks adapted to other channels and small images, compared with the originals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = ("a", "b", "c")
 
 
 def last_grid(network: nn.Module, pixels: int) -> tuple[int, ...]:
-    """Size of the last feature map that is more than one position."""
+    """Size of the last feature map larger than 1×1."""
     grids: list[tuple[int, ...]] = []
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output: grids.append(tuple(output.shape[-2:])))
@@ -26,7 +26,7 @@ def last_grid(network: nn.Module, pixels: int) -> tuple[int, ...]:
         network.eval()(torch.zeros(1, 3, pixels, pixels))
     for handle in handles:
         handle.remove()
-    # Squeeze-and-excitation works on one position.
+    # Squeeze-and-excitation works on 1×1 maps.
     return next(grid for grid in reversed(grids) if grid != (1, 1))
 
 
@@ -48,13 +48,13 @@ def test_small_images_end_on_a_grid_of_four(model: str, pixels: int) -> None:
     assert last_grid(small.backbone, pixels) == (4, 4)
     assert last_grid(library.backbone, 224) == (7, 7), "the library's own network was altered"
     shapes = [{name: tensor.shape for name, tensor in n.backbone.state_dict().items()} for n in (small, library)]
-    assert shapes[0] == shapes[1], "weights of the library no longer fit"
+    assert shapes[0] == shapes[1], "the library's weights no longer match"
     assert small.model == f"{model}@{pixels}"
     assert len(small.rebuild["lowered_strides"]) >= {64: 1, 32: 2, 16: 3}[pixels]
 
 
 def test_the_resnet_of_the_literature() -> None:
-    """CIFAR variants of ResNet-18 have a stem of stride 1 and no max-pooling (here with the library's kernel)."""
+    """CIFAR variants of ResNet-18 have a stride-1 stem and no max-pooling (here with the library's kernel size)."""
     spec = InputSpec(height=32, width=32)
     network = build_classifier("torchvision:resnet18@32", spec, CLASSES)
     assert network.rebuild["lowered_strides"] == ["conv1", "maxpool"]
@@ -69,7 +69,7 @@ def test_branches_change_together() -> None:
     assert set(network.rebuild["lowered_strides"][2:]) == {"layer2.0.conv1", "layer2.0.downsample.0"}
 
 
-def test_tracing_leaves_no_trace() -> None:
+def test_tracing_does_not_change_the_network() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, 2, 1)).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     assert lower_strides(network, 3, 8) == ["0"]
@@ -79,17 +79,17 @@ def test_tracing_leaves_no_trace() -> None:
 
 
 @pytest.mark.parametrize("model", ["torchvision:resnet18@200", "torchvision:squeezenet1_1@64"])
-def test_what_needs_no_lowering_is_said(model: str) -> None:
+def test_strides_that_need_no_lowering_are_an_error(model: str) -> None:
     with pytest.raises(UsageError, match="cannot be lowered for images of") as caught:
         build_classifier(model, InputSpec(height=224, width=224), CLASSES)
-    assert "Name it without @" in caught.value.fix
+    assert "Remove @" in caught.value.fix
     with pytest.raises(UsageError, match="cannot be lowered") as caught:
         lower_strides(nn.Sequential(nn.Conv2d(3, 4, 3)), 3, 32)
     assert "no strided layers" in caught.value.why
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])
-def test_other_channels_change_the_first_convolution_alone(channels: int) -> None:
+def test_other_channels_change_only_the_first_convolution(channels: int) -> None:
     first = nn.Conv2d(3, 8, 3, (2, 1), 2, dilation=2, bias=False)
     network = nn.Sequential(nn.Sequential(first), nn.Conv2d(8, 8, 3))
     second = network[1]

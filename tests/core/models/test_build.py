@@ -1,4 +1,4 @@
-"""Networks from their sources by name, and the logits in what they return."""
+"""Networks built by name from each source, and the logits in their outputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CLASSES = ("a", "b", "c")
         ("python:C:/x/net.py:make", ("python", "C:/x/net.py", None, None, "make")),
     ],
 )
-def test_names_in_their_parts(model: str, parts: tuple[Any, ...]) -> None:
+def test_parsed_names(model: str, parts: tuple[Any, ...]) -> None:
     found = parse(model)
     assert (found.source, found.name, found.small, found.revision, found.factory) == parts
     assert found.portable == ("python:net.py:make" if "net.py" in model else model)
@@ -97,7 +97,7 @@ def test_a_timm_tag_names_the_same_network() -> None:
     ("model", "message"),
     [
         ("timm:resnet19", "timm has no network 'resnet19'. Did you mean 'resnet"),
-        ("timm:resnet18.a1_in2k", "no weights 'a1_in2k' of resnet18. Did you mean"),
+        ("timm:resnet18.a1_in2k", "no weights 'a1_in2k' for resnet18. Did you mean"),
         ("timm:hf_hub:org/model", "timm has no network"),
         ("timm:", "timm has no network"),
         ("trochvision:resnet18", "Did you mean 'torchvision'"),
@@ -120,20 +120,20 @@ def test_unknown_names_and_the_nearest_known(model: str, message: str) -> None:
         ("torchvision:resnet18", {"num_classes": 4}),
     ],
 )
-def test_arguments_that_would_fetch_or_contradict(model: str, arguments: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=f"cannot be given the argument {next(iter(arguments))}"):
+def test_arguments_that_would_download_or_duplicate_keys(model: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"does not accept the argument {next(iter(arguments))}"):
         build_classifier(model, SPEC, CLASSES, arguments)
 
 
 @pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:resnet18"])
-def test_arguments_that_a_network_does_not_take(model: str) -> None:
+def test_arguments_that_a_network_does_not_accept(model: str) -> None:
     with pytest.raises(UsageError, match="cannot be built with wings = 2"):
         build_classifier(model, SPEC, CLASSES, {"wings": 2})
     with pytest.raises(UsageError, match="takes no arguments"):
         build_classifier("nayer:resnet8", SPEC, CLASSES, {"width": 2})
 
 
-def test_arguments_decide_what_weights_mean() -> None:
+def test_arguments_are_part_of_the_identity() -> None:
     plain = build_classifier("torchvision:mobilenet_v2", SPEC, CLASSES)
     other = build_classifier("torchvision:mobilenet_v2", SPEC, CLASSES, {"dropout": 0.5})
     assert plain.identity == plain.model
@@ -141,7 +141,7 @@ def test_arguments_decide_what_weights_mean() -> None:
 
 
 @pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
-def test_heads_for_training_alone_are_not_built(name: str) -> None:
+def test_auxiliary_heads_are_not_built(name: str) -> None:
     spec = InputSpec(height=96, width=96)
     network = build_classifier(f"torchvision:{name}", spec, CLASSES)
     assert not [key for key in network.backbone.state_dict() if "aux" in key.lower()]
@@ -152,7 +152,7 @@ def test_heads_for_training_alone_are_not_built(name: str) -> None:
 
 
 def test_without_timm(tmp_path: Path) -> None:
-    """In a process in which it cannot be imported."""
+    """In a process that cannot import it."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Refuse:\n"
@@ -202,14 +202,14 @@ def test_logits_are_found(wrap: Any) -> None:
 
 @pytest.mark.parametrize("output", [None, "logits", (), {}, {"out": torch.rand(2, 3)}, SimpleNamespace(logits=3), (3,)])
 def test_no_logits(output: Any) -> None:
-    with pytest.raises(UsageError, match="no logits"):
+    with pytest.raises(UsageError, match="without logits"):
         logits_in(output)
 
 
-# ------------------------------------------------------------------ rehearsal
+# ------------------------------------------------------------------ check_forward
 
 
-def test_a_rehearsal_leaves_no_trace() -> None:
+def test_check_forward_has_no_side_effects() -> None:
     network = build_classifier("torchvision:mobilenet_v3_small", SPEC, CLASSES).train()
     before = copy.deepcopy(network.state_dict())
     check_forward(network)
@@ -229,5 +229,5 @@ def test_images_that_a_network_cannot_take() -> None:
 def test_another_number_of_outputs() -> None:
     network = build_classifier("nayer:resnet8", SPEC, CLASSES)
     network.backbone.add_module("fc", nn.Linear(64, 1000))
-    with pytest.raises(UsageError, match=r"\(2, 1000\) to 2 images; 3 classes make it \(2, 3\)"):
+    with pytest.raises(UsageError, match=r"\(2, 1000\) for 2 images; with 3 classes it should be \(2, 3\)"):
         check_forward(network)

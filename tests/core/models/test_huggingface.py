@@ -1,4 +1,4 @@
-"""Image classifiers of transformers: from a folder, rebuilt without it, and what their image processors say."""
+"""Image classifiers of transformers: from a folder, rebuilt without it, and with inputs from their image processors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPEC = InputSpec(channels=3, height=32, width=32)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ResNet with random weights and BatchNorm statistics of its own, saved by transformers, with its processor."""
+    """A ResNet with random weights and BatchNorm statistics, saved by transformers with its image processor."""
     path = tmp_path_factory.mktemp("models") / "tiny-resnet"
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3,
@@ -55,7 +55,7 @@ def loaded(config: Teacher) -> Classifier:
     return load_teacher(config, untrained_teacher(config))[0]
 
 
-def test_a_folder_answers_as_transformers_does(folder: Path) -> None:
+def test_a_folder_gives_the_logits_of_transformers(folder: Path) -> None:
     teacher = loaded(teacher_of(folder))
     images = torch.rand(4, *SPEC.shape)
     whole = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -74,7 +74,7 @@ def test_a_card_rebuilds_it_without_the_folder(folder: Path, tmp_path: Path) -> 
     assert torch.equal(read(images), teacher(images))
     assert read.identity == teacher.identity
     assert str(tmp_path) not in (tmp_path / "t.json").read_text()
-    # And again, from the copy.
+    # And once more, from the copy.
     save_classifier(read, tmp_path / "again.safetensors", {})
     assert (tmp_path / "again.json").read_text() == (tmp_path / "t.json").read_text()
 
@@ -89,14 +89,14 @@ def test_a_student_of_the_same_kind_starts_untrained(folder: Path) -> None:
         build_classifier(f"hf:{folder}", spec, ("a", "b"), {"wings": 2})
 
 
-def test_the_input_is_what_the_processor_does(folder: Path) -> None:
+def test_the_input_matches_the_processor(folder: Path) -> None:
     found, origin = published.input_of(f"hf:{folder}", None)
     assert origin == "the image processor of hf:tiny-resnet"
     assert found == {
         "channels": 3, "height": 32, "width": 32, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
     }  # fmt: skip
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    # Larger by the share that it crops again, so that nothing is lost but what the processor interpolates.
+    # Larger by the margin that it crops, so that only the processor's interpolation makes a difference.
     theirs = transformers.AutoImageProcessor.from_pretrained(folder)
     flat = np.broadcast_to(image[0, 0], (64, 64, 3)).copy()
     pixels = theirs(images=flat, return_tensors="np")["pixel_values"][0]
@@ -107,7 +107,7 @@ def test_the_input_is_what_the_processor_does(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        # EfficientNet rescales to [-1, 1] where it is told to.
+        # EfficientNet rescales to [-1, 1] if configured to.
         (
             lambda: transformers.EfficientNetImageProcessor(
                 size={"height": 24, "width": 40}, crop_size={"height": 24, "width": 40},
@@ -152,12 +152,12 @@ def test_class_names_in_another_order(folder: Path) -> None:
 def test_another_number_of_classes(folder: Path) -> None:
     with pytest.raises(UsageError, match="with 4 classes") as caught:
         loaded(teacher_of(folder).model_copy(update={"classes": ("a", "b", "c", "d")}))
-    assert "Their head has 3 outputs, and the recipe names 4 classes" in caught.value.why
+    assert "Their head has 3 outputs, but the recipe has 4 classes" in caught.value.why
     assert "one name for each of the 3 outputs" in caught.value.fix
 
 
-def test_a_classifier_that_was_never_one(folder: Path, tmp_path: Path) -> None:
-    """A backbone without a head: transformers would draw one at random."""
+def test_a_backbone_without_a_head(folder: Path, tmp_path: Path) -> None:
+    """transformers would initialise a head at random."""
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     config.num_labels = 3
     transformers.ResNetModel(config).save_pretrained(tmp_path / "headless")
@@ -170,7 +170,7 @@ def test_pickled_weights_are_not_read(folder: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(folder, tmp_path / "mine"))
     (mine / "model.safetensors").unlink()
     torch.save({"a": torch.zeros(1)}, mine / "pytorch_model.bin")
-    with pytest.raises(UsageError, match="holds no weights in safetensors"):
+    with pytest.raises(UsageError, match="has no safetensors weights"):
         loaded(teacher_of(mine))
 
 
@@ -178,12 +178,12 @@ def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(folder, tmp_path / "mine"))
     whole = (mine / "model.safetensors").read_bytes()
     (mine / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UsageError, match=r"are damaged|holds no weights|cannot be loaded"):
+    with pytest.raises(UsageError, match=r"are damaged|has no safetensors weights|cannot be loaded"):
         loaded(teacher_of(mine))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "toaster"}', '{"model_type": "bert"}', "{}"])
-def test_configurations_that_are_none(content: str, tmp_path: Path) -> None:
+def test_invalid_configurations(content: str, tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text(content)
     with pytest.raises(UsageError):
@@ -208,7 +208,7 @@ def test_a_timm_network_inside_transformers(tmp_path: Path) -> None:
             {"model_type": "timm_wrapper", "architecture": "resnet18", "num_classes": 3, "label_names": ["a", "b", "c"]}
         )
     )
-    with pytest.raises(UsageError, match="timm network inside transformers") as caught:
+    with pytest.raises(UsageError, match="timm network wrapped by transformers") as caught:
         build_classifier(f"hf:{tmp_path}/wrapped", SPEC, CLASSES)
     assert "timm:resnet18" in caught.value.fix
 
@@ -220,7 +220,7 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_an_unreachable_hub(tmp_path: Path) -> None:
-    """In a process whose hub is a closed port."""
+    """In a process whose hub address is a closed port."""
     program = (
         "from nayer_edge.config import InputSpec\n"
         "from nayer_edge.errors import MissingError\n"

@@ -1,4 +1,4 @@
-"""Classifiers, their cards, and foreign weights, hostile ones included."""
+"""Classifiers and their cards."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_torchvision_models_get_another_stem(channels: int) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("resnet8", "does not say where"),
+        ("resnet8", "has no source"),
         ("keras:resnet8", "no model source 'keras'"),
         ("torchvision:resnet19", "torchvision has no classifier 'resnet19'"),
         ("nayer:resnet9", "Did you mean 'resnet8'"),
         ("nayer:", "no network"),
-        ("", "does not say where"),
+        ("", "has no source"),
     ],
 )
 def test_unknown_models(model: str, message: str) -> None:
@@ -82,7 +82,7 @@ def test_round_trip(network: Classifier, tmp_path: Path) -> None:
     assert card["note"] == "ñ"
     first = path.read_bytes()
     save_classifier(network, path, {})
-    assert path.read_bytes() == first, "equal weights, equal bytes"
+    assert path.read_bytes() == first, "equal weights give equal bytes"
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_a_damaged_card_is_refused(
         load_classifier(path)
 
 
-def test_weights_that_are_not_the_cards(network: Classifier, tmp_path: Path) -> None:
+def test_weights_that_do_not_match_the_card(network: Classifier, tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     save_classifier(network, path, {})
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(IntegrityError, match="not the file that its card describes"):
+    with pytest.raises(IntegrityError, match="does not match its card"):
         load_classifier(path)
     path.unlink()
     with pytest.raises(IntegrityError, match="is missing"):
@@ -126,7 +126,7 @@ def test_weights_that_are_not_the_cards(network: Classifier, tmp_path: Path) -> 
         load_classifier(path)
 
 
-# ------------------------------------------------------------------ what the loop asks about a model
+# ------------------------------------------------------------------ model properties used by the training loop
 
 
 def test_batchnorms_in_the_order_of_modules() -> None:
@@ -141,7 +141,7 @@ def test_batchnorms_in_the_order_of_modules() -> None:
     assert len(batch_norms(build_classifier("nayer:wrn_40_2", SPEC, CLASSES))) == 2 * 18 + 1
 
 
-def test_batchnorms_of_long_schedules_are_quickened() -> None:
+def test_batchnorm_momentum_of_long_schedules_is_raised() -> None:
     network = build_classifier("torchvision:mobilenet_v3_small", InputSpec(), CLASSES)
     assert {norm.momentum for norm in batch_norms(network)} == {0.01}
     raise_bn_momentum(network)
@@ -151,7 +151,7 @@ def test_batchnorms_of_long_schedules_are_quickened() -> None:
     assert [norm.momentum for norm in norms] == [0.3, 0.1, None]
 
 
-def test_the_digest_sees_every_bit_and_not_the_memory_format(network: Classifier) -> None:
+def test_the_digest_covers_every_bit_but_not_the_memory_format(network: Classifier) -> None:
     digest = weights_digest(network)
     network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     assert weights_digest(network) == digest

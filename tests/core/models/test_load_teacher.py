@@ -1,4 +1,4 @@
-"""Teachers from their recipes: whatever cannot teach is refused before any work, with the reason."""
+"""Teachers from recipes: unsuitable teachers are rejected with the reason before any work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def loaded(config: Teacher) -> tuple[Classifier, dict[str, Any]]:
     return load_teacher(config, untrained_teacher(config))
 
 
-def test_what_was_taken_is_in_the_card(tmp_path: Path) -> None:
+def test_the_card_lists_what_was_loaded(tmp_path: Path) -> None:
     with seeded(3):
         network = build_classifier("timm:resnet10t", SPEC, CLASSES).eval()
     state = {f"module.{name}": value.half() for name, value in network.backbone.state_dict().items()}
@@ -67,7 +67,7 @@ def test_dropout_is_off(tmp_path: Path) -> None:
     assert torch.equal(teacher(images), teacher(images))
     assert teacher.rebuild["arguments"] == {"dropout": 0.9}
     dropped = teacher.train()
-    assert not torch.equal(dropped(images), dropped(images)), "there is no dropout: this test shows nothing"
+    assert not torch.equal(dropped(images), dropped(images)), "there is no dropout: this test proves nothing"
 
 
 def test_python_models_may_bring_their_weights(tmp_path: Path) -> None:
@@ -86,12 +86,12 @@ def test_python_models_may_bring_their_weights(tmp_path: Path) -> None:
         broken = teacher_of(f"python:{tmp_path}/nets.py:trained").model_copy(update={"arguments": {"bias": math.nan}})
         with pytest.raises(UsageError, match="NaN or infinity"):
             loaded(broken)
-        with pytest.raises(UsageError, match=r"\(2, 3\) to 2 images; 4 classes make it \(2, 4\)"):
+        with pytest.raises(UsageError, match=r"\(2, 3\) for 2 images; with 4 classes it should be \(2, 4\)"):
             loaded(teacher_of(f"python:{tmp_path}/nets.py:trained", classes=("a", "b", "c", "d")))
 
 
 class Hostile:
-    """Unpickling it would create a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,8 +111,8 @@ def test_a_pickle_that_would_run_code(tmp_path: Path) -> None:
 def test_another_architecture(tmp_path: Path) -> None:
     other = build_classifier("torchvision:resnet34", SPEC, CLASSES).backbone.state_dict()
     torch.save(other, tmp_path / "w.pt")
-    with pytest.raises(UsageError, match="not those of torchvision:resnet18") as caught:
+    with pytest.raises(UsageError, match="do not match torchvision:resnet18") as caught:
         loaded(teacher_of("torchvision:resnet18", tmp_path / "w.pt"))
     mine = build_classifier("torchvision:resnet18", SPEC, CLASSES).backbone.state_dict()
     assert f"{len(set(other) - set(mine))} not in the model" in caught.value.why
-    assert "Name the architecture" in caught.value.fix
+    assert "Use the architecture" in caught.value.fix

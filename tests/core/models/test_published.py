@@ -1,4 +1,4 @@
-"""What libraries say of the weights that they publish."""
+"""Library metadata of published weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nayer_edge.errors import IntegrityError, MissingError, UsageError
 from nayer_edge.models import published
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-"""of every torchvision classifier's training"""
+"""mean and std of all torchvision classifiers"""
 
 
 @pytest.mark.parametrize("weights", ["torchvision:IMAGENET1K_V1", "resnet50-0676ba61.pth", "/x/resnet50-0676ba61.pth"])
@@ -28,7 +28,7 @@ def test_torchvision_sizes_are_those_of_the_weights() -> None:
 
 
 @pytest.mark.parametrize("weights", [None, "mine.pth", "resnet18-f37072fd.pth"])
-def test_nobody_describes_the_users_own_weights(weights: str | None) -> None:
+def test_the_users_own_weights_have_no_metadata(weights: str | None) -> None:
     assert published.input_of("torchvision:resnet50", weights) == ({}, "")
     assert published.input_of("nayer:resnet8", weights) == ({}, "")
 
@@ -48,8 +48,8 @@ def test_timm_architectures_and_tags() -> None:
     }  # fmt: skip
 
 
-def test_inception_turns_one_normalisation_into_another() -> None:
-    """torchvision's own constructor sets transform_input for the published weights, and for no others."""
+def test_inception_converts_the_normalisation() -> None:
+    """torchvision's constructor sets transform_input for its published weights only."""
     for name in published.TORCHVISION_TF_INPUT:
         assert published.arguments_of(f"torchvision:{name}", "torchvision:DEFAULT") == {"transform_input": True}
         assert published.arguments_of(f"torchvision:{name}", "mine.pth") == {}
@@ -61,17 +61,17 @@ def test_inception_turns_one_normalisation_into_another() -> None:
     ("model", "weights", "message"),
     [
         ("torchvision:resnet50", "torchvision:IMAGENET1K_V3", "Did you mean 'IMAGENET1K_V2'"),
-        ("timm:resnet18", "timm:a1_in2k", "timm knows no weights"),
+        ("timm:resnet18", "timm:a1_in2k", "timm has no weights"),
         ("timm:resnet19", None, "timm has no network 'resnet19'"),
     ],
 )
-def test_weights_that_nobody_publishes(model: str, weights: str | None, message: str) -> None:
+def test_unknown_published_weights(model: str, weights: str | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         published.input_of(model, weights)
 
 
 def test_weights_of_another_library() -> None:
-    with pytest.raises(UsageError, match="are no weights of timm:resnet18"):
+    with pytest.raises(UsageError, match="are not weights of timm:resnet18"):
         published.fetch("timm:resnet18", "torchvision:DEFAULT")
 
 

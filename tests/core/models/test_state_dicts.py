@@ -1,4 +1,4 @@
-"""Foreign weights in the shapes that people have, hostile ones included."""
+"""Users' checkpoints in all supported forms, and malicious ones."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_prefix_that_only_some_keys_have_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"epoch": 3}, [torch.zeros(1)], torch.zeros(1)])
 def test_files_without_weights(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(UsageError, match="holds no state dict"):
+    with pytest.raises(UsageError, match="contains no state dict"):
         read_state_dict(tmp_path / "w.pt")
 
 
@@ -78,7 +78,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
 
 
 class Hostile:
-    """Unpickling it would create a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,7 +97,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "w.pth") as archive:
         names = [name for name in archive.namelist() if name.endswith("data.pkl")]
         operations = [operation.name for operation, _, _ in pickletools.genops(archive.read(names[0]))]
-        assert b"mkdir" in archive.read(names[0]), "the file was harmless: this test shows nothing"
+        assert b"mkdir" in archive.read(names[0]), "the file was harmless: this test proves nothing"
         assert "REDUCE" in operations
 
 
@@ -129,7 +129,7 @@ def test_weights_of_another_architecture_are_named_with_counts(network: Classifi
     state = other.backbone.state_dict()
     mine = set(network.backbone.state_dict())
     path = tmp_path / "w.safetensors"
-    with pytest.raises(UsageError, match="not those of nayer:resnet8 with 3 classes") as caught:
+    with pytest.raises(UsageError, match="do not match nayer:resnet8 with 3 classes") as caught:
         load_weights(network, state, path)
     assert f"{len(set(state) - mine)} not in the model" in caught.value.why
     assert "layer1.1.bn1.bias" in caught.value.why
@@ -140,11 +140,11 @@ def test_weights_of_another_architecture_are_named_with_counts(network: Classifi
     more = build_classifier("nayer:resnet8", SPEC, (*CLASSES, "d")).backbone.state_dict()
     with pytest.raises(UsageError) as caught:
         load_weights(network, more, path)
-    assert "2 of another shape (fc.bias, fc.weight)" in caught.value.why
+    assert "2 with another shape (fc.bias, fc.weight)" in caught.value.why
 
 
-def test_one_number_is_not_taken_for_another_shape(network: Classifier, tmp_path: Path) -> None:
-    """A counter may be a number or a list of one; a slope for each of eight channels is no slope for all."""
+def test_one_element_tensors_and_scalars_match(network: Classifier, tmp_path: Path) -> None:
+    """A counter may be a scalar or have one element, but eight slopes do not match one."""
 
     class Slope(nn.Module):
         def __init__(self, channels: int) -> None:
@@ -156,7 +156,7 @@ def test_one_number_is_not_taken_for_another_shape(network: Classifier, tmp_path
     state = Slope(8).state_dict()
     with pytest.raises(UsageError) as caught:
         load_weights(one, state, tmp_path / "w.safetensors")
-    assert "1 of another shape (slope.weight)" in caught.value.why
+    assert "1 with another shape (slope.weight)" in caught.value.why
     load_weights(one, {"slope.weight": torch.full((1,), 0.5), "count": torch.tensor([7])}, tmp_path / "w.safetensors")
     assert one.backbone.state_dict()["slope.weight"].tolist() == [0.5]
     assert one.backbone.state_dict()["count"].item() == 7
@@ -171,7 +171,7 @@ def test_a_running_average_must_be_chosen(network: Classifier, tmp_path: Path, a
     averaged = {name: value + 1 if value.is_floating_point() else value for name, value in plain.items()}
     path = tmp_path / "w.pth"
     torch.save({"epoch": 3, "model": plain, average: averaged}, path)
-    with pytest.raises(UsageError, match="holds 2 sets of weights: model") as caught:
+    with pytest.raises(UsageError, match="contains 2 sets of weights: model") as caught:
         read_state_dict(path)
     assert average in caught.value.what
     assert "--set teacher.weights_key=model" in caught.value.fix
@@ -183,11 +183,11 @@ def test_a_running_average_must_be_chosen(network: Classifier, tmp_path: Path, a
     assert f"{average} ({len(plain)} tensors)" in caught.value.why
     torch.save({average: averaged}, path)
     assert torch.equal(read_state_dict(path)["fc.bias"], averaged["fc.bias"])
-    assert key_taken(path) == average, "what was taken is said"
+    assert key_taken(path) == average, "the key is reported"
 
 
 def test_averages_under_a_prefix_must_be_chosen(network: Classifier, tmp_path: Path) -> None:
-    """As Lightning keeps them: both in one flat state dict."""
+    """As saved by Lightning: both in one flat state dict."""
     plain = network.backbone.state_dict()
     flat = {f"model.{n}": v for n, v in plain.items()} | {f"ema_model.{n}": v + 1 for n, v in plain.items()}
     path = tmp_path / "last.ckpt"
@@ -204,7 +204,7 @@ def test_averages_under_a_prefix_must_be_chosen(network: Classifier, tmp_path: P
 def test_teacher_and_student_in_one_file(network: Classifier, tmp_path: Path) -> None:
     state = network.backbone.state_dict()
     torch.save({"teacher": state, "student": state}, tmp_path / "w.pt")
-    with pytest.raises(UsageError, match="holds 2 sets"):
+    with pytest.raises(UsageError, match="contains 2 sets"):
         read_state_dict(tmp_path / "w.pt")
 
 
@@ -233,7 +233,7 @@ def test_prefixes_of_wrappers(network: Classifier, tmp_path: Path, rename: Calla
     assert loaded.ignored == ()
 
 
-def test_a_prefix_that_the_network_has_and_the_file_has_not(network: Classifier, tmp_path: Path) -> None:
+def test_a_prefix_that_only_the_network_has(network: Classifier, tmp_path: Path) -> None:
     class Wrapped(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -244,8 +244,8 @@ def test_a_prefix_that_the_network_has_and_the_file_has_not(network: Classifier,
     assert torch.equal(wrapped.backbone.state_dict()["inner.fc.bias"], network.backbone.state_dict()["fc.bias"])
 
 
-def test_torchs_own_average(network: Classifier, tmp_path: Path) -> None:
-    """torch.optim.swa_utils.AveragedModel counts beside the weights."""
+def test_torchs_averaged_model(network: Classifier, tmp_path: Path) -> None:
+    """torch.optim.swa_utils.AveragedModel stores a counter beside the weights."""
     averaged = torch.optim.swa_utils.AveragedModel(network.backbone)
     torch.save(averaged.state_dict(), tmp_path / "w.pt")
     with seeded(1):
@@ -262,7 +262,7 @@ def test_a_loss_beside_the_weights(network: Classifier, tmp_path: Path) -> None:
 
 
 def test_options_and_numbers_beside_the_weights(network: Classifier, tmp_path: Path) -> None:
-    """What timm's and many other training scripts store; none of it is code."""
+    """As stored by timm's and many other training scripts; none of it is code."""
     import numpy as np
 
     path = tmp_path / "w.pth.tar"
@@ -277,7 +277,7 @@ def test_options_and_numbers_beside_the_weights(network: Classifier, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_become_the_networks(network: Classifier, tmp_path: Path, kind: torch.dtype) -> None:
+def test_other_precisions_are_converted(network: Classifier, tmp_path: Path, kind: torch.dtype) -> None:
     state = {n: v.to(kind) if v.is_floating_point() else v for n, v in network.backbone.state_dict().items()}
     with seeded(1):
         other = build_classifier("nayer:resnet8", SPEC, CLASSES)
@@ -287,10 +287,10 @@ def test_other_precisions_become_the_networks(network: Classifier, tmp_path: Pat
     assert loaded.notes == (f"stored as {str(kind).removeprefix('torch.')}",)
 
 
-def test_weights_that_are_quantized_already(network: Classifier, tmp_path: Path) -> None:
+def test_quantized_weights(network: Classifier, tmp_path: Path) -> None:
     state = dict(network.backbone.state_dict())
     state["fc.weight"] = (state["fc.weight"] * 10).to(torch.int8)
-    with pytest.raises(UsageError, match=r"fc\.weight in .* is of type int8"):
+    with pytest.raises(UsageError, match=r"fc\.weight in .* has the type int8"):
         load_weights(network, state, tmp_path / "w.pt")
 
 
@@ -299,16 +299,16 @@ def test_weights_that_are_not_finite(network: Classifier, tmp_path: Path, value:
     state = {name: tensor.clone() for name, tensor in network.backbone.state_dict().items()}
     before = weights_digest(network)
     state["layer1.0.conv1.weight"][0, 0, 0, 0] = value
-    with pytest.raises(UsageError, match=r"1 of \d+ tensors in .* hold NaN or infinity: layer1\.0\.conv1\.weight"):
+    with pytest.raises(UsageError, match=r"1 of \d+ tensors in .* contain NaN or infinity: layer1\.0\.conv1\.weight"):
         load_weights(network, state, tmp_path / "w.pt")
-    assert weights_digest(network) == before, "half loaded"
+    assert weights_digest(network) == before, "partly loaded"
 
 
 def test_a_head_for_other_classes(network: Classifier, tmp_path: Path) -> None:
     thousand = build_classifier("nayer:resnet8", SPEC, tuple(map(str, range(1000)))).backbone.state_dict()
     with pytest.raises(UsageError) as caught:
         load_weights(network, thousand, tmp_path / "w.pt")
-    assert caught.value.why.startswith("Their head has 1000 outputs, and the recipe names 3 classes.")
+    assert caught.value.why.startswith("Their head has 1000 outputs, but the recipe has 3 classes.")
     assert "fc.bias is 1000 in the file, 3 in the model" in caught.value.why
     assert "one name for each of the 1000 outputs" in caught.value.fix
 
@@ -317,7 +317,7 @@ def test_no_head(network: Classifier, tmp_path: Path) -> None:
     state = {name: value for name, value in network.backbone.state_dict().items() if not name.startswith("fc.")}
     with pytest.raises(UsageError) as caught:
         load_weights(network, state, tmp_path / "w.pt")
-    assert caught.value.why.startswith("They hold no classifier head: Keys 2 missing (fc.bias, fc.weight)")
+    assert caught.value.why.startswith("They have no classifier head: Keys: 2 missing (fc.bias, fc.weight)")
 
 
 def test_other_channels(network: Classifier, tmp_path: Path) -> None:
@@ -325,10 +325,10 @@ def test_other_channels(network: Classifier, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load_weights(network, state, tmp_path / "w.pt")
     assert "images of 3 channels" in caught.value.why
-    assert caught.value.fix == "Type: --set teacher.input.channels=3"
+    assert caught.value.fix == "Add --set teacher.input.channels=3"
 
 
-def test_heads_that_work_in_training_alone_are_left_out(tmp_path: Path) -> None:
+def test_auxiliary_heads_are_skipped(tmp_path: Path) -> None:
     spec = InputSpec(height=96, width=96)
     whole = build_classifier("torchvision:googlenet", spec, CLASSES, {"aux_logits": True}).backbone.state_dict()
     plain = build_classifier("torchvision:googlenet", spec, CLASSES)
@@ -337,9 +337,9 @@ def test_heads_that_work_in_training_alone_are_left_out(tmp_path: Path) -> None:
     assert all(name.startswith("aux") for name in loaded.ignored)
 
 
-def test_what_is_no_part_of_the_network_is_named_by_the_user(network: Classifier, tmp_path: Path) -> None:
+def test_tensors_to_ignore_are_named_by_the_user(network: Classifier, tmp_path: Path) -> None:
     state = {**network.backbone.state_dict(), "projector.0.weight": torch.ones(2, 2)}
-    with pytest.raises(UsageError, match="not those of") as caught:
+    with pytest.raises(UsageError, match="do not match nayer:resnet8") as caught:
         load_weights(network, state, tmp_path / "w.pt")
     assert 'teacher.weights_ignore=["projector."]' in caught.value.fix
     assert load_weights(network, state, tmp_path / "w.pt", ["projector."]).ignored == ("projector.0.weight",)
@@ -352,7 +352,7 @@ def test_the_nearest_names(network: Classifier, tmp_path: Path) -> None:
     assert "For layer2.0.downsample.0.weight: Did you mean 'layer2.0.down_sample.0.weight'?" in caught.value.why
 
 
-def test_old_checkpoints_do_not_count_batches(network: Classifier, tmp_path: Path) -> None:
+def test_old_checkpoints_lack_the_batch_counter(network: Classifier, tmp_path: Path) -> None:
     state = {n: v for n, v in network.backbone.state_dict().items() if not n.endswith("num_batches_tracked")}
     with seeded(1):
         other = build_classifier("nayer:resnet8", SPEC, CLASSES)

@@ -1,4 +1,4 @@
-"""The user's own code: run only where it was said to be trusted, and refused with a reason where it does not work."""
+"""The user's own code runs only if it is trusted, and errors in it are reported with a reason."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def test_a_file(code: Path) -> None:
     with trusting():
         network = build_classifier(f"python:{code}:make", SPEC, CLASSES)
     assert sys.path == path
-    assert network.model == "python:nets.py:make", "no folder of this machine"
+    assert network.model == "python:nets.py:make", "no local folder"
     assert network.backbone.get_submodule("body.0").weight.shape == (5, 2, 3, 3)
     images = torch.rand(4, *SPEC.shape)
     for training in (False, True):
-        assert network.train(training)(images).shape == (4, 3), "a dictionary or a tuple hides the logits"
+        assert network.train(training)(images).shape == (4, 3), "the logits are in a dictionary or tuple"
 
 
 def test_a_module(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_a_module(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sys.modules.pop(name, None)
 
 
-def test_a_saved_one_is_rebuilt_with_trust_alone(code: Path, tmp_path: Path) -> None:
+def test_a_saved_one_is_rebuilt_only_with_trust(code: Path, tmp_path: Path) -> None:
     with trusting():
         network = build_classifier(f"python:{code}:make", SPEC, CLASSES, {"width": 6}).eval()
         path = tmp_path / "student.safetensors"
@@ -105,10 +105,10 @@ def test_a_saved_one_is_rebuilt_with_trust_alone(code: Path, tmp_path: Path) -> 
     with pytest.raises(IntegrityError, match="--trust-code"):
         load_classifier(path)
     code.write_text(CODE + "\n# changed\n")
-    with trusting(), pytest.raises(IntegrityError, match="not the file that the model was made with"):
+    with trusting(), pytest.raises(IntegrityError, match="not the file that the model was built with"):
         load_classifier(path)
     code.unlink()
-    with trusting(), pytest.raises(UsageError, match="There is no file"):
+    with trusting(), pytest.raises(UsageError, match=r"nets\.py of .* is missing"):
         load_classifier(path)
 
 
@@ -118,8 +118,8 @@ def test_a_saved_one_is_rebuilt_with_trust_alone(code: Path, tmp_path: Path) -> 
         ("nets.py:mak", "Did you mean 'make'"),
         ("nets.py:THREE", "no function 'THREE'"),
         ("nets.py:wrong", "returned a str"),
-        ("nets.py:broken", "failed when it was called with num_classes=3"),
-        ("absent.py:make", "There is no file"),
+        ("nets.py:broken", "failed when called with num_classes=3"),
+        ("absent.py:make", "is missing"),
         ("syntax.py:make", "cannot be imported"),
         ("needy.py:make", "needs a module that is not installed"),
     ],
@@ -133,11 +133,11 @@ def test_code_that_does_not_work(code: Path, target: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["python:", "python:nets", "python:nets.py", "python::make", "python:nets:a b"])
 def test_names_without_a_factory(name: str) -> None:
-    with trusting(), pytest.raises(UsageError, match="names no factory"):
+    with trusting(), pytest.raises(UsageError, match="does not name a factory"):
         build_classifier(name, SPEC, CLASSES)
 
 
-def test_a_module_that_is_not_there() -> None:
+def test_a_missing_module() -> None:
     with trusting(), pytest.raises(UsageError, match=r"no module 'no_such_package\.nets'"):
         build_classifier("python:no_such_package.nets:make", SPEC, CLASSES)
 

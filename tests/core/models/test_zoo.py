@@ -1,4 +1,4 @@
-"""Parameter counts of the literature, from a formula that counts layers, and its state-dict keys."""
+"""Parameter counts of the literature, from a formula over the layers, and the usual state-dict keys."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def parameters(name: str, channels: int = 3, classes: int = 10) -> int:
     return sum(parameter.numel() for parameter in zoo.build(name, channels, classes).parameters())
 
 
-# The numbers that the data-free literature's models have for CIFAR-10 (its tables round them: WRN-40-2 2.2M,
+# Parameter counts of the data-free literature's models for CIFAR-10 (rounded in its tables: WRN-40-2 2.2M,
 # WRN-16-2 0.7M, WRN-40-1 0.6M, WRN-16-1 0.2M, ResNet-34 21.3M, ResNet-18 11.2M; He et al. 2016, Table 6:
 # ResNet-20 0.27M, ResNet-56 0.85M).
 COUNTS = {
@@ -126,7 +126,7 @@ def test_keys_of_the_others(name: str, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
-def test_every_name_builds_and_answers(name: str) -> None:
+def test_every_name_builds_and_runs(name: str) -> None:
     network = zoo.build(name, 2, 5).eval()
     with torch.no_grad():
         for height, width in ((4, 4), (17, 9)):
@@ -190,7 +190,7 @@ def test_the_cifar10_teacher_of_the_benchmarks() -> None:
             with compute.autocast():
                 answers = classifier(to_unit(images.images[start : start + 250]))
             right += int((answers.argmax(1) == images.labels[start : start + 250]).sum())
-    # 92.15 % of all 10,000 (its card, measured again with this code); of the first 1,000 it gets 921 right in
+    # 92.15 % of all 10,000 (according to its card, confirmed with this code); of the first 1,000 it gets 921 right in
     # float32 and 922 in bfloat16, and another processor's rounding may turn a few.
     assert card["test_top1"] == 0.9215
     assert abs(right - 921.5) <= 3

@@ -1,4 +1,4 @@
-"""Streams that a continued run draws again, and what a machine computes with."""
+"""Reproducible random streams, device and precision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nayer_edge.runtime.compute import choose, random_stream, seeded
 
 
 def test_streams_are_stable() -> None:
-    """A stream is its name: these numbers may never change, or old runs could not be repeated."""
+    """Streams depend only on their names: these numbers must never change, or old runs could not be reproduced."""
     assert random_stream(0, "round", 3, 1).initial_seed() == 5280138524801733947
     assert random_stream(7, "student", 0).initial_seed() == 4461715525183163624
     drawn = torch.randint(0, 1000, (5,), generator=random_stream(0, "round", 3, 1))
@@ -26,7 +26,7 @@ def test_streams_of_different_purposes_are_independent() -> None:
         assert stats.kstest(row.numpy(), "norm").pvalue > 0.01
 
 
-def test_drawing_in_one_stream_moves_no_other() -> None:
+def test_streams_do_not_affect_each_other() -> None:
     one, other = random_stream(0, "a"), random_stream(0, "b")
     torch.rand(100, generator=one)
     assert torch.equal(torch.rand(5, generator=other), torch.rand(5, generator=random_stream(0, "b")))
@@ -54,11 +54,11 @@ def test_precision(precision: str) -> None:
     assert ("bf16 autocast" in compute.reason) is compute.bf16
 
 
-def test_auto_precision_is_what_the_processor_has() -> None:
+def test_auto_precision_follows_the_processor() -> None:
     compute = choose("cpu", "auto")
     assert compute.bf16 is ("without" not in compute.reason)
 
 
-def test_convolutions_are_placed_channels_last() -> None:
+def test_models_are_placed_channels_last() -> None:
     placed = choose("cpu").place(torch.nn.Conv2d(3, 8, 3))
     assert placed.get_parameter("weight").is_contiguous(memory_format=torch.channels_last)

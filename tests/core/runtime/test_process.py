@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM wait for finished work to be saved, and never longer."""
+"""SIGINT and SIGTERM are deferred until finished work is saved, and no longer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nayer_edge.runtime.process import Deferred
 
 
 class Asked(BaseException):
-    """What the handler of these tests raises."""
+    """Raised by the signal handler of these tests."""
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def send(number: int) -> None:
 
 @pytest.mark.usefixtures("handled")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_waits_while_there_is_something_to_save_and_acts_when_told(number: int) -> None:
+def test_a_signal_is_deferred_while_there_is_unsaved_work(number: int) -> None:
     done = []
     with pytest.raises(Asked), Deferred(lambda: True) as interrupt:  # noqa: PT012
         assert interrupt.asked == 0
@@ -49,7 +49,7 @@ def test_it_waits_while_there_is_something_to_save_and_acts_when_told(number: in
 
 
 @pytest.mark.usefixtures("handled")
-def test_at_once_where_nothing_is_unsaved_and_at_the_second_signal() -> None:
+def test_a_signal_acts_at_once_without_unsaved_work_and_at_the_second_time() -> None:
     with pytest.raises(Asked), Deferred(lambda: False):  # noqa: PT012
         send(signal.SIGINT)
         raise AssertionError("not reached")
@@ -60,7 +60,7 @@ def test_at_once_where_nothing_is_unsaved_and_at_the_second_signal() -> None:
 
 
 @pytest.mark.usefixtures("handled")
-def test_it_acts_at_the_end_at_the_latest_and_handlers_are_put_back() -> None:
+def test_a_deferred_signal_acts_at_the_end_and_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Asked), Deferred(lambda: True):
         send(signal.SIGTERM)
@@ -71,7 +71,7 @@ def test_it_acts_at_the_end_at_the_latest_and_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_systems_own_answer_is_kept() -> None:
+def test_default_handlers_are_kept() -> None:
     """SIGTERM without a handler ends the process; an ignored SIGINT stays ignored."""
     program = """
 import os, signal, sys

@@ -1,4 +1,4 @@
-"""Writes that cannot be half done, and a manifest that nothing can leave."""
+"""Atomic writes, and a manifest whose paths cannot leave the run folder."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_json_without_nan(tmp_path: Path, value: object) -> None:
 @pytest.mark.parametrize(
     "content", [b"NaN", b'{"a": Infinity}', b"-Infinity", b"{", b"", b"\xff", b"[" * 100_000, b"1 2"]
 )
-def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
+def test_invalid_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(IntegrityError, match="not readable as a thing"):
         read_json(tmp_path / "a.json", "a thing")
@@ -115,7 +115,7 @@ def test_json_that_is_missing_or_a_folder_or_huge(tmp_path: Path) -> None:
         read_json(tmp_path, "a thing")
     with (tmp_path / "big.json").open("wb") as file:
         file.truncate(64 * 2**20 + 1)
-    with pytest.raises(IntegrityError, match="larger than a thing can be"):
+    with pytest.raises(IntegrityError, match="too large for a thing"):
         read_json(tmp_path / "big.json", "a thing")
 
 
@@ -220,12 +220,12 @@ def test_a_manifest_with_a_path_outside_is_refused_when_it_is_checked(run: RunFo
         RunFolder.open(run.root).problems()
 
 
-def test_altered_missing_and_strange_files_are_found(run: RunFolder, tmp_path: Path) -> None:
+def test_altered_missing_and_unexpected_files_are_found(run: RunFolder, tmp_path: Path) -> None:
     assert run.problems() == []
     assert run.unexpected_files() == []
     run.require_intact()
     run.path("teacher/t.bin").write_bytes(b"Teacher")
-    assert run.problems() == ["teacher/t.bin was altered: its SHA-256 is not the manifest's"]
+    assert run.problems() == ["teacher/t.bin was altered: its SHA-256 differs from the manifest's"]
     assert run.problems(["student/été.bin"]) == []
     run.path("student/été.bin").unlink()
     with pytest.raises(IntegrityError) as caught:
@@ -242,7 +242,7 @@ def test_altered_missing_and_strange_files_are_found(run: RunFolder, tmp_path: P
 # ------------------------------------------------------------------ locks and clearing
 
 
-def test_two_processes_cannot_hold_one_folder(run: RunFolder) -> None:
+def test_two_processes_cannot_lock_one_folder(run: RunFolder) -> None:
     script = f"""
 from pathlib import Path
 from nayer_edge.storage.run_folder import lock_folder
