@@ -348,8 +348,7 @@ class Distillation:
             momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum.{index}"] = momentum
-        for index, (mean, variance) in enumerate(self.statistics.memory or []):
-            tensors[f"memory.{index}.mean"], tensors[f"memory.{index}.var"] = mean, variance
+        tensors |= generators.memory_tensors(self.statistics.memory)
         facts = {
             "digest": self.digest,
             "ranks": self.world.size,
@@ -398,10 +397,8 @@ class Distillation:
             if f"momentum.{index}" in tensors:
                 buffer = torch.empty_like(parameter).copy_(tensors[f"momentum.{index}"])
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
-        layers = sum(name.endswith(".mean") for name in under("memory."))
-        self.statistics.memory = [
-            (tensors[f"memory.{i}.mean"].to(device), tensors[f"memory.{i}.var"].to(device)) for i in range(layers)
-        ] or None
+        memory = generators.memory_of(tensors)
+        self.statistics.memory = memory and [(mean.to(device), variance.to(device)) for mean, variance in memory]
         self.epoch = int(facts["epoch"])
         self.best_agreement = float(facts["best_agreement"])
         self.history = [Epoch(**line) for line in facts["history"]]
