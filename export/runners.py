@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from onnx import ModelProto
 from torch import nn
 
 from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra
+from nayer_edge.runtime.provenance import usable_cores
 
 from .onnx_file import read_onnx
 from .targets import Target
@@ -53,11 +53,6 @@ class Runner(Protocol):
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Logits (n, classes), float32, of float32 images (n, C, H, W) in [0, 1], any n ≥ 1."""
         ...
-
-
-def available_threads() -> int:
-    """Processor threads that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch: int) -> np.ndarray:
@@ -154,7 +149,7 @@ class OrtRunner:
         target: Target | None = None,
         as_written: bool = False,
     ) -> None:
-        self.path, self.provider, self.threads = path, provider, threads or available_threads()
+        self.path, self.provider, self.threads = path, provider, threads or usable_cores()
         self._batch, self._target, self.as_written = batch, target, as_written
         self._session: ort.InferenceSession | None = None
 

@@ -331,21 +331,24 @@ class Distillation:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the loop needs to go on: tensors, and what is not a tensor.
 
-        Every rank must call it; what rank 0 gets holds the bank and the hold-out of all, in one process's order.
+        Every rank must call it; only rank 0 gets all. With several ranks, what each has of its own (bank, hold-out,
+        cached views) has a first dimension of ranks.
         """
         tensors = {f"student.{n}": t for n, t in self.student.backbone.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best_student.items()}
         tensors |= {f"generator.{n}": t for n, t in generators.whole_state(self.generator, self.world).items()}
-        tensors |= {f"bank.{n}": t for n, t in self.whole_bank().tensors().items()}
-        tensors |= {f"views.{n}": t for n, t in self._whole_views().items()}
-        holdout = self.world.gather_rounds(self.holdout, self.share)
-        tensors["holdout"] = self.holdout if holdout is None else holdout
+        own = {"holdout": self.holdout}
+        own |= {f"bank.{n}": t for n, t in self.bank.tensors().items()}
+        own |= {f"views.{n}": t for n, t in (self.views.tensors() if self.views else {}).items()}
+        if self.world.size > 1:
+            gathered = {name: self.world.gather(tensor) for name, tensor in own.items()}
+            own = {name: torch.stack(parts) for name, parts in gathered.items() if parts}
+        tensors |= own
         for index, parameter in enumerate(self.student.parameters()):
             momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum.{index}"] = momentum
-        for index, (mean, variance) in enumerate(self.statistics.memory or []):
-            tensors[f"memory.{index}.mean"], tensors[f"memory.{index}.var"] = mean, variance
+        tensors |= generators.memory_tensors(self.statistics.memory)
         facts = {
             "digest": self.digest,
             "ranks": self.world.size,
@@ -372,53 +375,30 @@ class Distillation:
         """The generator for one process, on rank 0. Every rank must call it; others get their own back."""
         return generators.whole(self.generator, self.world)
 
-    def _restore_bank(self, tensors: dict[str, Tensor], ranks: int) -> None:
-        if ranks == self.world.size == 1:
-            self.bank.restore(tensors)
-            return
-        whole = MemoryBank.of(tensors, torch.device("cpu"), "The checkpoint")
-        batch = self.settings.synthesis.batch
-        images, labels = (
-            self.world.share_of_rounds(newest, batch) for newest in whole.newest(len(whole) // batch * batch)
-        )
-        # In a world of another size the ring has another length and begins anew, with the oldest image.
-        self.bank.refill(images, labels, whole.added // self.world.size if ranks == self.world.size else len(images))
-
-    def _whole_views(self) -> dict[str, Tensor]:
-        """The caches of all ranks, behind each other: each follows the places of its own bank."""
-        mine = self.views.tensors() if self.views else {}
-        if self.world.size == 1:
-            return mine
-        gathered = {name: self.world.gather(tensor) for name, tensor in mine.items()}
-        return {name: torch.stack(parts) for name, parts in gathered.items() if parts}
-
-    def _restore_views(self, tensors: dict[str, Tensor], ranks: int) -> None:
-        # In a world of another size images have other places; the teacher then answers anew.
-        if self.views is not None and ranks == self.world.size:
-            self.views.restore(tensors if ranks == 1 else {n: t[self.world.rank] for n, t in tensors.items()})
-
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Takes over what `state` returned on rank 0, in a world of any size."""
+        """Takes over what `state` returned on rank 0, in a world of the same size."""
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+        def own(tensor: Tensor) -> Tensor:
+            # A copy, which does not keep the other ranks' parts in memory.
+            return tensor if self.world.size == 1 else tensor[self.world.rank].clone()
 
         device = self.compute.device
         self.student.backbone.load_state_dict(under("student."))
         self.best_student = {name: tensor.to(device) for name, tensor in under("best.").items()}
         generators.load_whole_state(self.generator, under("generator."))
-        ranks = int(facts.get("ranks", 1))
-        self._restore_bank(under("bank."), ranks)
-        self._restore_views(under("views."), ranks)
-        self.holdout = self.world.share_of_rounds(tensors["holdout"], self.settings.synthesis.batch).to(device)
+        self.bank.restore({name: own(tensor) for name, tensor in under("bank.").items()})
+        if self.views is not None:
+            self.views.restore({name: own(tensor) for name, tensor in under("views.").items()})
+        self.holdout = own(tensors["holdout"]).to(device)
         for index, parameter in enumerate(self.student.parameters()):
             if f"momentum.{index}" in tensors:
                 buffer = torch.empty_like(parameter).copy_(tensors[f"momentum.{index}"])
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
-        layers = sum(name.endswith(".mean") for name in under("memory."))
-        self.statistics.memory = [
-            (tensors[f"memory.{i}.mean"].to(device), tensors[f"memory.{i}.var"].to(device)) for i in range(layers)
-        ] or None
+        memory = generators.memory_of(tensors)
+        self.statistics.memory = memory and [(mean.to(device), variance.to(device)) for mean, variance in memory]
         self.epoch = int(facts["epoch"])
         self.best_agreement = float(facts["best_agreement"])
         self.history = [Epoch(**line) for line in facts["history"]]
@@ -446,6 +426,7 @@ def distill(
 
     Raises:
         TrainingError: a loss is not finite, or what the run makes is worthless.
+        UsageError: the checkpoint is of another number of processes.
         IntegrityError: the checkpoint is damaged.
     """
     progress = progress or Silent()
@@ -507,6 +488,7 @@ def resume(distillation: Distillation, path: Path) -> bool:
     """Continues from a checkpoint of the same run; False where there is none.
 
     Raises:
+        UsageError: it is of another number of processes.
         IntegrityError: it is damaged.
     """
     if not path.is_file():
@@ -519,6 +501,7 @@ def resume(distillation: Distillation, path: Path) -> bool:
             facts = json.loads((file.metadata() or {})["facts"])
         if facts.get("digest") != distillation.digest:
             return False
+        _check_ranks(int(facts.get("ranks", 1)), distillation.world)
         distillation.restore(tensors, facts)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
         raise IntegrityError(
@@ -575,6 +558,22 @@ def _check_shares(settings: Settings, classes: int, world: World) -> None:
             why="\n".join(f"  - {problem}" for problem in problems),
             fix="Override these with --set, or start another number of processes.",
         )
+
+
+def _check_ranks(before: int, world: World) -> None:
+    if before == world.size:
+        return
+    start = "nayer-edge" if before == 1 else f"torchrun --nproc-per-node={before} -m nayer_edge"
+    raise UsageError(
+        f"This run was begun with {_processes(before)} and is now continued with {_processes(world.size)}.",
+        why="Each process keeps its own part of the memory bank, and a checkpoint is not divided anew.",
+        fix=f"Continue it as it was begun: {start} distill RUN\n"
+        f"Or discard it, and start over with {_processes(world.size)}: add --fresh.",
+    )
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' * (count != 1)}"
 
 
 @torch.no_grad()

@@ -197,11 +197,24 @@ def _built(arguments: Mapping[str, Any]) -> Generator:
     )
 
 
+def memory_tensors(memory: Memory | None) -> dict[str, Tensor]:
+    """The BatchNorm memory of a run, by names for a file."""
+    found = {}
+    for index, (mean, variance) in enumerate(memory or []):
+        found[f"memory.{index}.mean"], found[f"memory.{index}.var"] = mean, variance
+    return found
+
+
+def memory_of(tensors: Mapping[str, Tensor]) -> Memory | None:
+    """What `memory_tensors` was given, from among the tensors of a file."""
+    layers = sum(name.startswith("memory.") and name.endswith(".mean") for name in tensors)
+    return [(tensors[f"memory.{i}.mean"], tensors[f"memory.{i}.var"]) for i in range(layers)] or None
+
+
 def save(generator: Generator, memory: Memory | None, weights: Path) -> None:
     """Writes a generator and the BatchNorm memory of its run, with a JSON card to rebuild it."""
     tensors = {f"generator.{name}": tensor for name, tensor in generator.state_dict().items()}
-    for index, (mean, variance) in enumerate(memory or []):
-        tensors[f"memory.{index}.mean"], tensors[f"memory.{index}.var"] = mean, variance
+    tensors |= memory_tensors(memory)
     save_tensors(weights, tensors)
     write_json(
         weights.with_suffix(".json"),
@@ -225,8 +238,7 @@ def load(weights: Path) -> tuple[Generator, Memory | None]:
         generator.load_state_dict(
             {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         )
-        layers = sum(name.startswith("memory.") and name.endswith(".mean") for name in tensors)
-        memory = [(tensors[f"memory.{i}.mean"], tensors[f"memory.{i}.var"]) for i in range(layers)]
+        memory = memory_of(tensors)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise IntegrityError(f"{weights} is not a nayer-edge generator.", why=f"{error}") from error
-    return generator, memory or None
+    return generator, memory

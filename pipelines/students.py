@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
@@ -26,6 +25,8 @@ from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, check_forward
 from nayer_edge.runtime.compute import seeded
+
+from .model_cost import cost_of_network
 
 ZOO = ("nayer:resnet8", "nayer:resnet20", "nayer:wrn_16_1", "nayer:wrn_16_2", "nayer:wrn_40_1")
 LIBRARY = (
@@ -107,18 +108,11 @@ def measure(
     for model in models:
         with seeded(0):
             network = build_classifier(model, spec, labels).eval()
-        cost = StudentCost(model, network.parameter_count, macs_of(network), int8_bytes_of(network), False)
+        counted = cost_of_network(network)
+        cost = StudentCost(model, counted.parameters, counted.macs, int8_bytes_of(network), False)
         found.append(_timed(network, cost, runs, threads) if latency else cost)
         on_student(model)
     return found
-
-
-def macs_of(network: Classifier) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image; two floating-point operations each."""
-    images = torch.zeros(1, *network.spec.shape)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(images)
-    return counter.get_total_flops() // 2
 
 
 def int8_bytes_of(network: Classifier) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from pathlib import Path
@@ -21,35 +20,18 @@ def digest_of_data(path: Path, *, contents: bool = True) -> str:
         UsageError: something in it cannot be read.
     """
     try:
-        return _digest(path, contents, _listing(path, times=True))
+        if path.is_file():
+            return sha256_of(path)
+        digest = hashlib.sha256()
+        for name, file in _files(path):
+            what = sha256_of(file) if contents else f"{file.stat().st_size} "
+            digest.update(f"{what}  ".encode() + os.fsencode(name) + b"\0")
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read.",
             why=f"The system says: {error.strerror or error} ({error.filename}).",
             fix="Give yourself the right to read it.",
         ) from error
-
-
-# Several steps ask within one command. What the file system says of every file is part of the key.
-@functools.lru_cache(maxsize=16)
-def _digest(path: Path, contents: bool, listing: str) -> str:
-    del listing
-    if path.is_file():
-        return sha256_of(path)
-    if not contents:
-        return _listing(path, times=False)
-    digest = hashlib.sha256()
-    for name, file in _files(path):
-        digest.update(f"{sha256_of(file)}  ".encode() + os.fsencode(name) + b"\0")
-    return digest.hexdigest()
-
-
-def _listing(path: Path, *, times: bool) -> str:
-    """Digest of names and sizes, and of when each file was last changed."""
-    digest = hashlib.sha256()
-    for name, file in [("", path)] if path.is_file() else _files(path):
-        facts = file.stat()
-        digest.update(f"{facts.st_size} {facts.st_mtime_ns if times else ''}  ".encode() + os.fsencode(name) + b"\0")
     return digest.hexdigest()
 
 

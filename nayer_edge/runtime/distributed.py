@@ -114,12 +114,6 @@ class World:
         rounds = len(mine) // share
         return torch.cat([part.view(rounds, share, *mine.shape[1:]) for part in parts], dim=1).flatten(0, 1)
 
-    def share_of_rounds(self, whole: Shaped[Tensor, "N ..."], batch: int) -> Shaped[Tensor, "n ..."]:
-        """This rank's part of every round of `batch` images."""
-        if self.size == 1:
-            return whole
-        return self.share(whole.view(len(whole) // batch, batch, *whole.shape[1:]), dim=1).flatten(0, 1)
-
     def from_first(self, value: Any = None) -> Any:
         """What rank 0 says, on every rank; a value that JSON can hold. Others wait here until it does."""
         if self.size == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -15,7 +15,6 @@ from nayer_edge.text import inert, printed
 from .shared import Json, Settings, app, example, load_recipe, print_json, stdout
 
 if TYPE_CHECKING:
-    from nayer_edge.config import LTE
     from nayer_edge.labels.embeddings import LabelEmbeddings
 
 lte_app = typer.Typer(no_args_is_help=True, help="Label-text embeddings: build the cache, look at it.")
@@ -111,18 +110,17 @@ def _embeddings(
     from nayer_edge.labels import precomputed
     from nayer_edge.labels.class_names import read_labels
 
+    from ..recipes.checking import checked
+
     chosen = None if recipe is None else load_recipe(recipe, settings)
     if chosen is None and settings:
         raise UsageError("--set overrides a recipe's values, and no recipe is named.", fix="Name one.")
     given = {"encoder": encoder, "prompt": prompt, "synonyms": synonyms}
     if prompt and len(prompt) == 1:
         given["prompt"] = prompt[0]
-    config = _checked(
-        {
-            **(LTE() if chosen is None else chosen.lte).model_dump(),
-            **{key: value for key, value in given.items() if value is not None and value != []},
-        }
-    )
+    values = (LTE() if chosen is None else chosen.lte).model_dump()
+    values |= {key: value for key, value in given.items() if value is not None and value != []}
+    config = checked(LTE, values, "These options do not hold:", "Type: nayer-edge lte show --help")
     names = read_labels(labels) if labels is not None else chosen.teacher.classes if chosen is not None else None
     if names is None and config.precomputed:
         names = precomputed.read(Path(config.encoder).expanduser()).labels
@@ -132,23 +130,6 @@ def _embeddings(
             fix="Type: nayer-edge lte show digits   or: nayer-edge lte show --labels names.txt",
         )
     return lte.build(names, config)
-
-
-def _checked(values: dict[str, Any]) -> LTE:
-    from pydantic import ValidationError
-
-    from nayer_edge.config import LTE
-
-    from ..recipes.checking import problems_of
-
-    try:
-        return LTE.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(
-            "These options do not hold:",
-            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, LTE)),
-            fix="Type: nayer-edge lte show --help",
-        ) from error
 
 
 def _show(found: LabelEmbeddings, as_json: bool, picture: Path | None) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from nayer_edge.errors import UsageError
 from nayer_edge.text import inert
 
 from .shared import Json, TrustCode, app, example, load_recipe, percent, print_json, stdout, watched
-
-if TYPE_CHECKING:
-    from nayer_edge.config import InputSpec
 
 
 @app.command(epilog=example("nayer-edge recipes"))
@@ -60,9 +56,15 @@ def students(
     as_json: Json = False,
 ) -> None:
     """What students cost: parameters, multiply-accumulates, INT8 size and CPU latency."""
-    from .. import students as costs
+    from nayer_edge.config import InputSpec
 
-    spec = _input_spec(size)
+    from .. import students as costs
+    from ..init.parsing import parse_shape
+    from ..recipes.checking import checked
+
+    channels, height, width = parse_shape(size, channels=3)
+    values = {"channels": channels, "height": height, "width": width}
+    spec = checked(InputSpec, values, f"--input {size} does not hold:", "For example: --input 3x224x224")
     chosen = models or costs.students_for(spec)
     _, progress = watched(as_json)
     progress.start("measure students", len(chosen))
@@ -97,22 +99,6 @@ def students(
     else:
         note = "INT8 size (≈) computed from the weights; without --no-latency it is exported, quantized and timed."
     stdout().print("\n" + note, style="dim")
-
-
-def _input_spec(size: str) -> InputSpec:
-    from pydantic import ValidationError
-
-    from nayer_edge.config import InputSpec
-
-    from ..recipes.checking import problems_of
-
-    try:
-        channels, height, width = (int(part) for part in size.lower().replace("×", "x").split("x"))
-        return InputSpec(channels=channels, height=height, width=width)
-    except ValidationError as error:
-        raise UsageError(f"--input {size} does not hold.", why=" ".join(problems_of(error, InputSpec))) from error
-    except ValueError as error:
-        raise UsageError(f"'{size}' is no input size.", fix="For example: --input 3x224x224") from error
 
 
 def _short(value: int) -> str:

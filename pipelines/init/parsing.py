@@ -10,11 +10,11 @@ from nayer_edge.labels.class_names import read_labels
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_COLOURS = 4
-"""a last size of at most so many is the number of channels, not a width"""
+"""a last size of at most so many, behind a larger first one, is the number of channels, not a width"""
 
 
 def parse_shape(text: str, channels: int) -> tuple[int, int, int]:
-    """ "3x224x224", "224x224" or "224" → (channels, height, width).
+    """ "3x224x224", "224x224x3", "224x224" or "224" → (channels, height, width).
 
     Args:
         channels: where the text says nothing of them.
@@ -31,13 +31,7 @@ def parse_shape(text: str, channels: int) -> tuple[int, int, int]:
     if len(sizes) == 2:
         return channels, sizes[0], sizes[1]
     first, second, last = sizes
-    if last <= MOST_COLOURS < first:
-        raise UsageError(
-            f"'{text}' has the channels last.",
-            why="Sizes are written channels × height × width.",
-            fix=f"Type: --input {last}x{first}x{second}",
-        )
-    return first, second, last
+    return (last, first, second) if last <= MOST_COLOURS < first else (first, second, last)
 
 
 def parse_values(text: str, flag: str) -> tuple[float, ...]:

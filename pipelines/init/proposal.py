@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from nayer_edge.config import InputSpec, Teacher
 from nayer_edge.errors import UsageError
 from nayer_edge.labels.class_names import read_labels
 from nayer_edge.models.load import load_teacher, untrained_teacher
 from nayer_edge.models.names import parse
 
-from ..recipes.checking import problems_of
+from ..model_cost import cost_of
+from ..recipes.checking import checked
 from .inspect_checkpoint import Findings, Guess
 from .parsing import checked_name, named_after, parse_shape, parse_values
-from .sizes import Effort, choose, cost_of, device_at_hand, speed_of, student_for
+from .sizes import Effort, choose, device_at_hand, speed_of, student_for
 from .starter_recipe import Plan
 
 
@@ -183,14 +182,8 @@ def _spec(found: Findings, given: Given) -> tuple[InputSpec, str]:
         )
     mean = parse_values(given.mean, "--mean") if given.mean else base.mean
     std = parse_values(given.std, "--std") if given.std else base.std
-    try:
-        spec = InputSpec(channels=channels, height=height, width=width, mean=mean, std=std)
-    except ValidationError as error:
-        raise UsageError(
-            "These images cannot be:",
-            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, InputSpec)),
-            fix="Mend --input, --mean or --std.",
-        ) from error
+    values = {"channels": channels, "height": height, "width": width, "mean": mean, "std": std}
+    spec = checked(InputSpec, values, "These images cannot be:", "Mend --input, --mean or --std.")
     told = [flag for flag in ("input", "mean", "std") if getattr(given, flag) is not None]
     origin = found.input.origin if found.input else "nobody"
     guessed = "" if found.input is not None and found.input.sure else " (a guess)"

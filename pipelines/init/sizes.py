@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import NayerEdgeError
 from nayer_edge.generator import Generator
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.models.load import build_classifier
 from nayer_edge.runtime.compute import choose as choose_compute
 
 from ..doctor import memory_gib
+from ..model_cost import Cost, cost_of, flop_of
 
 Effort = Literal["trial", "normal"]
 
@@ -40,21 +38,6 @@ SHARE = 0.4
 MEASURED_FLOP = 2e10
 """operations of one pass that measures the device's speed"""
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One image through a network.
-
-    Attributes:
-        flop: floating-point operations of a forward pass.
-        activation_bytes: what a backward pass has to keep, float32.
-        parameters: of the network.
-    """
-
-    flop: float
-    activation_bytes: float
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -115,30 +98,6 @@ def device_at_hand(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Device:
     return Device("cpu", chosen.reason.partition(",")[0], (memory_gib()[1] or 4.0) * 2**30)
 
 
-def cost_of(model: str, spec: InputSpec, classes: int) -> Cost:
-    """What one image costs, counted on a network without memory for its weights."""
-    labels = [f"class {number}" for number in range(classes)]
-    try:
-        with torch.device("meta"):
-            network, images = build_classifier(model, spec, labels), torch.zeros(1, *spec.shape)
-    except RuntimeError:
-        network, images = build_classifier(model, spec, labels).to("meta"), torch.zeros(1, *spec.shape, device="meta")
-    network.eval().to("meta")
-    kept = 0
-
-    def count(_module: nn.Module, _inputs: object, output: object) -> None:
-        nonlocal kept
-        if isinstance(output, torch.Tensor):
-            kept += output.numel() * 4
-
-    for module in network.modules():
-        if not list(module.children()):
-            module.register_forward_hook(count)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(images)
-    return Cost(float(counter.get_total_flops()), float(kept), network.parameter_count)
-
-
 def generator_flop(spec: InputSpec, classes: int, channels: int) -> float:
     """Floating-point operations of the generator for one image (embeddings as long as MiniLM's)."""
     dimensions, batch = 384, 2 * classes
@@ -146,9 +105,7 @@ def generator_flop(spec: InputSpec, classes: int, channels: int) -> float:
         config = GeneratorConfig(channels=channels)
         network = Generator(dimensions, classes, batch, spec.shape, config)
         embeddings = torch.zeros(batch, dimensions)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.train()(embeddings)
-    return counter.get_total_flops() / batch
+    return flop_of(network.train(), embeddings) / batch
 
 
 def speed_of(teacher: Classifier, cost: Cost, seconds: float = 1.0) -> float:

@@ -15,10 +15,11 @@ from nayer_edge.errors import UsageError
 from nayer_edge.models.names import parse
 from nayer_edge.storage.files import write_bytes
 
+from ..model_cost import Cost
 from ..recipes import preflight
 from ..recipes.loading import BUILT_IN_DATA, SUFFIX, load_recipe
 from ..steps import until
-from .sizes import Cost, Device, Effort, Sizes
+from .sizes import Device, Effort, Sizes
 
 INLINE = 40
 """class names that a recipe holds itself; more of them go into a file beside it"""
@@ -229,7 +230,7 @@ def _because(reason: str | None) -> str:
 
 
 def _macs(cost: Cost) -> str:
-    return f"{cost.flop / 2e6:,.0f} million MACs"
+    return f"{cost.macs / 1e6:,.0f} million MACs"
 
 
 def _count(parameters: int) -> str:

@@ -9,15 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from nayer_edge.config import LTE, InputSpec, Teacher
 from nayer_edge.errors import UsageError, nearest
 from nayer_edge.labels.class_names import read_labels
 from nayer_edge.models.names import located, parse, published_weights
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
-from .checking import parse_toml, problems_of
+from .checking import checked, parse_toml
 from .schema import Recipe
 from .settings import apply_settings, make_recipe
 
@@ -237,14 +235,8 @@ def with_input(teacher: Teacher, *, trains: bool = False) -> Teacher:
             "mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225].",
         )
     own = {key: getattr(teacher.input, key) for key in written}
-    try:
-        spec = InputSpec.model_validate({**found, **own})
-    except ValidationError as error:
-        raise UsageError(
-            "The teacher's input does not hold:",
-            why="\n".join(f"  - {sentence}" for sentence in problems_of(error, InputSpec)),
-            fix=f"What [teacher.input] does not write is from {origin}.",
-        ) from error
+    fix = f"What [teacher.input] does not write is from {origin}."
+    spec = checked(InputSpec, {**found, **own}, "The teacher's input does not hold:", fix)
     taken = set(found) - written
     if not taken:
         origin = "the recipe"

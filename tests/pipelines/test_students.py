@@ -13,8 +13,9 @@ from torchvision.models import EfficientNet_B0_Weights, MobileNet_V2_Weights, Mo
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.models.load import build_classifier
+from nayer_edge.pipelines.model_cost import cost_of_network
 from nayer_edge.pipelines.recipes.loading import load_recipe, shipped
-from nayer_edge.pipelines.students import LIBRARY, int8_bytes_of, macs_of, measure, students_for
+from nayer_edge.pipelines.students import LIBRARY, int8_bytes_of, measure, students_for
 
 Invoke = Callable[..., Any]
 SPEC = InputSpec(height=32, width=32)
@@ -32,7 +33,7 @@ LABELS = tuple(map(str, range(10)))
 def test_costs_are_those_that_torchvision_publishes(model: str, weights: Any) -> None:
     with torch.device("meta"):
         network = build_classifier(model, InputSpec(height=224, width=224), tuple(map(str, range(1000)))).eval()
-        macs = macs_of(network)
+        macs = cost_of_network(network).macs
     assert network.parameter_count == weights.meta["num_params"]
     # "_ops" are billions of multiply-accumulates, to three decimals; torchvision rounds up its own count.
     assert macs / 1e9 == pytest.approx(weights.meta["_ops"], abs=2e-3)
@@ -45,7 +46,8 @@ def test_multiply_accumulates_by_hand() -> None:
     second = (9 * 16 * 32 + 9 * 32 * 32 + 16 * 32) * 16**2
     third = (9 * 32 * 64 + 9 * 64 * 64 + 32 * 64) * 8**2
     network = build_classifier("nayer:resnet8", SPEC, LABELS).eval()
-    assert macs_of(network) == stem + first + second + third + 64 * 10
+    assert cost_of_network(network).macs == stem + first + second + third + 64 * 10
+    assert not any(module._forward_hooks for module in network.modules()), "nothing stays in the network"
 
 
 def test_a_student_that_is_exported_and_timed() -> None:
@@ -114,10 +116,21 @@ def test_json_for_one_student(invoke: Invoke) -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "channels"), [("1x16x16", 1), ("16x16x1", 1), ("1, 16, 16", 1), ("16x16", 3), ("16", 3), ("8×16×16", 8)]
+)
+def test_sizes_are_spelt_as_for_init(size: str, channels: int, invoke: Invoke) -> None:
+    answer = invoke("students", "nayer:resnet8", "--input", size, "--no-latency", "--json")
+    assert answer.code == 0, answer.err
+    (cost,) = json.loads(answer.out)
+    network = build_classifier("nayer:resnet8", InputSpec(channels=channels, height=16, width=16), LABELS).eval()
+    assert (cost["params"], cost["macs"]) == (network.parameter_count, cost_of_network(network).macs)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--input", "32"), "no input size"),
-        (("--input", "3x32xwide"), "no input size"),
+        (("--input", "1x2x3x4"), "no image size"),
+        (("--input", "3x32xwide"), "no image size"),
         (("--input", "3x2x2"), "does not hold"),
         (("--classes", "1"), "nothing to decide"),
         (("nayer:resnet9",), "Did you mean 'resnet8'"),

@@ -43,9 +43,9 @@ WHOLE_GROUPS = {"synthesis_batch": 12}
 LONGER = {**WHOLE_GROUPS, "distill_steps": 40, "distill_batch": 24, "distill_holdout_rounds": 4}
 ONE_GROUP = {"synthesis_batch": 2}
 """fewer images than classes"""
-CACHED = {**WHOLE_GROUPS, "distill_views": 3, "distill_epochs": 5}
 SMALL_BANK = {**WHOLE_GROUPS, "distill_bank_mib": 40 * 128 / 2**20}
 """room for 40 images, that is for three rounds"""
+CACHED = {**SMALL_BANK, "distill_views": 3, "distill_epochs": 5}
 ROUNDS = (True, True, False)
 """warm-up or not"""
 
@@ -187,12 +187,14 @@ def averaged(world: World) -> list[Tensor | None]:
 
 
 def work_all(world: World, out: Path) -> dict[str, Any]:
-    resharded = begin(world, **CACHED)
-    assert resume(resharded, out / "one.safetensors")
-    saved = begin(world, **SMALL_BANK)
-    for _ in range(3):
-        saved.run_epoch()
+    saved = begin(world, **WHOLE_GROUPS)
+    saved.run_epoch()
     save_checkpoint(saved, out / "two.safetensors")
+    another_number = None
+    try:
+        resume(begin(world, **WHOLE_GROUPS), out / "one.safetensors")
+    except UsageError as error:
+        another_number = str(error)
     mismatch = None
     try:
         world.require_same(world.rank, "their rank")
@@ -206,9 +208,8 @@ def work_all(world: World, out: Path) -> dict[str, Any]:
         "run": finished(begin(world, **LONGER)),
         "small bank": finished(begin(world, **SMALL_BANK)),
         "cached": finished(begin(world, **CACHED)),
-        "resharded bank": resharded.bank.tensors(),
-        "resharded": finished(resharded),
         "gradients": averaged(world),
+        "another number": another_number,
         "mismatch": mismatch,
         "said": world.from_first({"what": "é", "rank": world.rank}),
     }
@@ -300,18 +301,11 @@ class Launch:
 
 
 @pytest.fixture(scope="module")
-def half_done() -> Distillation:
-    """One process, three epochs into the run with a cache of views."""
-    run = begin(**CACHED)
-    for _ in range(3):
-        run.run_epoch()
-    return run
-
-
-@pytest.fixture(scope="module")
-def launch(half_done: Distillation, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     out = tmp_path_factory.mktemp("two")
-    save_checkpoint(half_done, out / "one.safetensors")
+    alone = begin(**WHOLE_GROUPS)
+    alone.run_epoch()
+    save_checkpoint(alone, out / "one.safetensors")
     said = torchrun("--max-restarts=1", __file__, out)
     ended = time.time()
     failed = out / "failed"
@@ -508,28 +502,20 @@ def test_killed_together_and_started_again_they_end_with_the_same_bits(
             assert torch.equal(found["state"][name], tensor), name
 
 
-def test_two_processes_continue_what_one_began(two: list[dict[str, Any]], half_done: Distillation) -> None:
-    parts = [found["resharded bank"] for found in two]
-    assert torch.equal(joined_rounds([part["images"] for part in parts], share=6), half_done.bank.images)
-    assert torch.equal(joined_rounds([part["labels"] for part in parts], share=6), half_done.bank.labels)
-    history = two[0]["resharded"]["history"]
-    assert history[:3] == [line_of(epoch) for epoch in half_done.history]
-    assert [line["epoch"] for line in history] == [1, 2, 3, 4, 5]
-
-
-def test_one_process_continues_what_two_began(two: list[dict[str, Any]], launch: Launch) -> None:
-    run = begin(**SMALL_BANK)
-    assert resume(run, launch.folder / "two.safetensors")
-    assert run.epoch == 3
-    assert run.bank.capacity == 40
-    assert len(run.bank) == 36
-    before = run.bank.newest(36)[0]
-    distill(run)
-    assert torch.equal(run.bank.newest(40)[0][:16], before[-16:]), "24 new images took the place of the oldest"
-    wanted = two[0]["small bank"]["history"]
-    assert [line_of(epoch) for epoch in run.history[:3]] == wanted[:3]
-    assert run.history[3].loss_bn == pytest.approx(wanted[3]["loss_bn"], rel=1e-4), "the same generator and student"
-    assert run.history[3].loss_adv == pytest.approx(wanted[3]["loss_adv"], rel=1e-2)
+def test_another_number_of_processes_does_not_continue(two: list[dict[str, Any]], launch: Launch) -> None:
+    """Neither two what one began nor one what two began, and the checkpoint stays."""
+    for found in two:
+        assert "begun with 1 process and is now continued with 2 processes" in found["another number"]
+        assert "as it was begun: nayer-edge distill" in found["another number"]
+    path = launch.folder / "two.safetensors"
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="begun with 2 processes and is now continued with 1 process") as refused:
+        distill(begin(**WHOLE_GROUPS), path)
+    assert refused.value.exit_code == 2
+    assert "torchrun --nproc-per-node=2 -m nayer_edge distill" in refused.value.fix
+    assert "--fresh" in refused.value.fix
+    assert path.read_bytes() == before
+    assert not resume(begin(**SMALL_BANK), path), "one of another run is none at all"
 
 
 # ------------------------------------------------------------------ what goes wrong

@@ -1,0 +1,144 @@
+"""What a run asks of each of its steps, worked out once, before anything is written."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from nayer_edge.data.digest import digest_of_data
+from nayer_edge.labels.class_names import labels_beside
+from nayer_edge.models.names import parse, published_weights
+from nayer_edge.storage.run_folder import RunFolder, StepRecord
+
+from .recipes.loading import BUILT_IN_DATA, recipe_of
+from .recipes.schema import Recipe
+from .recipes.settings import is_default
+from .steps import STEPS, Step, settings_of
+
+NAMED_FILES = {"teacher.weights": True, "teach.data": False, "validate.data": True}
+"""keys of the recipe that name files of the user's, and whether every byte of a folder counts (training images may be
+too many to be read each time)"""
+
+Digest: TypeAlias = Callable[[Path, bool], str | None]
+"""(path, whether every byte of a folder counts) → SHA-256; None where there is no such file"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step of a run, before it runs.
+
+    Attributes:
+        step: its row of the table.
+        settings: the recipe's values that it reads, as its record is to state them.
+        record: of its finished result; None where there is none.
+        changes: "key: old → new" for each setting that differs from those of its finished result, or from those that
+            its checkpoint was begun with.
+    """
+
+    step: Step
+    settings: dict[str, Any]
+    record: StepRecord | None
+    changes: tuple[str, ...]
+
+    @property
+    def stale(self) -> bool:
+        """Its settings ask for it to be made. Where they do not, a changed input still may, once it is made."""
+        return self.record is None or bool(self.changes)
+
+
+def read_once() -> Digest:
+    """Digests of the user's files, each of which is read once, however many steps and plans ask."""
+
+    @functools.cache
+    def digest(path: Path, contents: bool) -> str | None:
+        return digest_of_data(path, contents=contents) if path.exists() else None
+
+    return digest
+
+
+def plan_steps(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, digest: Digest) -> tuple[Plan, ...]:
+    """One plan for each step.
+
+    Args:
+        run: what the folder holds; None where nothing is to be kept.
+        digest: of the files that the recipe names.
+
+    Raises:
+        UsageError: a file that the recipe names cannot be read.
+    """
+    values = _values(recipe)
+    plans = []
+    for step in steps:
+        record = run.manifest.steps.get(step.name) if run else None
+        settings = _settings(step, values, record, digest)
+        changes: list[str] = []
+        if record is not None:
+            # Without a change the record's own: they may lack a key that came later and has its default.
+            changes = _changes(record.settings, settings)
+            settings = settings if changes else record.settings
+        elif run is not None and any(run.path(name).is_file() for name in step.scratch):
+            changes = _changes_since_begun(step, values, run, digest)
+        plans.append(Plan(step, settings, record, tuple(changes)))
+    return tuple(plans)
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
+def _changes_since_begun(step: Step, values: dict[str, Any], run: RunFolder, digest: Digest) -> list[str]:
+    """What would make the checkpoint of an interrupted step worthless."""
+    before = _values(recipe_of(run.manifest.recipe, run.root))
+    decisive = [part for part in STEPS if part.name in (*step.inputs, step.name)]
+    changed = [
+        change
+        for part in decisive
+        for change in _changes(_settings(part, before, None, digest), _settings(part, values, None, digest))
+    ]
+    return list(dict.fromkeys(changed))
+
+
+def _settings(step: Step, values: dict[str, Any], record: StepRecord | None, digest: Digest) -> dict[str, Any]:
+    """The recipe's values that a step reads. Files count by what is in them, not by where they lie; where they are not
+    at hand, as on another machine, those that a finished step was made from."""
+    found = copy.deepcopy(settings_of(step, values))
+
+    def count(name: str, path: Path | None, contents: bool = True) -> None:
+        now = digest(path, contents) if path else None
+        before = record.settings.get(f"{name}.sha256") if record else None
+        found[f"{name}.sha256"] = before if now is None else now
+
+    for name, contents in NAMED_FILES.items():
+        section, _, key = name.partition(".")
+        value = (found.get(section) or {}).get(key)
+        if value is not None and value not in BUILT_IN_DATA and published_weights(value) is None:
+            del found[section][key]
+            count(name, Path(value), contents)
+    encoder = Path(str((found.get("lte") or {}).get("encoder") or ""))
+    if encoder.is_absolute():
+        del found["lte"]["encoder"]
+        count("lte.encoder", encoder)
+        if names := labels_beside(encoder):
+            count("lte.labels", names)
+    for section in ("teacher", "student"):
+        if section in found and (model := parse(found[section]["model"])).local:
+            found[section]["model"] = model.portable
+            count(f"{section}.model", model.path)
+    return found
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """ "key: old → new" for every difference of two nested settings. A key that came into recipes after a step was made
+    is none where it has its default."""
+    found = []
+    for key in sorted(set(before) | set(now)):
+        old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _changes(old, new, f"{name}.")
+        elif old != new and (key in before or not is_default(name, new)):
+            found.append(f"{name}: {old} → {new}")
+    return found
