@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,6 +29,8 @@ BASE_PREFIX = "_"
 MAX_DEPTH = 4
 DESCRIBED = ("torchvision", "timm", "hf")
 """sources of models whose libraries say what images their weights were trained on"""
+_PATHS = (("teacher", "weights"), ("lte", "encoder"), ("teach", "data"), ("validate", "data"))
+"""keys of a recipe that may hold a path"""
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,33 @@ def _near(value: str, root: Path) -> str:
     if at_home == root.is_relative_to(home) and os.path.commonpath([path, root]) != root.anchor:
         return Path(os.path.relpath(path, root)).as_posix()
     return f"~/{path.relative_to(home).as_posix()}" if at_home else value
+
+
+def without_local_paths(recipe: Recipe, root: Path) -> tuple[dict[str, Any], list[str]]:
+    """A recipe's values for whoever reads a run's page elsewhere, and the names of the files that belong beside it.
+
+    Paths are cut to their last part, unless they start at a variable such as $NAYER_EDGE_DATA: they are of no use on
+    another machine, and say more about this one than a page should. A recipe's relative paths start beside the recipe.
+
+    Args:
+        root: the run folder.
+    """
+    values, here, beside = portable(recipe, root), recipe.model_dump(mode="json", by_alias=True), []
+    for section, key in _PATHS:
+        path = (here.get(section) or {}).get(key)
+        if path is not None and last_part(path) != path and not values[section][key].startswith("$"):
+            values[section][key] = last_part(path)
+            beside.append(last_part(path))
+    for section in ("teacher", "student"):
+        model = parse(getattr(recipe, section).model)
+        values[section]["model"] = model.portable
+        beside += [Path(model.name).name] if model.local else []
+    return values, list(dict.fromkeys(beside))
+
+
+def last_part(path: str) -> str:
+    """The last part of an absolute path; anything else, such as the name of an encoder, as it is."""
+    return PurePosixPath(path).name if PurePosixPath(path).is_absolute() else path
 
 
 def _find(name_or_path: str) -> Path:

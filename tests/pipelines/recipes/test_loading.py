@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -10,9 +11,10 @@ import pytest
 
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.pipelines.recipes import preflight
-from nayer_edge.pipelines.recipes.loading import Shipped, load_recipe, portable, recipe_of, shipped
+from nayer_edge.pipelines.recipes.as_toml import to_toml
+from nayer_edge.pipelines.recipes.loading import Shipped, load_recipe, portable, recipe_of, shipped, without_local_paths
 from nayer_edge.pipelines.recipes.schema import Recipe
-from nayer_edge.pipelines.recipes.settings import apply_settings
+from nayer_edge.pipelines.recipes.settings import apply_settings, make_recipe
 from nayer_edge.pipelines.schemas import load
 from nayer_edge.pipelines.steps import STEPS, until
 from nayer_edge.storage.run_folder import RunFolder
@@ -296,3 +298,38 @@ def test_a_run_folder_holds_its_recipe(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "runs" / "digits" / "manifest.json").write_text("{}")
     with pytest.raises(IntegrityError):
         load_recipe("./digits")
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10-w402-w161-e100"])
+def test_shipped_recipes_survive_toml(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAYER_EDGE_DATA", str(tmp_path / "data"))
+    here = load_recipe(name)
+    values, beside = without_local_paths(here, tmp_path / "runs" / "x")
+    (tmp_path / "again.toml").write_text(to_toml(values), encoding="utf-8")
+    assert load_recipe(str(tmp_path / "again.toml")) == here
+    assert beside == []
+
+
+def test_paths_are_cut_to_their_last_part(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        {
+            "name": "x",
+            "teacher": {
+                "model": "python:/home/someone/net.py:make",
+                "weights": "/home/someone/w.pt",
+                "classes": ["a", "b"],
+            },
+            "student": {"model": "nayer:resnet8"},
+            "lte": {"encoder": "/mnt/private/clip.npz"},
+            "validate": {"data": "/mnt/private/holdout"},
+        },
+        "of this test",
+    )
+    values, beside = without_local_paths(recipe, tmp_path)
+    text = to_toml(values)
+    assert "someone" not in text
+    assert "private" not in text
+    assert beside == ["w.pt", "clip.npz", "holdout", "net.py"]
+    read = tomllib.loads(text)
+    assert (read["teacher"]["weights"], read["validate"]["data"]) == ("w.pt", "holdout")
+    assert read["teacher"]["model"] == "python:net.py:make"
