@@ -123,15 +123,15 @@ def test_parquet(tmp_path: Path, image: str, label: str, nested: bool) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"picture": [b"x"], "label": [0]}, "no column of images and of labels"),
-        ({"image": [b"x"], "class": [0]}, "no column of images and of labels"),
+        ({"picture": [b"x"], "label": [0]}, "lacks a column of images or one of labels"),
+        ({"image": [b"x"], "class": [0]}, "lacks a column of images or one of labels"),
         ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "holds no images"),
-        ({"image": [picture((8, 6))], "label": ["cat"]}, "something else than encoded images and class numbers"),
-        ({"image": [picture((8, 6))], "label": [0.5]}, "something else"),
-        ({"image": [picture((8, 6))], "label": pa.array([None], pa.int64())}, "something else"),
-        ({"image": pa.array([None], pa.binary()), "label": [0]}, "something else"),
-        ({"image": [7], "label": [0]}, "something else"),
-        ({"image": [{"path": "x.png"}], "label": [0]}, "something else"),
+        ({"image": [picture((8, 6))], "label": ["cat"]}, "does not hold encoded images and class numbers"),
+        ({"image": [picture((8, 6))], "label": [0.5]}, "does not hold"),
+        ({"image": [picture((8, 6))], "label": pa.array([None], pa.int64())}, "does not hold"),
+        ({"image": pa.array([None], pa.binary()), "label": [0]}, "does not hold"),
+        ({"image": [7], "label": [0]}, "does not hold"),
+        ({"image": [{"path": "x.png"}], "label": [0]}, "does not hold"),
         ({"image": [b"not an image"], "label": [0]}, "1 × not readable as an image, first x.parquet, row 0"),
         ({"image": [picture((8, 6))], "label": [2]}, "1 of 1 images .* label outside the 2 classes"),
         ({"image": [picture((8, 6))], "label": [-1]}, "label outside"),
@@ -183,14 +183,17 @@ def test_npz(tmp_path: Path, shape: tuple[int, ...], spec: InputSpec, kind: str)
     [
         ({"images": np.zeros((2, 8, 6), np.uint8)}, "not readable as labelled images"),
         ({"images": np.zeros((2, 8, 6), np.float32), "labels": np.zeros(2, int)}, "type float32"),
-        ({"images": np.zeros((2, 8, 6, 2), np.uint8), "labels": np.zeros(2, int)}, "2 images of shape .* model eats"),
-        ({"images": np.zeros((2, 8), np.uint8), "labels": np.zeros(2, int)}, "model eats"),
+        (
+            {"images": np.zeros((2, 8, 6, 2), np.uint8), "labels": np.zeros(2, int)},
+            "2 images of shape .* model expects",
+        ),
+        ({"images": np.zeros((2, 8), np.uint8), "labels": np.zeros(2, int)}, "model expects"),
         ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.zeros(3, int)}, "2 images and 3 labels"),
-        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.zeros((2, 2), int)}, "model eats"),
-        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array(0)}, "model eats"),
-        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array(["cat", "dog"])}, "'<U3', not plain numbers"),
+        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.zeros((2, 2), int)}, "model expects"),
+        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array(0)}, "model expects"),
+        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array(["cat", "dog"])}, "labels .* are of type <U3"),
         ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array([0.5, 1.0])}, "labels .* are of type float64"),
-        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array([{}, {}], object)}, "not readable"),
+        ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array([{}, {}], object)}, "type object|not readable"),
         ({"images": np.zeros((0, 8, 6), np.uint8), "labels": np.zeros(0, int)}, "holds no images"),
         ({"images": np.zeros((2, 8, 6), np.uint8), "labels": np.array([0, 2])}, "1 of 2 images"),
     ],
@@ -241,7 +244,7 @@ def test_decoding_converts_and_resizes() -> None:
 
 
 def test_encoded_images_have_one_or_three_channels() -> None:
-    with pytest.raises(UsageError, match="model eats 13 channels") as caught:
+    with pytest.raises(UsageError, match="model expects 13 channels") as caught:
         decode(picture((8, 6, 3)), InputSpec(channels=13, height=8, width=6), "a.png")
     assert "npz" in caught.value.fix
 
