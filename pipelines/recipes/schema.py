@@ -1,13 +1,10 @@
-"""The recipe: every number of a run, in TOML, checked as a whole before any work."""
+"""The recipe: every setting of a run, validated as a whole before any work."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from nayer_edge.config import (
     LTE,
@@ -29,78 +26,78 @@ from ..gate.policy import Policy
 
 
 class Export(Section):
-    """ONNX and the quantized graphs."""
+    """ONNX export and quantization."""
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     """version of the ONNX operator set"""
     targets: tuple[str, ...] = ("cpu",)
-    """which devices get a quantized graph; nayer_edge/export/targets.py lists them"""
+    """devices to quantize for; nayer_edge/export/targets.py lists them"""
     calibration_images: Annotated[int, Field(ge=1, le=65536)] = 512
     """synthetic images drawn from the trained generator"""
     calibration_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
-    """auto: the one whose INT8 model agrees best with FP32 on a synthetic hold-out"""
+    """auto: the method whose INT8 model agrees best with FP32 on the synthetic hold-out"""
     max_drop: Fraction | None = 0.02
-    """largest fraction of the synthetic hold-out on which INT8 may choose another class than FP32; the most sensitive
-    layers return to float until it holds"""
+    """largest fraction of the synthetic hold-out on which INT8 may predict another class than FP32; the most sensitive
+    layers return to float until this limit is met"""
     sensitivity: bool = False
-    """measure every layer alone, whether or not one has to return to float"""
+    """measure the sensitivity of every layer, even if none has to return to float"""
     finetune: bool = False
-    """train the INT8 network with its rounding on images of the memory bank; kept where it agrees better with FP32 on
-    the synthetic hold-out than calibration alone"""
+    """quantization-aware training (QAT) on images of the memory bank; its result is kept if it agrees better with FP32
+    on the synthetic hold-out than calibration alone"""
     finetune_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
-    """of fine-tuning"""
+    """of QAT"""
     finetune_steps: Annotated[int, Field(ge=1, le=100_000)] = 100
     """steps per epoch, of distill.batch images each"""
     finetune_lr: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
-    """peak step of Adam, as a fraction of each channel's root mean square weight"""
+    """peak learning rate of Adam, as a fraction of each channel's root mean square weight"""
     fp16: bool = False
     """also write an FP16 graph (always written where an engine is to be built)"""
     engines: bool = True
-    """build engines for the targets that have one"""
+    """build engines for the targets that have them"""
     compute_capability: str = "sm89"
     """for TensorRT-RTX, which builds ahead of time: sm75, sm80, sm86, sm89, sm120, …"""
 
 
 class Validate(Section):
-    """On which images the artefacts are compared with the teacher."""
+    """The images on which the artefacts are compared with the teacher."""
 
     data: str | None = None
-    """labelled hold-out images (they only measure); none: fresh synthetic images"""
+    """labelled hold-out images, used only to measure; without them, fresh synthetic images"""
     fit: Fit = "exact"
-    """pictures that are not of the model's size or kind: exact refuses them, with their count; stretch resizes them;
-    center-crop resizes the shorter side to 8/7 of the model's and cuts the middle out"""
+    """what to do with pictures of another size or mode than the model's: exact refuses them, with their count; stretch
+    resizes them; center-crop resizes the shorter side to 8/7 of the model's and crops the centre"""
     synthetic_images: Count = 2000
-    """how many, where there is no hold-out"""
+    """how many synthetic images, without a hold-out"""
 
 
 class Measured(Section):
-    """What the recipe's author measured, so that a user knows what to expect."""
+    """What its author measured with this recipe, so that users know what to expect."""
 
     teacher_top1: Fraction | None = None
     """mean over the seeds"""
     student_top1: Fraction | None = None
     """mean over the seeds"""
     student_top1_sd: Annotated[float, Field(ge=0)] | None = None
-    """its standard deviation"""
+    """its standard deviation over the seeds"""
     int8_drop: float | None = None
     """FP32 student top-1 minus INT8 top-1, fraction"""
     seeds: Count | None = None
-    """how many"""
+    """number of seeds"""
     seconds: Positive | None = None
-    """of a whole run"""
+    """duration of a whole run"""
     hardware: str | None = None
-    """on what"""
+    """of the machine that measured it"""
 
 
 class Recipe(Section):
     """A whole run: teacher, embeddings, synthesis, student, export, validation, gate."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    """the file's, unless it says another"""
+    """by default the name of its file"""
     description: str = ""
-    """one line, shown by `nayer-edge recipes`"""
+    """one line, which `nayer-edge recipes` shows"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """of every random stream"""
+    """seed of every random stream"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -16,7 +16,7 @@ from nayer_edge.pipelines.recipes.loading import Shipped, load_recipe, portable,
 from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.recipes.settings import apply_settings, make_recipe
 from nayer_edge.pipelines.schemas import load
-from nayer_edge.pipelines.steps import STEPS, until
+from nayer_edge.pipelines.steps import until
 from nayer_edge.storage.run_folder import RunFolder
 
 MINIMAL = """
@@ -179,49 +179,11 @@ def test_settings_that_do_not_hold(setting: str) -> None:
     assert refused("digits", setting).exit_code == 2
 
 
-def test_settings_leave_the_values_alone() -> None:
-    values = {"distill": {"epochs": 3}}
-    assert apply_settings(values, ["distill.epochs=4"])["distill"]["epochs"] == 4
-    assert values == {"distill": {"epochs": 3}}
-
-
 def test_a_recipe_survives_the_manifest() -> None:
     recipe = load_recipe("digits", ["seed=3"])
     values = json.loads(json.dumps(recipe.model_dump(mode="json", by_alias=True)))
     assert recipe_of(values, Path()) == recipe
     assert isinstance(recipe_of(values, Path()), Recipe)
-
-
-def test_preflight_names_every_problem_before_any_work() -> None:
-    recipe = load_recipe(
-        "digits",
-        [
-            "teacher.model=nayer:wrn_16_3x",
-            "student.model=nayer:resnet9000",
-            "teach.data=/nowhere/train",
-            "validate.data=/nowhere/held.npz",
-            "export.targets=['cpu', 'toaster', 'tensorrt']",
-            "export.opset=18",
-            "distill.bank_mib=0.001",
-        ],
-    )
-    with pytest.raises(UsageError) as caught:
-        preflight.check(recipe, STEPS)
-    keys = ("teacher.model", "student.model", "teach.data", "validate.data", "export.targets", "distill.bank_mib")
-    for key in (*keys, "export.opset"):
-        assert f"- {key}: " in caught.value.why
-    assert caught.value.why.count("export.opset") == 1, "the processor's graph has no FP16"
-    assert "Nothing was started" in caught.value.fix
-
-
-def test_preflight_looks_only_at_what_will_run() -> None:
-    recipe = load_recipe("digits", ["validate.data=/nowhere/held.npz", "export.targets=['toaster']"])
-    preflight.check(recipe, until("student"))
-
-
-def test_a_student_that_is_its_teacher() -> None:
-    with pytest.raises(UsageError, match="same network"):
-        preflight.check(load_recipe("digits", ["student.model=nayer:wrn_16_2"]), STEPS)
 
 
 def test_weights_of_ones_own_take_the_place_of_training(tmp_path: Path) -> None:
