@@ -21,6 +21,7 @@ PREDICTIONS_PATH = "validate/predictions.npz"
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Bits = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]
 
 
 class _Part(BaseModel):
@@ -109,6 +110,9 @@ class ArtifactReport(_Part):
     sha256: Digest | None = None
     int8_coverage: Rate | None = None
     """fraction of eligible convolutions and matrix products that really run in INT8"""
+    correct: Bits | None = None
+    """one bit per image, 1 where the first choice is the label, in the order of the hold-out; hexadecimal, the first
+    image in the highest bit, zeros up to a whole byte (numpy.packbits); null where there is no ground truth"""
     paired: PairedCounts = PairedCounts()
     per_class: tuple[ClassCounts, ...] = ()
 

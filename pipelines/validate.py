@@ -250,6 +250,7 @@ def _report(
     if labels is not None:
         right = {network: ranks[:, 0] == labels for network, ranks in seen.ranks.items()}
         against = {
+            "correct": np.packbits(right[name]).tobytes().hex(),
             "paired": PairedCounts(
                 # Images on which FP32 has no answer would count as if it were wrong, and excuse what is lost there.
                 vs_fp32=count_pairs(right["fp32"], right[name])

@@ -17,7 +17,7 @@ from nayer_edge.pipelines.steps import NAMES, STEPS
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"nayer_edge": "nayer_edge", "export": "nayer_edge.export", "pipelines": "nayer_edge.pipelines"}
 LAYERS = ("nayer_edge", "export", "pipelines")
-BASE_INSTALL = {"typer", "rich", "pydantic"}
+BASE_INSTALL = {"typer", "rich", "pydantic", "tomli_w"}
 
 
 @dataclass(frozen=True)

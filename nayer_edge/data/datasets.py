@@ -1,4 +1,4 @@
-"""Labelled images: for training a demonstration's teacher, and for measuring. Distillation never imports this."""
+"""Labelled images, to train the teacher of a demonstration and to evaluate. Distillation never imports this."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nayer_edge.config import Fit, InputSpec
-from nayer_edge.data.arrays import Split, open_npz, open_torchvision
+from nayer_edge.data.npz import open_npz
 from nayer_edge.data.pictures import open_folder, open_parquet
-from nayer_edge.data.stream import MAX_IMAGES, ImageStream
+from nayer_edge.data.stream import MAX_IMAGES, ImageStream, Split
+from nayer_edge.data.torchvision_formats import open_torchvision
 from nayer_edge.errors import UsageError, missing_extra
 
 DIGITS_HOLDOUT = 600
-"""of the 1,797 images; fewer than 598 could not show a drop below 0.5 points"""
+"""of the 1,797 images; with fewer than 598 no accuracy drop below 0.5 points can be shown"""
 
 _BATCH = 256
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with the class that each shows.
+    """Images in memory, each with its class.
 
     Attributes:
-        images: uint8, of the model's size.
+        images: uint8, in the model's shape.
         labels: class numbers in the model's order.
-        name: how a report calls them.
+        name: what reports call them.
     """
 
     images: UInt8[Tensor, "N C H W"]
@@ -46,14 +47,14 @@ class LabelledImages:
 
 
 def load(source: str, split: Split, spec: InputSpec, classes: Sequence[str]) -> LabelledImages:
-    """Reads labelled images into memory, for training; pictures of another size or kind are resized and converted.
+    """Reads labelled images into memory, for training; pictures of another size or mode are resized and converted.
 
     Args:
         source: as `open_images` takes it.
         split: which part of a set that has parts.
 
     Raises:
-        UsageError: there is nothing there, or it does not fit the model.
+        UsageError: no such images, or they do not match the model.
     """
     stream = open_images(source, split, spec, classes, "stretch")
     images = torch.from_numpy(np.concatenate(list(stream.batches(_BATCH))))
@@ -61,22 +62,22 @@ def load(source: str, split: Split, spec: InputSpec, classes: Sequence[str]) -> 
 
 
 def open_images(source: str, split: Split, spec: InputSpec, classes: Sequence[str], fit: Fit) -> ImageStream:
-    """Opens labelled images to be read a batch at a time, and looks at all labels and sizes first.
+    """Opens labelled images to be read a batch at a time; checks all labels and sizes first.
 
     Args:
         source: "digits", a folder of class folders, a parquet file or a folder of them (Hugging Face style), an npz
-            with `images` and `labels`, or one of torchvision's own formats (`array_images` lists them).
-        split: which part of "digits" or of torchvision's sets; other files are one part each.
-        fit: what is done with pictures that are not of the model's size.
+            with `images` and `labels`, or one of the formats in `torchvision_formats`.
+        split: which part of "digits" or of torchvision's sets; other files have no parts.
+        fit: what to do with pictures of another size than the model's.
 
     Raises:
-        UsageError: there is nothing there, or it does not fit the model.
+        UsageError: no such images, or they do not match the model.
     """
     stream = _open(source, split, spec, classes, fit)
     if len(stream) == 0:
-        raise UsageError(f"{source} holds no images.", fix="Name a set that has some.")
+        raise UsageError(f"{source} holds no images.", fix="Choose a data set that is not empty.")
     if len(stream) > MAX_IMAGES:
-        raise UsageError(f"{source} holds {len(stream):,} images, more than {MAX_IMAGES:,}.", fix="Take a part of it.")
+        raise UsageError(f"{source} holds {len(stream):,} images, more than {MAX_IMAGES:,}.", fix="Use a part of it.")
     wrong = (stream.labels < 0) | (stream.labels >= len(classes))
     if wrong.any():
         found = ", ".join(str(label) for label in np.unique(stream.labels[wrong])[:5])
@@ -90,23 +91,23 @@ def open_images(source: str, split: Split, spec: InputSpec, classes: Sequence[st
 
 def _open(source: str, split: Split, spec: InputSpec, classes: Sequence[str], fit: Fit) -> ImageStream:
     if source == "digits":
-        found = digits(split, spec)
-        return ImageStream(found.name, found.labels.numpy(), lambda size: _parts(found.images.numpy(), size))
+        images = digits(split, spec)
+        return ImageStream(images.name, images.labels.numpy(), lambda size: _parts(images.images.numpy(), size))
     path = Path(source).expanduser()
     try:
         if path.is_file() and path.suffix == ".parquet":
             return open_parquet([path], f"{path.parent.name}/{path.name}", spec, fit)
         if path.is_file() and path.suffix == ".npz":
-            return open_npz(path, spec, fit)
-        if path.exists() and (stream := open_torchvision(path, split, spec, fit)) is not None:
-            return stream
+            return open_npz(path, spec).stream(spec, fit)
+        if path.exists() and (found := open_torchvision(path, split)) is not None:
+            return found.stream(spec, fit)
         if path.is_dir() and (parts := sorted(path.glob("*.parquet"))):
             return open_parquet(parts, path.name, spec, fit)
         if path.is_dir():
             return open_folder(path, spec, classes, fit)
     except PermissionError as error:
         raise UsageError(
-            f"{source} cannot be read.", why=f"{error}", fix="Give yourself the right to read it."
+            f"{source} cannot be read.", why=f"{error}", fix="Make it readable for whoever runs this command."
         ) from error
     variable = re.match(r"\$\{?(\w+)", source)
     if variable and variable[1] not in os.environ:
@@ -117,8 +118,8 @@ def _open(source: str, split: Split, spec: InputSpec, classes: Sequence[str], fi
         )
     raise UsageError(
         f"There are no labelled images at '{source}'.",
-        why="It is neither a folder of class folders, nor a .parquet or .npz file, nor one of torchvision's formats, "
-        "nor the word digits.",
+        why="Expected a folder of class folders, a .parquet or .npz file, one of torchvision's formats, or the word "
+        "digits.",
         fix="Check the path.",
     )
 
@@ -131,8 +132,8 @@ def _parts(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def digits(split: Split, spec: InputSpec) -> LabelledImages:
     """scikit-learn's handwritten digits (Alpaydin & Kaynak 1998, UCI): 1,797 real 8×8 images.
 
-    Split once, stratified, with a fixed seed: 1,197 train, 600 hold-out. Pixels 0 … 16 become 0 … 255 and are
-    resized bilinearly to the model's input; more than one channel repeats the grey value.
+    The split is stratified, with a fixed seed: 1,197 train, 600 hold-out. Pixel values 0 … 16 become 0 … 255;
+    images are resized bilinearly to the model's input, and its channels all repeat the grey value.
     """
     try:
         from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""What a data set on disk is, wherever it lies: the digest by which a step notices a change. Standard library."""
+"""A digest of a data set on disk, by which steps notice that it changed. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nayer_edge.storage.files import sha256_of
 
 
 def digest_of_data(path: Path, *, contents: bool = True) -> str:
-    """SHA-256 of a file; of a folder, of the names and contents of all files in it.
+    """SHA-256 of a file, or of the names and contents of all files in a folder.
 
     Args:
-        contents: False takes a file's size in a folder for its contents, for sets that are too large to be read.
+        contents: False hashes file sizes instead of contents, for folders that are too large to read.
 
     Raises:
         UsageError: something in it cannot be read.
@@ -30,13 +30,13 @@ def digest_of_data(path: Path, *, contents: bool = True) -> str:
         raise UsageError(
             f"{path} cannot be read.",
             why=f"The system says: {error.strerror or error} ({error.filename}).",
-            fix="Give yourself the right to read it.",
+            fix="Make it readable for whoever runs this command.",
         ) from error
     return digest.hexdigest()
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
-    """(name inside the folder, path) of every file below it, in the order of the names; links are followed once."""
+    """(relative name, path) of every file in a folder and its subfolders, sorted by name; links are followed once."""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         seen.add(os.path.realpath(place))

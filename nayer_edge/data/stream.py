@@ -1,10 +1,10 @@
-"""Labelled images as a stream of batches, and how a picture is made to fit the model."""
+"""Labelled images as a stream of batches, and how a picture is resized to the model's input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -13,25 +13,27 @@ from nayer_edge.config import Fit, InputSpec
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Split = Literal["train", "holdout"]
+
 CROP_SHARE = 0.875
-"""of each side that a centre crop keeps: 224 of 256, as ImageNet classifiers are usually measured"""
+"""fraction of each side that a centre crop keeps: 224 of 256, the usual evaluation of ImageNet classifiers"""
 
 MAX_IMAGES = 10_000_000
-"""a file that claims more is not read"""
+"""files that claim more are not read"""
 
 GREY_MODES = ("1", "L", "LA")
 COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
-"""Pillow's modes of eight bits per channel; the others (I, F, I;16 …) have no single way to become bytes"""
+"""Pillow's modes with eight bits per channel; there is no single way to convert the others (I, F, I;16 …) to bytes"""
 
 
 @dataclass(frozen=True)
 class ImageStream:
-    """Labelled images that are read when they are asked for, a batch at a time, as often as one likes.
+    """Labelled images that are read on demand, a batch at a time, any number of times.
 
     Attributes:
-        name: how a report calls them.
+        name: what reports call them.
         labels: class numbers in the model's order, (N,), int64; known before any image is decoded.
-        batches: batches(size) yields uint8 arrays (at most size, C, H, W) in the order of the labels.
+        batches: batches(size) yields uint8 arrays (at most `size` images, C, H, W) in the order of the labels.
     """
 
     name: str
@@ -42,8 +44,8 @@ class ImageStream:
         return len(self.labels)
 
 
-def misfit(size: tuple[int, int], mode: str, spec: InputSpec, fit: Fit) -> str:
-    """Why a picture cannot be measured as it is; the empty string where it can.
+def mismatch(size: tuple[int, int], mode: str, spec: InputSpec, fit: Fit) -> str:
+    """Why a picture cannot be used without resizing or converting it; the empty string where it can.
 
     Args:
         size: (width, height).
@@ -58,8 +60,8 @@ def misfit(size: tuple[int, int], mode: str, spec: InputSpec, fit: Fit) -> str:
     return ""
 
 
-def fitted(picture: Image, spec: InputSpec, fit: Fit) -> np.ndarray:
-    """A picture as uint8 of the model's shape, (C, H, W); C is 1 or 3. Resizing is bilinear with antialiasing."""
+def resized(picture: Image, spec: InputSpec, fit: Fit) -> np.ndarray:
+    """A picture as uint8 in the model's shape (C, H, W), where C is 1 or 3. Resizing is bilinear with antialiasing."""
     from PIL import Image
 
     picture = picture.convert("L" if spec.channels == 1 else "RGB")

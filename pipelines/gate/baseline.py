@@ -1,31 +1,25 @@
-"""The release before: a run is paired with it image by image, in the standard library, because the gate has no numpy.
+"""The release before: pairs a run with it image by image.
 
-Two reports whose hold-outs have the same digest speak of the same images in the same order, so the stored predictions
-of both say which images were lost and gained since. Reports of different images are refused and not compared loosely:
-how much harder one set of images is than another is in no bound that could be computed from their counts.
+Two reports whose hold-outs have the same digest saw the same images in the same order, and each states which of them
+its artefacts classified correctly, one bit per image. Reports of different images are refused rather than compared
+loosely: no bound computed from their counts says how much harder one set of images is than another.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-import sys
-import zipfile
-from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
-from nayer_edge.data.npy import DAMAGED, open_member
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.storage.files import sha256_of
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
-from ..measurements import PREDICTIONS_PATH, REPORT_PATH, Paired, Report, read_report
+from ..measurements import REPORT_PATH, ArtifactReport, Paired, Report, read_report
 from ..recipes.checking import parse_toml
 from .judgement import Baseline
 from .policy import make_references
-
-LABELS = "labels"
 
 
 def load_baseline(references: Path, run: RunFolder, report: Report, artifacts: Iterable[str]) -> Baseline:
@@ -38,35 +32,24 @@ def load_baseline(references: Path, run: RunFolder, report: Report, artifacts: I
         artifacts: names of those that the policy judges; one that either side has not measured is left out.
 
     Raises:
-        UsageError: the references do not hold, there is no such baseline, or it was measured on other images (exit 2).
-        IntegrityError: the baseline is damaged, or not the one that the references' digest names (exit 4).
+        UsageError: invalid references, no such baseline, or one measured on other images or by a version that did not
+            store which images were classified correctly (exit 2).
+        IntegrityError: the baseline is damaged, or not the one whose digest the references state (exit 4).
     """
     named = make_references(parse_toml(references, "references"), str(references)).baseline
     folder = references.parent / Path(os.path.expandvars(named.run)).expanduser()
     path = _report_path(folder, references)
     _require_untouched(folder, path, named.sha256, references)
     before = read_report(path, f"Type: nayer-edge validate {shlex.quote(str(folder))}")
-    predictions = path.with_name(Path(PREDICTIONS_PATH).name)
-    if not predictions.is_file() or sha256_of(predictions) != before.predictions_sha256:
-        change = "differs from" if predictions.is_file() else "is missing beside"
-        raise IntegrityError(
-            f"{predictions} {change} the baseline's report.",
-            why="Its SHA-256 is in the report, and is another.",
-            fix="Fetch the baseline again from where it was made.",
-        )
     _require_same_images(run, report, folder, before)
-    both = {artifact.name for artifact in before.artifacts if artifact.status == "measured"}
-    both &= {artifact.name for artifact in report.artifacts if artifact.status == "measured"}
-    wanted = [name for name in dict.fromkeys(artifacts) if name in both]
-    now_first = first_choices(run.path(PREDICTIONS_PATH), [LABELS, *wanted], report.dataset.n)
-    before_first = first_choices(predictions, [LABELS, *wanted], report.dataset.n)
-    if now_first[LABELS] != before_first[LABELS]:
-        raise IntegrityError(
-            f"{predictions} holds other labels than {run.path(PREDICTIONS_PATH)}, though both name the same images.",
-            fix="Validate both runs again.",
+    measured_before, measured_now = _measured(before), _measured(report)
+    counts = {
+        name: _paired(
+            _correct(measured_before[name], before, folder), _correct(measured_now[name], report, run.root), report
         )
-    labels = now_first[LABELS]
-    counts = {name: _counts(labels, before_first[name], now_first[name]) for name in wanted}
+        for name in dict.fromkeys(artifacts)
+        if name in measured_before and name in measured_now
+    }
     return Baseline(folder.resolve().name, sha256_of(path), counts)
 
 
@@ -78,7 +61,7 @@ def _report_path(folder: Path, references: Path) -> Path:
         raise UsageError(
             f"There is no baseline at {folder}.",
             why=f"{references} names it; relative paths start at the folder of that file.",
-            fix="Fetch the last release's run folder there, or mend [baseline] run.",
+            fix="Fetch the last release's run folder there, or correct [baseline] run.",
         )
     raise UsageError(
         f"The baseline {folder} has not been validated.",
@@ -97,12 +80,12 @@ def _require_untouched(folder: Path, path: Path, expected: str | None, reference
         )
     if (folder / MANIFEST).is_file():
         held = RunFolder.open(folder)
-        held.require_intact([name for name in (REPORT_PATH, PREDICTIONS_PATH) if name in held.manifest.files])
         if REPORT_PATH not in held.manifest.files:
             raise IntegrityError(
-                f"{path} is not in the manifest of {folder}, so nobody answers for it.",
+                f"{path} is not listed in the manifest of {folder} and cannot be trusted.",
                 fix=f"Type: nayer-edge validate {shlex.quote(str(folder))}",
             )
+        held.require_intact([REPORT_PATH])
 
 
 def _require_same_images(run: RunFolder, report: Report, folder: Path, before: Report) -> None:
@@ -126,41 +109,38 @@ def _require_same_images(run: RunFolder, report: Report, folder: Path, before: R
         )
 
 
-def first_choices(path: Path, names: Iterable[str], n: int) -> dict[str, array[int]]:
-    """The likeliest class of each of n images, for labels as for ranks, from `predictions.npz`.
+def _measured(report: Report) -> dict[str, ArtifactReport]:
+    return {artifact.name: artifact for artifact in report.artifacts if artifact.status == "measured"}
+
+
+def _correct(artifact: ArtifactReport, report: Report, folder: Path) -> int:
+    """The images that an artefact classified correctly, as the bits of one number; the first image is the highest.
 
     Raises:
-        IntegrityError: an array is missing or is not n rows of int32.
+        UsageError: an older version wrote the report, without them.
+        IntegrityError: they are not one bit per image, or contradict the accuracy beside them.
     """
-    found = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in names:
-                stream, header = open_member(archive, name)
-                with stream:
-                    if header.dtype != "<i4" or header.fortran or not header.shape or header.shape[0] != n:
-                        raise ValueError(f"'{name}' is {header.dtype} of shape {header.shape}, not {n} rows of int32")
-                    width = header.data_bytes // (4 * n)
-                    if not 1 <= width <= 5:
-                        raise ValueError(f"'{name}' has the shape {header.shape}")
-                    values = array("i")
-                    values.frombytes(stream.read())
-                if sys.byteorder == "big":
-                    values.byteswap()
-                found[name] = values[::width]
-    except DAMAGED as error:
+    again = f"Validate it again: nayer-edge validate {shlex.quote(str(folder))} --data HOLDOUT"
+    if artifact.correct is None:
+        raise UsageError(
+            f"The report of {folder} does not say which images {artifact.name} classified correctly.",
+            why="An older version of nayer-edge wrote it, or another tool.",
+            fix=again,
+        )
+    n, bits = report.dataset.n, int(artifact.correct, 16)
+    unused = -n % 8
+    whole = 4 * len(artifact.correct) == n + unused and bits % 2**unused == 0
+    if not whole or (artifact.top1 is not None and bits.bit_count() != round(artifact.top1 * n)):
         raise IntegrityError(
-            f"{path} is not readable as predictions.", why=f"{error}", fix="Validate the run again."
-        ) from error
-    return found
+            f"The report of {folder} contradicts itself.",
+            why=f"What it says of {artifact.name}, image by image, does not fit its {n:,} images and its accuracy.",
+            fix=again,
+        )
+    return bits
 
 
-def _counts(labels: array[int], before: array[int], now: array[int]) -> Paired:
-    """Who was right, image by image; the baseline is the reference."""
-    both_right = lost = gained = 0
-    for label, old, new in zip(labels, before, now, strict=True):
-        both_right += old == label == new
-        lost += old == label != new
-        gained += old != label == new
-    n = len(labels)
-    return Paired(n=n, both_right=both_right, lost=lost, gained=gained, both_wrong=n - both_right - lost - gained)
+def _paired(before: int, now: int, report: Report) -> Paired:
+    """Counts of images by who was right; the baseline is the reference."""
+    both, either, n = (before & now).bit_count(), (before | now).bit_count(), report.dataset.n
+    lost, gained = before.bit_count() - both, now.bit_count() - both
+    return Paired(n=n, both_right=both, lost=lost, gained=gained, both_wrong=n - either)

@@ -96,7 +96,7 @@ class Baseline(Section):
     """The release to compare with."""
 
     run: Annotated[str, Field(min_length=1)]
-    """a validated run folder, or a folder with its report.json and predictions.npz; relative to this file"""
+    """a validated run folder, or a folder with its report.json; relative to this file"""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """SHA-256 of its report.json; without it, anyone with write access there can lower the bar"""
 

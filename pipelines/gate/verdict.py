@@ -6,7 +6,6 @@ JSON, JUnit XML, Markdown, GitHub annotations or a table, and write only where t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -16,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from pydantic import BaseModel
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +26,7 @@ from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.text import inert
 
 from ..measurements import PREDICTIONS_PATH, REPORT_PATH, Report, read_report
+from ..recipes.as_toml import to_toml
 from ..recipes.checking import parse_toml
 from ..recipes.schema import Recipe
 from .baseline import load_baseline
@@ -353,33 +352,16 @@ def _figures(check: Check) -> tuple[str, str, str]:
 
 
 def policy_toml(policy: Policy) -> str:
-    """The policy as TOML that `make_policy` reads back as it was; limits that are not set are comments."""
-    head, sections = [], []
-    for name in type(policy).model_fields:
-        value = getattr(policy, name)
-        if isinstance(value, BaseModel):
-            sections += ["", f"[{name}]", *_toml_lines(value)]
-        else:
-            head.append(f"{name} = {_toml(value)}")
-    return "\n".join([*head, *sections]) + "\n"
-
-
-def _toml_lines(section: BaseModel) -> list[str]:
-    return [
-        f"# {name} is not limited" if value is None else f"{name} = {_toml(value)}"
-        for name, value in ((name, getattr(section, name)) for name in type(section).model_fields)
-    ]
-
-
-def _toml(value: bool | int | float | str | tuple[str, ...]) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str):
-        # A TOML basic string is a JSON string that also escapes DEL.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return f"[{', '.join(_toml(item) for item in value)}]"
+    """The policy as TOML that `make_policy` reads back unchanged; limits that are not set become comments."""
+    values = policy.model_dump(mode="json")
+    text = to_toml({key: value for key, value in values.items() if not isinstance(value, dict)})
+    for section, limits in values.items():
+        if isinstance(limits, dict):
+            lines = (
+                f"# {key} is not limited\n" if value is None else to_toml({key: value}) for key, value in limits.items()
+            )
+            text += f"\n[{section}]\n" + "".join(lines)
+    return text
 
 
 def make_verdict(validate: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ from nayer_edge.storage.files import write_bytes
 
 from ..model_cost import Cost
 from ..recipes import preflight
+from ..recipes.as_toml import to_toml
 from ..recipes.loading import BUILT_IN_DATA, SUFFIX, load_recipe
 from ..steps import until
 from .sizes import Device, Effort, Sizes
@@ -89,31 +89,29 @@ def recipe_text(plan: Plan, out: Path, labels: Path | None) -> str:
     sizes, spec, (teacher, student) = plan.sizes, plan.spec, plan.costs
     why = sizes.reasons
     folder = out.resolve().parent
-    classes = _toml(_near(labels, folder)) if labels else _list(plan.classes)
-    weights = "" if plan.checkpoint.is_dir() else f"weights = {_toml(_near(plan.checkpoint, folder))}\n"
+    weights = {} if plan.checkpoint.is_dir() else {"weights": _near(plan.checkpoint, folder)}
     if plan.key:
-        weights += f"weights_key = {_toml(plan.key)}\n"
+        weights["weights_key"] = plan.key
     model = f"hf:{_near(plan.checkpoint, folder)}" if plan.checkpoint.is_dir() else _model(plan.model, folder)
     where = f"{plan.device.name}, {plan.device.free_bytes / 2**30:.0f} GiB free"
     ratio = teacher.parameters / max(student.parameters, 1)
     at_hand = plan.data is None or plan.data in BUILT_IN_DATA or plan.data.startswith("$")
     holdout = plan.data if at_hand or plan.data is None else _near(Path(plan.data).expanduser(), folder)
-    data = f"data = {_toml(holdout)}" if holdout else '# data = "holdout"'
+    data = _entries(data=holdout) if holdout else '# data = "holdout"'
     trial, flip = plan.effort == "trial", str(plan.flip).lower()
     described = f"{plan.model} → {plan.student}, without data" + (" (a trial)" if trial else "")
     return f"""\
 # Written by `nayer-edge init` for {where}.
 # Run it with: nayer-edge run {shlex.quote(out.name)}
 # Every key that is not here has the paper's value; `nayer-edge run … --set a.b=c` overrides one for once.
-name = {_toml(plan.name)}
-description = {_toml(described)}
-{"device = " + _toml(plan.device.kind) if plan.device.kind == "cpu" else "# device: a GPU where there is one"}
+{_entries(name=plan.name, description=described)}
+{_entries(device="cpu") if plan.device.kind == "cpu" else "# device: a GPU where there is one"}
 
 [teacher]
 # {_count(teacher.parameters)} parameters, {plan.batch_norms} BatchNorm layers, {_macs(teacher)} for an image.
-model = {_toml(model)}
-{weights}# Class names, in the order of its outputs, from: {_comment(plan.origins.get("labels", ""))}.
-classes = {classes}
+{_entries(model=model, **weights)}
+# Class names, in the order of its outputs, from: {_comment(plan.origins.get("labels", ""))}.
+{_entries(classes=_near(labels, folder) if labels else plan.classes)}
 
 # What the teacher was trained on, from: {_comment(plan.origins.get("input", ""))}.
 # Wrong values here are the commonest reason for a bad student: check them where they are a guess.
@@ -126,7 +124,7 @@ std = {_numbers(spec.std)}
 
 [student]
 # {_count(student.parameters)} parameters, {ratio:.0f} times fewer, {_macs(student)}. `nayer-edge students` lists more.
-model = {_toml(_model(plan.student, folder))}
+{_entries(model=_model(plan.student, folder))}
 
 [lte]
 # Class names become vectors once. `nayer-edge lte show {_comment(out.name)}` shows which of them lie close together.
@@ -203,13 +201,9 @@ def _near(path: Path, folder: Path) -> str:
     return str(absolute)
 
 
-def _toml(value: str) -> str:
-    # A JSON string is a TOML one, but for DEL, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _list(names: Sequence[str]) -> str:
-    return "[\n" + "".join(f"    {_toml(name)},\n" for name in names) + "]"
+def _entries(**values: str | Sequence[str]) -> str:
+    """Keys and values, a line each, without the last line break."""
+    return to_toml(values).removesuffix("\n")
 
 
 def _numbers(values: Sequence[float]) -> str:

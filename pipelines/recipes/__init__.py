@@ -1,1 +1,1 @@
-"""The shipped recipes (TOML), each with the figures that it was measured with."""
+"""Recipes: those that ship (TOML, with their measured figures), the schema, loading and checking."""

@@ -1,4 +1,4 @@
-"""Reads TOML and reports every problem of it at once, in words."""
+"""Reads TOML, and reports all problems of its values in one error."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from nayer_edge.errors import UsageError, nearest
 
@@ -20,7 +17,7 @@ def parse_toml(path: Path, what: str) -> dict[str, Any]:
     """Reads a TOML file of at most 1 MiB.
 
     Raises:
-        UsageError: it is missing, too large or not TOML.
+        UsageError: the file is missing, too large or not TOML.
     """
     try:
         if path.stat().st_size > 2**20:
@@ -29,11 +26,11 @@ def parse_toml(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UsageError(f"There is no {what} at {path}.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not readable as {what}.", why=f"{error}", fix="Mend the file.") from error
+        raise UsageError(f"{path} is not readable as {what}.", why=f"{error}", fix="Fix the file.") from error
 
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Every problem of a validation as one sentence each; unknown keys with the nearest known name."""
+    """One sentence for each validation problem; for an unknown key with the nearest known name."""
     sentences = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
@@ -52,7 +49,7 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def known_keys(model: type[BaseModel], location: tuple[int | str, ...] = ()) -> list[str]:
-    """The keys that `model` knows at a place inside it, nested sections by name."""
+    """The keys of `model`, or of the section at `location` inside it."""
     current: Any = model
     for part in location:
         current = section_of(field_of(current, part))
@@ -62,22 +59,26 @@ def known_keys(model: type[BaseModel], location: tuple[int | str, ...] = ()) -> 
 
 
 def field_of(model: type[BaseModel] | None, key: int | str) -> Any:
-    """The field that a key names, by its alias too; None where there is no such field."""
+    """The field with this name or alias; None where there is none."""
     fields = model.model_fields.items() if model else ()
     return next((field for name, field in fields if key in (name, field.alias)), None)
 
 
 def section_of(field: Any) -> type[BaseModel] | None:
-    """The nested section that a field holds, optional or not; None where it holds a value."""
+    """The model of a field that is a section, optional or not; None for a plain value."""
     kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else ()
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def checked(kind: type[Checked], values: dict[str, Any], what: str, fix: str) -> Checked:
-    """`values` as a model, or every problem in one error; `what` and `fix` are its first and last line.
+    """Validates `values`.
+
+    Args:
+        what: first line of the error.
+        fix: its last line.
 
     Raises:
-        UsageError: they do not validate.
+        UsageError: they are invalid; lists every problem.
     """
     try:
         return kind.model_validate(values)

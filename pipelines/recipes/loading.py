@@ -1,4 +1,4 @@
-"""Finding a recipe by name or path, and resolving what it leaves open."""
+"""Finds a recipe by name or path, and resolves its paths and the teacher's input."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nayer_edge.config import LTE, InputSpec, Teacher
@@ -23,10 +23,12 @@ SUFFIX = ".toml"
 BUILT_IN_DATA = ("digits",)
 DATA_VARIABLE = "NAYER_EDGE_DATA"
 BASE_PREFIX = "_"
-"""recipes that others extend, and that are not runs of their own"""
+"""names of recipes that exist only to be extended"""
 MAX_DEPTH = 4
 DESCRIBED = ("torchvision", "timm", "hf")
-"""sources of models whose libraries say what images their weights were trained on"""
+"""model sources whose libraries describe the input that published weights expect"""
+_PATHS = (("teacher", "weights"), ("lte", "encoder"), ("teach", "data"), ("validate", "data"))
+"""keys that may hold a path"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Shipped:
 
 
 def shipped() -> list[Shipped]:
-    """The recipes that come with the package, by name."""
+    """The recipes that ship with the package, sorted by name."""
     folder = Path(str(resources.files("nayer_edge.pipelines.recipes")))
     files = sorted(folder.glob(f"*{SUFFIX}"))
     return [Shipped(path.stem, path) for path in files if not path.name.startswith(BASE_PREFIX)]
@@ -48,10 +50,10 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
     """Reads a recipe: a shipped one by name, a TOML file by path, or that of a run folder.
 
     Args:
-        settings: `--set` items, applied before the check.
+        settings: `--set` items, applied before validation.
 
     Raises:
-        UsageError: there is none of this name, or it does not hold.
+        UsageError: there is no such recipe, or it is invalid.
         IntegrityError: the run folder's manifest is damaged.
     """
     if root := run_folder(name_or_path):
@@ -59,7 +61,7 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
     else:
         path = _find(name_or_path)
         values, folder = _extended(path), path.parent
-        # The file's name is the recipe's, unless it says otherwise.
+        # The recipe is named after its file, unless it has a name.
         values.setdefault("name", path.stem)
     typed = {setting.partition("=")[0].replace(" ", "") for setting in settings or []}
     if "teacher.weights" in typed:
@@ -72,21 +74,21 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
     try:
         recipe = make_recipe(changed, name_or_path, settings or [])
     except UsageError:
-        # Where it is the file that does not hold, its own lines are to be mended.
+        # If the file itself is invalid, the error should not blame --set.
         make_recipe(_with_labels(values, folder_of("teacher.classes")), name_or_path)
         raise
     return _resolve(recipe, folder_of)
 
 
 def run_folder(name_or_path: str) -> Path | None:
-    """The run folder that this is; None for a recipe."""
+    """The argument as a run folder; None where it names a recipe."""
     path = Path(name_or_path).expanduser()
     is_run = (path / MANIFEST).is_file() and not any(recipe.name == name_or_path for recipe in shipped())
     return path if is_run else None
 
 
 def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
-    """A recipe's values over those of the recipe that it `extends`, section by section.
+    """A recipe's values, merged section by section over those of the recipe that it `extends`.
 
     Raises:
         UsageError: the other recipe is missing, or they extend each other in a circle.
@@ -95,9 +97,11 @@ def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
-    if not isinstance(base, str) or depth == MAX_DEPTH:
+    if not isinstance(base, str):
+        raise UsageError(f"{path} extends {base!r}, which is not a name.", fix="Name a file beside it, without .toml.")
+    if depth == MAX_DEPTH:
         raise UsageError(
-            f"{path} extends {base!r}, which is no recipe or a circle.", fix="Name a file beside it, without .toml."
+            f"{path} extends '{base}' in a circle, or more than {MAX_DEPTH} levels deep.", fix="Extend another recipe."
         )
     other = path.parent / f"{base}{SUFFIX}"
     if not other.is_file():
@@ -112,7 +116,7 @@ def _names_weights(values: dict[str, Any]) -> bool:
 
 
 def _without_teach(values: dict[str, Any]) -> dict[str, Any]:
-    """Who names weights over a recipe that trains its teacher wants that one not trained."""
+    """Drops [teach]: weights given on top of a recipe replace the training of its teacher."""
     return {key: value for key, value in values.items() if key != "teach"}
 
 
@@ -125,7 +129,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_labels(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The values with the class names in place of the file that holds them."""
+    """Replaces a file of class names by the names."""
     teacher = values.get("teacher")
     if not isinstance(teacher, dict) or not isinstance(teacher.get("classes"), str):
         return values
@@ -134,13 +138,13 @@ def _with_labels(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def recipe_of(values: dict[str, Any], root: Path) -> Recipe:
-    """The recipe that the manifest of a run folder holds."""
+    """The recipe in the manifest of a run folder."""
     return _resolve(make_recipe(values, "in the manifest"), lambda _key: root.resolve())
 
 
 def portable(recipe: Recipe, root: Path) -> dict[str, Any]:
-    """A recipe's values as they go into the manifest of a run folder, which travels: its paths are told relative to
-    $NAYER_EDGE_DATA, to the run folder or to the home folder, and name nobody's home."""
+    """A recipe's values for the manifest of a run folder, which others may get to see: paths are relative to
+    $NAYER_EDGE_DATA, to the run folder or to the home folder, so that none reveals whose home it is."""
     values, root = recipe.model_dump(mode="json", by_alias=True), root.resolve()
     if Path(encoder := values["lte"]["encoder"]).is_absolute():
         values["lte"]["encoder"] = _in_store(encoder) or _near(encoder, root)
@@ -173,6 +177,33 @@ def _near(value: str, root: Path) -> str:
     return f"~/{path.relative_to(home).as_posix()}" if at_home else value
 
 
+def without_local_paths(recipe: Recipe, root: Path) -> tuple[dict[str, Any], list[str]]:
+    """A recipe's values for the page of a run, and the names of the files to put beside that recipe.
+
+    Paths are cut to their last part, unless they start with a variable such as $NAYER_EDGE_DATA: they are useless on
+    another machine and reveal too much about this one. Relative paths start at the recipe's folder.
+
+    Args:
+        root: the run folder.
+    """
+    values, here, beside = portable(recipe, root), recipe.model_dump(mode="json", by_alias=True), []
+    for section, key in _PATHS:
+        path = (here.get(section) or {}).get(key)
+        if path is not None and last_part(path) != path and not values[section][key].startswith("$"):
+            values[section][key] = last_part(path)
+            beside.append(last_part(path))
+    for section in ("teacher", "student"):
+        model = parse(getattr(recipe, section).model)
+        values[section]["model"] = model.portable
+        beside += [Path(model.name).name] if model.local else []
+    return values, list(dict.fromkeys(beside))
+
+
+def last_part(path: str) -> str:
+    """The last part of an absolute path; anything else, such as the name of an encoder, unchanged."""
+    return PurePosixPath(path).name if PurePosixPath(path).is_absolute() else path
+
+
 def _find(name_or_path: str) -> Path:
     known = {recipe.name: recipe.path for recipe in shipped()}
     if name_or_path in known:
@@ -189,8 +220,8 @@ def _find(name_or_path: str) -> Path:
 
 
 def _resolve(recipe: Recipe, folder_of: Callable[[str], Path]) -> Recipe:
-    """Makes the recipe's paths absolute; relative ones start at the recipe's own folder, those of `--set` where it
-    was typed. What the recipe leaves open of the teacher's input comes from its library."""
+    """Makes the recipe's paths absolute; relative ones start at the recipe's folder, those of `--set` at the current
+    one. Completes the teacher's input from its library."""
     updates: dict[str, Any] = {}
     teacher: dict[str, Any] = {"model": located(recipe.teacher.model, folder_of("teacher.model"))}
     if recipe.teacher.weights is not None and published_weights(recipe.teacher.weights) is None:
@@ -210,16 +241,16 @@ def _resolve(recipe: Recipe, folder_of: Callable[[str], Path]) -> Recipe:
 
 
 def with_input(teacher: Teacher, *, trains: bool = False) -> Teacher:
-    """The teacher with its whole input: the keys that the recipe writes, the others from the library's own description
-    of the weights. A network that the recipe trains, and one of our zoo or the user's code, has no description.
+    """The teacher with its complete input: keys of the recipe first, the others from the library's description of the
+    weights. Networks that the recipe trains, of our zoo or of user code have no description.
 
     Raises:
-        UsageError: the recipe leaves open how images are normalised, and nobody else knows.
+        UsageError: neither states the normalisation.
         MissingError: the library is not installed, or its hub cannot be reached.
     """
     written = teacher.input.model_fields_set
     if teacher.input_from and written >= set(InputSpec.model_fields):
-        # In the manifest of a run both stand as they were resolved.
+        # The recipe of a manifest is resolved already.
         return teacher
     source = teacher.model.partition(":")[0]
     if trains or source not in DESCRIBED or written >= set(InputSpec.model_fields):
@@ -229,14 +260,14 @@ def with_input(teacher: Teacher, *, trains: bool = False) -> Teacher:
     found, origin = published.input_of(teacher.model, teacher.weights)
     if not found and not written >= {"mean", "std"}:
         raise UsageError(
-            f"Nobody says how the images of the teacher {teacher.model} are normalised.",
-            why="The recipe does not ([teacher.input]), and its weights are none that the library describes.",
+            f"No normalisation (mean and std) is known for the teacher {teacher.model}.",
+            why="The recipe does not state it in [teacher.input], and the library does not describe these weights.",
             fix="Write, for example: [teacher.input] channels = 3, height = 224, width = 224, "
             "mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225].",
         )
     own = {key: getattr(teacher.input, key) for key in written}
-    fix = f"What [teacher.input] does not write is from {origin}."
-    spec = checked(InputSpec, {**found, **own}, "The teacher's input does not hold:", fix)
+    fix = f"Keys that [teacher.input] omits come from {origin}."
+    spec = checked(InputSpec, {**found, **own}, "Invalid input of the teacher:", fix)
     taken = set(found) - written
     if not taken:
         origin = "the recipe"
@@ -246,7 +277,7 @@ def with_input(teacher: Teacher, *, trains: bool = False) -> Teacher:
 
 
 def _encoder(lte: LTE, folder: Path) -> str:
-    """The encoder with its file's or folder's absolute path; a name or a hub id as it is."""
+    """The encoder as an absolute path where it is a file or folder; a name or hub id unchanged."""
     name = lte.encoder
     is_path = lte.precomputed or name.startswith((".", "/", "~", "$")) or (folder / name).is_dir()
     return _absolute(name, folder) if is_path else name

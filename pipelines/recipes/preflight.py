@@ -1,4 +1,4 @@
-"""What can be known to be wrong before any work: found all at once, not one by one after hours."""
+"""Checks a recipe before any work, and reports all problems at once rather than one after hours of training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .schema import Recipe
 if TYPE_CHECKING:
     from nayer_edge.models.classifier import Classifier
 
-_MEND_DATA = "Name another with: nayer-edge validate RUN --data …   or use synthetic images: --synthetic"
+_OTHER_IMAGES = "Use other images: nayer-edge validate RUN --data …   or synthetic ones: --synthetic"
 
 
 def check(recipe: Recipe, steps: Sequence[Step]) -> None:
-    """Looks for files that are not there, models that cannot be built, and targets that nobody knows.
+    """Checks that files exist, models can be built, and targets are known.
 
     Args:
-        steps: those that are to run; what only others need is not looked at.
+        steps: those that will run; what only others need is not checked.
 
     Raises:
         UsageError: with every problem.
@@ -56,20 +56,20 @@ def check(recipe: Recipe, steps: Sequence[Step]) -> None:
         raise UsageError(
             f"The recipe '{recipe.name}' cannot run here:",
             why="\n".join(f"  - {problem}" for problem in problems),
-            fix=_MEND_DATA
+            fix=_OTHER_IMAGES
             if problems == missing_data
-            else "Mend these lines, or override them with --set. Nothing was started.",
+            else "Fix these lines, or override them with --set. Nothing was started.",
         )
 
 
 def require_typed(recipe: Recipe, keys: Collection[str]) -> None:
-    """Files that a command line names must be there, though what a finished step was made from need not be.
+    """Checks that files named on the command line exist, even where the steps that read them are finished.
 
     Args:
         keys: dotted keys of the recipe that were typed.
 
     Raises:
-        UsageError: with every one that is not.
+        UsageError: with every missing file.
     """
     values = {
         "teacher.weights": recipe.teacher.weights,
@@ -78,7 +78,7 @@ def require_typed(recipe: Recipe, keys: Collection[str]) -> None:
     }
     problems = [problem for key in keys for problem in _path(key, values.get(key))]
     if problems:
-        raise UsageError("; ".join(problems) + ".", fix="Mend what was typed. Nothing was started.")
+        raise UsageError("; ".join(problems) + ".", fix="Correct the path. Nothing was started.")
 
 
 def _pixels(recipe: Recipe) -> int:
@@ -121,7 +121,7 @@ def _student(recipe: Recipe) -> list[str]:
 
 
 def _model(key: str, build: Callable[[], Classifier], *, teaches: bool = False) -> list[str]:
-    """What keeps a network from being built, from taking the images, or from teaching without data."""
+    """Why a network cannot be built, cannot take the images, or cannot teach without data."""
     import torch
 
     from nayer_edge.batchnorm import require_batch_norms
@@ -134,11 +134,11 @@ def _model(key: str, build: Callable[[], Classifier], *, teaches: bool = False) 
         check_forward(network)
 
     try:
-        # Without memory for the weights: they are not there yet.
+        # The meta device allocates no weights.
         with torch.device("meta"):
             tried()
     except (UsageError, RuntimeError):
-        # What cannot be done without numbers is done with them, and what is wrong is wrong again.
+        # Some networks need real weights to be built; a real problem occurs again.
         try:
             tried()
         except UsageError as error:
@@ -147,7 +147,7 @@ def _model(key: str, build: Callable[[], Classifier], *, teaches: bool = False) 
 
 
 def _processes(recipe: Recipe) -> list[str]:
-    """What keeps several processes from sharing the work."""
+    """Why several processes cannot share the work."""
     import torch
 
     from nayer_edge.runtime.distributed import current, share_problems

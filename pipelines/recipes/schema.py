@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from nayer_edge.config import (
     LTE,
@@ -98,7 +95,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     """name of the run; defaults to the file's name"""
     description: str = ""
-    """one line, shown by `nayer-edge recipes`"""
+    """one line, which `nayer-edge recipes` shows"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """seed of all random streams"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,4 +1,4 @@
-"""`--set a.b=c`, and what a key is by default."""
+"""Validates a recipe, applies `--set a.b=c`, and knows the default of every key."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import (
-    BaseModel,
-    TypeAdapter,
-)
+from pydantic import BaseModel, TypeAdapter
 
 from nayer_edge.errors import UsageError
 
@@ -19,7 +16,7 @@ from .schema import Recipe
 
 
 def is_default(key: str, value: Any) -> bool:
-    """Whether a key of a recipe ("distill.mixup") has the value, as JSON, that it has where nobody wrote it."""
+    """Whether a value, as JSON, is the default of a recipe's key such as "distill.mixup"."""
     field = _field_at(key.split("."))
     if field is None or field.is_required():
         return False
@@ -27,12 +24,12 @@ def is_default(key: str, value: Any) -> bool:
 
 
 def _as_json(value: Any) -> Any:
-    """As it stands in a manifest: tuples become lists, sections tables."""
+    """As in a manifest: tuples become lists, sections become tables."""
     return TypeAdapter(Any).dump_python(value, mode="json", by_alias=True)
 
 
 def _field_at(parts: Sequence[str]) -> Any:
-    """The field of a recipe that a dotted key names; None where there is none."""
+    """The field of a dotted key; None where there is none."""
     model: Any = Recipe
     field = None
     for part in parts:
@@ -42,26 +39,27 @@ def _field_at(parts: Sequence[str]) -> Any:
 
 
 def make_recipe(values: dict[str, Any], source: str, settings: Sequence[str] = ()) -> Recipe:
-    """Checks a recipe; all its problems are reported at once.
+    """Validates a recipe; all its problems are reported at once.
 
     Args:
-        settings: `--set` items that are part of the values already, for the message.
+        source: what the error calls it.
+        settings: `--set` items already applied to the values, for the error.
 
     Raises:
-        UsageError: it does not hold.
+        UsageError: it is invalid.
     """
     if settings:
         typed = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
-        return checked(Recipe, values, f"The recipe {source} does not hold with {typed}:", "Mend what --set says.")
-    fix = "Mend these lines. `nayer-edge recipes` shows recipes that work."
-    return checked(Recipe, values, f"The recipe {source} does not hold:", fix)
+        return checked(Recipe, values, f"Invalid recipe {source} after {typed}:", "Fix the --set values.")
+    fix = "Fix these lines. `nayer-edge recipes` lists recipes that work."
+    return checked(Recipe, values, f"Invalid recipe {source}:", fix)
 
 
 def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Applies `--set a.b=c` to a recipe's values; c is read as TOML, or as a string where it is not TOML.
+    """Applies `--set a.b=c` to a recipe's values; c is parsed as TOML, or taken as text where it is not TOML.
 
-    One key changes: a section that the recipe did not write keeps the rest of what it is by default, limits of the gate
-    above all. (One that it writes says all by itself.)
+    Only this key changes: a section that the recipe omits keeps its other defaults, above all the limits of the gate.
+    (A section that the recipe writes has no defaults but its model's.)
 
     Raises:
         UsageError: an item is not of this form.
@@ -78,7 +76,7 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
             value = text
         place = values
         for depth, part in enumerate(parts[:-1], start=1):
-            # What a run folder left out stands there as null.
+            # Sections omitted from a recipe are null in the manifest.
             if place.get(part) is None:
                 place[part] = _set_by_default(parts[:depth])
             place = place[part]
@@ -89,7 +87,7 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
 
 
 def _set_by_default(parts: list[str]) -> dict[str, Any]:
-    """What a recipe without this section has there, as far as the section by itself would not."""
+    """The default of a section within its recipe, without what is the default of the section alone."""
     field = _field_at(parts)
     default = field.get_default(call_default_factory=True) if field and not field.is_required() else None
     if not isinstance(default, BaseModel):

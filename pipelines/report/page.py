@@ -21,7 +21,8 @@ from ..deploy import ENGINES, QUANTIZATION
 from ..distill import METRICS, TEACHER, card_of
 from ..gate import wording
 from ..gate.verdict import VERDICT_PATH, load_report
-from ..recipes.as_toml import recipe_toml, travelling
+from ..recipes.as_toml import to_toml
+from ..recipes.loading import without_local_paths
 from ..recipes.schema import Recipe
 from ..trust.lineage import chain, files_by_step
 from . import plots
@@ -81,8 +82,8 @@ def render(config: Recipe, run: RunFolder) -> str:
     verdict = read_json(run.path(VERDICT_PATH), "a verdict")
     metrics = _metrics(run)
     focus = focus_of(config, report)
-    values, beside = travelling(config, run.root)
-    recipe = recipe_toml(values)
+    values, beside = without_local_paths(config, run.root)
+    recipe = to_toml(values)
     return _template().render(
         config=config,
         report=report,

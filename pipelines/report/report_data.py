@@ -18,7 +18,7 @@ from ..distill import BANK, EMBEDDINGS
 from ..gate import wording
 from ..gate.statistics import binomial_lower, binomial_upper, drop_lower, drop_upper
 from ..measurements import PREDICTIONS_PATH, ArtifactReport, Paired, Report
-from ..recipes.as_toml import last_part
+from ..recipes.loading import last_part
 from ..recipes.schema import Recipe
 from . import plots
 from .image_grids import class_strips

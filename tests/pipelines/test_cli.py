@@ -220,9 +220,9 @@ def test_missing_extra(
         (
             ["run", "digits", "--set", "distill.epoch=3"],
             [
-                "The recipe digits does not hold with --set distill.epoch=3",
+                "Invalid recipe digits after --set distill.epoch=3",
                 "unknown key 'distill.epoch'. Did you mean 'distill.epochs'?",
-                "Mend what --set says.",
+                "Fix the --set values.",
             ],
         ),
         (["run", "digits", "--set", "x"], ["'x' is not of the form a.b=c.", "For example: --set"]),

@@ -81,6 +81,11 @@ def assert_agrees(report: dict[str, Any], held: dict[str, np.ndarray]) -> None:
         name = artifact["name"]
         assert artifact["top1"] == pytest.approx(top1(name))
         assert artifact["agreement"] == pytest.approx(agreement(name))
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(artifact["correct"]), np.uint8))
+        assert bits[: len(labels)].tolist() == [
+            guess == label for guess, label in zip(first[name], labels, strict=True)
+        ]
+        assert len(bits) - len(labels) < 8
         assert artifact["paired"] == {"vs_fp32": pairs("fp32", name), "vs_teacher": pairs("teacher", name)}
         for number, each in enumerate(artifact["per_class"]):
             counts = pairs("fp32", name, number)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from nayer_edge.errors import EXIT_FAILED, EXIT_INTEGRITY, EXIT_OK, EXIT_USAGE
-from nayer_edge.pipelines.gate.baseline import first_choices
 from nayer_edge.pipelines.gate.judgement import Baseline, judge
 from nayer_edge.pipelines.gate.statistics import drop_lower, drop_upper
 from nayer_edge.pipelines.gate.verdict import run_gate
@@ -23,19 +22,22 @@ from nayer_edge.pipelines.validate import count_pairs
 from nayer_edge.storage.files import sha256_of, write_json
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 
-N, CLASSES = 800, 10
-LABELS = np.random.default_rng(0).integers(0, CLASSES, N).astype(np.int32)
+N = 797  # not a multiple of eight
 MODEL = "export/student.int8.cpu.onnx"
 
 Release = Callable[..., Path]
 Invoke = Callable[..., Any]
 
 
-def ranks(wrong: Collection[int]) -> np.ndarray:
-    """Five ranks per image; the first is the label, except where it is wrong."""
-    first = LABELS.copy()
-    first[list(wrong)] = (first[list(wrong)] + 1) % CLASSES
-    return np.stack([(first + place) % CLASSES for place in range(5)], axis=1).astype(np.int32)
+def right(wrong: Collection[int]) -> np.ndarray:
+    """Per image whether its answer is right: all but the wrong ones."""
+    found = np.ones(N, bool)
+    found[list(wrong)] = False
+    return found
+
+
+def packed(wrong: Collection[int]) -> str:
+    return np.packbits(right(wrong)).tobytes().hex()
 
 
 def digest(images: str) -> str:
@@ -52,7 +54,7 @@ def release(tmp_path: Path) -> Release:
         (root / MODEL).parent.mkdir()
         (root / MODEL).write_bytes(name.encode())
         (root / "validate").mkdir()
-        np.savez_compressed(root / PREDICTIONS_PATH, labels=LABELS, **{"int8.cpu": ranks(wrong)})
+        (root / PREDICTIONS_PATH).write_bytes(b"what the gate does not read")
         artifact = {
             "name": "int8.cpu",
             "file": MODEL,
@@ -62,6 +64,8 @@ def release(tmp_path: Path) -> Release:
             "status": "measured",
             "precision_verified": True,
             "sha256": sha256_of(root / MODEL),
+            "top1": (N - len(wrong)) / N,
+            "correct": packed(wrong),
             **changes,
         }
         report = {
@@ -146,18 +150,17 @@ def test_counts_are_those_of_numpy(release: Release, policy: Path, tmp_path: Pat
     root = release("now", now)
     baseline = run_gate(root, policy, references(tmp_path, "before")).baseline
     assert baseline is not None
-    wanted = count_pairs(ranks(before)[:, 0] == LABELS, ranks(now)[:, 0] == LABELS)
+    wanted = count_pairs(right(before), right(now))
     assert baseline.paired == {"int8.cpu": wanted}
     assert wanted.lost > 0 < wanted.gained
 
 
-def test_a_folder_with_report_and_predictions_alone_will_do(release: Release, policy: Path, tmp_path: Path) -> None:
-    """What a team commits of a release: two small files."""
+def test_a_folder_with_only_the_report_will_do(release: Release, policy: Path, tmp_path: Path) -> None:
+    """What a team commits of a release: one small file."""
     before, root = release("1.0", range(9)), release("1.1", range(9))
     kept = tmp_path / "kept"
     kept.mkdir()
-    for name in (REPORT_PATH, PREDICTIONS_PATH):
-        shutil.copy(before / name, kept)
+    shutil.copy(before / REPORT_PATH, kept)
     assert run_gate(root, policy, references(tmp_path, "kept")).verdict == "pass"
     sha256 = sha256_of(kept / "report.json")
     assert run_gate(root, policy, references(tmp_path, "kept", sha256)).verdict == "pass"
@@ -189,29 +192,27 @@ def test_a_missing_baseline(release: Release, invoke: Invoke, policy: Path, tmp_
     assert "There is no references at" in refused(invoke, root, policy, tmp_path / "none.toml", EXIT_USAGE)
 
 
-@pytest.mark.parametrize("change", ["report", "predictions", "gone", "digest", "both", "manifest", "labels"])
+@pytest.mark.parametrize("change", ["report", "gone", "manifest", "digest", "accuracy"])
 def test_a_tampered_baseline_is_exit_4(
     release: Release, invoke: Invoke, policy: Path, tmp_path: Path, change: str
 ) -> None:
     before, root = release("1.0", range(50)), release("1.1", range(60))
-    sha256 = sha256_of(before / REPORT_PATH)
-    files = references(tmp_path, "1.0", sha256 if change in ("digest", "both") else None)
-    report, predictions = before / REPORT_PATH, before / PREDICTIONS_PATH
+    files = references(tmp_path, "1.0", sha256_of(before / REPORT_PATH) if change == "digest" else None)
+    report = before / REPORT_PATH
     if change == "report":
         report.write_bytes(report.read_bytes() + b" ")
-    elif change == "predictions":
-        np.savez_compressed(predictions, labels=LABELS, **{"int8.cpu": ranks(range(90))})
     elif change == "gone":
-        predictions.unlink()
-        RunFolder.open(before).forget("validate")
+        shutil.copy(report, report.with_name("kept"))
+        report.unlink()
+        shutil.move(report.with_name("kept"), before / "report.json")
     elif change == "manifest":
         RunFolder.open(before).forget("validate")
     else:
         # Whoever can write there makes all hashes agree; only the digest in references.toml is out of reach.
-        labels = np.roll(LABELS, 1) if change == "labels" else LABELS
-        np.savez_compressed(predictions, labels=labels, **{"int8.cpu": ranks(range(90))})
         values = json.loads(report.read_text())
-        values["predictions_sha256"] = sha256_of(predictions)
+        values["artifacts"][0]["correct"] = packed(range(90))
+        if change == "digest":
+            values["artifacts"][0]["top1"] = (N - 90) / N
         write_json(report, values)
         made = Artifact("validate", {"report": REPORT_PATH, "predictions": PREDICTIONS_PATH}, {})
         held = RunFolder.open(before)
@@ -220,26 +221,36 @@ def test_a_tampered_baseline_is_exit_4(
     assert "1.0" in error
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK", b"no archive"], ids=["empty", "cut short", "garbage"])
-def test_predictions_that_are_none(tmp_path: Path, damage: bytes) -> None:
-    from nayer_edge.errors import IntegrityError
+@pytest.mark.parametrize(
+    "correct",
+    [
+        packed(range(9))[:-2],
+        packed(range(9)) + "00",
+        packed(range(9))[:-1] + "f",
+        packed(range(8)),
+        "xy",
+        "",
+        "0" * 10**6,
+    ],
+    ids=["short", "long", "padding", "accuracy", "letters", "empty", "huge"],
+)
+@pytest.mark.parametrize("which", ["baseline", "run"])
+def test_bits_that_cannot_be(
+    release: Release, invoke: Invoke, policy: Path, tmp_path: Path, correct: str, which: str
+) -> None:
+    release("1.0", range(9), **({"correct": correct} if which == "baseline" else {}))
+    root = release("1.1", range(9), **({"correct": correct} if which == "run" else {}))
+    refused(invoke, root, policy, references(tmp_path, "1.0"), EXIT_INTEGRITY)
 
-    path = tmp_path / "predictions.npz"
-    path.write_bytes(damage)
-    with pytest.raises(IntegrityError):
-        first_choices(path, ["labels"], N)
-    for arrays in (
-        {"labels": LABELS[:-1]},
-        {"labels": LABELS.astype(np.int64)},
-        {"labels": LABELS.astype(">i4")},
-        {"labels": np.zeros((N, 6), np.int32)},
-        {"labels": np.asfortranarray(ranks(()))},
-        {"other": LABELS},
-        {"labels": np.array([{}], object)},
-    ):
-        np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
-        with pytest.raises(IntegrityError):
-            first_choices(path, ["labels"], N)
+
+@pytest.mark.parametrize("which", ["1.0", "1.1"])
+def test_a_report_of_an_older_version_has_to_be_made_again(
+    release: Release, invoke: Invoke, policy: Path, tmp_path: Path, which: str
+) -> None:
+    for name in ("1.0", "1.1"):
+        release(name, range(9), **({"correct": None} if name == which else {}))
+    error = refused(invoke, tmp_path / "1.1", policy, references(tmp_path, "1.0"), EXIT_USAGE)
+    assert f"nayer-edge validate {tmp_path / which} --data HOLDOUT" in error
 
 
 def test_other_images_are_refused(release: Release, invoke: Invoke, policy: Path, tmp_path: Path) -> None:

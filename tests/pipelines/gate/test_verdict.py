@@ -701,7 +701,7 @@ def test_gate_needs_nothing_but_the_base_install(root: Path) -> None:
 import sys
 from pathlib import Path
 base = {{"typer", "click", "rich", "pydantic", "pydantic_core", "annotated_types", "typing_extensions",
-        "typing_inspection", "pygments", "markdown_it", "mdurl", "shellingham", "nayer_edge"}}
+        "typing_inspection", "pygments", "markdown_it", "mdurl", "shellingham", "tomli_w", "nayer_edge"}}
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]

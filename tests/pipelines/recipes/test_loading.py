@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -10,11 +11,12 @@ import pytest
 
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.pipelines.recipes import preflight
-from nayer_edge.pipelines.recipes.loading import Shipped, load_recipe, portable, recipe_of, shipped
+from nayer_edge.pipelines.recipes.as_toml import to_toml
+from nayer_edge.pipelines.recipes.loading import Shipped, load_recipe, portable, recipe_of, shipped, without_local_paths
 from nayer_edge.pipelines.recipes.schema import Recipe
-from nayer_edge.pipelines.recipes.settings import apply_settings
+from nayer_edge.pipelines.recipes.settings import apply_settings, make_recipe
 from nayer_edge.pipelines.schemas import load
-from nayer_edge.pipelines.steps import STEPS, until
+from nayer_edge.pipelines.steps import until
 from nayer_edge.storage.run_folder import RunFolder
 
 MINIMAL = """
@@ -177,49 +179,11 @@ def test_settings_that_do_not_hold(setting: str) -> None:
     assert refused("digits", setting).exit_code == 2
 
 
-def test_settings_leave_the_values_alone() -> None:
-    values = {"distill": {"epochs": 3}}
-    assert apply_settings(values, ["distill.epochs=4"])["distill"]["epochs"] == 4
-    assert values == {"distill": {"epochs": 3}}
-
-
 def test_a_recipe_survives_the_manifest() -> None:
     recipe = load_recipe("digits", ["seed=3"])
     values = json.loads(json.dumps(recipe.model_dump(mode="json", by_alias=True)))
     assert recipe_of(values, Path()) == recipe
     assert isinstance(recipe_of(values, Path()), Recipe)
-
-
-def test_preflight_names_every_problem_before_any_work() -> None:
-    recipe = load_recipe(
-        "digits",
-        [
-            "teacher.model=nayer:wrn_16_3x",
-            "student.model=nayer:resnet9000",
-            "teach.data=/nowhere/train",
-            "validate.data=/nowhere/held.npz",
-            "export.targets=['cpu', 'toaster', 'tensorrt']",
-            "export.opset=18",
-            "distill.bank_mib=0.001",
-        ],
-    )
-    with pytest.raises(UsageError) as caught:
-        preflight.check(recipe, STEPS)
-    keys = ("teacher.model", "student.model", "teach.data", "validate.data", "export.targets", "distill.bank_mib")
-    for key in (*keys, "export.opset"):
-        assert f"- {key}: " in caught.value.why
-    assert caught.value.why.count("export.opset") == 1, "the processor's graph has no FP16"
-    assert "Nothing was started" in caught.value.fix
-
-
-def test_preflight_looks_only_at_what_will_run() -> None:
-    recipe = load_recipe("digits", ["validate.data=/nowhere/held.npz", "export.targets=['toaster']"])
-    preflight.check(recipe, until("student"))
-
-
-def test_a_student_that_is_its_teacher() -> None:
-    with pytest.raises(UsageError, match="same network"):
-        preflight.check(load_recipe("digits", ["student.model=nayer:wrn_16_2"]), STEPS)
 
 
 def test_weights_of_ones_own_take_the_place_of_training(tmp_path: Path) -> None:
@@ -296,3 +260,38 @@ def test_a_run_folder_holds_its_recipe(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "runs" / "digits" / "manifest.json").write_text("{}")
     with pytest.raises(IntegrityError):
         load_recipe("./digits")
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10-w402-w161-e100"])
+def test_shipped_recipes_survive_toml(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAYER_EDGE_DATA", str(tmp_path / "data"))
+    here = load_recipe(name)
+    values, beside = without_local_paths(here, tmp_path / "runs" / "x")
+    (tmp_path / "again.toml").write_text(to_toml(values), encoding="utf-8")
+    assert load_recipe(str(tmp_path / "again.toml")) == here
+    assert beside == []
+
+
+def test_paths_are_cut_to_their_last_part(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        {
+            "name": "x",
+            "teacher": {
+                "model": "python:/home/someone/net.py:make",
+                "weights": "/home/someone/w.pt",
+                "classes": ["a", "b"],
+            },
+            "student": {"model": "nayer:resnet8"},
+            "lte": {"encoder": "/mnt/private/clip.npz"},
+            "validate": {"data": "/mnt/private/holdout"},
+        },
+        "of this test",
+    )
+    values, beside = without_local_paths(recipe, tmp_path)
+    text = to_toml(values)
+    assert "someone" not in text
+    assert "private" not in text
+    assert beside == ["w.pt", "clip.npz", "holdout", "net.py"]
+    read = tomllib.loads(text)
+    assert (read["teacher"]["weights"], read["validate"]["data"]) == ("w.pt", "holdout")
+    assert read["teacher"]["model"] == "python:net.py:make"
