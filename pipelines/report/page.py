@@ -20,14 +20,14 @@ from nayer_edge.text import inert
 from ..deploy import ENGINES, QUANTIZATION
 from ..distill import METRICS, TEACHER, card_of
 from ..gate import wording
-from ..gate.verdict import VERDICT_PATH, load_report
+from ..gate.verdict import VERDICT_PATH, load_report, read_verdict
 from ..recipes.as_toml import recipe_toml, travelling
 from ..recipes.schema import Recipe
 from ..trust.lineage import chain, files_by_step
-from . import plots
+from . import charts
 from .report_data import (
     calibrations,
-    charts,
+    comparison,
     drops,
     focus_of,
     headline,
@@ -60,7 +60,7 @@ def make_page(
         page = render(config, out)
     except NayerEdgeError:
         raise
-    except Exception as error:  # whatever a template or a chart stumbles over, it stood in a file of the run
+    except Exception as error:  # whatever a template or a chart fails on, it stood in a file of the run
         raise IntegrityError(
             f"The files of {out.root} do not hold what a report is made of.",
             why=f"{type(error).__name__}: {error}",
@@ -74,11 +74,11 @@ def render(config: Recipe, run: RunFolder) -> str:
     """The page as HTML; every text in it is escaped and inert. Equal files give equal pages.
 
     Raises:
-        MissingError: jinja2 or matplotlib is not installed.
+        MissingError: jinja2 is not installed.
         IntegrityError: a file is damaged or stale.
     """
     report = load_report(run)
-    verdict = read_json(run.path(VERDICT_PATH), "a verdict")
+    verdict = read_verdict(run.path(VERDICT_PATH))
     metrics = _metrics(run)
     focus = focus_of(config, report)
     values, beside = travelling(config, run.root)
@@ -88,8 +88,8 @@ def render(config: Recipe, run: RunFolder) -> str:
         report=report,
         synthetic=report.dataset.kind == "synthetic",
         verdict=verdict,
-        sentence=wording.sentence(verdict),
-        promise=[*dict.fromkeys((*wording.promise(report.dataset), *verdict.get("notes", ())))],
+        reason=wording.reason(verdict),
+        notes=[*dict.fromkeys((*wording.promise(report.dataset), *verdict.notes))],
         headline=headline(config, report),
         drops=drops(config, report),
         confidence=f"{100 * config.gate.accuracy.confidence:.6g} %",
@@ -98,10 +98,10 @@ def render(config: Recipe, run: RunFolder) -> str:
         focus=focus,
         chains=[(a.name, chain(run.manifest, a)) for a in report.artifacts if a.name in config.gate.artifacts],
         steps=files_by_step(run.manifest, but="report"),
-        charts=charts(report),
+        comparison=comparison(report),
         strips=synthetic_images(config, run),
-        losses=plots.losses(metrics),
-        agreement=plots.agreement(metrics),
+        losses=charts.losses(metrics),
+        agreement=charts.agreement(metrics),
         epochs=metrics[-1] if metrics else None,
         lte=label_embeddings(run),
         outcomes=outcomes_of(run, config, report, focus),
@@ -141,7 +141,8 @@ def _template() -> Any:
         "size": wording.size,
         "milliseconds": wording.milliseconds,
         "title_of": wording.title,
-        "figures_of": wording.check_figures,
+        "qualifiers_of": wording.qualifiers,
+        "figures_of": wording.figures,
         # The one text whose line breaks stay.
         "lines": lambda text: markupsafe.Markup("\n").join(inert(line) for line in text.split("\n")),
     }
