@@ -19,7 +19,7 @@ NUMBERED = 12
 NAME = 14
 """characters of a class name that a matrix has room for"""
 LONGEST_WHISKER = 2.5
-"""of the longest bar: one slow run must not make the bars invisible"""
+"""of the longest bar's length; a longer whisker is cut, because it would make the bars invisible"""
 MOST_TICKS = 6
 MARKED = 12
 """points up to which a line shows each of them"""
@@ -40,7 +40,7 @@ class Bar:
         value: the bar's length, in any unit.
         texts: the numbers beside it.
         end: of a whisker that begins at `value`.
-        series: which of the page's four colours, from 1.
+        series: which of the page's three colours, from 1.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Bar:
 
 
 def bars(rows: Sequence[Bar]) -> list[dict[str, Any]]:
-    """Lengths in percent of the widest row; a whisker too long for it is cut, which the row says."""
+    """Lengths in percent of the longest row; a whisker that is cut is marked as such."""
     longest = max((row.value for row in rows), default=0.0)
     reach = max([longest, *(row.end for row in rows if row.end is not None)]) or 1.0
     reach = min(reach, LONGEST_WHISKER * longest or reach)

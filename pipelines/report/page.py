@@ -1,6 +1,6 @@
 """`report.html`: one self-contained page about a run, light and dark, no network, no scripts.
 
-What it shows comes from files of the run folder whose hashes were checked; what a run did not measure is named as such.
+It shows files of the run folder whose hashes were checked, and says what the run did not measure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .report_data import (
     focus_of,
     headline,
     label_embeddings,
-    outcomes_of,
+    predictions_of,
     synthetic_images,
 )
 
@@ -54,17 +54,17 @@ def make_page(
     out: RunFolder,
     progress: Progress,
 ) -> Artifact:
-    """Writes the page from what the other steps recorded; their files' hashes were checked before."""
+    """Writes the page from the files of the other steps, whose hashes were checked before."""
     del teacher, lte, student, onnx, int8, engine, validate, gate, progress
     try:
         page = render(config, out)
     except NayerEdgeError:
         raise
-    except Exception as error:  # whatever a template or a chart fails on, it stood in a file of the run
+    except Exception as error:  # whatever a template or a chart fails on came from a file of the run
         raise IntegrityError(
-            f"The files of {out.root} do not hold what a report is made of.",
+            f"The files of {out.root} cannot be shown as a report.",
             why=f"{type(error).__name__}: {error}",
-            fix="Fetch the folder again from where it was made.",
+            fix="Copy the folder again from where it was made.",
         ) from error
     write_bytes(out.path(PAGE), page.encode())
     return Artifact("report", {"page": PAGE}, {"bytes": out.path(PAGE).stat().st_size})
@@ -104,7 +104,7 @@ def render(config: Recipe, run: RunFolder) -> str:
         agreement=charts.agreement(metrics),
         epochs=metrics[-1] if metrics else None,
         lte=label_embeddings(run),
-        outcomes=outcomes_of(run, config, report, focus),
+        predictions=predictions_of(run, config, report, focus),
         calibrations=calibrations(read_json(run.path(QUANTIZATION), "the record of quantization"), focus),
         engines=read_json(run.path(ENGINES), "the list of engines"),
         recipe=recipe,
@@ -129,7 +129,7 @@ def _template() -> Any:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(source),
         autoescape=True,
-        # Whatever is put into the page is made inert, so that no place can forget it. (Escaping comes after.)
+        # Every text on the page is made inert here, so that no place can forget it. (Escaping comes after.)
         finalize=lambda value: inert(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -143,7 +143,7 @@ def _template() -> Any:
         "title_of": wording.title,
         "qualifiers_of": wording.qualifiers,
         "figures_of": wording.figures,
-        # The one text whose line breaks stay.
+        # For the one text that keeps its line breaks.
         "lines": lambda text: markupsafe.Markup("\n").join(inert(line) for line in text.split("\n")),
     }
     return environment.get_template(TEMPLATE)

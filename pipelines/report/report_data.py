@@ -1,4 +1,4 @@
-"""What the report shows, gathered from a run: key figures, charts, images, embeddings, outcomes, calibration."""
+"""What the report shows, gathered from a run: key figures, charts, images, embeddings, predictions, calibration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..recipes.as_toml import last_part
 from ..recipes.schema import Recipe
 from . import charts
 from .charts import Bar
-from .predictions import read_outcomes
+from .predictions import read_predictions
 
 MATRIX = 40
 """classes up to which a matrix shows all of them"""
@@ -38,14 +38,14 @@ COMPARED_CLASSES = 4096
 
 
 def focus_of(config: Recipe, report: Report) -> ArtifactReport | None:
-    """The artefact that the page goes into: the first judged one that was measured, else the last measured one."""
+    """The artefact that the page shows in detail: the first in the policy that was measured, else the last measured."""
     measured = [artefact for artefact in report.artifacts if artefact.status == "measured"]
     judged = [artefact for name in config.gate.artifacts for artefact in measured if artefact.name == name]
     return next(iter(judged), measured[-1] if measured else None)
 
 
 def headline(config: Recipe, report: Report) -> list[dict[str, Any]]:
-    """A few figures of each judged and measured artefact; each names its place in report.json."""
+    """A few figures of each measured artefact in the policy; each names its place in report.json."""
     found = []
     for number, artefact in enumerate(report.artifacts):
         if artefact.name in config.gate.artifacts and artefact.status == "measured":
@@ -79,7 +79,7 @@ def _shown(rate: float) -> dict[str, str]:
 
 
 def drops(config: Recipe, report: Report) -> dict[str, dict[str, str]]:
-    """Per artefact: the drops against FP32 and teacher, and the agreement, with their bounds, in words."""
+    """Per artefact: the bounds of its drops against FP32 and teacher and of its agreement, as text."""
     alpha = round(1 - config.gate.accuracy.confidence, 12)
     found = {}
     for artefact in report.artifacts:
@@ -126,7 +126,7 @@ def comparison(report: Report) -> dict[str, list[dict[str, Any]]]:
 
 
 def synthetic_images(config: Recipe, run: RunFolder) -> dict[str, Any]:
-    """The newest images of the memory bank as a strip per class, data URIs, and how many classes there are."""
+    """The newest images of the memory bank, a strip (data URI) per class, and how many classes there are."""
     bank = MemoryBank.load(run.path(BANK), torch.device("cpu"))
     images, labels = bank.newest(config.synthesis.batch * config.synthesis.rounds)
     classes = config.teacher.classes
@@ -177,9 +177,9 @@ def _members(pairs: Sequence[tuple[int, int]], most: int) -> list[int]:
     return sorted(members)
 
 
-def outcomes_of(run: RunFolder, config: Recipe, report: Report, focus: ArtifactReport | None) -> dict[str, Any]:
+def predictions_of(run: RunFolder, config: Recipe, report: Report, focus: ArtifactReport | None) -> dict[str, Any]:
     """Confusion of student and artefact, their most frequent mistakes, and every class from teacher to artefact."""
-    found = read_outcomes(run.path(PREDICTIONS_PATH), config.teacher.classes)
+    found = read_predictions(run.path(PREDICTIONS_PATH), config.teacher.classes)
     artefact = focus.name if focus is not None and focus.name in found.answers else None
     models = ["student", *([artefact] if artefact else [])]
     truth = "label" if found.labelled else "teacher's answer"
@@ -204,7 +204,7 @@ def outcomes_of(run: RunFolder, config: Recipe, report: Report, focus: ArtifactR
 
 
 def calibrations(records: Mapping[str, Any], focus: ArtifactReport | None) -> list[dict[str, Any]]:
-    """Per target of quantization.json: what was chosen, by which scores, ranges and layers; the focus comes first."""
+    """Per target of quantization.json: method, scores, ranges and layers; the target of the focus comes first."""
     names = sorted(records, key=lambda name: focus is None or name != focus.target)
     return [_calibration(name, records[name]) for name in names]
 
@@ -229,7 +229,7 @@ def _layer_texts(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _noise(sqnr_db: float | None) -> float:
-    """No noise at all is recorded as null."""
+    """A layer without any noise has null in the record."""
     return float("inf") if sqnr_db is None else sqnr_db
 
 
