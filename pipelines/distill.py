@@ -24,8 +24,8 @@ from nayer_edge.runtime.progress import Progress, Silent
 from nayer_edge.storage.files import write_bytes
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 
+from .image_grid import write_grid
 from .recipes.schema import Recipe
-from .report.image_grids import per_class_picture
 from .tracking import TensorBoard
 
 TEACHER = "teacher/teacher.safetensors"
@@ -115,7 +115,7 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
     generators.save(generator, run.statistics.memory, out.path(GENERATOR))
     bank.save(out.path(BANK))
     images, labels = bank.newest(config.synthesis.batch * config.synthesis.rounds)
-    per_class_picture(images.cpu().numpy(), labels.tolist(), student.classes, out.path(PICTURE))
+    write_grid(images.cpu().numpy(), labels.tolist(), student.classes, out.path(PICTURE))
     return Artifact(
         "student",
         {

@@ -44,7 +44,6 @@ EXTRA_OF = {
     "onnxscript": "cpu",
     "onnxruntime": "cpu",
     "sklearn": "cpu",
-    "matplotlib": "cpu",
     "jinja2": "cpu",
     "pyarrow": "cpu",
     "PIL": "cpu",

@@ -1,8 +1,7 @@
 """The verdict: a pure function of what was measured and what is required.
 
-Standard library only. A check is made where the policy states a limit; `runtime` is always made. The
-overall verdict is `fail` if any check fails, else `inconclusive` if any is, else `pass`; advisory checks
-never change it.
+Standard library only. There is a check for every limit in the policy, and always `runtime`. The overall verdict is
+`fail` if any check fails, else `inconclusive` if any is, else `pass`; advisory checks never change it.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ class Check:
         name: one of `CHECKS`.
         artifact: as in report.json.
         observed: what was measured, in the unit of `CHECKS`; None where nothing was.
-        bound: the confidence bound that decided (for a drop: the upper one, or the lower one of a fail);
+        bound: the confidence bound that decided (of a drop the upper one, or the lower one where it fails);
             None where the check compares plain numbers.
-        limit: what the policy asks for; None for `runtime`.
+        limit: from the policy; None for `runtime`.
         verdict: pass, fail or inconclusive.
         detail: one sentence for whoever releases.
-        advisory: reported, and without influence on the overall verdict.
-        synthetic: measured on synthetic images; whoever shows the numbers says so.
+        advisory: reported, but without effect on the overall verdict.
+        synthetic: measured on synthetic images, which must be shown beside its numbers.
     """
 
     name: str
@@ -84,7 +83,7 @@ class Verdict:
     """The verdict on a run, and every check behind it.
 
     Attributes:
-        notes: sentences about what such a verdict can and cannot promise.
+        notes: sentences about what this verdict can and cannot promise.
         baseline: the release that it was compared with.
     """
 
@@ -168,13 +167,13 @@ def _judge_artifact(report: Report, policy: Policy, baseline: Baseline | None, n
 
 
 def _find(report: Report, name: str) -> ArtifactReport | str:
-    """The artefact of this name, or the sentence that says why there is none."""
+    """The artefact of this name, or a sentence that says why there is none."""
     known = [artifact.name for artifact in report.artifacts]
     if name not in known:
-        held = f"it holds {', '.join(known)}" if known else "it holds none"
+        held = f"it has {', '.join(known)}" if known else "it has none"
         return f"The report has no artefact '{name}' ({held}).{nearest(name, known)}"
     if known.count(name) > 1:
-        return f"The report has {known.count(name)} artefacts named '{name}', so none of them can be judged."
+        return f"The report has {known.count(name)} artefacts named '{name}', so none of them can be checked."
     return report.artifacts[known.index(name)]
 
 
@@ -186,9 +185,9 @@ def _runtime(artifact: ArtifactReport) -> Check:
         outcome, detail = "fail", f"{artifact.name} {state}{reason}."
     elif not artifact.precision_verified:
         outcome = "fail"
-        detail = f"It is not confirmed that {artifact.name} ran in {ran}{reason}."
+        detail = f"The runtime did not confirm that {artifact.name} ran in {ran}{reason}."
     else:
-        outcome, detail = "pass", f"{artifact.name} ran in {ran}, which the runtime confirms."
+        outcome, detail = "pass", f"{artifact.name} ran in {ran}, as the runtime confirms."
     return Check("runtime", artifact.name, None, None, None, outcome, detail)
 
 
@@ -201,7 +200,7 @@ def _drop(
     if sum(counts) != paired.n:
         detail = (
             f"The counts of {artifact.name} against {reference} add up to {sum(counts)}, "
-            f"not to the {paired.n} images they are said to come from."
+            f"not to the {paired.n} images of the report."
         )
         return Check(name, artifact.name, None, None, limit, "fail", detail)
     lost, gained, n = paired.lost, paired.gained, paired.n
@@ -212,13 +211,13 @@ def _drop(
     change = f"{'loses' if drop >= 0 else 'gains'} {_percent(abs(drop))} points against {reference}"
     observed = f"{artifact.name} {change} ({lost} lost, {gained} gained of {n:,})"
     side = "at least" if verdict == "fail" else "at most"
-    sentence = f"{observed}; at {_confidence(alpha)} confidence {side} {'-' if bound < 0 else ''}{size}"
+    detail = (
+        f"{observed}; the drop is {side} {'-' if bound < 0 else ''}{size} at {_confidence(alpha)} confidence, "
+        f"the limit is {limit_text}"
+    )
     if verdict == "inconclusive":
-        need = images_to_decide(lost, gained, n, limit, alpha)
-        ending = f"which does not settle the limit of {limit_text}{_would_decide(need, drop < limit)}"
-        detail = f"{sentence}, {ending}."
-    else:
-        detail = f"{sentence}, the limit is {limit_text}."
+        detail += _would_decide(images_to_decide(lost, gained, n, limit, alpha), drop < limit)
+    detail += "."
     return Check(name, artifact.name, drop, bound, limit, verdict, detail)
 
 
@@ -226,8 +225,8 @@ def _drop_vs_baseline(baseline: Baseline | None, artifact: ArtifactReport, limit
     name = "accuracy_drop_vs_baseline"
     if baseline is None:
         detail = (
-            f"The policy limits the drop of {artifact.name} against the release before, and none was named: "
-            "give the gate --references references.toml."
+            f"The policy limits the drop of {artifact.name} against a baseline, but none was given: "
+            "use --references references.toml."
         )
         return Check(name, artifact.name, None, None, limit, "fail", detail)
     if artifact.name not in baseline.paired:
@@ -237,7 +236,7 @@ def _drop_vs_baseline(baseline: Baseline | None, artifact: ArtifactReport, limit
 
 
 def _synthetic_drop_vs_teacher(report: Report, artifact: ArtifactReport, limit: float, alpha: float) -> Check:
-    """Without ground truth the teacher's answer stands for it: every disagreement counts as lost."""
+    """The teacher's answer is used as the true class: every disagreement counts as lost."""
     name = "accuracy_drop_vs_teacher"
     if artifact.agreement is None:
         return _missing(name, artifact, limit, "agreement with the teacher")
@@ -248,9 +247,9 @@ def _synthetic_drop_vs_teacher(report: Report, artifact: ArtifactReport, limit: 
     bound_text, limit_text = _apart(bound, limit)
     side = "at least" if verdict == "fail" else "at most"
     detail = (
-        f"On synthetic images, where the teacher's answer stands for the truth, {artifact.name} differs from "
-        f"it on {_percent(wrong / n)} % ({wrong} of {n:,}), at {_confidence(alpha)} confidence on {side} "
-        f"{bound_text} %, the limit is {limit_text}"
+        f"On synthetic images, whose true class is the teacher's answer, {artifact.name} differs from it on "
+        f"{_percent(wrong / n)} % ({wrong} of {n:,}); the share is {side} {bound_text} % at {_confidence(alpha)} "
+        f"confidence, the limit is {limit_text} %"
     )
     if verdict == "inconclusive":
         detail += _would_decide(images_to_decide_rate(n - wrong, n, 1 - limit, alpha), wrong < limit * n)
@@ -260,9 +259,9 @@ def _synthetic_drop_vs_teacher(report: Report, artifact: ArtifactReport, limit: 
 def _synthetic_drop_vs_fp32(report: Report, artifact: ArtifactReport, limit: float, alpha: float) -> Check:
     """The difference in agreement with the teacher, over the same images.
 
-    How the two networks' answers pair up is not in the report, so the least favourable pairing is assumed: as
-    many images gained, and as many more lost, as the two rates allow. Bounds widen with the number of
-    discordant images, so both bounds hold for every pairing.
+    The report does not say how the answers of the two networks pair up, so the least favourable pairing is assumed:
+    as many images gained, and as many more lost, as the two rates allow. Bounds widen with the number of discordant
+    images, so both bounds hold for every pairing.
     """
     name = "accuracy_drop_vs_fp32"
     reference = _find(report, FP32)
@@ -281,8 +280,8 @@ def _synthetic_drop_vs_fp32(report: Report, artifact: ArtifactReport, limit: flo
     side = "at least" if verdict == "fail" else "at most"
     detail = (
         f"On {n:,} synthetic images {artifact.name} agrees with the teacher on {_percent(right / n)} % and "
-        f"FP32 on {_percent(right_fp32 / n)} %, a drop of {_percent(drop)} points; at {_confidence(alpha)} "
-        f"confidence, however their answers pair up, {side} {'-' if bound < 0 else ''}{size}, "
+        f"FP32 on {_percent(right_fp32 / n)} %, a drop of {_percent(drop)} points; the drop is {side} "
+        f"{'-' if bound < 0 else ''}{size} at {_confidence(alpha)} confidence, however the answers pair up, "
         f"the limit is {limit_text}"
     )
     if verdict == "inconclusive":
@@ -303,8 +302,8 @@ def _agreement(report: Report, artifact: ArtifactReport, limit: float, alpha: fl
     synthetic = report.dataset.kind == "synthetic"
     kind = "synthetic images" if synthetic else "images"
     detail = (
-        f"{artifact.name} agrees with the teacher on {_percent(same / n)} % of {n:,} {kind}, "
-        f"at {_confidence(alpha)} confidence on {side} {bound_text} %, required are {limit_text} %"
+        f"{artifact.name} agrees with the teacher on {_percent(same / n)} % of {n:,} {kind}; the share is {side} "
+        f"{bound_text} % at {_confidence(alpha)} confidence, the minimum is {limit_text} %"
     )
     if verdict == "inconclusive":
         detail += _would_decide(images_to_decide_rate(same, n, limit, alpha), same > limit * n)
@@ -315,10 +314,9 @@ def _agreement(report: Report, artifact: ArtifactReport, limit: float, alpha: fl
 def _per_class(artifact: ArtifactReport, limit: float, alpha: float, advisory: bool, synthetic: bool) -> Check:
     """Drop of the worst class.
 
-    Multiplicity: to pass, every class must pass, so a false pass of the whole needs a false pass of a class
-    that is truly bad, and no correction is due (an intersection–union test). To fail, one class suffices, so
-    lower bounds are corrected by Holm's procedure: the probability of calling any good class bad is at most
-    alpha.
+    Multiplicity: to pass, every class must pass, so a false pass of the whole needs a false pass of a class that is
+    truly bad, and no correction is needed (an intersection–union test). To fail, one class is enough, so lower bounds
+    are corrected by Holm's procedure: the probability of calling any good class bad is at most alpha.
     """
     name = "per_class_drop"
     if not artifact.per_class:
@@ -338,8 +336,8 @@ def _per_class(artifact: ArtifactReport, limit: float, alpha: float, advisory: b
         bound = max(_class_lower(seen[i], level) for i in bad)
         worst = _listed([f"'{seen[i].label}' {_percent(drops[i])} ({seen[i].n} images)" for i in order])
         detail = (
-            f"{artifact.name} loses more than the {_percent(limit)} points allowed on {worst}, "
-            f"at {_confidence(alpha)} confidence over all classes together."
+            f"{artifact.name} loses more than the allowed {_percent(limit)} points on {len(bad)} of {len(seen)} "
+            f"classes, at {_confidence(alpha)} confidence for all of them together: {worst}."
         )
         return Check(name, artifact.name, max(drops), bound, limit, "fail", detail, advisory)
     uppers = [drop_upper(each.lost, each.gained, each.n, alpha) for each in seen]
@@ -354,10 +352,9 @@ def _per_class(artifact: ArtifactReport, limit: float, alpha: float, advisory: b
         need = images_to_decide(worst.lost, worst.gained, worst.n, limit, alpha)
         bound_text, limit_text = _apart(uppers[open_[0]], limit)
         detail = (
-            f"{len(open_)} of {len(seen)} classes of {artifact.name} are not settled, the worst "
-            f"is '{worst.label}' ({worst.lost} lost, {worst.gained} gained of {worst.n:,}): "
-            f"at {_confidence(alpha)} confidence it loses at most {bound_text} points, "
-            f"the limit is {limit_text}"
+            f"{len(open_)} of {len(seen)} classes of {artifact.name} {'is' if len(open_) == 1 else 'are'} "
+            f"inconclusive, the worst is '{worst.label}' ({worst.lost} lost, {worst.gained} gained of {worst.n:,}): "
+            f"it loses at most {bound_text} points at {_confidence(alpha)} confidence, the limit is {limit_text}"
             f"{_would_decide(need, drops[open_[0]] < limit)}."
         )
         return Check(name, artifact.name, observed, bound, limit, "inconclusive", detail, advisory)
@@ -380,8 +377,8 @@ def _coverage(artifact: ArtifactReport, limit: float) -> Check:
     verdict: Outcome = "pass" if share >= limit else "fail"
     share_text, limit_text = _apart(share, limit)
     detail = (
-        f"{share_text} % of the eligible convolutions and matrix products of {artifact.name} run in INT8, "
-        f"required are {limit_text} %."
+        f"{share_text} % of the quantizable convolutions and matrix products of {artifact.name} run in INT8, "
+        f"the minimum is {limit_text} %."
     )
     return Check("int8_coverage", artifact.name, share, None, limit, verdict, detail)
 
@@ -402,7 +399,7 @@ def _speedup(artifact: ArtifactReport, limit: float) -> Check:
     if speedup is None:
         return _missing("speedup_vs_fp32", artifact, limit, "speed-up against FP32")
     verdict: Outcome = "pass" if speedup >= limit else "fail"
-    detail = f"{artifact.name} is {speedup:,.3g} times as fast as FP32 at batch 1, required is {limit:,.3g} times."
+    detail = f"{artifact.name} is {speedup:,.3g} times as fast as FP32 at batch 1, the minimum is {limit:,.3g}."
     return _plain("speedup_vs_fp32", artifact, speedup, limit, verdict, detail)
 
 
@@ -433,7 +430,7 @@ def _parity(report: Report, limit: float) -> Check:
 
 
 def _plain(name: str, artifact: ArtifactReport, observed: float, limit: float, verdict: Outcome, detail: str) -> Check:
-    """A check of a plain number; one that is not finite was not measured."""
+    """A check of a plain number; a number that is not finite counts as not measured."""
     if not math.isfinite(observed):
         return Check(name, artifact.name, None, None, limit, "fail", f"The {name} of {artifact.name} is not a number.")
     return Check(name, artifact.name, observed, None, limit, verdict, detail)
@@ -455,7 +452,7 @@ def _bounded(upper: float, lower: float, limit: float) -> tuple[Outcome, float]:
 
 def _would_decide(images: int | None, passes: bool) -> str:
     if images is None:
-        return "; no practicable number of images would settle it at these rates"
+        return "; no practical number of images would decide it at these rates"
     return f"; about {images:,} images at these rates would {'pass' if passes else 'fail'}"
 
 

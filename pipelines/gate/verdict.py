@@ -1,7 +1,7 @@
 """The gate: is this run good enough to ship? For CI, with the base install (no numpy, torch or onnx).
 
 `run_gate` first hashes everything again, then judges the report. The other functions turn a verdict into
-JSON, JUnit XML, Markdown, GitHub annotations or a table, and write only where they are told.
+JSON, JUnit XML, Markdown, GitHub annotations or a table, and write only where they are told. `wording` has the words.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import shlex
 import xml.etree.ElementTree as ET  # writes only; nothing is parsed
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.runtime.progress import Progress
-from nayer_edge.storage.files import sha256_of, write_bytes, write_json
+from nayer_edge.storage.files import read_json, sha256_of, write_bytes, write_json
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.text import inert
 
@@ -29,16 +29,15 @@ from ..measurements import PREDICTIONS_PATH, REPORT_PATH, Report, read_report
 from ..recipes.as_toml import to_toml
 from ..recipes.checking import parse_toml
 from ..recipes.schema import Recipe
+from . import wording
 from .baseline import load_baseline
-from .judgement import CHECKS, Baseline, Check, Verdict, judge
+from .judgement import Baseline, Check, Verdict, judge
 from .policy import Policy, make_policy
-from .wording import promise
 
 VERDICT_SCHEMA = "nayer-edge/verdict/1"
 VERDICT_PATH = "gate/verdict.json"
 JUNIT_PATH = "gate/junit.xml"
 
-_MARK = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 _COLOUR = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
@@ -51,16 +50,16 @@ def run_gate(run_root: Path, policy_file: Path | None = None, references: Path |
         references: a `references.toml` that names the release to compare with.
 
     Raises:
-        UsageError: no run, no report yet, one of a newer version, a policy or references that do not hold, or a
-            baseline that was measured on other images (exit 2).
-        IntegrityError: a file differs from the manifest, the report from the files, or the baseline from what the
-            references name (exit 4).
+        UsageError: there is no run or no report yet, a newer version wrote the report, the policy or references are
+            invalid, or the baseline was measured on other images (exit 2).
+        IntegrityError: a file differs from the manifest, the report does not match the files, or the baseline is not
+            the one that the references name (exit 4).
     """
     run = RunFolder.open(run_root)
     policy = load_policy(run, policy_file)
     if references is not None and policy.baseline.max_drop is None:
         raise UsageError(
-            f"{references} names a baseline, and the policy sets no limit to the drop against it.",
+            f"{references} names a baseline, but the policy does not limit the drop against it.",
             fix="Add to the policy, for one point: [baseline] max_drop = 0.01",
         )
     run.require_intact()
@@ -70,32 +69,14 @@ def run_gate(run_root: Path, policy_file: Path | None = None, references: Path |
 
 
 def _judged(report: Report, policy: Policy, baseline: Baseline | None = None) -> Verdict:
-    """The judgement, with what it can and cannot promise."""
-    notes = list(promise(report.dataset)) if report.dataset.kind == "synthetic" else []
-    accuracy = policy.accuracy
-    of_answers = (
-        accuracy.max_drop_vs_fp32,
-        accuracy.max_drop_vs_teacher,
-        policy.baseline.max_drop,
-        policy.agreement.min,
-    )
-    if all(limit is None for limit in of_answers):
-        notes.append(
-            "The policy limits neither accuracy nor agreement: this verdict does not say how good the answers are."
-        )
-    if baseline is not None:
-        notes.append(
-            f"Compared with the baseline '{baseline.name}' (its report.json has the SHA-256 "
-            f"{baseline.report_sha256[:12]}…) on the same {report.dataset.n:,} images."
-        )
-    return replace(judge(report, policy, baseline), notes=tuple(notes))
+    return replace(judge(report, policy, baseline), notes=wording.notes(report.dataset, policy, baseline))
 
 
 def load_policy(run: RunFolder, policy_file: Path | None = None) -> Policy:
-    """The policy in a file, or the one that the run's recipe states.
+    """The policy in a file, or the one in the run's recipe.
 
     Raises:
-        UsageError: it is missing or does not hold.
+        UsageError: it is missing or invalid.
     """
     if policy_file is not None:
         return make_policy(parse_toml(policy_file, "a policy"), str(policy_file))
@@ -103,7 +84,7 @@ def load_policy(run: RunFolder, policy_file: Path | None = None) -> Policy:
 
 
 def load_report(run: RunFolder) -> Report:
-    """Reads `validate/report.json` and makes sure that it speaks of the files that are here.
+    """Reads `validate/report.json` and checks that the report matches these files.
 
     Raises:
         UsageError: there is no report yet, or a newer version wrote it.
@@ -119,22 +100,22 @@ def load_report(run: RunFolder) -> Report:
     if not path.exists():
         raise UsageError(f"{run.root} has not been validated.", f"It holds no {REPORT_PATH}.", again)
     if REPORT_PATH not in run.manifest.files:
-        raise IntegrityError(f"{path} is not in the manifest, so nobody answers for it.", fix=again)
+        raise IntegrityError(f"{path} is not listed in the manifest and cannot be trusted.", fix=again)
     report = read_report(path, again)
     if found := _stale(run, report):
         raise IntegrityError(
-            f"{path} is stale: it does not speak of the files in {run.root}.", "; ".join(found) + ".", again
+            f"{path} is stale: it does not match the files in {run.root}.", "; ".join(found) + ".", again
         )
     return report
 
 
 def _stale(run: RunFolder, report: Report) -> list[str]:
-    """One sentence for each file that is not the one that the report measured. The manifest's hashes hold."""
+    """How each file that the report measured has changed since. (The hashes in the manifest were checked before.)"""
     found = []
     for artifact in report.artifacts:
         if artifact.sha256 is None:
             if artifact.status == "measured":
-                found.append(f"the report does not say which file it measured as {artifact.name}")
+                found.append(f"the report has no SHA-256 for {artifact.name}")
         elif (actual := _hash(run, artifact.file)) != artifact.sha256:
             change = "is missing" if actual is None else "is not the file that was measured"
             found.append(f"{artifact.file} {change}")
@@ -160,7 +141,7 @@ def require_outputs(run_root: Path, outputs: Mapping[str, Path | None], inputs: 
         inputs: the policy and the references.
 
     Raises:
-        UsageError: with what is wrong.
+        UsageError: an output is one of those.
     """
     taken = {path.resolve(): "which the gate reads" for path in inputs if path is not None}
     for option, path in outputs.items():
@@ -169,8 +150,8 @@ def require_outputs(run_root: Path, outputs: Mapping[str, Path | None], inputs: 
         place = path.resolve()
         if place.is_relative_to(run_root.resolve()):
             raise UsageError(
-                f"{option} {path} lies inside the run folder, whose files its manifest states.",
-                why="What is written there makes the run look altered.",
+                f"{option} {path} lies inside the run folder, where the manifest lists every file.",
+                why="A file written there would make the run look altered.",
                 fix=f"Choose a file outside {run_root}.",
             )
         if place in taken:
@@ -179,7 +160,7 @@ def require_outputs(run_root: Path, outputs: Mapping[str, Path | None], inputs: 
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    """The verdict as the contract of `verdict.json` states it; texts are made inert."""
+    """The content of `verdict.json`; texts are made inert."""
     baseline = verdict.baseline
     return {
         "schema": VERDICT_SCHEMA,
@@ -201,6 +182,21 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
             for check in verdict.checks
         ],
     }
+
+
+def read_verdict(path: Path) -> Verdict:
+    """Reads `verdict.json`; the baseline, whose counts are not in it, is left out.
+
+    Raises:
+        IntegrityError: it is not readable as a verdict.
+    """
+    values = read_json(path, "a verdict")
+    try:
+        names = [field.name for field in fields(Check)]
+        checks = tuple(Check(**{name: check[name] for name in names if name in check}) for check in values["checks"])
+        return Verdict(values["verdict"], checks, tuple(values.get("notes", ())))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{path} is not readable as a verdict.", why=f"{type(error).__name__}: {error}") from error
 
 
 def junit_xml(verdict: Verdict) -> bytes:
@@ -237,13 +233,14 @@ def write_junit(verdict: Verdict, path: Path) -> None:
 def summary_markdown(verdict: Verdict) -> str:
     """The verdict as GitHub-flavoured Markdown, for a step summary; texts cannot act as HTML or Markdown."""
     lines = [
-        f"### nayer-edge gate: {_MARK[verdict.verdict]} {verdict.verdict}",
+        f"### nayer-edge gate: {wording.MARK[verdict.verdict]} {verdict.verdict}",
         "",
         "| | Check | Artefact | Observed | Bound | Limit | |",
         "|---|---|---|--:|--:|--:|---|",
     ]
     for check in verdict.checks:
-        words = [_MARK[check.verdict], _title(check), check.artifact, *_figures(check), check.detail]
+        title, figures = wording.qualified_title(check), wording.figures(check)
+        words = [wording.MARK[check.verdict], title, check.artifact, *figures, check.detail]
         lines.append("| " + " | ".join(_literal(word) for word in words) + " |")
     for note in verdict.notes:
         lines += ["", _literal(note)]
@@ -251,7 +248,7 @@ def summary_markdown(verdict: Verdict) -> str:
 
 
 def append_summary(verdict: Verdict, path: Path) -> None:
-    """Adds the summary to a file, as `$GITHUB_STEP_SUMMARY` wants it (what stands there stays).
+    """Appends the summary to a file, as `$GITHUB_STEP_SUMMARY` expects.
 
     Raises:
         UsageError: the file cannot be written.
@@ -268,13 +265,13 @@ def append_summary(verdict: Verdict, path: Path) -> None:
 
 
 def _literal(text: str) -> str:
-    """Text as Markdown that shows exactly it: punctuation becomes character references, which never act."""
+    """Text as Markdown that shows exactly this text: punctuation becomes character references, which never act."""
 
     def reference(match: re.Match[str]) -> str:
         return f"&#{ord(match[0])};"
 
     # Full stops inside words would make links of host names.
-    return re.sub(r"[^\w ,.%✓✗×≤–-]|_|\.(?=[^\W\d])", reference, inert(text))
+    return re.sub(r"[^\w ,.%✓✗×≤≥–-]|_|\.(?=[^\W\d])", reference, inert(text))
 
 
 def github_annotations(verdict: Verdict) -> list[str]:
@@ -317,10 +314,11 @@ def verdict_table(verdict: Verdict) -> Group:
     sentences = Table.grid(padding=(0, 1, 0, 0))
     for check in verdict.checks:
         style = "dim" if check.advisory else _COLOUR[check.verdict]
-        mark = Text(_MARK[check.verdict], style=style)
-        table.add_row(mark, _shown(_title(check)), _shown(check.artifact), *map(_shown, _figures(check)))
+        mark = Text(wording.MARK[check.verdict], style=style)
+        title, figures = wording.qualified_title(check), wording.figures(check)
+        table.add_row(mark, _shown(title), _shown(check.artifact), *map(_shown, figures))
         sentences.add_row(mark, _shown(check.detail))
-    overall = Text(f"{_MARK[verdict.verdict]} gate: {verdict.verdict}", style=f"bold {_COLOUR[verdict.verdict]}")
+    overall = Text(f"{wording.MARK[verdict.verdict]} gate: {verdict.verdict}", style=f"bold {_COLOUR[verdict.verdict]}")
     notes = [line for note in verdict.notes for line in (_shown(note), "")]
     return Group(table, "", sentences, "", *notes, overall)
 
@@ -328,27 +326,6 @@ def verdict_table(verdict: Verdict) -> Group:
 def _shown(text: str) -> Text:
     """Text for a terminal or a CI log, where neither escapes nor workflow commands (`::`, `##[`) may act."""
     return Text(inert(text).replace("::", ":\N{ZERO WIDTH SPACE}:").replace("##[", "#\N{ZERO WIDTH SPACE}#["))
-
-
-def _title(check: Check) -> str:
-    marks = ", ".join(word for word in ("advisory", "synthetic") if getattr(check, word))
-    return check.name.replace("_", " ") + (f" ({marks})" if marks else "")
-
-
-def _figures(check: Check) -> tuple[str, str, str]:
-    """Observed value, bound and limit in the check's unit."""
-    unit = CHECKS.get(check.name, "")
-
-    def figure(value: float | None) -> str:
-        if value is None:
-            return "–"
-        if unit == "fraction":
-            return f"{100 * value:.2f} %"
-        if unit == "bytes":
-            return f"{value:,.0f} B"
-        return f"{value:.3g}{' ' if unit else ''}{unit}"
-
-    return figure(check.observed), figure(check.bound), figure(check.limit)
 
 
 def policy_toml(policy: Policy) -> str:
@@ -370,7 +347,7 @@ def make_verdict(validate: Artifact, *, config: Recipe, out: RunFolder, progress
     A verdict that is not `pass` is a result, not an error.
 
     Raises:
-        IntegrityError: a file differs from the manifest, or the report from the files.
+        IntegrityError: a file differs from the manifest, or the report does not match the files.
     """
     del validate, progress
     out.require_intact()

@@ -1,90 +1,116 @@
-"""How the report says things: the verdict in a sentence, what it can promise, checks by title, figures with units."""
+"""The words of a verdict: its reason, the titles and figures of its checks, and what its images can show.
+
+The terminal's table, JUnit XML, the Markdown summary and the page take them from here. A check's own sentence, its
+`detail`, is written where the check is decided (`judgement`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..measurements import Dataset
-from .judgement import CHECKS
+from .judgement import CHECKS, Check, Verdict
+
+if TYPE_CHECKING:
+    from ..measurements import Dataset
+    from .judgement import Baseline
+    from .policy import Policy
+
+MARK = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 
 _TITLES = {
-    "runtime": "Runs in the stated precision",
-    "accuracy_drop_vs_fp32": "Accuracy drop against the FP32 student",
-    "accuracy_drop_vs_teacher": "Accuracy drop against the teacher",
-    "accuracy_drop_vs_baseline": "Accuracy drop against the release before",
-    "agreement": "Agreement with the teacher",
-    "per_class_drop": "Largest drop of any class",
-    "int8_coverage": "Share of products in INT8",
-    "latency_p95": "Latency, 95th percentile",
-    "speedup_vs_fp32": "Speed against FP32",
+    "runtime": "Stated precision",
+    "accuracy_drop_vs_fp32": "Accuracy drop vs FP32",
+    "accuracy_drop_vs_teacher": "Accuracy drop vs teacher",
+    "accuracy_drop_vs_baseline": "Accuracy drop vs baseline",
+    "agreement": "Agreement with teacher",
+    "per_class_drop": "Largest drop of a class",
+    "int8_coverage": "INT8 coverage",
+    "latency_p95": "Latency (p95)",
+    "speedup_vs_fp32": "Speed-up vs FP32",
     "size": "File size",
-    "parity": "ONNX against the torch student, largest logit difference",
+    "parity": "ONNX vs PyTorch logits",
 }
 _AT_LEAST = {"agreement", "int8_coverage", "speedup_vs_fp32"}
 _SHOWN_REASONS = 3
 
 
 @dataclass(frozen=True)
-class Sentence:
-    """The verdict in words.
+class Reason:
+    """Why a verdict is what it is.
 
     Attributes:
-        lead: one plain sentence.
-        reasons: the checks behind it, each a sentence with what was observed, its bound and its limit.
-        more: how many further ones the table of checks holds.
+        lead: one sentence.
+        details: the sentences of the checks behind it.
+        more: how many further ones there are.
     """
 
     lead: str
-    reasons: tuple[str, ...]
+    details: tuple[str, ...]
     more: int = 0
 
 
-def sentence(verdict: Mapping[str, Any]) -> Sentence:
-    """The reason of a verdict, as `verdict.json` holds it: what failed or is open, else the closest call."""
-    deciding = [check for check in verdict["checks"] if not check.get("advisory")]
+class Figures(NamedTuple):
+    """The numbers of a check with their units; "–" where there is none."""
+
+    observed: str
+    bound: str
+    limit: str
+
+
+def reason(verdict: Verdict) -> Reason:
+    """What failed or is inconclusive; of a pass, the check that came closest to its limit."""
+    deciding = [check for check in verdict.checks if not check.advisory]
     count = len(deciding)
-    outcome = verdict["verdict"]
-    if outcome == "pass":
-        close = min((check for check in deciding if check["bound"] is not None), key=_room, default=None)
-        lead = "The one check holds." if count == 1 else f"All {count} checks hold."
-        return Sentence(lead, () if close is None else (f"The closest call: {_lowered(close['detail'])}",))
-    decisive = [check for check in deciding if check["verdict"] == outcome]
-    names = _listed(list(dict.fromkeys(_lowered(title(check["name"])) for check in decisive)))
-    which = f"{len(decisive)} of {count} checks"
-    if outcome == "fail":
-        lead = f"{which} {'fails' if len(decisive) == 1 else 'fail'}: {names}."
+    if verdict.verdict == "pass":
+        closest = min((check for check in deciding if check.bound is not None), key=_room, default=None)
+        lead = {1: "The only check passes.", 2: "Both checks pass."}.get(count, f"All {count} checks pass.")
+        return Reason(lead, () if closest is None else (f"Closest to its limit: {_lowered(closest.detail)}",))
+    decisive = [check for check in deciding if check.verdict == verdict.verdict]
+    names = _listed(list(dict.fromkeys(_lowered(title(check.name)) for check in decisive)))
+    one = len(decisive) == 1
+    which = "the only check" if count == 1 else f"{len(decisive)} of {count} checks"
+    if verdict.verdict == "fail":
+        lead = f"{which[0].upper()}{which[1:]} {'fails' if one else 'fail'}: {names}."
     else:
-        lead = f"Nothing fails, but {which} {'is' if len(decisive) == 1 else 'are'} not settled: {names}."
-    details = [check["detail"] for check in decisive]
-    return Sentence(lead, tuple(details[:_SHOWN_REASONS]), max(0, len(details) - _SHOWN_REASONS))
+        lead = f"No check fails, but {which} {'is' if one else 'are'} inconclusive: {names}."
+    details = tuple(check.detail for check in decisive)
+    return Reason(lead, details[:_SHOWN_REASONS], max(0, len(details) - _SHOWN_REASONS))
 
 
-def _room(check: Mapping[str, Any]) -> float:
-    """How far the bound lies from its limit, as a part of what the limit leaves."""
-    limit, bound = check["limit"], check["bound"]
-    if check["name"] in _AT_LEAST:
-        return (bound - limit) / max(1 - limit, 1e-9)
-    return (limit - bound) / max(limit, 1e-9)
+def notes(dataset: Dataset, policy: Policy, baseline: Baseline | None = None) -> tuple[str, ...]:
+    """What goes with the checks of a verdict: limits of what it can promise, and the release it was compared with."""
+    found = list(promise(dataset)) if dataset.kind == "synthetic" else []
+    accuracy = policy.accuracy
+    limits = (accuracy.max_drop_vs_fp32, accuracy.max_drop_vs_teacher, policy.baseline.max_drop, policy.agreement.min)
+    if all(limit is None for limit in limits):
+        found.append(
+            "The policy limits neither accuracy nor agreement, so this verdict does not say how good the answers are."
+        )
+    if baseline is not None:
+        found.append(
+            f"Compared with the baseline '{baseline.name}' (SHA-256 of its report.json: "
+            f"{baseline.report_sha256[:12]}…) on the same {dataset.n:,} images."
+        )
+    return tuple(found)
 
 
 def promise(dataset: Dataset) -> tuple[str, ...]:
-    """What the images of this verdict can show, and what not; one sentence each."""
+    """What measurements on these images can and cannot show; one sentence or two each."""
     if dataset.kind == "holdout":
         return (
-            "Teacher, student and every artefact saw the same labelled images, which were used to measure and for "
-            "nothing else: no image of theirs went into student, calibration or choice of a model.",
-            "The bounds hold for images like these; they say nothing about a camera, a site or a class that is not "
-            "among them.",
+            "Teacher, student and all artefacts were evaluated on the same labelled images. These were used for "
+            "nothing else: not for training the student, calibration or model selection.",
+            "The bounds hold for images like these. They say nothing about other cameras, sites or classes.",
         )
     return (
-        "These images are synthetic: fresh draws of the trained generator, in neither memory bank nor calibration. "
-        "Nobody knows their true class, so the teacher's answer stands for it.",
-        "What such a verdict can promise: the artefact answers as its teacher does on images like these, and export "
-        "and quantization have broken nothing that shows there.",
-        "What it cannot promise: any accuracy on real images. Teacher and artefact may be wrong together, and real "
-        "images may be harder than these. Labelled real images, even a few hundred, would tell.",
+        "These images are synthetic: newly drawn from the trained generator, and in neither the memory bank nor the "
+        "calibration set. They have no true class, so the teacher's answer is used instead.",
+        "What this verdict can promise: on images like these, the artefact answers as its teacher does, and shows no "
+        "damage from export or quantization.",
+        "What it cannot promise: any accuracy on real images. Teacher and artefact may make the same mistakes, and "
+        "real images may be harder than these. Even a few hundred labelled real images would show it.",
     )
 
 
@@ -93,33 +119,32 @@ def title(name: str) -> str:
     return _TITLES.get(name, name.replace("_", " ").capitalize())
 
 
-def check_figures(check: Mapping[str, Any]) -> dict[str, str]:
-    """Observed value, bound and limit of a check with its unit; "–" where there is none.
+def qualifiers(check: Check) -> tuple[str, ...]:
+    """What must be said beside a check's title."""
+    return tuple(word for word, applies in (("advisory", check.advisory), ("synthetic", check.synthetic)) if applies)
+
+
+def qualified_title(check: Check) -> str:
+    """A check's title with its qualifiers: "Agreement with teacher (synthetic)"."""
+    words = ", ".join(qualifiers(check))
+    return f"{title(check.name)} ({words})" if words else title(check.name)
+
+
+def figures(check: Check) -> Figures:
+    """Observed value, bound and limit of a check.
 
     Bound and limit get as many decimals as it takes to tell them apart.
     """
-    scale, unit, digits, kind = _unit(check["name"])
-    limit, compared = check["limit"], check["bound"] if check["bound"] is not None else check["observed"]
+    scale, unit, digits, kind = _unit(check.name)
+    limit, compared = check.limit, check.bound if check.bound is not None else check.observed
 
     def shown(value: float | None) -> str:
         return "–" if value is None else f"{scale * value:,.{digits}{kind}}{unit}"
 
     while digits < 9 and limit is not None and compared not in (None, limit) and shown(limit) == shown(compared):
         digits += 1
-    relation = "≥ " if check["name"] in _AT_LEAST else "≤ "
-    return {
-        "observed": shown(check["observed"]),
-        "bound": shown(check["bound"]),
-        "limit": "–" if limit is None else relation + shown(limit),
-    }
-
-
-def _unit(name: str) -> tuple[float, str, int, str]:
-    """Scale, unit, least digits of a check's figures, and whether those are decimals or significant ones."""
-    unit = CHECKS.get(name, "")
-    if unit == "fraction":
-        return 100.0, " points" if "drop" in name else " %", 2, "f"
-    return {"bytes": (1.0, " B", 0, "f"), "": (1.0, "", 3, "g")}.get(unit, (1.0, f" {unit}", 3, "g"))
+    relation = "≥ " if check.name in _AT_LEAST else "≤ "
+    return Figures(shown(check.observed), shown(check.bound), "–" if limit is None else relation + shown(limit))
 
 
 def percent(fraction: float | None) -> str:
@@ -145,6 +170,22 @@ def size(count: int | None) -> str:
 def milliseconds(value: float) -> str:
     """With the digits that a timing is worth: "0.184", "4.27", "38.2", "412"."""
     return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _room(check: Check) -> float:
+    """How far the bound is from its limit, as a part of what the limit leaves."""
+    limit, bound = check.limit or 0.0, check.bound or 0.0
+    if check.name in _AT_LEAST:
+        return (bound - limit) / max(1 - limit, 1e-9)
+    return (limit - bound) / max(limit, 1e-9)
+
+
+def _unit(name: str) -> tuple[float, str, int, str]:
+    """Scale, unit, least digits of a check's figures, and whether those are decimals or significant ones."""
+    unit = CHECKS.get(name, "")
+    if unit == "fraction":
+        return 100.0, " points" if "drop" in name else " %", 2, "f"
+    return {"bytes": (1.0, " B", 0, "f"), "": (1.0, "", 3, "g")}.get(unit, (1.0, f" {unit}", 3, "g"))
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """`report.html`: one self-contained page about a run, light and dark, no network, no scripts.
 
-What it shows comes from files of the run folder whose hashes were checked; what a run did not measure is named as such.
+It shows files of the run folder whose hashes were checked, and says what the run did not measure.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from nayer_edge.text import inert
 from ..deploy import ENGINES, QUANTIZATION
 from ..distill import METRICS, TEACHER, card_of
 from ..gate import wording
-from ..gate.verdict import VERDICT_PATH, load_report
+from ..gate.verdict import VERDICT_PATH, load_report, read_verdict
 from ..recipes.as_toml import to_toml
 from ..recipes.loading import without_local_paths
 from ..recipes.schema import Recipe
 from ..trust.lineage import chain, files_by_step
-from . import plots
+from . import charts
 from .report_data import (
     calibrations,
-    charts,
+    comparison,
     drops,
     focus_of,
     headline,
     label_embeddings,
-    outcomes_of,
+    predictions_of,
     synthetic_images,
 )
 
@@ -55,17 +55,17 @@ def make_page(
     out: RunFolder,
     progress: Progress,
 ) -> Artifact:
-    """Writes the page from what the other steps recorded; their files' hashes were checked before."""
+    """Writes the page from the files of the other steps, whose hashes were checked before."""
     del teacher, lte, student, onnx, int8, engine, validate, gate, progress
     try:
         page = render(config, out)
     except NayerEdgeError:
         raise
-    except Exception as error:  # whatever a template or a chart stumbles over, it stood in a file of the run
+    except Exception as error:  # whatever a template or a chart fails on came from a file of the run
         raise IntegrityError(
-            f"The files of {out.root} do not hold what a report is made of.",
+            f"The files of {out.root} cannot be shown as a report.",
             why=f"{type(error).__name__}: {error}",
-            fix="Fetch the folder again from where it was made.",
+            fix="Copy the folder again from where it was made.",
         ) from error
     write_bytes(out.path(PAGE), page.encode())
     return Artifact("report", {"page": PAGE}, {"bytes": out.path(PAGE).stat().st_size})
@@ -75,11 +75,11 @@ def render(config: Recipe, run: RunFolder) -> str:
     """The page as HTML; every text in it is escaped and inert. Equal files give equal pages.
 
     Raises:
-        MissingError: jinja2 or matplotlib is not installed.
+        MissingError: jinja2 is not installed.
         IntegrityError: a file is damaged or stale.
     """
     report = load_report(run)
-    verdict = read_json(run.path(VERDICT_PATH), "a verdict")
+    verdict = read_verdict(run.path(VERDICT_PATH))
     metrics = _metrics(run)
     focus = focus_of(config, report)
     values, beside = without_local_paths(config, run.root)
@@ -89,8 +89,8 @@ def render(config: Recipe, run: RunFolder) -> str:
         report=report,
         synthetic=report.dataset.kind == "synthetic",
         verdict=verdict,
-        sentence=wording.sentence(verdict),
-        promise=[*dict.fromkeys((*wording.promise(report.dataset), *verdict.get("notes", ())))],
+        reason=wording.reason(verdict),
+        notes=[*dict.fromkeys((*wording.promise(report.dataset), *verdict.notes))],
         headline=headline(config, report),
         drops=drops(config, report),
         confidence=f"{100 * config.gate.accuracy.confidence:.6g} %",
@@ -99,13 +99,13 @@ def render(config: Recipe, run: RunFolder) -> str:
         focus=focus,
         chains=[(a.name, chain(run.manifest, a)) for a in report.artifacts if a.name in config.gate.artifacts],
         steps=files_by_step(run.manifest, but="report"),
-        charts=charts(report),
+        comparison=comparison(report),
         strips=synthetic_images(config, run),
-        losses=plots.losses(metrics),
-        agreement=plots.agreement(metrics),
+        losses=charts.losses(metrics),
+        agreement=charts.agreement(metrics),
         epochs=metrics[-1] if metrics else None,
         lte=label_embeddings(run),
-        outcomes=outcomes_of(run, config, report, focus),
+        predictions=predictions_of(run, config, report, focus),
         calibrations=calibrations(read_json(run.path(QUANTIZATION), "the record of quantization"), focus),
         engines=read_json(run.path(ENGINES), "the list of engines"),
         recipe=recipe,
@@ -130,7 +130,7 @@ def _template() -> Any:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(source),
         autoescape=True,
-        # Whatever is put into the page is made inert, so that no place can forget it. (Escaping comes after.)
+        # Every text on the page is made inert here, so that no place can forget it. (Escaping comes after.)
         finalize=lambda value: inert(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -142,8 +142,9 @@ def _template() -> Any:
         "size": wording.size,
         "milliseconds": wording.milliseconds,
         "title_of": wording.title,
-        "figures_of": wording.check_figures,
-        # The one text whose line breaks stay.
+        "qualifiers_of": wording.qualifiers,
+        "figures_of": wording.figures,
+        # For the one text that keeps its line breaks.
         "lines": lambda text: markupsafe.Markup("\n").join(inert(line) for line in text.split("\n")),
     }
     return environment.get_template(TEMPLATE)

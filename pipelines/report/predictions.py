@@ -16,13 +16,13 @@ TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class Predictions:
     """The first choices of every model on the same n images.
 
     Attributes:
         truth: (n,), what counts as right: the label, or on synthetic images the teacher's answer.
-        labelled: the truth is a label.
-        answers: model → (n,), its likeliest class.
+        labelled: the truth is the label.
+        answers: model → (n,), its top-1 class.
         classes: their names.
     """
 
@@ -73,7 +73,7 @@ class Outcomes:
         return sorted(rows, key=lambda row: 0.0 if row["change"] is None else row["change"])
 
 
-def read_outcomes(path: Path, classes: Sequence[str]) -> Outcomes:
+def read_predictions(path: Path, classes: Sequence[str]) -> Predictions:
     """Reads `predictions.npz`.
 
     Raises:
@@ -87,7 +87,7 @@ def read_outcomes(path: Path, classes: Sequence[str]) -> Outcomes:
             arrays = {name: np.asarray(file[name]) for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise IntegrityError(f"{path} is not readable as predictions.", why=f"{error}") from error
-    # Per image, the likeliest classes in order.
+    # Each row has the classes of one image, the likeliest first.
     answers = {name: array[:, 0] for name, array in arrays.items() if array.ndim == 2 and array.dtype.kind in "iu"}
     labels = arrays.get("labels")
     if TEACHER not in answers:
@@ -98,4 +98,4 @@ def read_outcomes(path: Path, classes: Sequence[str]) -> Outcomes:
             raise IntegrityError(f"{path} holds '{name}' of shape {found.shape}, not one class for each image.")
         if int(found.min()) < 0 or int(found.max()) >= len(classes):
             raise IntegrityError(f"{path} holds a class in '{name}' that is none of the {len(classes)}.")
-    return Outcomes(truth, labels is not None, answers, classes)
+    return Predictions(truth, labels is not None, answers, classes)

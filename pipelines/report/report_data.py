@@ -1,4 +1,4 @@
-"""What the report shows, gathered from a run: key figures, charts, images, embeddings, outcomes, calibration."""
+"""What the report shows, gathered from a run: key figures, charts, images, embeddings, predictions, calibration."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from nayer_edge.storage.run_folder import RunFolder
 from ..distill import BANK, EMBEDDINGS
 from ..gate import wording
 from ..gate.statistics import binomial_lower, binomial_upper, drop_lower, drop_upper
+from ..image_grid import class_strips
 from ..measurements import PREDICTIONS_PATH, ArtifactReport, Paired, Report
 from ..recipes.loading import last_part
 from ..recipes.schema import Recipe
-from . import plots
-from .image_grids import class_strips
-from .plots import Bar
-from .predictions import read_outcomes
+from . import charts
+from .charts import Bar
+from .predictions import read_predictions
 
 MATRIX = 40
 """classes up to which a matrix shows all of them"""
@@ -33,20 +33,19 @@ SHOWN_CLASSES = 20
 """rows of the table of classes where there are more than MATRIX"""
 SHOWN_MISTAKES = 12
 SHOWN_LAYERS = 20
-SHOWN_RANGES = 40
 COMPARED_CLASSES = 4096
 """classes up to which every pair of embeddings is compared"""
 
 
 def focus_of(config: Recipe, report: Report) -> ArtifactReport | None:
-    """The artefact that the page goes into: the first judged one that was measured, else the last measured one."""
+    """The artefact that the page shows in detail: the first in the policy that was measured, else the last measured."""
     measured = [artefact for artefact in report.artifacts if artefact.status == "measured"]
     judged = [artefact for name in config.gate.artifacts for artefact in measured if artefact.name == name]
     return next(iter(judged), measured[-1] if measured else None)
 
 
 def headline(config: Recipe, report: Report) -> list[dict[str, Any]]:
-    """A few figures of each judged and measured artefact; each names its place in report.json."""
+    """A few figures of each measured artefact in the policy; each names its place in report.json."""
     found = []
     for number, artefact in enumerate(report.artifacts):
         if artefact.name in config.gate.artifacts and artefact.status == "measured":
@@ -80,7 +79,7 @@ def _shown(rate: float) -> dict[str, str]:
 
 
 def drops(config: Recipe, report: Report) -> dict[str, dict[str, str]]:
-    """Per artefact: the drops against FP32 and teacher, and the agreement, with their bounds, in words."""
+    """Per artefact: the bounds of its drops against FP32 and teacher and of its agreement, as text."""
     alpha = round(1 - config.gate.accuracy.confidence, 12)
     found = {}
     for artefact in report.artifacts:
@@ -100,30 +99,34 @@ def _drop_bounds(paired: Paired | None, alpha: float) -> str:
     return f"{wording.difference(drop_lower(*counts, alpha))} … {wording.difference(drop_upper(*counts, alpha))}"
 
 
-def charts(report: Report) -> dict[str, str]:
-    """Bars of wrong answers, latency and size; "" for what nothing was measured of."""
+def comparison(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """Bars of wrong answers in %, latency in ms and size; empty where nothing was measured."""
     synthetic = report.dataset.kind == "synthetic"
-    wrong = "Disagreement with the teacher on synthetic images" if synthetic else "Wrong answers on the hold-out"
     measured = [artefact for artefact in report.artifacts if artefact.status == "measured"]
-    rates = [("student", report.student.agreement if synthetic else report.student.top1, 1)]
+    rates = [("student", report.student.agreement if synthetic else report.student.top1, 2)]
     if not synthetic:
-        rates.insert(0, ("teacher", report.teacher.top1, 2))
-    rates += [(artefact.name, artefact.agreement if synthetic else artefact.top1, 0) for artefact in measured]
-    errors = [Bar(n, 100 * (1 - r), f"{100 * (1 - r):.2f} %", series=s) for n, r, s in rates if r is not None]
+        rates.insert(0, ("teacher", report.teacher.top1, 3))
+    rates += [(artefact.name, artefact.agreement if synthetic else artefact.top1, 1) for artefact in measured]
     timed = [(artefact.name, artefact.latency_ms) for artefact in measured if artefact.latency_ms is not None]
-    latency = [
-        Bar(n, t.p50, f"{wording.milliseconds(t.p50)} ms, p95 {wording.milliseconds(t.p95)}", t.p95) for n, t in timed
-    ]
-    sizes = [Bar(a.name, a.size_bytes, wording.size(a.size_bytes)) for a in report.artifacts if a.size_bytes]
     return {
-        "errors": plots.bars(errors, wrong) if errors else "",
-        "latency": plots.bars(latency, "Latency at batch 1") if latency else "",
-        "sizes": plots.bars(sizes, "File size") if sizes else "",
+        "errors": charts.bars(
+            [
+                Bar(name, 1 - rate, (wording.percent(1 - rate),), None, series)
+                for name, rate, series in rates
+                if rate is not None
+            ]
+        ),
+        "latency": charts.bars(
+            [Bar(n, t.p50, (wording.milliseconds(t.p50), wording.milliseconds(t.p95)), t.p95) for n, t in timed]
+        ),
+        "sizes": charts.bars(
+            [Bar(a.name, a.size_bytes, (wording.size(a.size_bytes),)) for a in report.artifacts if a.size_bytes]
+        ),
     }
 
 
 def synthetic_images(config: Recipe, run: RunFolder) -> dict[str, Any]:
-    """The newest images of the memory bank as a strip per class, data URIs, and how many classes there are."""
+    """The newest images of the memory bank, a strip (data URI) per class, and how many classes there are."""
     bank = MemoryBank.load(run.path(BANK), torch.device("cpu"))
     images, labels = bank.newest(config.synthesis.batch * config.synthesis.rounds)
     classes = config.teacher.classes
@@ -140,7 +143,7 @@ def _data_uri(png: bytes) -> str:
 
 
 def label_embeddings(run: RunFolder) -> dict[str, Any]:
-    """Encoder, prompt, the closest pairs of class names, and a picture of all similarities, or of the closest."""
+    """Encoder, prompt, the closest pairs of class names, and a matrix of all similarities, or of the closest."""
     found = embeddings_of_labels.load(run.path(EMBEDDINGS))
     labels = found.labels
     facts: dict[str, Any] = {
@@ -148,22 +151,19 @@ def label_embeddings(run: RunFolder) -> dict[str, Any]:
         "prompts": found.prompt.split("\n"),
         "dimensions": found.embeddings.shape[1],
         "classes": len(labels),
-        "picture": "",
-        "shown": 0,
+        "matrix": None,
         "pairs": [],
         "mean": embeddings_of_labels.mean_cosine(found.embeddings),
     }
     if len(labels) > COMPARED_CLASSES:
         return facts
-    unit = torch.nn.functional.normalize(found.embeddings, dim=1)
-    cosines = (unit @ unit.T).numpy().astype(np.float64)
+    cosines = embeddings_of_labels.cosines(found.embeddings).numpy().astype(np.float64)
     rows, columns = np.triu_indices(len(labels), 1)
     order = np.argsort(-cosines[rows, columns], kind="stable")
     pairs = [(int(rows[place]), int(columns[place])) for place in order]
     shown = list(range(len(labels))) if len(labels) <= MATRIX else _members(pairs, REDUCED)
     facts["pairs"] = [(labels[a], labels[b], float(cosines[a, b])) for a, b in pairs[:5]]
-    facts["shown"] = len(shown)
-    facts["picture"] = plots.similarity(cosines[np.ix_(shown, shown)], [labels[number] for number in shown])
+    facts["matrix"] = charts.similarity(cosines[np.ix_(shown, shown)], [labels[number] for number in shown])
     return facts
 
 
@@ -177,9 +177,9 @@ def _members(pairs: Sequence[tuple[int, int]], most: int) -> list[int]:
     return sorted(members)
 
 
-def outcomes_of(run: RunFolder, config: Recipe, report: Report, focus: ArtifactReport | None) -> dict[str, Any]:
+def predictions_of(run: RunFolder, config: Recipe, report: Report, focus: ArtifactReport | None) -> dict[str, Any]:
     """Confusion of student and artefact, their most frequent mistakes, and every class from teacher to artefact."""
-    found = read_outcomes(run.path(PREDICTIONS_PATH), config.teacher.classes)
+    found = read_predictions(run.path(PREDICTIONS_PATH), config.teacher.classes)
     artefact = focus.name if focus is not None and focus.name in found.answers else None
     models = ["student", *([artefact] if artefact else [])]
     truth = "label" if found.labelled else "teacher's answer"
@@ -190,8 +190,8 @@ def outcomes_of(run: RunFolder, config: Recipe, report: Report, focus: ArtifactR
     return {
         "truth": truth,
         "models": models,
-        "pictures": [
-            (name, plots.confusion(found.confusion(name), found.classes, f"{name} on {on}", truth)) for name in models
+        "matrices": [
+            (name, charts.confusion(found.confusion(name), found.classes, f"{name} on {on}")) for name in models
         ]
         if few
         else [],
@@ -204,46 +204,32 @@ def outcomes_of(run: RunFolder, config: Recipe, report: Report, focus: ArtifactR
 
 
 def calibrations(records: Mapping[str, Any], focus: ArtifactReport | None) -> list[dict[str, Any]]:
-    """Per target of quantization.json: what was chosen, by which scores, ranges and layers; the focus comes first."""
+    """Per target of quantization.json: method, scores, ranges and layers; the target of the focus comes first."""
     names = sorted(records, key=lambda name: focus is None or name != focus.target)
     return [_calibration(name, records[name]) for name in names]
 
 
 def _calibration(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     ranges = sorted(record.get("ranges", {}).items(), key=lambda item: _natural(item[0]))
-    shown = ranges[:SHOWN_RANGES]
     layers = sorted(record.get("sensitivity") or (), key=lambda row: _noise(row["sqnr_db"]))
-    rows = [
-        Bar(row["node"], _noise(row["sqnr_db"]), _layer_label(row), series=0)
-        for row in layers[:SHOWN_LAYERS]
-        if row["sqnr_db"] is not None
-    ]
+    noisy = [row for row in layers[:SHOWN_LAYERS] if row["sqnr_db"] is not None]
     return {
         "name": name,
         "record": record,
         "methods": record.get("methods") or {},
-        "ranges": ranges,
-        "ranges_shown": len(shown),
-        "ranges_picture": plots.intervals(
-            [tensor for tensor, _ in shown],
-            [(low, high) for _, (low, high) in shown],
-            f"Ranges of {len(shown)} activations for {name}.",
-        )
-        if shown
-        else "",
+        "ranges": charts.ranges(ranges),
         "layers": layers,
-        "layers_shown": len(rows),
-        "layers_picture": plots.bars(rows, f"Signal to noise of each layer in INT8 for {name}") if rows else "",
+        "bars": charts.bars([Bar(row["node"], _noise(row["sqnr_db"]), _layer_texts(row)) for row in noisy]),
     }
 
 
-def _layer_label(row: Mapping[str, Any]) -> str:
+def _layer_texts(row: Mapping[str, Any]) -> tuple[str, str]:
     alone = row.get("alone")
-    return f"{row['sqnr_db']:.1f} dB" + (f", {100 * alone['top1']:.2f} %" if alone else "")
+    return f"{row['sqnr_db']:.1f} dB", wording.percent(alone["top1"] if alone else None)
 
 
 def _noise(sqnr_db: float | None) -> float:
-    """No noise at all is recorded as null."""
+    """A layer without any noise has null in the record."""
     return float("inf") if sqnr_db is None else sqnr_db
 
 

@@ -1,31 +1,41 @@
-"""How close together the labels of a classifier lie: figures for a table, and a heat map."""
+"""How similar the labels of a classifier are to one another: figures for a table, and a map of every pair."""
 
 from __future__ import annotations
 
+import base64
+import html
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from nayer_edge.errors import UsageError, missing_extra
+from nayer_edge.errors import UsageError
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.labels.embeddings import LabelEmbeddings
-from nayer_edge.storage.files import write_atomic
+from nayer_edge.storage.files import write_bytes
 from nayer_edge.text import inert
 
+from ..image_grid import plain_name, png_of, shortened
+
 FORMATS = (".png", ".svg")
-FONT = "DejaVu Sans"
-"""matplotlib's own"""
 NAMED = 60
-"""classes up to which every row of the picture has its name; with more, some of them"""
-MAX_SIDE = 2000
-"""cells of the picture; with more classes, neighbouring ones share a cell, which shows their greatest similarity"""
+"""classes up to which every row of the map has its name; with more, some of them"""
+MAX_SIDE = 1280
+"""cells of the map; with more classes, neighbouring ones share a cell, which shows their greatest similarity"""
+LONGEST = 18
+"""characters of a name"""
+_FULL = np.array([43, 95, 199])
+"""the colour of the closest pair; the least similar is white"""
+_INK = "#1a2030"
+_TEXT, _LINE, _GAP = 11, 16, 6
+"""pixels: height of a letter, height of a line, and space around the map"""
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A label, and the one that lies nearest to it."""
+    """A label, and the one most similar to it."""
 
     label: str
     nearest: str
@@ -42,7 +52,7 @@ def neighbours(embeddings: LabelEmbeddings) -> list[Neighbour]:
 
 
 def summary(embeddings: LabelEmbeddings) -> dict[str, Any]:
-    """What there is to know about embeddings, for people and machines."""
+    """What `lte show` prints."""
     near = neighbours(embeddings)
     return {
         "encoder": embeddings.encoder,
@@ -58,71 +68,109 @@ def summary(embeddings: LabelEmbeddings) -> dict[str, Any]:
     }
 
 
+def spread(cosines: np.ndarray) -> tuple[float, float]:
+    """The least and the greatest similarity of two different classes.
+
+    Args:
+        cosines: (K, K).
+    """
+    others = ~np.eye(len(cosines), dtype=bool)
+    return float(cosines.min(where=others, initial=1)), float(cosines.max(where=others, initial=-1))
+
+
+def shades(cosines: np.ndarray) -> np.ndarray:
+    """How full the colour of each pair of classes is: 0 for the least similar and on the diagonal, 1 for the closest.
+
+    Args:
+        cosines: (K, K).
+    """
+    low, high = spread(cosines)
+    shade = np.clip((cosines - low) / max(high - low, 1e-9), 0, 1)
+    np.fill_diagonal(shade, 0)
+    return shade
+
+
 def heat_map(embeddings: LabelEmbeddings, path: Path) -> None:
     """Writes the cosine similarity of every pair of classes as a picture, PNG or SVG by the name of the file.
 
     Raises:
         UsageError: the name ends with something else.
-        MissingError: matplotlib is not installed.
     """
-    suffix = path.suffix.lower()
-    if suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise UsageError(
             f"A picture cannot be written as '{path.name}'.", fix="Give --picture a name that ends with .png or .svg."
         )
-    try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("matplotlib", "cpu", "Drawing pictures") from error
-    similarity = _reduced(lte.cosines(embeddings.embeddings).numpy())
-    count = len(embeddings.labels)
-    side = 6.4 if count > NAMED else min(max(3.2, 0.22 * count + 2.0), 12.0)
-    # Equal embeddings give equal files: no date, no identifiers that vary; in SVG, text stays text.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nayer-edge", "font.family": FONT}):
-        figure = Figure(figsize=(side + 1.0, side), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        axis = figure.subplots()
-        different = similarity[~np.eye(len(similarity), dtype=bool)] if count <= MAX_SIDE else similarity
-        shown = axis.imshow(
-            similarity,
-            cmap="viridis",
-            vmin=float(different.min()),
-            vmax=1.0,
-            extent=(-0.5, count - 0.5, count - 0.5, -0.5),
-            interpolation="nearest",
-        )
-        _name_classes(axis, embeddings.labels)
-        figure.colorbar(shown, ax=axis, shrink=0.8, label="cosine similarity")
-        mean = lte.mean_cosine(embeddings.embeddings)
-        title = f"{inert(embeddings.encoder)}, {count} classes, mean cosine {mean:.2f}"
-        axis.set_title(title, fontsize=9, parse_math=False)
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if suffix == ".svg" else {"Software": None}
-        write_atomic(path, lambda temporary: figure.savefig(temporary, format=suffix[1:], metadata=metadata))
+    labels, count = embeddings.labels, len(embeddings.labels)
+    cosines = lte.cosines(embeddings.embeddings).numpy()
+    cells = 1 - _reduced(shades(cosines))[..., None]
+    pixels = Image.fromarray((_FULL + (255 - _FULL) * cells).round().astype(np.uint8))
+    side = 640 if count > NAMED else max(320, 20 * count)
+    low, high = spread(cosines)
+    title = [
+        f"{inert(embeddings.encoder)}, {count} classes",
+        f"cosine similarity: {low:.2f} (white) to {high:.2f} (blue), mean {lte.mean_cosine(embeddings.embeddings):.2f}",
+    ]
+    svg = path.suffix.lower() == ".svg"
+    shown = range(count) if count <= NAMED else np.linspace(0, count - 1, 25).round().astype(int).tolist()
+    names = [
+        (shortened(inert(labels[n]), LONGEST) if svg else plain_name(labels[n], n, LONGEST), (n + 0.5) * side / count)
+        for n in shown
+    ]
+    write_bytes(path, _svg(pixels, side, title, names) if svg else _png(pixels, side, title, names))
 
 
-def _reduced(similarity: np.ndarray) -> np.ndarray:
-    """At most MAX_SIDE cells a side; the greatest similarity stands for those that share a cell."""
-    step = -(-len(similarity) // MAX_SIDE)
+def _reduced(values: np.ndarray) -> np.ndarray:
+    """At most MAX_SIDE cells a side; the greatest value stands for those that share a cell."""
+    step = -(-len(values) // MAX_SIDE)
     if step == 1:
-        return similarity
-    starts = np.arange(0, len(similarity), step)
-    return np.maximum.reduceat(np.maximum.reduceat(similarity, starts, axis=0), starts, axis=1)
+        return values
+    starts = np.arange(0, len(values), step)
+    return np.maximum.reduceat(np.maximum.reduceat(values, starts, axis=0), starts, axis=1)
 
 
-def _name_classes(axis: Any, labels: tuple[str, ...]) -> None:
-    from matplotlib.font_manager import findfont, get_font
+def _edges(names: list[tuple[str, float]]) -> tuple[int, int]:
+    """Left and upper edge of the map: the names stand before it (and, as long, below it), the title above it."""
+    widest = max(sum(7 if letter.isascii() else _TEXT for letter in name) for name, _ in names)
+    return widest + 2 * _GAP, 2 * _LINE + 2 * _GAP
 
-    # A font of one's own would be another dependency: names that matplotlib's cannot write become numbers.
-    writable = get_font(findfont(FONT)).get_charmap()
-    places = range(len(labels)) if len(labels) <= NAMED else np.linspace(0, len(labels) - 1, 25).round().astype(int)
-    names = []
-    for place in places:
-        text = inert(labels[place])
-        text = text if all(ord(character) in writable for character in text) else f"class {place}"
-        names.append(text if len(text) <= 18 else text[:17] + "…")
-    size = 7 if len(places) <= 30 else 5
-    axis.set_yticks(list(places), names, fontsize=size, parse_math=False)
-    axis.set_xticks(list(places), names, fontsize=size, rotation=90, parse_math=False)
-    axis.tick_params(length=0)
+
+def _png(pixels: Image.Image, side: int, title: list[str], names: list[tuple[str, float]]) -> bytes:
+    """The map as a picture, twice as fine as the SVG."""
+    fine = 2
+    left, top, side, gap = *(fine * edge for edge in _edges(names)), fine * side, fine * _GAP
+    font = ImageFont.load_default(fine * _TEXT)
+    upright = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
+    picture = Image.new("RGB", (left + side + gap, top + side + left), "white")
+    picture.paste(pixels.resize((side, side), Image.Resampling.NEAREST), (left, top))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((left, top, left + side, top + side), outline=_INK)
+    for row, text in enumerate(title):
+        draw.text((gap, gap + fine * row * _LINE), text.encode("ascii", "replace").decode(), _INK, font)
+    for name, place in names:
+        draw.text((left - gap, top + fine * place), name, _INK, font, anchor="rm")
+        draw.text((left + fine * (place - _TEXT / 2), top + side + gap), name, _INK, upright)
+    return png_of(picture)
+
+
+def _svg(pixels: Image.Image, side: int, title: list[str], names: list[tuple[str, float]]) -> bytes:
+    """The map as SVG: an embedded PNG with one pixel for each cell, and the names as text."""
+    left, top = _edges(names)
+    box = f'x="{left}" y="{top}" width="{side}" height="{side}"'
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + side + _GAP} {top + side + left}" '
+        f'font-family="sans-serif" font-size="{_TEXT}" fill="{_INK}">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<image {box} style="image-rendering:pixelated" '
+        f'href="data:image/png;base64,{base64.b64encode(png_of(pixels)).decode()}"/>',
+        f'<rect {box} fill="none" stroke="{_INK}"/>',
+        *(f'<text x="{_GAP}" y="{_LINE * (row + 1)}">{html.escape(text)}</text>' for row, text in enumerate(title)),
+    ]
+    for name, place in names:
+        text = html.escape(name)
+        # Four pixels: the middle of a letter above its base line.
+        down, across = f"{top + place + 4:.1f}", f"{left + place + 4:.1f}"
+        lines += [
+            f'<text x="{left - _GAP}" y="{down}" text-anchor="end">{text}</text>',
+            f'<text transform="translate({across} {top + side + _GAP}) rotate(-90)" text-anchor="end">{text}</text>',
+        ]
+    return "\n".join([*lines, "</svg>", ""]).encode()

@@ -20,7 +20,7 @@ class Link:
         role: what it is, for people.
         name: path inside the run folder.
         record: its entry in the manifest; None where the manifest has none.
-        beside: made beside the one before it, not from it.
+        beside: made alongside the file before it, not from it.
     """
 
     role: str
@@ -30,7 +30,7 @@ class Link:
 
 
 def chain(manifest: Manifest, artefact: ArtifactReport) -> list[Link]:
-    """The files from the teacher to an artefact, each made from those before it, or beside the last."""
+    """The files from the teacher to an artefact, each made from those before it or alongside the last."""
     quantized = artefact.precision.startswith("int8")
     files = {
         TEACHER: "teacher",
@@ -39,7 +39,7 @@ def chain(manifest: Manifest, artefact: ArtifactReport) -> list[Link]:
         STUDENT: "student",
         FP32: "student as ONNX",
         **({FP16: "in FP16"} if artefact.precision == "fp16" else {}),
-        # The generator draws the images that calibrate it.
+        # Calibrated with images from the generator.
         **({int8_file(artefact.target): "quantized"} if quantized else {}),
     }
     if artefact.file not in files:

@@ -234,12 +234,10 @@ def _write_digits(folder: Path) -> None:
 
 
 def _warm() -> None:
-    """Fills caches that every export and plot would fill again, without starting a thread."""
-    from matplotlib.figure import Figure
+    """A cache that every export would fill anew; nothing here starts a thread."""
     from torch.onnx._internal.exporter import _registration
 
     _registration.ONNXRegistry.from_torchlib()
-    Figure().subplots(2, 2)
 
 
 def files_of(root: Path) -> Iterator[Path]:

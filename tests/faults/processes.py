@@ -31,11 +31,11 @@ HEAVY = (
     ),
     *(
         f"nayer_edge.pipelines.{name}"
-        for name in ("bench", "report.plots", "report.image_grids", "trust.signing", "trust.sbom")
+        for name in ("bench", "report.charts", "image_grid", "trust.signing", "trust.sbom")
     ),
     *("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnxscript.function_libs.torch_lib.ops"),
-    *("onnxruntime.quantization", "matplotlib.figure", "matplotlib.backends.backend_agg", "networkx", "jinja2"),
-    *("matplotlib.backends.backend_svg", "sklearn.datasets", "sklearn.model_selection", "PIL.Image"),
+    *("onnxruntime.quantization", "networkx", "jinja2"),
+    *("sklearn.datasets", "sklearn.model_selection", "PIL.Image", "PIL.ImageFont"),
     *("cyclonedx.output.json", "cyclonedx.validation.json", "packageurl", "model_signing"),
 )
 """modules whose imports take most of the time of a command"""

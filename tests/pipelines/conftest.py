@@ -15,7 +15,7 @@ import pytest
 
 from nayer_edge.pipelines.cli import main
 
-HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "transformers", "tensorrt", "sklearn", "matplotlib", "scipy")
+HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "transformers", "tensorrt", "sklearn", "PIL", "scipy")
 
 BLOCKER = """
 import sys

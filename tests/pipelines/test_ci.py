@@ -158,7 +158,7 @@ def test_the_action_compares_with_a_baseline(finished: Path, tmp_path: Path) -> 
     done, outputs, summary = act(tmp_path, run="runs/digits", policy="policy.toml", references="references.toml")
     assert done.code == 0, done.text
     assert outputs["verdict"] == "pass"
-    assert "accuracy drop vs baseline" in summary
+    assert "Accuracy drop vs baseline" in summary
 
 
 @pytest.mark.parametrize("name", ["$(touch owned)", "`touch owned`", "x; touch owned", '"; touch owned; "', "--help"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nayer_edge.config import LTE
 from nayer_edge.errors import UsageError
@@ -108,17 +111,15 @@ def test_a_table_of_80_columns(here: Path, invoke: Invoke) -> None:
 
 
 def pixels(path: Path) -> np.ndarray:
-    from PIL import Image
-
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 61, 1000])
-def test_the_picture_shows_who_is_near_whom(tmp_path: Path, classes: int) -> None:
+def test_the_picture_of_any_labels(tmp_path: Path, classes: int) -> None:
     values = torch.eye(classes)
     labels = tuple("$x_2$" if n == 0 else f"猫 {n}" if n % 2 else f"class {n}" for n in range(classes))
-    values[1] = values[0] + 0.1
+    values[-1] = values[0] + 0.1
     apart = LabelEmbeddings(torch.eye(classes), "onehot", "1", "{label}", labels)
     near = LabelEmbeddings(values, "onehot", "1", "{label}", labels)
     for name, made in (("apart", apart), ("near", near), ("again", near)):
@@ -132,7 +133,27 @@ def test_the_picture_shows_who_is_near_whom(tmp_path: Path, classes: int) -> Non
     text = (tmp_path / "near.svg").read_text(encoding="utf-8")
     assert "cosine similarity" in text
     assert f"{classes} classes" in text
-    assert re.search(r">class \d*[13579]<", text), "a name that the font cannot write is a number"
+    assert re.search(r">猫 \d*[13579]<", text)
+    assert ">$x_2$<" in text
+
+
+def test_the_closest_pair_is_the_fullest(tmp_path: Path) -> None:
+    values = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    found = LabelEmbeddings(values, "e", "1", "{label}", tuple("abcd"))
+    heat_map(found, tmp_path / "map.png")
+    heat_map(found, tmp_path / "map.svg")
+    data = re.search(r"base64,([^\"]+)", (tmp_path / "map.svg").read_text(encoding="utf-8"))
+    assert data
+    with Image.open(io.BytesIO(base64.b64decode(data[1]))) as image:
+        cells = np.asarray(image.convert("RGB")).astype(int)
+    assert cells.shape == (4, 4, 3)
+    assert (cells[0, 1] == cells[1, 0]).all()
+    assert (cells[0, 1] == (43, 95, 199)).all()
+    assert cells[2, 3, 0] in range(44, 255), "the second closest"
+    assert (np.diagonal(cells) == 255).all()
+    drawn = pixels(tmp_path / "map.png")
+    middle = drawn[round(drawn.shape[0] * 0.3)]
+    assert (middle == (43, 95, 199)).all(axis=1).any(), "the file shows these cells"
 
 
 def test_more_classes_than_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

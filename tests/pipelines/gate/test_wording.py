@@ -1,4 +1,7 @@
-"""The report's sentences and figures."""
+"""The words of a verdict: which checks its reason names, and figures with their units.
+
+The sentences themselves stand in wording.golden.txt; see test_judgement.py.
+"""
 
 from __future__ import annotations
 
@@ -7,53 +10,58 @@ from typing import Any
 import pytest
 
 from nayer_edge.pipelines.gate import wording
-from nayer_edge.pipelines.gate.judgement import CHECKS
+from nayer_edge.pipelines.gate.judgement import CHECKS, Check, Outcome, Verdict
 from nayer_edge.pipelines.measurements import Dataset
 
 
-def check(name: str, verdict: str, **values: Any) -> dict[str, Any]:
-    detail = values.pop("detail", f"{name} is so.")
-    return {"name": name, "verdict": verdict, "observed": 0.0, "bound": None, "limit": None, "detail": detail, **values}
+def check(name: str, verdict: Outcome, **values: Any) -> Check:
+    return Check(
+        **{
+            **{"name": name, "artifact": "int8.cpu", "observed": 0.0, "bound": None, "limit": None, "verdict": verdict},
+            **{"detail": f"{name} is so.", **values},
+        }
+    )
 
 
-def said(verdict: str, *checks: dict[str, Any]) -> wording.Sentence:
-    return wording.sentence({"verdict": verdict, "checks": list(checks)})
+def reason_of(verdict: Outcome, *checks: Check) -> wording.Reason:
+    return wording.reason(Verdict(verdict, checks))
 
 
-def test_a_pass_names_the_closest_call() -> None:
+def test_a_pass_names_the_check_closest_to_its_limit() -> None:
     close = check("accuracy_drop_vs_fp32", "pass", bound=0.014, limit=0.015, detail="int8 loses little.")
     far = check("accuracy_drop_vs_teacher", "pass", bound=0.01, limit=0.04)
     agree = check("agreement", "pass", bound=0.99, limit=0.9)
-    found = said("pass", far, close, agree, check("runtime", "pass"))
-    assert found.lead == "All 4 checks hold."
-    assert found.reasons == ("The closest call: int8 loses little.",)
+    found = reason_of("pass", far, close, agree, check("runtime", "pass"))
+    assert "4 checks" in found.lead
+    assert [detail.endswith("int8 loses little.") for detail in found.details] == [True]
     nearly = check("agreement", "pass", bound=0.9001, limit=0.9, detail="INT8 agrees.")
-    assert said("pass", close, nearly).reasons == ("The closest call: INT8 agrees.",)
-    assert said("pass", check("size", "pass")) == wording.Sentence("The one check holds.", ())
+    assert reason_of("pass", close, nearly).details[0].endswith(": INT8 agrees."), "names keep their capitals"
+    assert reason_of("pass", check("size", "pass")).details == ()
 
 
-def test_a_fail_says_what_fails() -> None:
-    found = said("fail", check("size", "fail"), check("runtime", "pass"), check("parity", "inconclusive"))
-    assert found == wording.Sentence("1 of 3 checks fails: file size.", ("size is so.",))
-    many = said("fail", *(check(name, "fail", detail=name) for name in ("size", "agreement", "latency_p95", "parity")))
-    assert many.lead.startswith(
-        "4 of 4 checks fail: file size, agreement with the teacher, latency, 95th percentile and"
-    )
-    assert "and ONNX against" in many.lead, "names keep their capitals"
-    assert many.reasons == ("size", "agreement", "latency_p95")
-    assert many.more == 1
+def test_a_fail_names_what_fails() -> None:
+    found = reason_of("fail", check("size", "fail"), check("runtime", "pass"), check("parity", "inconclusive"))
+    assert found.lead.startswith("1 of 3 checks")
+    assert found.lead.endswith("file size.")
+    assert (found.details, found.more) == (("size is so.",), 0)
+    names = ("size", "agreement", "latency_p95", "parity")
+    many = reason_of("fail", *(check(name, "fail", detail=name) for name in names))
+    assert many.lead.startswith("4 of 4 checks")
+    assert "and ONNX vs" in many.lead, "names keep their capitals"
+    assert (many.details, many.more) == (("size", "agreement", "latency_p95"), 1)
 
 
-def test_an_inconclusive_one_says_what_is_open() -> None:
+def test_an_inconclusive_verdict_names_what_is_open() -> None:
     advisory = check("per_class_drop", "fail", advisory=True)
-    found = said("inconclusive", check("agreement", "inconclusive"), check("runtime", "pass"), advisory)
-    assert found.lead == "Nothing fails, but 1 of 2 checks is not settled: agreement with the teacher."
+    found = reason_of("inconclusive", check("agreement", "inconclusive"), check("runtime", "pass"), advisory)
+    assert "1 of 2 checks" in found.lead, "an advisory check does not count"
+    assert found.lead.endswith("agreement with teacher.")
 
 
 def test_what_the_images_can_promise() -> None:
     synthetic = " ".join(wording.promise(Dataset(kind="synthetic", n=10, name="x")))
     assert "synthetic" in synthetic
-    assert "What it cannot promise: any accuracy on real images" in synthetic
+    assert "cannot promise" in synthetic
     holdout = " ".join(wording.promise(Dataset(kind="holdout", n=10, name="x")))
     assert "synthetic" not in holdout
 
@@ -61,12 +69,19 @@ def test_what_the_images_can_promise() -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_every_check_has_a_title(name: str) -> None:
     assert wording.title(name)[0].isupper()
-    assert wording.title(name) != name.replace("_", " ").capitalize() or name == "per_class_drop"
+    assert "_" not in wording.title(name)
+    assert len(wording.title(name)) <= 26, "the table of the terminal has no room for more"
 
 
 def test_an_unknown_check_is_readable() -> None:
     assert wording.title("battery_life") == "Battery life"
-    assert wording.check_figures(check("battery_life", "pass", observed=2.0))["observed"] == "2"
+    assert wording.figures(check("battery_life", "pass", observed=2.0)).observed == "2"
+
+
+def test_a_title_says_how_its_check_counts() -> None:
+    assert wording.qualified_title(check("size", "pass")) == "File size"
+    both = check("size", "fail", advisory=True, synthetic=True)
+    assert wording.qualified_title(both) == "File size (advisory, synthetic)"
 
 
 @pytest.mark.parametrize(
@@ -85,8 +100,7 @@ def test_an_unknown_check_is_readable() -> None:
     ],
 )
 def test_figures_of_checks(name: str, observed: Any, bound: Any, limit: Any, shown: tuple[str, str, str]) -> None:
-    found = wording.check_figures(check(name, "pass", observed=observed, bound=bound, limit=limit))
-    assert (found["observed"], found["bound"], found["limit"]) == shown
+    assert wording.figures(check(name, "pass", observed=observed, bound=bound, limit=limit)) == shown
 
 
 def test_figures() -> None:

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import confusion_matrix
 
 from nayer_edge.errors import IntegrityError
-from nayer_edge.pipelines.report.predictions import Outcomes, read_outcomes
+from nayer_edge.pipelines.report.predictions import Predictions, read_predictions
 
 BARE = b"\x93NUMPY\x01\x00F\x00{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }".ljust(79) + b"\n\x00"
 """an array that is in no archive"""
@@ -30,14 +30,14 @@ def drawn(count: int = 500) -> dict[str, np.ndarray]:
 
 def test_confusion_is_scikit_learn_s(tmp_path: Path) -> None:
     arrays = drawn()
-    found = read_outcomes(write(tmp_path / "p.npz", **arrays), CLASSES)
+    found = read_predictions(write(tmp_path / "p.npz", **arrays), CLASSES)
     assert found.labelled
     expected = confusion_matrix(arrays["labels"], arrays["x"][:, 0], labels=range(4))
     assert (found.confusion("x") == expected).all()
 
 
 def test_mistakes_are_the_largest_cells_off_the_diagonal(tmp_path: Path) -> None:
-    found = read_outcomes(write(tmp_path / "p.npz", **drawn()), CLASSES)
+    found = read_predictions(write(tmp_path / "p.npz", **drawn()), CLASSES)
     counts = found.confusion("x")
     of = counts.sum(axis=1)
     pairs = [(t, a) for t, a in zip(*np.nonzero(counts), strict=True) if t != a]
@@ -45,13 +45,13 @@ def test_mistakes_are_the_largest_cells_off_the_diagonal(tmp_path: Path) -> None
     shown = found.mistakes("x", 5)
     assert [row["images"] for row in shown] == [cell[0] for cell in cells[:5]]
     assert {(row["images"], row["truth"], row["answer"], row["of"]) for row in found.mistakes("x", 99)} == set(cells)
-    assert Outcomes(found.truth, True, {"x": found.truth}, CLASSES).mistakes("x", 5) == []
+    assert Predictions(found.truth, True, {"x": found.truth}, CLASSES).mistakes("x", 5) == []
 
 
 def test_classes_from_the_first_model_to_the_last() -> None:
     truth = np.array([0, 0, 0, 0, 1, 1, 2])
     answers = {"teacher": np.array([0, 0, 0, 1, 1, 0, 2]), "int8": np.array([0, 1, 1, 1, 1, 1, 2])}
-    rows = Outcomes(truth, True, answers, CLASSES).per_class(["teacher", "int8"])
+    rows = Predictions(truth, True, answers, CLASSES).per_class(["teacher", "int8"])
     assert [row["label"] for row in rows] == ["ant", "cat", "dog", "bee"], "the largest loss first"
     by_label = {row["label"]: row for row in rows}
     assert by_label["ant"] == {"label": "ant", "images": 4, "rates": [0.75, 0.25], "change": -0.5}
@@ -62,14 +62,14 @@ def test_classes_from_the_first_model_to_the_last() -> None:
 def test_without_labels_the_teacher_is_the_truth(tmp_path: Path) -> None:
     arrays = drawn()
     del arrays["labels"]
-    found = read_outcomes(write(tmp_path / "p.npz", **arrays), CLASSES)
+    found = read_predictions(write(tmp_path / "p.npz", **arrays), CLASSES)
     assert not found.labelled
     assert (found.truth == arrays["teacher"][:, 0]).all()
 
 
 def test_very_many_classes_take_no_square_of_memory() -> None:
     truth = np.arange(1000)
-    many = Outcomes(truth, True, {"x": (truth + 1) % 100_000}, [str(n) for n in range(100_000)])
+    many = Predictions(truth, True, {"x": (truth + 1) % 100_000}, [str(n) for n in range(100_000)])
     assert len(many.mistakes("x", 12)) == 12
     assert len(many.per_class(["x"])) == 100_000
 
@@ -89,7 +89,7 @@ def test_very_many_classes_take_no_square_of_memory() -> None:
 )
 def test_predictions_that_cannot_be(tmp_path: Path, arrays: dict[str, np.ndarray], why: str) -> None:
     with pytest.raises(IntegrityError, match=why):
-        read_outcomes(write(tmp_path / "p.npz", **arrays), CLASSES)
+        read_predictions(write(tmp_path / "p.npz", **arrays), CLASSES)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x93NUMPY", BARE])
@@ -97,7 +97,7 @@ def test_damaged_files(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "p.npz"
     path.write_bytes(content)
     with pytest.raises(IntegrityError, match="not readable as predictions"):
-        read_outcomes(path, CLASSES)
+        read_predictions(path, CLASSES)
 
 
 def test_an_altered_archive(tmp_path: Path) -> None:
@@ -106,4 +106,4 @@ def test_an_altered_archive(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(IntegrityError, match="not readable as predictions"):
-        read_outcomes(path, CLASSES)
+        read_predictions(path, CLASSES)
