@@ -120,12 +120,11 @@ def _correct(artifact: ArtifactReport, report: Report, folder: Path) -> int:
         UsageError: an older version wrote the report, without them.
         IntegrityError: they are not one bit per image, or contradict the accuracy beside them.
     """
-    again = f"Validate it again: nayer-edge validate {shlex.quote(str(folder))} --data HOLDOUT"
     if artifact.correct is None:
         raise UsageError(
             f"The report of {folder} does not say which images {artifact.name} classified correctly.",
             why="An older version of nayer-edge wrote it, or another tool.",
-            fix=again,
+            fix=_measure_again(folder),
         )
     n, bits = report.dataset.n, int(artifact.correct, 16)
     unused = -n % 8
@@ -134,9 +133,17 @@ def _correct(artifact: ArtifactReport, report: Report, folder: Path) -> int:
         raise IntegrityError(
             f"The report of {folder} contradicts itself.",
             why=f"What it says of {artifact.name}, image by image, does not fit its {n:,} images and its accuracy.",
-            fix=again,
+            fix=_measure_again(folder),
         )
     return bits
+
+
+def _measure_again(folder: Path) -> str:
+    """What to type; a step whose settings have not changed is kept, so they have to change in between."""
+    if not (folder / MANIFEST).is_file():
+        return f"Validate its run with this version, and copy {REPORT_PATH} to {folder}."
+    command = f"nayer-edge validate {shlex.quote(str(folder))}"
+    return f"Measure it again. Type: {command} --synthetic   and then: {command} --data HOLDOUT"
 
 
 def _paired(before: int, now: int, report: Report) -> Paired:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -251,6 +252,29 @@ def test_a_report_of_an_older_version_has_to_be_made_again(
         release(name, range(9), **({"correct": None} if name == which else {}))
     error = refused(invoke, tmp_path / "1.1", policy, references(tmp_path, "1.0"), EXIT_USAGE)
     assert f"nayer-edge validate {tmp_path / which} --data HOLDOUT" in error
+    if which == "1.0":
+        (tmp_path / "kept").mkdir()
+        shutil.copy(tmp_path / which / REPORT_PATH, tmp_path / "kept")
+        error = refused(invoke, tmp_path / "1.1", policy, references(tmp_path, "kept"), EXIT_USAGE)
+        assert f"copy {REPORT_PATH} to {tmp_path / 'kept'}" in error
+
+
+def test_the_commands_that_make_it_again_do_so(finished: Path, invoke: Invoke, policy: Path, tmp_path: Path) -> None:
+    values = json.loads((finished / REPORT_PATH).read_text())
+    for artifact in values["artifacts"]:
+        artifact["correct"] = None
+    write_json(finished / REPORT_PATH, values)
+    run = RunFolder.open(finished)
+    record = run.manifest.files[REPORT_PATH]
+    changed = {"sha256": sha256_of(finished / REPORT_PATH), "bytes": (finished / REPORT_PATH).stat().st_size}
+    run.manifest.files[REPORT_PATH] = record.model_copy(update=changed)
+    run.save()
+    files = references(tmp_path, str(finished))
+    error = refused(invoke, finished, policy, files, EXIT_USAGE)
+    first, second = re.findall(rf"nayer-edge (validate {finished} --(?:synthetic|data HOLDOUT))", error)
+    for command in (first, second.replace("HOLDOUT", "digits")):
+        assert invoke(*command.split()).code == EXIT_OK
+    assert run_gate(finished, policy, files).baseline is not None
 
 
 def test_other_images_are_refused(release: Release, invoke: Invoke, policy: Path, tmp_path: Path) -> None:
