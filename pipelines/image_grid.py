@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -23,15 +23,8 @@ ROW_HEIGHT = 64
 INK = "#525c6e"
 
 
-@dataclass(frozen=True)
-class Strip:
-    """Images of one class, side by side.
-
-    Attributes:
-        number: the class.
-        images: how many.
-        png: the picture.
-    """
+class Strip(NamedTuple):
+    """Images of one class side by side: its number, how many images, and the picture."""
 
     number: int
     images: int

@@ -1,4 +1,4 @@
-"""The page's charts as numbers for its template: lengths and places in percent, shades, points of a line.
+"""The page's charts as numbers for charts.html.jinja: lengths and places in percent, shades, points of a line.
 
 Bars, ranges and matrices are HTML tables; only the training curves are drawings, in the units of their SVG.
 """
@@ -6,23 +6,15 @@ Bars, ranges and matrices are HTML tables; only the training curves are drawings
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .similarity import shades, spread
 
-NUMBERED = 12
-"""classes up to which the cells of a matrix have room for their numbers"""
-NAME = 14
-"""characters of a class name that a matrix has room for"""
 LONGEST_WHISKER = 2.5
 """of the longest bar's length; a longer whisker is cut, because it would make the bars invisible"""
-MOST_TICKS = 6
-MARKED = 12
-"""points up to which a line shows each of them"""
 
 _LOSSES = (
     ("loss_bn", "BatchNorm statistics (L_bn)"),
@@ -31,17 +23,8 @@ _LOSSES = (
 )
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One bar of a chart.
-
-    Attributes:
-        name: the row's name.
-        value: the bar's length, in any unit.
-        texts: the numbers beside it.
-        end: of a whisker that begins at `value`.
-        series: which of the page's three colours, from 1.
-    """
+class Bar(NamedTuple):
+    """A row: its name, the bar's length in any unit, the numbers beside it, where a whisker ends, and the colour."""
 
     name: str
     value: float
@@ -72,64 +55,34 @@ def ranges(rows: Sequence[tuple[str, tuple[float, float]]]) -> dict[str, Any]:
     """Intervals on one scale, which includes zero: where each begins, how long it is, and where zero is, in percent."""
     least = min([0.0, *(low for _, (low, _) in rows)])
     scale = (max([0.0, *(high for _, (_, high) in rows)]) - least) or 1.0
-    return {
-        "zero": _percent(-least / scale),
-        "rows": [
-            {
-                "name": name,
-                "low": low,
-                "high": high,
-                "start": _percent((low - least) / scale),
-                "length": _percent((high - low) / scale),
-            }
-            for name, (low, high) in rows
-        ],
-    }
+
+    def placed(name: str, low: float, high: float) -> dict[str, Any]:
+        start, length = _percent((low - least) / scale), _percent((high - low) / scale)
+        return {"name": name, "low": low, "high": high, "start": start, "length": length}
+
+    return {"zero": _percent(-least / scale), "rows": [placed(name, low, high) for name, (low, high) in rows]}
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A square table of classes.
+class Matrix(NamedTuple):
+    """A square table of classes; a cell is (kind, shade from 0 to 1, number), its kind "right", "wrong" or "close"."""
 
-    Attributes:
-        names: of the rows, and of the columns.
-        rows: a cell is its kind ("right", "wrong", "close" or ""), its shade from 0 to 1, and its number as text.
-        summary: what it shows, in a sentence.
-    """
-
-    names: tuple[str, ...]
-    rows: list[list[tuple[str, float, str]]]
+    names: Sequence[str]
+    rows: list[list[tuple[str, float, str] | None]]
     summary: str
-
-    @property
-    def numbered(self) -> bool:
-        """There is room for numbers in the cells."""
-        return len(self.names) <= NUMBERED
-
-    @property
-    def longest(self) -> int:
-        """Characters of the longest name, as far as names are shown."""
-        return min(max(len(name) for name in self.names), NAME)
 
 
 def similarity(cosines: np.ndarray, classes: Sequence[str]) -> Matrix:
-    """Cosine similarity of class embeddings: the closer, the fuller.
+    """Cosine similarity of class embeddings (K, K): the closer, the fuller."""
+    strength, side = shades(cosines), range(len(classes))
 
-    Args:
-        cosines: (K, K).
-        classes: K names.
-    """
-    strength = shades(cosines)
-    rows = [
-        [
-            ("", 0.0, "") if row == column else ("close", _two(strength[row, column]), _short(cosines[row, column]))
-            for column in range(len(classes))
-        ]
-        for row in range(len(classes))
-    ]
+    def cell(row: int, column: int) -> tuple[str, float, str] | None:
+        # A small cell has no room for the zero before the decimals.
+        number = f"{cosines[row, column]:.2f}".replace("0.", ".", 1).replace("-", "−")
+        return None if row == column else ("close", round(float(strength[row, column]), 2), number)
+
     low, high = spread(cosines)
     summary = f"Cosine similarity of {len(classes)} class names, from {low:.2f} (pale) to {high:.2f} (full)."
-    return Matrix(tuple(classes), rows, summary)
+    return Matrix(classes, [[cell(row, column) for column in side] for row in side], summary)
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str], of: str) -> Matrix:
@@ -140,54 +93,32 @@ def confusion(counts: np.ndarray, classes: Sequence[str], of: str) -> Matrix:
         classes: K names.
         of: whose answers, for the summary.
     """
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    share, side = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), range(len(classes))
     # Mistakes are few: the most frequent one gets the full colour.
-    worst = max(float(share[~np.eye(len(classes), dtype=bool)].max(initial=0.0)), 1e-9)
+    worst = share.max(where=~np.eye(len(classes), dtype=bool), initial=1e-9)
 
-    def cell(row: int, column: int) -> tuple[str, float, str]:
+    def cell(row: int, column: int) -> tuple[str, float, str] | None:
+        kind, most = ("right", 1.0) if row == column else ("wrong", worst)
         images = int(counts[row, column])
-        if images == 0:
-            return "", 0.0, ""
-        if row == column:
-            return "right", _two(share[row, column]), f"{images}"
-        return "wrong", _two(share[row, column] / worst), f"{images}"
+        return (kind, round(float(share[row, column] / most), 2), f"{images}") if images else None
 
-    side = range(len(classes))
     summary = f"Confusion of {of}: {int(np.trace(counts))} of {int(counts.sum())} images on the diagonal."
-    return Matrix(tuple(classes), [[cell(row, column) for column in side] for row in side], summary)
+    return Matrix(classes, [[cell(row, column) for column in side] for row in side], summary)
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of a drawing.
+class Curves(NamedTuple):
+    """Lines over the epochs: label and points of each, ticks as places and texts, and all of it in a sentence."""
 
-    Attributes:
-        label: what it shows.
-        points: (x, y) each.
-        marked: each point is shown.
-    """
-
-    label: str
-    points: tuple[tuple[float, float], ...]
-    marked: bool
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Lines over the epochs.
-
-    Attributes:
-        across, up: places of the ticks, and their texts.
-        summary: what they show, in a sentence.
-    """
-
-    width, height = 400, 200
-    left, right, top, bottom = 44, 390, 8, 158  # of the plot, inside the drawing
-
-    lines: tuple[Line, ...]
-    across: tuple[tuple[float, str], ...]
-    up: tuple[tuple[float, str], ...]
+    lines: list[tuple[str, list[tuple[float, float]]]]
+    across: list[tuple[float, str]]
+    up: list[tuple[float, str]]
     summary: str
+    width: int = 400
+    height: int = 200
+    left: int = 44  # of the plot, as right, top and bottom
+    right: int = 390
+    top: int = 8
+    bottom: int = 158
 
 
 def losses(metrics: Sequence[Mapping[str, Any]]) -> Curves | None:
@@ -203,9 +134,12 @@ def losses(metrics: Sequence[Mapping[str, Any]]) -> Curves | None:
     series = {label: points for label, points in series.items() if points}
     if not series:
         return None
+    powers = [math.log10(value) for points in series.values() for _, value in points]
+    bottom = math.floor(min(powers))
+    decades = max(math.ceil(max(powers)) - bottom, 1)
+    step = math.ceil(decades / 5)
+    ticks = [float(f"1e{bottom + step * number}") for number in range(math.ceil(decades / step) + 1)]
     last = ", ".join(f"{label} {points[-1][1]:.3g}" for label, points in series.items())
-    values = [value for points in series.values() for _, value in points]
-    ticks = _logarithmic_ticks(min(values), max(values))
     return _curves(series, ticks, math.log10, f"Losses over {len(metrics)} epochs; at the end: {last}.")
 
 
@@ -215,65 +149,36 @@ def agreement(metrics: Sequence[Mapping[str, Any]]) -> Curves | None:
     if not points:
         return None
     values = [value for _, value in points]
+    high = max(math.ceil(max(values)), 1)
+    low = min(math.floor(min(values)), high - 1)
     summary = (
         f"Agreement of student and teacher on synthetic hold-out images over the epochs, from {values[0]:.1f} % "
         f"to {values[-1]:.1f} %."
     )
-    # At least one point high: a constant line has a scale, too.
-    ticks = _ticks(min(*values, max(values) - 1), max(values))
-    return _curves({"agreement": points}, ticks, float, summary)
+    return _curves({"agreement": points}, [low, (low + high) / 2, high], float, summary)
 
 
-def _curves(series: Mapping[str, Sequence[tuple[float, float]]], up: list[float], scale: Any, summary: str) -> Curves:
+def _curves(
+    series: Mapping[str, list[tuple[float, float]]], up: list[float], scale: Callable[[float], float], summary: str
+) -> Curves:
     epochs = [epoch for points in series.values() for epoch, _ in points]
     first, last = min(epochs), max(epochs)
-    across = [tick for tick in _ticks(first, last, whole=True) if first <= tick <= last]
     low, high = scale(up[0]), scale(up[-1])
+    box = Curves._field_defaults
 
     def x(epoch: float) -> float:
-        share = (epoch - first) / (last - first) if last > first else 0.5
-        return round(Curves.left + (Curves.right - Curves.left) * share, 1)
+        return round(box["left"] + (box["right"] - box["left"]) * (epoch - first) / max(last - first, 1), 1)
 
     def y(value: float) -> float:
-        return round(Curves.bottom - (Curves.bottom - Curves.top) * (scale(value) - low) / (high - low), 1)
+        return round(box["bottom"] - (box["bottom"] - box["top"]) * (scale(value) - low) / (high - low), 1)
 
-    lines = tuple(
-        Line(label, tuple((x(epoch), y(value)) for epoch, value in points), len(points) <= MARKED)
-        for label, points in series.items()
+    return Curves(
+        [(label, [(x(epoch), y(value)) for epoch, value in points]) for label, points in series.items()],
+        [(x(epoch), f"{epoch}") for epoch in sorted({first, (first + last) // 2, last})],
+        [(y(tick), f"{tick:g}") for tick in up],
+        summary,
     )
-    return Curves(lines, tuple((x(t), f"{t:g}") for t in across), tuple((y(t), f"{t:g}") for t in up), summary)
-
-
-def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Round numbers that enclose the values."""
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-9) / MOST_TICKS))
-    if whole:
-        step = max(step, 1.0)
-    step = next(step * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= MOST_TICKS)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * number, 12) for number in range(first, max(last, first + 1) + 1)]
-
-
-def _logarithmic_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, where those are few also 2 and 5 times them; they enclose the values."""
-    bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1, 2, 5) if top - bottom <= 2 else (1,)
-    every = -(-(top - bottom) // MOST_TICKS) or 1
-    ticks = [float(f"{factor}e{power}") for power in range(bottom, top + every, every) for factor in factors]
-    start = max((place for place, tick in enumerate(ticks) if tick <= low), default=0)
-    end = next((place for place, tick in enumerate(ticks) if tick >= high and place > start), len(ticks) - 1)
-    return ticks[start : end + 1]
-
-
-def _short(cosine: float) -> str:
-    """Two decimals without the zero before them, which a small cell has no room for."""
-    return f"{cosine:.2f}".replace("0.", ".", 1).replace("-", "−")
 
 
 def _percent(share: float) -> float:
     return round(100 * share, 2)
-
-
-def _two(share: float) -> float:
-    """Two decimals: nobody sees more, and the page is smaller."""
-    return round(float(share), 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,11 @@ _TEXT, _LINE, _GAP = 11, 16, 6
 """pixels: height of a letter, height of a line, and space around the map"""
 
 
-@dataclass(frozen=True)
-class Neighbour:
-    """A label, and the one most similar to it."""
-
-    label: str
-    nearest: str
-    cosine: float
-
-
-def neighbours(embeddings: LabelEmbeddings) -> list[Neighbour]:
-    """Each label with its nearest, in the order of the classes."""
+def neighbours(embeddings: LabelEmbeddings) -> list[dict[str, Any]]:
+    """Each label with the one most similar to it, in the order of the classes."""
     values, places = lte.nearest_labels(embeddings.embeddings)
     return [
-        Neighbour(label, embeddings.labels[place], round(value, 4))
+        {"label": label, "nearest": embeddings.labels[place], "cosine": round(value, 4)}
         for label, value, place in zip(embeddings.labels, values.tolist(), places.tolist(), strict=True)
     ]
 
@@ -62,9 +52,9 @@ def summary(embeddings: LabelEmbeddings) -> dict[str, Any]:
         "classes": len(embeddings.labels),
         "dimensions": embeddings.embeddings.shape[1],
         "mean_cosine": round(lte.mean_cosine(embeddings.embeddings), 4),
-        "max_cosine": max(pair.cosine for pair in near),
+        "max_cosine": max(pair["cosine"] for pair in near),
         "digest": embeddings.digest,
-        "labels": [asdict(pair) for pair in near],
+        "labels": near,
     }
 
 

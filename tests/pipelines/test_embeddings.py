@@ -173,8 +173,8 @@ def test_more_classes_than_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_neighbours() -> None:
     values = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
     found = neighbours(LabelEmbeddings(values, "e", "1", "{label}", ("a", "b", "c")))
-    assert [(pair.label, pair.nearest) for pair in found] == [("a", "b"), ("b", "a"), ("c", "b")]
-    assert found[0].cosine == pytest.approx(0.9 / 0.82**0.5, abs=1e-4)
+    assert [(pair["label"], pair["nearest"]) for pair in found] == [("a", "b"), ("b", "a"), ("c", "b")]
+    assert found[0]["cosine"] == pytest.approx(0.9 / 0.82**0.5, abs=1e-4)
 
 
 # ------------------------------------------------------------------ in a recipe
