@@ -178,7 +178,7 @@ def test_the_gate_is_light_to_the_last_function() -> None:
 
 
 def test_distillation_takes_no_data_set() -> None:
-    modules = reached("nayer_edge.distill", lazy=True)
+    modules = reached("nayer_edge.distillation", lazy=True)
     assert "nayer_edge.synthesis" in modules, "the search follows imports"
     readers = {f"nayer_edge.data.{name}" for name in ("datasets", "arrays", "pictures", "stream")}
     assert readers <= SOURCES.keys()
@@ -207,7 +207,7 @@ from nayer_edge.runtime import compute
 from nayer_edge.storage.run_folder import RunFolder
 from nayer_edge.runtime.compute import random_stream, seeded
 from nayer_edge.config import Distill, Generator, Synthesis
-from nayer_edge.distill import Distillation, Settings, distill
+from nayer_edge.distillation import Distillation, Settings, distill
 from nayer_edge.models.load import build_classifier, load_classifier
 
 recipe = RunFolder.open(root).manifest.recipe
