@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError, missing_extra, nearest
-from nayer_edge.models import huggingface, user_code, zoo
+from nayer_edge.models import huggingface, in_memory, user_code, zoo
 from nayer_edge.models.adapt import lower_strides, replace_channels
-from nayer_edge.models.names import ModelName, parse
+from nayer_edge.models.names import MEMORY, ModelName, parse
 
 FORBIDDEN_ARGUMENTS = ("pretrained", "checkpoint", "weights", "cache", "num_classes", "in_chans", "scriptable", "url")
 """in the name of an argument: what would fetch or load files, and what the recipe says elsewhere"""
@@ -51,7 +51,7 @@ def build(
         rebuild: that of a network which was built before; nothing outside is looked at, but a python model's file.
 
     Raises:
-        UsageError: no such source or network, or it does not take these arguments.
+        UsageError: no such source or network, it does not take these arguments, or it is a teacher of another program.
         MissingError: its library is not installed, or its hub cannot be reached.
         IntegrityError: a python model that nobody trusted.
     """
@@ -66,6 +66,8 @@ def build(
         if options:
             raise UsageError(f"{model} takes no arguments.", fix="Remove them, or name another network.")
         return Built(zoo.build(parsed.name, spec.channels, len(classes)), model)
+    if parsed.source == MEMORY:
+        return Built(in_memory.build(parsed), f"{MEMORY}:{parsed.name}", {"origin": model, "available": False})
     if parsed.source == "python":
         network, digest = user_code.build(parsed, spec, len(classes), options, known.get("sha256"))
         if not isinstance(network, nn.Module):
