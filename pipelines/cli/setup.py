@@ -11,7 +11,8 @@ from rich.text import Text
 from nayer_edge.errors import UsageError
 from nayer_edge.text import inert
 
-from .shared import Json, TrustCode, app, example, load_recipe, percent, print_json, stdout, watched
+from ..actions import read_recipe
+from .shared import Json, TrustCode, app, example, percent, print_json, stdout, watched
 
 if TYPE_CHECKING:
     from nayer_edge.config import InputSpec
@@ -24,7 +25,7 @@ def recipes(as_json: Json = False) -> None:
 
     from ..recipes.loading import shipped
 
-    found = [load_recipe(entry.name) for entry in shipped()]
+    found = [read_recipe(entry.name) for entry in shipped()]
     if as_json:
         print_json([recipe.model_dump(mode="json", by_alias=True) for recipe in found])
         return
@@ -64,7 +65,7 @@ def students(
 
     spec = _input_spec(size)
     chosen = models or costs.students_for(spec)
-    _, progress = watched(as_json)
+    progress = watched(as_json).progress
     progress.start("measure students", len(chosen))
     try:
         found = costs.measure(

@@ -32,7 +32,7 @@ from ..recipes.checking import parse_toml
 from ..recipes.schema import Recipe
 from .baseline import load_baseline
 from .judgement import CHECKS, Baseline, Check, Verdict, judge
-from .policy import Policy, make_policy
+from .policy import Policy, limited, make_policy
 from .wording import promise
 
 VERDICT_SCHEMA = "nayer-edge/verdict/1"
@@ -43,13 +43,19 @@ _MARK = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 _COLOUR = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
-def run_gate(run_root: Path, policy_file: Path | None = None, references: Path | None = None) -> Verdict:
+def run_gate(
+    run_root: Path,
+    policy_file: Path | None = None,
+    references: Path | None = None,
+    limits: Mapping[str, Any] | None = None,
+) -> Verdict:
     """Judges a run folder.
 
     Args:
         run_root: the run folder.
         policy_file: a policy in TOML; the one of the run's recipe by default.
         references: a `references.toml` that names the release to compare with.
+        limits: keys of the policy that are to be others than there; see `limited`.
 
     Raises:
         UsageError: no run, no report yet, one of a newer version, a policy or references that do not hold, or a
@@ -58,7 +64,7 @@ def run_gate(run_root: Path, policy_file: Path | None = None, references: Path |
             references name (exit 4).
     """
     run = RunFolder.open(run_root)
-    policy = load_policy(run, policy_file)
+    policy = limited(load_policy(run, policy_file), limits or {})
     if references is not None and policy.baseline.max_drop is None:
         raise UsageError(
             f"{references} names a baseline, and the policy sets no limit to the drop against it.",
