@@ -260,7 +260,8 @@ def draw(root: Path, count: int, *, display: Display | None = None) -> tuple[np.
     run.require_intact()
     require_teacher(recipe)
     progress = Silent() if display is None else display.progress
-    source = SyntheticSource.open(*(run.artifact(name) for name in ("teacher", "lte", "student")), recipe, run)
+    teacher, embeddings, student = (run.artifact(name) for name in ("teacher", "lte", "student"))
+    source = SyntheticSource.open(teacher, embeddings, student, recipe, run)
     rounds = -(-count // recipe.synthesis.batch)
     progress.start("draw calibration images", rounds * recipe.synthesis.g_steps)
     try:
