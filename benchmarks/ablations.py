@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from nayer_edge import evaluate, losses
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
-from nayer_edge.distill import Distillation, Settings, distill
+from nayer_edge.distillation import Distillation, Settings, distill
 from nayer_edge.generator import Generator
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.models.classifier import Classifier

@@ -26,7 +26,7 @@ import origin
 from nayer_edge import evaluate
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
-from nayer_edge.distill import Distillation, Epoch, distill, save_checkpoint
+from nayer_edge.distillation import Distillation, Epoch, distill, save_checkpoint
 from nayer_edge.models.load import weights_digest
 from nayer_edge.pipelines import distill as steps
 from nayer_edge.pipelines.recipes.loading import load_recipe

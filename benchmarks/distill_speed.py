@@ -28,7 +28,7 @@ from published import Published
 
 from nayer_edge.cached_views import ViewCache
 from nayer_edge.config import LTE, Distill, Generator, InputSpec, Synthesis
-from nayer_edge.distill import Distillation, Settings, peak_memory_mib
+from nayer_edge.distillation import Distillation, Settings, peak_memory_mib
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.models.load import build_classifier

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.config import InputSpec
 from nayer_edge.data import datasets as data
-from nayer_edge.distill import cosine
+from nayer_edge.distillation import cosine
 from nayer_edge.export.calibration import Ranges, compute_ranges
 from nayer_edge.export.qat.finetune import FineTuner, Schedule, Tuned, train
 from nayer_edge.export.qat.graph_network import GraphNetwork

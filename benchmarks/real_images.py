@@ -31,7 +31,7 @@ from nayer_edge import evaluate
 from nayer_edge.config import Teach
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
-from nayer_edge.distill import Settings, distill
+from nayer_edge.distillation import Settings, distill
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.models.classifier import Classifier

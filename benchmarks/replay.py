@@ -28,7 +28,7 @@ from origin import origin
 from nayer_edge.cached_views import ViewCache
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
-from nayer_edge.distill import Distillation, Settings, distill
+from nayer_edge.distillation import Distillation, Settings, distill
 from nayer_edge.evaluate import agreement, logits_of, top1
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.memory_bank import MemoryBank

@@ -86,6 +86,38 @@ def missing_extra(module: str, extra: str, purpose: str) -> MissingError:
     )
 
 
+EXTRA_OF = {
+    "numpy": "cpu",
+    "torch": "cpu",
+    "torchvision": "cpu",
+    "transformers": "cpu",
+    "safetensors": "cpu",
+    "jaxtyping": "cpu",
+    "onnx": "cpu",
+    "onnxscript": "cpu",
+    "onnxruntime": "cpu",
+    "sklearn": "cpu",
+    "jinja2": "cpu",
+    "pyarrow": "cpu",
+    "PIL": "cpu",
+}
+"""top-level module → the extra that installs it"""
+
+
+def understood(error: Exception, purpose: str) -> NayerEdgeError | None:
+    """An error as one that a person can act on; None where it is none of those that are foreseen.
+
+    Args:
+        purpose: what failed, for the message about a missing package: "This command".
+    """
+    if isinstance(error, NayerEdgeError):
+        return hidden_memory_error(error) or error
+    if isinstance(error, ModuleNotFoundError):
+        top = (error.name or "").partition(".")[0]
+        return missing_extra(top, EXTRA_OF[top], purpose) if top in EXTRA_OF else None
+    return resource_error(error)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean …?' with the closest known name, or the empty string.
 

@@ -10,7 +10,7 @@ from nayer_edge import generator as generators
 from nayer_edge import train_teacher as teaching
 from nayer_edge.batchnorm import raise_bn_momentum
 from nayer_edge.data import datasets as data
-from nayer_edge.distill import Distillation, Epoch, Settings, distill
+from nayer_edge.distillation import Distillation, Epoch, Settings, distill
 from nayer_edge.errors import TrainingError
 from nayer_edge.generator import Generator
 from nayer_edge.labels import embeddings as embeddings_of_labels

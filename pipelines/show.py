@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -11,6 +13,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from nayer_edge.runtime.progress import Progress as Listener
 from nayer_edge.text import inert
 
 from .run import StepEvent
@@ -107,6 +110,39 @@ class Lines:
 
     def finish(self) -> None:
         """Nothing to do."""
+
+
+class Display:
+    """Shows runs on a console: as bars on a terminal, elsewhere as lines, and a line for each step.
+
+    Args:
+        titles: also name the recipe and its folder first.
+    """
+
+    def __init__(self, console: Console, *, titles: bool = True) -> None:
+        self.console = console
+        self.progress: Listener = Bars(console) if console.is_terminal else Lines(console)
+        self._titles = titles
+
+    @contextlib.contextmanager
+    def showing(self, recipe: str, root: Path) -> Iterator[None]:
+        """A context in which the steps of a recipe run."""
+        if self._titles:
+            self.console.print(Text(f"{recipe} → {root}", style="bold"))
+        self.progress.start("looks at recipe and folder", 0)
+        try:
+            yield
+        finally:
+            self.progress.finish()
+
+    def show_event(self, event: StepEvent) -> None:
+        """Shows what happened to a step."""
+        # Steps that report no progress of their own still show that something moves.
+        if event.state == "started":
+            self.progress.start(event.step.title, 0)
+        else:
+            self.progress.finish()
+        show_event(self.console, event)
 
 
 def _notice(text: str) -> Text:

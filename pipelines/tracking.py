@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nayer_edge.distill import Epoch
+from nayer_edge.distillation import Epoch
 from nayer_edge.errors import missing_extra
 
 if TYPE_CHECKING:

@@ -274,7 +274,7 @@ def test_cpu_and_gpu_differ_only_where_they_must() -> None:
 
 
 def test_extras_are_those_that_errors_and_documents_name() -> None:
-    from nayer_edge.pipelines.cli import EXTRA_OF
+    from nayer_edge.errors import EXTRA_OF
 
     extras = set(PROJECT["project"]["optional-dependencies"])
     assert {"cpu", "gpu", "rtx", "lm", "timm", "sign", "sbom", "tracking", "dev"} <= extras

@@ -26,7 +26,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from nayer_edge.distill import cosine
+from nayer_edge.distillation import cosine
 from nayer_edge.errors import TrainingError
 from nayer_edge.losses import distillation_loss
 from nayer_edge.runtime.progress import Progress

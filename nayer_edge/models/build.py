@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError, missing_extra, nearest
-from nayer_edge.models import huggingface, user_code, zoo
+from nayer_edge.models import huggingface, in_memory, user_code, zoo
 from nayer_edge.models.adapt import lower_strides, replace_channels
-from nayer_edge.models.names import ModelName, parse
+from nayer_edge.models.names import MEMORY, ModelName, parse
 
 FORBIDDEN_ARGUMENTS = ("pretrained", "checkpoint", "weights", "cache", "num_classes", "in_chans", "scriptable", "url")
 """forbidden parts of argument names: they would download or load files, or duplicate other recipe keys"""
@@ -51,7 +51,8 @@ def build(
         rebuild: `Built.rebuild` of an earlier build; nothing else is read, except a python model's file.
 
     Raises:
-        UsageError: no such source or network, or it does not accept these arguments.
+        UsageError: no such source or network, it does not accept these
+            arguments, or it is a module in the memory of another program.
         MissingError: its library is not installed, or its hub cannot be reached.
         IntegrityError: a python model without --trust-code.
     """
@@ -66,6 +67,8 @@ def build(
         if options:
             raise UsageError(f"{model} takes no arguments.", fix="Remove them, or name another network.")
         return Built(zoo.build(parsed.name, spec.channels, len(classes)), model)
+    if parsed.source == MEMORY:
+        return Built(in_memory.build(parsed), f"{MEMORY}:{parsed.name}", {"origin": model, "available": False})
     if parsed.source == "python":
         network, digest = user_code.build(parsed, spec, len(classes), options, known.get("sha256"))
         if not isinstance(network, nn.Module):

@@ -17,7 +17,7 @@ from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models import build as sources
 from nayer_edge.models import huggingface, published
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.models.names import parse, published_weights
+from nayer_edge.models.names import MEMORY, parse, published_weights
 from nayer_edge.models.state_dicts import Loaded, key_taken, load_weights, read_state_dict
 from nayer_edge.storage.files import read_json, sha256_of, write_json
 from nayer_edge.storage.tensors import load_tensors, save_tensors
@@ -159,9 +159,9 @@ def load_teacher(config: Teacher, random_weights: Classifier) -> tuple[Classifie
         tensors: dict[str, Tensor] = huggingface.own_weights(model)
         loaded, facts = load_weights(teacher, tensors, Path(model.portable)), {"source": model.portable}
     elif config.weights is None:
-        # The factory of a python model returned a trained network.
+        # The factory of a python model, or the calling program, gave a trained network.
         loaded = load_weights(teacher, teacher.backbone.state_dict(), Path(model.portable))
-        facts = {"source": model.portable}
+        facts = {"source": MEMORY if model.source == MEMORY else model.portable}
     else:
         named = published_weights(config.weights) is not None
         path = published.fetch(config.model, config.weights) if named else Path(config.weights)

@@ -5,6 +5,7 @@ torchvision:mobilenet_v3_small      a torchvision classifier; `…@32` lowers it
 timm:resnet18.a1_in1k               a timm classifier; `…@32` likewise
 hf:microsoft/resnet-18@<revision>   a classifier of transformers, from the hub or a local folder (hf:./folder)
 python:package.module:factory       the user's own code, or python:path/to/file.py:factory
+memory:<class>@<digest>             a module in memory; see `nayer_edge.models.in_memory`
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 from nayer_edge.errors import UsageError, nearest
 
 SOURCES = ("nayer", "torchvision", "timm", "hf", "python")
-BRING_WEIGHTS = ("hf", "python")
+MEMORY = "memory"
+"""source of teachers that exist only in memory; not written in recipes by hand"""
+BRING_WEIGHTS = ("hf", "python", MEMORY)
 """sources whose models can come with their own weights"""
 PUBLISHED = ("torchvision", "timm")
 """sources whose published weights can be named: teacher.weights = "torchvision:IMAGENET1K_V1" """
@@ -30,7 +33,7 @@ class ModelName:
         source: one of `SOURCES`.
         name: architecture, folder, hub id, module or file.
         small: image size in pixels for which the strides are lowered; None: the library's strides.
-        revision: of a hub model.
+        revision: of a hub model; of a teacher in memory, the digest of its weights.
         factory: of a python model.
     """
 
@@ -54,9 +57,16 @@ class ModelName:
         return path if self.local and path.exists() else None
 
     @property
+    def whole(self) -> str:
+        """The name as `parse` reads it."""
+        return self._written(self.name)
+
+    @property
     def portable(self) -> str:
         """The name without local folders."""
-        name = Path(self.name).name if self.local else self.name
+        return self._written(Path(self.name).name if self.local else self.name)
+
+    def _written(self, name: str) -> str:
         tail = f"@{self.small or self.revision}" if self.small or self.revision else ""
         return f"{self.source}:{name}{tail}" + (f":{self.factory}" if self.factory else "")
 
@@ -74,6 +84,8 @@ def parse(model: str) -> ModelName:
             fix=f"Write nayer:{model} for nayer-edge's zoo, torchvision:{model}, timm:{model}, hf:{model}, "
             "or python:package.module:factory.",
         )
+    if source == MEMORY and (match := re.fullmatch(r"(\w+)@([0-9a-f]{16})", name)):
+        return ModelName(source, match[1], revision=match[2])
     if source not in SOURCES:
         raise UsageError(
             f"There is no model source '{source}' (in '{model}').{nearest(source, SOURCES)}",

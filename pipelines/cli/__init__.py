@@ -22,9 +22,7 @@ from nayer_edge.errors import (
     EXIT_USAGE,
     NayerEdgeError,
     UsageError,
-    hidden_memory_error,
-    missing_extra,
-    resource_error,
+    understood,
 )
 from nayer_edge.runtime.process import launched
 from nayer_edge.text import inert
@@ -32,23 +30,6 @@ from nayer_edge.text import inert
 # Importing a module registers its commands, in the order of the help.
 from . import training, deployment, judging, trust, setup, starting, embeddings  # noqa: F401  isort:skip
 from .shared import app
-
-EXTRA_OF = {
-    "numpy": "cpu",
-    "torch": "cpu",
-    "torchvision": "cpu",
-    "transformers": "cpu",
-    "safetensors": "cpu",
-    "jaxtyping": "cpu",
-    "onnx": "cpu",
-    "onnxscript": "cpu",
-    "onnxruntime": "cpu",
-    "sklearn": "cpu",
-    "jinja2": "cpu",
-    "pyarrow": "cpu",
-    "PIL": "cpu",
-}
-"""top-level module → the extra that installs it"""
 
 
 def _print_version(wanted: bool) -> None:
@@ -112,15 +93,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     logging.getLogger("onnxruntime").propagate = bool(os.environ.get("NAYER_EDGE_DEBUG"))
     try:
         app(args=arguments, prog_name="nayer-edge", standalone_mode=True)
-    except NayerEdgeError as error:
-        _fail(hidden_memory_error(error) or error)
-    except ModuleNotFoundError as error:
-        top = (error.name or "").partition(".")[0]
-        _fail(missing_extra(top, EXTRA_OF[top], "This command") if top in EXTRA_OF else _unexpected(error))
     except (Interrupted, KeyboardInterrupt):
         _interrupted()
     except Exception as error:  # noqa: BLE001  tracebacks are for those who ask for them
-        _fail(resource_error(error) or _unexpected(error))
+        _fail(understood(error, "This command") or _unexpected(error))
     sys.exit(EXIT_OK)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from nayer_edge.errors import MissingError, UsageError
+from nayer_edge.errors import UsageError
 
-from .shared import Json, Run, TrustCode, app, example, open_run, print_json, recipe_in, run_steps, stdout, watched
+from .. import actions
+from .shared import Json, Run, TrustCode, app, example, print_json, show_result, stdout, watched
 
 RESTLESS = 3.0
 """95th percentile over median above which a benchmark's figures are doubtful"""
@@ -62,56 +63,23 @@ def export(
 
     What this machine cannot build is marked, everything else is finished, and the exit code is 3.
     """
-    if finetune and not int8:
-        raise UsageError("There is nothing to fine-tune without --int8.", fix="Add --int8.")
-    chosen = recipe_in(run_folder)
-    asked = {"fp16": fp16, "engines": engine, "finetune": finetune}
-    changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
-    if targets := [name.strip() for item in target or [] for name in item.split(",") if name.strip()]:
-        from nayer_edge.export.targets import get_target
-
-        changes["targets"] = tuple(dict.fromkeys(get_target(name).name for name in targets))
-    if compute_capability is not None:
-        changes["compute_capability"] = compute_capability
-    chosen = chosen.model_copy(update={"export": chosen.export.model_copy(update=changes)})
-    run_steps(chosen, run_folder, last="engine" if int8 else "onnx", as_json=as_json)
-    if not as_json:
-        _tell_what_is_not_validated(run_folder)
-    if int8:
-        _require_engines(run_folder)
-
-
-def _tell_what_is_not_validated(root: Path) -> None:
-    """The last report speaks of the artefacts that it was made from."""
-    from ..measurements import REPORT_PATH
-
-    opened = open_run(root)
-    files = opened.manifest.files
-    measured = files[REPORT_PATH].parents if REPORT_PATH in files else ()
-    new = [
-        Path(name).name
-        for name, record in files.items()
-        if name.endswith((".onnx", ".engine")) and record.sha256 not in measured
-    ]
-    if new:
-        text = f"Not validated yet: {', '.join(sorted(new))}. Type: nayer-edge validate {opened.typed}"
+    display = watched(as_json)
+    done = actions.export(
+        run_folder,
+        int8=int8,
+        fp16=fp16,
+        finetune=finetune,
+        targets=target or (),
+        engines=engine,
+        compute_capability=compute_capability,
+        display=display,
+    )
+    show_result(done, "engine", display, as_json=as_json)
+    if not as_json and (new := actions.not_validated(done)):
+        text = f"Not validated yet: {', '.join(new)}. Type: nayer-edge validate {done.typed}"
         stdout().print(text, style="dim", markup=False, highlight=False)
-
-
-def _require_engines(root: Path) -> None:
-    """Ends with exit 3 if an engine that was asked for could not be built."""
-    from nayer_edge.storage.files import read_json
-
-    opened = open_run(root)
-    records = read_json(opened.path(opened.artifact("engine").files["engines"]), "the list of engines")
-    missing = [record for record in records if record["status"] == "unavailable"]
-    if missing:
-        names = ", ".join(record["name"] for record in missing)
-        raise MissingError(
-            f"Everything was exported but {names}.",
-            why="\n".join(dict.fromkeys(record["reason"] for record in missing)),
-            fix="Build them where that is installed, or ask for the ONNX files alone with --no-engine.",
-        )
+    if int8:
+        actions.require_engines(done)
 
 
 @app.command(
@@ -129,28 +97,21 @@ def calibration_data(
     """Draws class-balanced synthetic images from the trained generator, for our own and other tools."""
     from nayer_edge.export.calibration_data import write_calibration_data
 
-    from ..deploy import SyntheticSource
-
-    opened, chosen = open_run(run_folder), recipe_in(run_folder)
-    opened.require_intact()
+    opened = actions.open_run(run_folder)
     if out.resolve().is_relative_to(run_folder.resolve()):
         raise UsageError(
             f"{out} lies inside the run folder, whose files its manifest states.", fix="Choose another folder."
         )
-    teacher, embeddings, student = (opened.artifact(name) for name in ("teacher", "lte", "student"))
-    console, progress = watched(as_json)
-    source = SyntheticSource.open(teacher, embeddings, student, chosen, opened)
-    rounds = -(-count // chosen.synthesis.batch)
-    progress.start("draw calibration images", rounds * chosen.synthesis.g_steps)
-    images, labels = source.draw_labelled("calibration", count, progress)
-    progress.finish()
+    display = watched(as_json)
+    images, labels = actions.draw(run_folder, count, display=display)
     wanted = [name.strip() for name in formats.split(",") if name.strip()]
-    written = write_calibration_data(images, labels, chosen.teacher.classes, out, wanted)
+    written = write_calibration_data(images, labels, opened.manifest.recipe["teacher"]["classes"], out, wanted)
     if as_json:
         print_json({"images": len(images), "files": {name: str(path) for name, path in written.items()}})
         return
     for name, path in written.items():
-        console.print(f"✓ {name:<11} {len(images)} images  {path}", markup=False, highlight=False, soft_wrap=True)
+        text = f"✓ {name:<11} {len(images)} images  {path}"
+        display.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(epilog=example("nayer-edge bench runs/digits --batch 1,8,64"))
@@ -168,7 +129,7 @@ def bench(
         batches = [int(part) for part in batch.split(",")]
     except ValueError as error:
         raise UsageError(f"'{batch}' is no list of batch sizes.", fix="For example: --batch 1,8,64") from error
-    timings = measure(open_run(run_folder), recipe_in(run_folder), batches, runs, threads)
+    timings = measure(actions.open_run(run_folder), actions.recipe_in(run_folder), batches, runs, threads)
     if as_json:
         print_json([vars(timing) for timing in timings])
         return

@@ -12,7 +12,8 @@ from rich.text import Text
 from nayer_edge.errors import UsageError
 from nayer_edge.text import inert, printed
 
-from .shared import Json, Settings, app, example, load_recipe, print_json, stdout
+from ..actions import read_recipe
+from .shared import Json, Settings, app, example, print_json, stdout
 
 if TYPE_CHECKING:
     from nayer_edge.labels.embeddings import LabelEmbeddings
@@ -112,7 +113,7 @@ def _embeddings(
 
     from ..recipes.checking import checked
 
-    chosen = None if recipe is None else load_recipe(recipe, settings)
+    chosen = None if recipe is None else read_recipe(recipe, settings)
     if chosen is None and settings:
         raise UsageError("--set overrides a recipe's values, and no recipe is named.", fix="Name one.")
     given = {"encoder": encoder, "prompt": prompt, "synonyms": synonyms}

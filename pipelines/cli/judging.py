@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from nayer_edge.errors import EXIT_FAILED, UsageError
 
-from .shared import Json, Run, TrustCode, app, example, open_run, print_json, recipe_in, run_steps, stdout
+from .. import actions
+from .shared import Json, Run, TrustCode, app, example, print_json, show_result, stdout, watched
 
 
 @app.command(epilog=example("nayer-edge validate runs/digits --data digits"))
@@ -35,22 +36,13 @@ def validate(
     """Runs every artefact beside the teacher; writes predictions.npz and report.json."""
     if data is not None and synthetic:
         raise UsageError("--data and --synthetic exclude each other.")
-    chosen, before = recipe_in(run_folder), open_run(run_folder).manifest.steps
-    changes: dict[str, Any] = {}
-    if data is not None or synthetic:
-        changes["data"] = data if data in (None, "digits") else str(Path(data).expanduser().resolve())
-    if fit is not None:
-        changes["fit"] = fit
-    chosen = chosen.model_copy(update={"validate_": chosen.validate_.model_copy(update=changes)})
-    if data is not None:
-        from ..recipes.preflight import require_typed
-
-        require_typed(chosen, ["validate.data"])
-    run_steps(chosen, run_folder, last="validate", as_json=as_json)
-    opened = open_run(run_folder)
-    if not as_json and (gone := before.keys() - opened.manifest.steps.keys()):
+    before, display = actions.open_run(run_folder).manifest.steps, watched(as_json)
+    chosen = data if data is not None or synthetic else ...
+    done = actions.validate(run_folder, chosen, fit=fit, display=display)
+    show_result(done, "validate", display, as_json=as_json)
+    if not as_json and (gone := before.keys() - done.manifest.steps.keys()):
         text = f"What spoke of the earlier measurement was removed ({', '.join(sorted(gone))})."
-        stdout().print(f"{text} Anew: nayer-edge report {opened.typed}", style="dim", markup=False, highlight=False)
+        stdout().print(f"{text} Anew: nayer-edge report {done.typed}", style="dim", markup=False, highlight=False)
 
 
 @app.command(epilog=example("nayer-edge gate runs/digits --policy policy.toml --junit junit.xml --summary summary.md"))
@@ -67,22 +59,15 @@ def gate(
     as_json: Json = False,
 ) -> None:
     """Gives the verdict on a validated run: exit 0 pass, 1 fail or inconclusive, 2 usage, 4 tampered or stale."""
-    from nayer_edge.storage.files import write_json
-
     from ..gate import verdict as gates
 
     if print_policy:
-        print(gates.policy_toml(gates.load_policy(open_run(run_folder), policy)), end="")  # noqa: T201
+        chosen = gates.load_policy(actions.open_run(run_folder), policy)
+        print(gates.policy_toml(chosen), end="")  # noqa: T201
         return
-    outputs = {"--junit": junit, "--json-out": json_out, "--summary": summary}
-    gates.require_outputs(run_folder, outputs, [policy, references])
-    verdict = gates.run_gate(run_folder, policy, references)
-    if junit is not None:
-        gates.write_junit(verdict, junit)
-    if json_out is not None:
-        write_json(json_out, gates.verdict_json(verdict))
-    if summary is not None:
-        gates.append_summary(verdict, summary)
+    verdict = actions.gate(
+        run_folder, policy=policy, references=references, junit=junit, json_out=json_out, summary=summary
+    )
     if as_json:
         print_json(gates.verdict_json(verdict))
     else:
@@ -95,9 +80,5 @@ def gate(
 @app.command(epilog=example("nayer-edge report runs/digits"))
 def report(run_folder: Run, trust_code: TrustCode = False, as_json: Json = False) -> None:
     """Writes one self-contained HTML page about the run, making stale steps anew."""
-    from ..gate.verdict import load_report
-
-    opened = open_run(run_folder)
-    opened.require_intact()
-    load_report(opened)
-    run_steps(recipe_in(run_folder), run_folder, last="report", as_json=as_json, decide=False)
+    display = watched(as_json)
+    show_result(actions.report(run_folder, display=display), "report", display, as_json=as_json, decide=False)

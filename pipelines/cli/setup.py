@@ -10,7 +10,8 @@ from rich.text import Text
 
 from nayer_edge.text import inert
 
-from .shared import Json, TrustCode, app, example, load_recipe, percent, print_json, stdout, watched
+from ..actions import read_recipe
+from .shared import Json, TrustCode, app, example, percent, print_json, stdout, watched
 
 
 @app.command(epilog=example("nayer-edge recipes"))
@@ -20,7 +21,7 @@ def recipes(as_json: Json = False) -> None:
 
     from ..recipes.loading import shipped
 
-    found = [load_recipe(entry.name) for entry in shipped()]
+    found = [read_recipe(entry.name) for entry in shipped()]
     if as_json:
         print_json([recipe.model_dump(mode="json", by_alias=True) for recipe in found])
         return
@@ -66,7 +67,7 @@ def students(
     values = {"channels": channels, "height": height, "width": width}
     spec = checked(InputSpec, values, f"--input {size} does not hold:", "For example: --input 3x224x224")
     chosen = models or costs.students_for(spec)
-    _, progress = watched(as_json)
+    progress = watched(as_json).progress
     progress.start("measure students", len(chosen))
     try:
         found = costs.measure(

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from nayer_edge.errors import EXIT_FAILED
 
+from .. import actions
+
 if TYPE_CHECKING:
-    from nayer_edge.runtime.progress import Progress
     from nayer_edge.storage.run_folder import RunFolder
 
     from ..recipes.schema import Recipe
-    from ..run import StepEvent
+    from ..show import Display
 
 app = typer.Typer(
     name="nayer-edge",
@@ -65,99 +65,43 @@ def example(*lines: str) -> str:
 
 
 def run_steps(
-    recipe: Recipe,
-    root: Path,
-    *,
-    last: str | None = None,
-    fresh: bool = False,
-    as_json: bool = False,
-    decide: bool = True,
+    recipe: Recipe, root: Path, *, last: str | None = None, fresh: bool = False, as_json: bool = False
 ) -> None:
-    """Runs steps, shows them, and ends with the verdict's exit code where a verdict was reached.
+    """Runs steps, shows them, and ends with the verdict's exit code where a verdict was reached."""
+    display = watched(as_json)
+    show_result(actions.make(recipe, root, last=last, fresh=fresh, display=display), last, display, as_json=as_json)
+
+
+def show_result(
+    run: RunFolder, last: str | None, display: Display, *, as_json: bool = False, decide: bool = True
+) -> None:
+    """Shows what steps made, and ends with the verdict's exit code where one was reached.
 
     Args:
+        last: the last step that was to run; None for all of them.
         decide: False ends with 0 whatever the verdict, for a command that was not asked for one.
     """
     from ..gate import verdict as gates
-    from ..run import run_recipe
-    from ..show import show_event
 
-    console, progress = watched(as_json)
-
-    def watch(event: StepEvent) -> None:
-        # Steps that report no progress of their own still show that something moves.
-        if event.state == "started":
-            progress.start(event.step.title, 0)
-        else:
-            progress.finish()
-        show_event(console, event)
-
-    if not as_json:
-        console.print(Text(f"{recipe.name} → {root}", style="bold"))
-    progress.start("looks at recipe and folder", 0)
-    try:
-        done = run_recipe(
-            recipe,
-            root,
-            last=last,
-            fresh=fresh,
-            progress=progress,
-            on_event=watch,
-        )
-    finally:
-        progress.finish()
-    reached = last is None or last in ("gate", "report")
-    verdict = gates.run_gate(root) if reached else None
+    verdict = gates.run_gate(run.root) if last in (None, "gate", "report") else None
     if as_json:
-        steps = {name: record.model_dump(mode="json") for name, record in done.manifest.steps.items()}
+        steps = {name: record.model_dump(mode="json") for name, record in run.manifest.steps.items()}
         shown = None if verdict is None else gates.verdict_json(verdict)
-        print_json({"run": str(root), "steps": steps, "verdict": shown})
+        print_json({"run": str(run.root), "steps": steps, "verdict": shown})
     elif verdict is not None:
-        console.print()
-        console.print(gates.verdict_table(verdict))
-        console.print(f"\nReport: {root / 'report.html'}", highlight=False, soft_wrap=True)
+        display.console.print()
+        display.console.print(gates.verdict_table(verdict))
+        display.console.print(f"\nReport: {run.root / 'report.html'}", highlight=False, soft_wrap=True)
     if decide and verdict is not None and verdict.verdict != "pass":
         raise typer.Exit(EXIT_FAILED)
 
 
-def watched(as_json: bool) -> tuple[Console, Progress]:
+def watched(as_json: bool) -> Display:
     """Where progress is shown: on a terminal as bars, elsewhere as lines; with --json never on standard output."""
-    from ..show import Bars, Lines
+    from ..show import Display
 
     console = Console(stderr=True, force_terminal=sys.stderr.isatty()) if as_json else stdout()
-    return console, Bars(console) if console.is_terminal else Lines(console)
-
-
-def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
-    """A shipped recipe, a file's or a run folder's, with overrides."""
-    # Imported here: pydantic takes half of what `--help` may take.
-    from ..recipes.loading import load_recipe
-    from ..recipes.preflight import require_typed
-
-    recipe = load_recipe(name, settings)
-    require_typed(recipe, [setting.partition("=")[0].replace(" ", "") for setting in settings or []])
-    return recipe
-
-
-def open_run(root: Path) -> RunFolder:
-    """The run folder with its manifest."""
-    from nayer_edge.storage.run_folder import RunFolder
-
-    return RunFolder.open(root)
-
-
-def default_out(name: str, recipe: Recipe) -> Path:
-    """Where a recipe runs unless told: that of a run folder in its folder."""
-    from ..recipes.loading import run_folder
-
-    return run_folder(name) or Path("runs") / recipe.name
-
-
-def recipe_in(root: Path) -> Recipe:
-    """The resolved recipe of a run folder."""
-    from ..recipes.loading import recipe_of
-
-    return recipe_of(open_run(root).manifest.recipe, root)
+    return Display(console, titles=not as_json)
 
 
 def percent(fraction: float | None) -> str:

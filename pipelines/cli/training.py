@@ -10,7 +10,8 @@ import typer
 from nayer_edge.errors import UsageError
 from nayer_edge.runtime.process import launched
 
-from .shared import Fresh, Json, Out, RecipeName, Settings, TrustCode, app, default_out, example, load_recipe, run_steps
+from ..actions import default_out, read_recipe
+from .shared import Fresh, Json, Out, RecipeName, Settings, TrustCode, app, example, run_steps
 
 
 @app.command(epilog=example("nayer-edge quickstart"))
@@ -21,7 +22,7 @@ def quickstart(
     as_json: Json = False,
 ) -> None:
     """The whole pipeline on real handwritten digits: teacher, data-free student, INT8, verdict, report."""
-    run_steps(load_recipe("digits", settings), out, fresh=fresh, as_json=as_json)
+    run_steps(read_recipe("digits", settings), out, fresh=fresh, as_json=as_json)
 
 
 @app.command(epilog=example("nayer-edge run digits --set seed=1 --out runs/mine", "nayer-edge run runs/mine"))
@@ -35,7 +36,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Runs a recipe; continues where it stopped. A run folder goes on with its own recipe."""
-    chosen = load_recipe(recipe, settings)
+    chosen = read_recipe(recipe, settings)
     run_steps(chosen, out or default_out(recipe, chosen), last=until, fresh=fresh, as_json=as_json)
 
 
@@ -44,7 +45,7 @@ def teach(
     recipe: RecipeName, settings: Settings = None, out: Out = None, trust_code: TrustCode = False, as_json: Json = False
 ) -> None:
     """Trains a recipe's teacher on its labelled images (for demonstrations and benchmarks)."""
-    chosen = load_recipe(recipe, settings)
+    chosen = read_recipe(recipe, settings)
     if chosen.teach is None:
         raise UsageError(
             f"The recipe '{chosen.name}' has no [teach] section: its teacher comes from teacher.weights.",
@@ -68,7 +69,7 @@ def distill(
     """
 
     def work() -> None:
-        chosen = load_recipe(recipe, settings)
+        chosen = read_recipe(recipe, settings)
         run_steps(chosen, out or default_out(recipe, chosen), last="student", fresh=fresh, as_json=as_json)
 
     if launched()[1] == 1:

@@ -11,7 +11,8 @@ from rich.text import Text
 from nayer_edge.errors import EXIT_INTEGRITY, EXIT_INTERRUPTED
 from nayer_edge.text import inert
 
-from .shared import Json, Run, app, example, open_run, print_json, stdout
+from ..actions import open_run
+from .shared import Json, Run, app, example, print_json, stdout
 
 
 @app.command(epilog=example("nayer-edge verify runs/digits", "nayer-edge verify runs/digits --key key.pub"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -9,8 +10,9 @@ from pydantic import (
 )
 
 from nayer_edge.config import Count, Fraction, Positive, Section
+from nayer_edge.errors import UsageError, nearest
 
-from ..recipes.checking import checked
+from ..recipes.checking import checked, known_keys
 
 
 class AccuracyPolicy(Section):
@@ -116,6 +118,47 @@ def make_policy(values: dict[str, Any], source: str) -> Policy:
     """
     fix = "Correct these lines. `nayer-edge gate RUN --print-policy` prints the current policy."
     return checked(Policy, values, f"The policy {source} is invalid:", fix)
+
+
+def limited(policy: Policy, limits: Mapping[str, Any]) -> Policy:
+    """A policy with some of its keys changed.
+
+    Args:
+        limits: by the name of the key where only one section has it (max_drop_vs_fp32), by section and key
+            ("per_class.max_drop"), or a section with several keys; None lifts a limit.
+
+    Raises:
+        UsageError: there is no such key, several sections have it, or its value does not hold.
+    """
+    if not limits:
+        return policy
+    values = policy.model_dump()
+    for name, value in limits.items():
+        place = _place(name)
+        if isinstance(value, Mapping) and len(place) == 1:
+            values[name] |= value
+        elif len(place) == 1:
+            values[name] = value
+        else:
+            values[place[0]][place[1]] = value
+    return checked(Policy, values, "These limits do not hold:", "Mend them: docs/REFERENCE.md lists the policy's keys.")
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """Where a key lies in a policy: its section, and itself."""
+    sections = known_keys(Policy)
+    keys = [(section, key) for section in sections for key in known_keys(Policy, (section,))]
+    if name in sections:
+        return (name,)
+    found = [place for place in keys if name in (place[1], ".".join(place))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(
+            f"The key '{name}' of a policy is ambiguous.",
+            fix=f"Write one of: {', '.join('.'.join(place) for place in found)}.",
+        )
+    raise UsageError(f"A policy has no key '{name}'.{nearest(name, [*sections, *(key for _, key in keys)])}")
 
 
 def make_references(values: dict[str, Any], source: str) -> References:

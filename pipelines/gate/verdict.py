@@ -32,7 +32,7 @@ from ..recipes.schema import Recipe
 from . import wording
 from .baseline import load_baseline
 from .judgement import Baseline, Check, Verdict, judge
-from .policy import Policy, make_policy
+from .policy import Policy, limited, make_policy
 
 VERDICT_SCHEMA = "nayer-edge/verdict/1"
 VERDICT_PATH = "gate/verdict.json"
@@ -41,13 +41,19 @@ JUNIT_PATH = "gate/junit.xml"
 _COLOUR = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
-def run_gate(run_root: Path, policy_file: Path | None = None, references: Path | None = None) -> Verdict:
+def run_gate(
+    run_root: Path,
+    policy_file: Path | None = None,
+    references: Path | None = None,
+    limits: Mapping[str, Any] | None = None,
+) -> Verdict:
     """Judges a run folder.
 
     Args:
         run_root: the run folder.
         policy_file: a policy in TOML; the one of the run's recipe by default.
         references: a `references.toml` that names the release to compare with.
+        limits: keys of the policy that are to be others than there; see `limited`.
 
     Raises:
         UsageError: there is no run or no report yet, a newer version wrote the report, the policy or references are
@@ -56,7 +62,7 @@ def run_gate(run_root: Path, policy_file: Path | None = None, references: Path |
             the one that the references name (exit 4).
     """
     run = RunFolder.open(run_root)
-    policy = load_policy(run, policy_file)
+    policy = limited(load_policy(run, policy_file), limits or {})
     if references is not None and policy.baseline.max_drop is None:
         raise UsageError(
             f"{references} names a baseline, but the policy does not limit the drop against it.",

@@ -137,9 +137,17 @@ def _with_labels(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**values, "teacher": {**teacher, "classes": list(read_labels(path))}}
 
 
-def recipe_of(values: dict[str, Any], root: Path) -> Recipe:
-    """The recipe in the manifest of a run folder."""
-    return _resolve(make_recipe(values, "in the manifest"), lambda _key: root.resolve())
+def recipe_of(values: dict[str, Any], root: Path, source: str = "in the manifest") -> Recipe:
+    """The recipe in the manifest of a run folder, or given by a program.
+
+    Args:
+        root: start of relative paths.
+        source: origin of the recipe, for errors.
+
+    Raises:
+        UsageError: it is invalid.
+    """
+    return _resolve(make_recipe(values, source), lambda _key: root.resolve())
 
 
 def portable(recipe: Recipe, root: Path) -> dict[str, Any]:
@@ -223,10 +231,8 @@ def _resolve(recipe: Recipe, folder_of: Callable[[str], Path]) -> Recipe:
     """Makes the recipe's paths absolute; relative ones start at the recipe's folder, those of `--set` at the current
     one. Completes the teacher's input from its library."""
     updates: dict[str, Any] = {}
-    teacher: dict[str, Any] = {"model": located(recipe.teacher.model, folder_of("teacher.model"))}
-    if recipe.teacher.weights is not None and published_weights(recipe.teacher.weights) is None:
-        teacher["weights"] = _absolute(recipe.teacher.weights, folder_of("teacher.weights"))
-    updates["teacher"] = with_input(recipe.teacher.model_copy(update=teacher), trains=recipe.teach is not None)
+    teacher = resolved_teacher(recipe.teacher, folder_of)
+    updates["teacher"] = with_input(teacher, trains=recipe.teach is not None)
     student = located(recipe.student.model, folder_of("student.model"))
     updates["student"] = recipe.student.model_copy(update={"model": student})
     if recipe.teach is not None:
@@ -238,6 +244,18 @@ def _resolve(recipe: Recipe, folder_of: Callable[[str], Path]) -> Recipe:
         data = _absolute(recipe.validate_.data, folder_of("validate.data"))
         updates["validate_"] = recipe.validate_.model_copy(update={"data": data})
     return recipe.model_copy(update=updates)
+
+
+def resolved_teacher(teacher: Teacher, folder_of: Callable[[str], Path]) -> Teacher:
+    """The teacher with absolute paths.
+
+    Args:
+        folder_of: dotted key of the recipe → where its relative path starts.
+    """
+    updates: dict[str, Any] = {"model": located(teacher.model, folder_of("teacher.model"))}
+    if teacher.weights is not None and published_weights(teacher.weights) is None:
+        updates["weights"] = _absolute(teacher.weights, folder_of("teacher.weights"))
+    return teacher.model_copy(update=updates)
 
 
 def with_input(teacher: Teacher, *, trains: bool = False) -> Teacher:

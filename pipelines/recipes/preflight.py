@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.models.names import published_weights
+from nayer_edge.models import in_memory
+from nayer_edge.models.names import MEMORY, parse, published_weights
 
 from ..steps import Step
 from .loading import BUILT_IN_DATA
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from nayer_edge.models.classifier import Classifier
 
 _OTHER_IMAGES = "Use other images: nayer-edge validate RUN --data …   or synthetic ones: --synthetic"
+RUN_THE_TEACHER = {"teacher", "student", "int8", "validate"}
+"""steps that run the teacher's network"""
 
 
 def check(recipe: Recipe, steps: Sequence[Step]) -> None:
@@ -30,6 +33,8 @@ def check(recipe: Recipe, steps: Sequence[Step]) -> None:
         UsageError: with every problem.
     """
     names = {step.name for step in steps}
+    if names & RUN_THE_TEACHER:
+        require_teacher(recipe)
     problems = []
     if "teacher" in names:
         problems += _path("teacher.weights", recipe.teacher.weights)
@@ -60,6 +65,13 @@ def check(recipe: Recipe, steps: Sequence[Step]) -> None:
             if problems == missing_data
             else "Fix these lines, or override them with --set. Nothing was started.",
         )
+
+
+def require_teacher(recipe: Recipe) -> None:
+    """Raises UsageError if the teacher is an nn.Module of a Python program other than this one."""
+    model = parse(recipe.teacher.model)
+    if model.source == MEMORY and not in_memory.is_held(recipe.teacher.model):
+        raise in_memory.not_held(model)
 
 
 def require_typed(recipe: Recipe, keys: Collection[str]) -> None:

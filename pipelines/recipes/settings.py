@@ -74,16 +74,29 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        place = values
-        for depth, part in enumerate(parts[:-1], start=1):
-            # Sections omitted from a recipe are null in the manifest.
-            if place.get(part) is None:
-                place[part] = _set_by_default(parts[:depth])
-            place = place[part]
-            if not isinstance(place, dict):
-                raise UsageError(f"'{part}' in --set {setting} is a value, not a section.")
-        place[parts[-1]] = value
+        set_value(values, parts, value, f"--set {setting}")
     return values
+
+
+def set_value(values: dict[str, Any], parts: list[str], value: Any, source: str) -> None:
+    """Changes one key of a recipe's values in place; see `apply_settings`.
+
+    Args:
+        parts: of the dotted key.
+        source: who says so, for the message.
+
+    Raises:
+        UsageError: the key lies inside of a value.
+    """
+    place = values
+    for depth, part in enumerate(parts[:-1], start=1):
+        # What a run folder left out stands there as null.
+        if place.get(part) is None:
+            place[part] = _set_by_default(parts[:depth])
+        place = place[part]
+        if not isinstance(place, dict):
+            raise UsageError(f"'{part}' in {source} is a value, not a section.")
+    place[parts[-1]] = value
 
 
 def _set_by_default(parts: list[str]) -> dict[str, Any]:

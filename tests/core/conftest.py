@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from nayer_edge.batchnorm import batch_norms
 from nayer_edge.config import Augment, Distill, InputSpec, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
-from nayer_edge.distill import Distillation, Settings
+from nayer_edge.distillation import Distillation, Settings
 from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute, choose, seeded

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nayer_edge import health
-from nayer_edge.distill import Distillation, distill, resume
+from nayer_edge.distillation import Distillation, distill, resume
 from nayer_edge.errors import TrainingError
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
@@ -156,7 +156,7 @@ def test_a_generator_that_makes_one_image_ends_a_real_run(start: Start) -> None:
 
 
 def test_a_checkpoint_that_fits_by_its_digest_and_not_by_its_content(start: Start, tmp_path: Path) -> None:
-    from nayer_edge.distill import save_checkpoint
+    from nayer_edge.distillation import save_checkpoint
     from nayer_edge.errors import IntegrityError
 
     run, path = start(), tmp_path / "checkpoint.safetensors"

@@ -18,7 +18,7 @@ from nayer_edge.augment import crop_and_flip
 from nayer_edge.batchnorm import BatchNormStatistics, batch_norms
 from nayer_edge.config import Augment, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
-from nayer_edge.distill import Settings
+from nayer_edge.distillation import Settings
 from nayer_edge.errors import UsageError
 from nayer_edge.generator import Generator, NoisyLinear, balanced_labels
 from nayer_edge.labels.embeddings import LabelEmbeddings

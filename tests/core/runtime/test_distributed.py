@@ -30,7 +30,7 @@ from nayer_edge import generator as generators
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.batchnorm import SynchronisedBatchNorm, synchronise_batchnorms
 from nayer_edge.config import Distill, Synthesis
-from nayer_edge.distill import Distillation, Epoch, distill, resume, save_checkpoint
+from nayer_edge.distillation import Distillation, Epoch, distill, resume, save_checkpoint
 from nayer_edge.errors import TrainingError, UsageError
 from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.memory_bank import MemoryBank, to_unit

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nayer_edge import distill as distilling
+from nayer_edge import distillation as distilling
 from nayer_edge import generator as generators
-from nayer_edge.distill import (
+from nayer_edge.distillation import (
     Distillation,
     Epoch,
     Settings,
@@ -461,7 +461,7 @@ def test_checkpoints_are_not_written_more_often_than_asked_for(
         written.append(run.epoch)
         save_checkpoint(run, where)
 
-    monkeypatch.setattr("nayer_edge.distill.save_checkpoint", spy)
+    monkeypatch.setattr("nayer_edge.distillation.save_checkpoint", spy)
     distill(start(), path, checkpoint_seconds=seconds)
     assert written == kept
     finished = start()
@@ -501,7 +501,7 @@ for name in (
 import torch
 from nayer_edge.runtime.compute import choose, seeded
 from nayer_edge.config import LTE, Distill, Generator, InputSpec, Synthesis
-from nayer_edge.distill import Distillation, Settings, distill
+from nayer_edge.distillation import Distillation, Settings, distill
 from nayer_edge.labels.embeddings import build
 from nayer_edge.models.load import build_classifier
 

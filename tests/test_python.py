@@ -1,0 +1,86 @@
+"""docs/PYTHON.md runs as it stands, and so do the scripts in examples/."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nayer_edge as ne
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "PYTHON.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.+?)```", PAGE, re.DOTALL)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """From top to bottom, each block after those before it."""
+    monkeypatch.chdir(tmp_path)
+    reader: dict[str, Any] = {}
+    shown = []
+    for block in BLOCKS:
+        exec(compile(block, "PYTHON.md", "exec"), reader)
+        shown.append(capsys.readouterr().out)
+    assert reader["teacher"].model.startswith("memory:Sequential@")
+    assert reader["files"]["int8.cpu"] == Path("runs/mine/export/student.int8.cpu.onnx")
+    assert reader["report"].dataset.kind == "holdout"
+    assert reader["report"].teacher.top1 > 0.8, "the page's own teacher has learnt"
+    assert reader["verdict"].verdict in ("pass", "fail", "inconclusive")
+    assert (tmp_path / "junit.xml").is_file()
+    assert reader["page"].read_text(encoding="utf-8").startswith("<!")
+    assert reader["synthetic"].shape == (40, 1, 8, 8)
+    assert reader["loaded"].model == "nayer:resnet8"
+    assert (tmp_path / "runs" / "mine" / "export" / "student.int8.arm.onnx").is_file()
+    assert shown[-1].endswith(" 2\n"), "the error and its exit code"
+
+
+def test_the_page_names_everything() -> None:
+    methods = [name for name, _ in inspect.getmembers(ne.Run, inspect.isfunction) if not name.startswith("_")]
+    assert len(methods) >= 6
+    code = "\n".join(BLOCKS)
+    for name in methods:
+        assert f"run.{name}(" in code, name
+    for name in set(ne.__all__) - {"Run", "__version__"}:
+        assert f"ne.{name}" in PAGE or f"`{name}`" in PAGE, name
+
+
+def script(name: str, *arguments: str, folder: Path, env: Mapping[str, str] | None = None) -> Any:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        cwd=folder,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_examples_run(tmp_path: Path) -> None:
+    """The shortest distillation: what it ships is not meant to be accurate, and the gate says so."""
+    done = script("bring_your_own_module.py", "--epochs", "2", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "own_module" / "report.html").is_file()
+    verdict = json.loads((tmp_path / "runs" / "own_module" / "gate" / "verdict.json").read_text())["verdict"]
+    assert re.search(r"teacher 0\.9\d+, student 0\.\d+, gate: \w+", done.stdout), done.stdout
+
+    summary = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
+    done = script("gate_in_ci.py", "runs/own_module", folder=tmp_path, env=summary)
+    assert f"gate: {verdict}" in done.stdout
+    assert done.returncode == (0 if verdict == "pass" else 1), done.stderr
+    assert (tmp_path / "summary.md").read_text(encoding="utf-8").startswith("### nayer-edge gate")
+    assert (tmp_path / "junit.xml").is_file()
+    done = script("gate_in_ci.py", "nowhere", folder=tmp_path)
+    assert (done.returncode, "is not a run folder" in done.stderr) == (2, True)
+
+
+def test_every_example_is_run_here() -> None:
+    tested = set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text(encoding="utf-8")))
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} <= tested
