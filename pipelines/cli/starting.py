@@ -19,7 +19,7 @@ from .shared import Json, TrustCode, app, example, print_json, stdout
 if TYPE_CHECKING:
     from ..init.inspect_checkpoint import Findings
     from ..init.proposal import Given, Question
-    from ..init.starter_recipe import Plan
+    from ..init.starter_recipe import Proposal
 
 TRIES = 3
 """times that a question is asked again"""
@@ -149,7 +149,7 @@ def _show_findings(found: Findings, given: Given) -> None:
         _line("classes", f"{'' if found.labels.sure else 'a guess: '}{found.labels.origin}")
 
 
-def _show_plan(plan: Plan, target: Path) -> None:
+def _show_plan(plan: Proposal, target: Path) -> None:
     from ..init.sizes import duration
 
     spec = plan.spec
