@@ -177,7 +177,7 @@ def _spec(found: Findings, given: Given) -> tuple[InputSpec, str]:
     channels, height, width = parse_shape(given.input, found.channels) if given.input else base.shape
     if channels != found.channels:
         raise UsageError(
-            f"--input gives {channels} channels, but the first convolution of the network takes {found.channels}.",
+            f"The network expects {found.channels}-channel images, but --input is {channels}x{height}x{width}.",
             fix=f"Type: --input {found.channels}x{height}x{width}",
         )
     mean = parse_values(given.mean, "--mean") if given.mean else base.mean

@@ -383,7 +383,7 @@ def test_the_channels_that_the_weights_have(here: Path, invoke: Invoke) -> None:
     torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
     answer = invoke("init", "r18.pt", "--labels", "labels.txt", "--input", "1x32x32", "--yes")
     assert answer.code == 2
-    assert re.search(r"--input gives 1 channels.* takes 3\.", answer.err)
+    assert re.search(r"expects 3-channel images.* 1x32x32", answer.err)
     assert "--input 3x32x32" in answer.err
 
 
