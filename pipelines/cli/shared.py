@@ -1,4 +1,4 @@
-"""What the commands share: the application, their common parameters, and how results are shown."""
+"""Shared by the commands: the application, common parameters, and output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="nayer-edge",
-    help="Distils a compact INT8 student from an image classifier whose training images are gone, and gates it.",
+    help="Distils a compact INT8 student from an image classifier without its training images, and gates releases.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -33,11 +33,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Run = Annotated[Path, typer.Argument(help="A run folder, for example runs/digits.", show_default=False)]
 RecipeName = Annotated[
     str,
-    typer.Argument(help="A shipped recipe's name, a .toml file, or a run folder to go on with.", show_default=False),
+    typer.Argument(help="A shipped recipe's name, a .toml file, or a run folder to continue.", show_default=False),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe; repeatable."),
+    typer.Option("--set", metavar="A.B=C", help="Override a recipe value; repeatable."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder.", show_default="runs/<recipe>")]
 
@@ -53,14 +53,14 @@ def _trust(context: typer.Context, trust: bool) -> bool:
 
 TrustCode = Annotated[
     bool,
-    typer.Option("--trust-code", callback=_trust, help="Run the code that a `python:` model names."),
+    typer.Option("--trust-code", callback=_trust, help="Allow running the code of a `python:` model."),
 ]
-"""read by its callback: a command only declares it"""
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: empties the run folder first.")]
+"""handled by its callback; a command only declares it"""
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: empty the run folder first.")]
 
 
 def example(*lines: str) -> str:
-    """The last lines of a command's help: how it is typed."""
+    """The examples at the end of a command's help."""
     return "[bold]Example[/bold]\n\n" + "\n\n".join(f"  {line}" for line in lines)
 
 
@@ -73,10 +73,10 @@ def run_steps(
     as_json: bool = False,
     decide: bool = True,
 ) -> None:
-    """Runs steps, shows them, and ends with the verdict's exit code where a verdict was reached.
+    """Runs steps, shows their progress, and exits with the code of the verdict if there is one.
 
     Args:
-        decide: False ends with 0 whatever the verdict, for a command that was not asked for one.
+        decide: if False, exit with 0 whatever the verdict, for commands that are not about the verdict.
     """
     from ..gate import verdict as gates
     from ..run import run_recipe
@@ -85,7 +85,7 @@ def run_steps(
     console, progress = watched(as_json)
 
     def watch(event: StepEvent) -> None:
-        # Steps that report no progress of their own still show that something moves.
+        # Show activity even for steps that report no progress of their own.
         if event.state == "started":
             progress.start(event.step.title, 0)
         else:
@@ -94,7 +94,7 @@ def run_steps(
 
     if not as_json:
         console.print(Text(f"{recipe.name} → {root}", style="bold"))
-    progress.start("looks at recipe and folder", 0)
+    progress.start("checking recipe and run folder", 0)
     try:
         done = run_recipe(
             recipe,
@@ -121,7 +121,7 @@ def run_steps(
 
 
 def watched(as_json: bool) -> tuple[Console, Progress]:
-    """Where progress is shown: on a terminal as bars, elsewhere as lines; with --json never on standard output."""
+    """Console and progress display: bars on a terminal, lines elsewhere; with --json never on standard output."""
     from ..show import Bars, Lines
 
     console = Console(stderr=True, force_terminal=sys.stderr.isatty()) if as_json else stdout()
@@ -129,8 +129,8 @@ def watched(as_json: bool) -> tuple[Console, Progress]:
 
 
 def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
-    """A shipped recipe, a file's or a run folder's, with overrides."""
-    # Imported here: pydantic takes half of what `--help` may take.
+    """Loads a shipped recipe, a recipe file, or the recipe of a run folder, with overrides."""
+    # Imported here to keep `--help` fast: pydantic alone would take half of its time limit.
     from ..recipes.loading import load_recipe
     from ..recipes.preflight import require_typed
 
@@ -140,14 +140,14 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
 
 
 def open_run(root: Path) -> RunFolder:
-    """The run folder with its manifest."""
+    """Opens a run folder."""
     from nayer_edge.storage.run_folder import RunFolder
 
     return RunFolder.open(root)
 
 
 def default_out(name: str, recipe: Recipe) -> Path:
-    """Where a recipe runs unless told: that of a run folder in its folder."""
+    """The default run folder: the given one if `name` is a run folder, otherwise `runs/<recipe>`."""
     from ..recipes.loading import run_folder
 
     return run_folder(name) or Path("runs") / recipe.name
@@ -161,16 +161,16 @@ def recipe_in(root: Path) -> Recipe:
 
 
 def percent(fraction: float | None) -> str:
-    """0.9911 → "99.11 %"; nothing → ""."""
+    """0.9911 → "99.11 %"; None → ""."""
     return "" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def stdout() -> Console:
     """A console on standard output."""
-    # Colour codes only where a person looks, whatever a CI server's variables say.
+    # Colours only on a terminal, whatever the environment variables of a CI server request.
     return Console(force_terminal=sys.stdout.isatty())
 
 
 def print_json(value: Any) -> None:
-    """Prints a result for machines."""
+    """Prints a result as JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))  # noqa: T201
