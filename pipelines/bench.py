@@ -1,4 +1,4 @@
-"""Latency and throughput of a run's artefacts on this machine."""
+"""Measures latency and throughput of a run's artifacts on this machine."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .runnable import engines, graphs, open_all
 def measure(
     run: RunFolder, recipe: Recipe, batches: Sequence[int], runs: int, threads: int | None = None
 ) -> list[Timing]:
-    """Times everything that this machine runs as its device would, in turns: its graphs, and engines for its GPU.
+    """Times the graphs made for this machine's CPU and the engines made for its GPU, in alternation.
 
     Raises:
-        UsageError: nothing has been exported yet.
-        IntegrityError: an artefact was altered.
+        UsageError: there is nothing to time, for example because nothing has been exported yet.
+        IntegrityError: an artifact was altered.
     """
     held = run.manifest.files
     records = read_json(run.path(ENGINES), "the list of engines") if ENGINES in held else []
     here = [c for c in (*graphs(recipe), *engines(records)) if c.file in held and c.timed]
     if not here:
         raise UsageError(
-            f"{run.root} holds nothing that this machine runs.", fix=f"Type: nayer-edge export {run.root} --int8"
+            f"{run.root} holds no artifact for this machine.", fix=f"Type: nayer-edge export {run.root} --int8"
         )
     run.require_intact([candidate.file for candidate in here])
     with contextlib.ExitStack() as stack:

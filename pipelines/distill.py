@@ -1,4 +1,4 @@
-"""The steps of the method: teacher → label-text embeddings → student. The last takes no data set."""
+"""The steps of the method: teacher → label-text embeddings → student. The student step uses no data set."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CHECKPOINT = "student/checkpoint.safetensors"
 
 
 def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
-    """Trains the teacher on labelled images, or takes over the weights that the recipe names."""
+    """Trains the teacher on labelled images, or loads the weights named in the recipe."""
     compute = computing.choose(config.device, config.precision)
     random = random_stream(config.seed, "teacher")
     with seeded(random.initial_seed()):
@@ -52,7 +52,7 @@ def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artif
         facts = {
             "trained_on": images.name,
             "images": len(images),
-            # Not where the images lay: the card travels with the teacher.
+            # Without the path of the images: the card ships with the teacher.
             "teach": config.teach.model_dump(mode="json", exclude={"data"}),
         }
     else:
@@ -72,7 +72,7 @@ def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artif
 
 
 def make_lte(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
-    """Embeds the class names, or finds their embeddings in the package or the user's cache."""
+    """Embeds the class names, or reads their embeddings from the package or the user's cache."""
     del progress
     found = embeddings_of_labels.build(config.teacher.classes, config.lte)
     embeddings_of_labels.save(found, out.path(EMBEDDINGS))
@@ -90,7 +90,7 @@ def make_lte(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
 
 
 def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
-    """Distils the student; keeps a checkpoint while it runs and continues from it."""
+    """Distils the student; saves checkpoints, and resumes from the last one."""
     world = distributed.current()
     files = {"teacher": out.path(teacher.files["teacher"]), "lte": out.path(lte.files["lte"])}
     files["checkpoint"] = out.path(CHECKPOINT)
@@ -103,7 +103,7 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
         lines.append(json.dumps({key: _rounded(value) for key, value in vars(epoch).items()}))
         write_bytes(out.path(METRICS), ("\n".join(lines) + "\n").encode())
 
-    # Here `take_part` joins in, on the other ranks.
+    # The other ranks receive this in `take_part`.
     paths = {role: str(path.resolve()) for role, path in files.items()}
     world.from_first({"recipe": config.model_dump(mode="json", by_alias=True), "files": paths})
     run, generator, bank = _distil(config, files, progress, log)
@@ -138,12 +138,12 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
 
 
 def take_part(world: World) -> None:
-    """What every rank but the first does: waits for the student step of rank 0, and does its share of it."""
+    """Runs on every rank except the first: waits for the student step of rank 0, and does its share of the work."""
     while True:
         try:
             task = world.from_first()
         except TrainingError as error:
-            # Rank 0 ended before that step, and said why.
+            # Rank 0 ended before the student step, and has printed the reason.
             raise SystemExit(error.exit_code) from error
         if task is None:
             return
@@ -154,15 +154,15 @@ def take_part(world: World) -> None:
 def _distil(
     config: Recipe, files: Mapping[str, Path], progress: Progress, on_epoch: Callable[[Epoch], None]
 ) -> tuple[Distillation, Generator, MemoryBank]:
-    """The part of the step in which every rank takes part: the finished run, and on rank 0 the generator and bank of
-    all ranks."""
+    """The part of the student step that runs on every rank. Returns the finished run and, on rank 0, the generator and
+    memory bank of all ranks."""
     run = open_distillation(config, files["teacher"], files["lte"])
     distill(run, files["checkpoint"], progress=progress, on_epoch=on_epoch)
     return run, run.whole_generator(), run.whole_bank()
 
 
 def open_distillation(config: Recipe, teacher: Path, lte: Path) -> Distillation:
-    """The distillation of a recipe, at its beginning, from the files of a saved teacher and its embeddings."""
+    """Sets up the distillation of a recipe from the files of a saved teacher and its label embeddings."""
     compute = computing.choose(config.device, config.precision)
     network = load_classifier(teacher)
     embeddings = embeddings_of_labels.load(lte)
@@ -178,5 +178,5 @@ def _rounded(value: object) -> object:
 
 
 def card_of(weights: str) -> str:
-    """The name of the card beside a weights file."""
+    """The path of the card beside a weights file."""
     return weights.removesuffix(".safetensors") + ".json"

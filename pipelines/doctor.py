@@ -1,4 +1,4 @@
-"""What this machine can do, and what is missing with the line that installs it. Works with the base install alone."""
+"""Reports what this machine can do, what is missing, and how to install it. Needs only the base install."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pathlib import Path
 from nayer_edge.runtime import provenance
 
 EXTRAS = {
-    "cpu": "training, export, quantization and validation on a processor",
-    "gpu": "the same with an NVIDIA GPU, and TensorRT engines",
-    "rtx": "TensorRT-RTX engines, which are built without a GPU",
+    "cpu": "training, export, quantization and validation on a CPU",
+    "gpu": "the same on an NVIDIA GPU, and TensorRT engines",
+    "rtx": "TensorRT-RTX engines, which can be built without a GPU",
     "lm": "embedding class names offline (all-MiniLM-L6-v2)",
-    "timm": "teachers and students of timm",
+    "timm": "teachers and students from timm",
     "sign": "signing run folders",
     "sbom": "software bills of materials",
     "tracking": "TensorBoard",
 }
-"""what each extra is for; its packages are read from our own metadata"""
+"""purpose of each extra; its packages are read from our own metadata"""
 INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 PROVIDERS = "import json, onnxruntime; print(json.dumps(onnxruntime.get_available_providers()))"
@@ -35,11 +35,11 @@ PROVIDERS = "import json, onnxruntime; print(json.dumps(onnxruntime.get_availabl
 
 @dataclass(frozen=True)
 class Line:
-    """One finding: what was looked for, what was found, and how to get it.
+    """One finding: what was checked, what was found, and how to fix it.
 
     Attributes:
         group: machine, gpu, packages, targets or extras.
-        ok: it is there. What is not there may not be needed either.
+        ok: it is available. Not everything that is missing is needed.
     """
 
     group: str
@@ -50,7 +50,7 @@ class Line:
 
 
 def examine() -> list[Line]:
-    """Looks at processor, memory, GPUs and installed packages; imports none of them here."""
+    """Checks processor, memory, GPUs and installed packages, without importing them into this process."""
     return [*_machine(), *_gpus(), *_packages(), *_targets(), *_extras()]
 
 
@@ -69,7 +69,7 @@ def _machine() -> Iterator[Line]:
         "INT8 instructions",
         bool(int8),
         ", ".join(int8) or "none",
-        "" if int8 else "INT8 models run here, but are hardly faster than FP32.",
+        "" if int8 else "INT8 models run on this processor, but are hardly faster than FP32.",
     )
     yield Line(
         "machine",
@@ -84,12 +84,12 @@ def _machine() -> Iterator[Line]:
         yield Line("machine", "memory", not low, f"{free:.1f} of {total:.1f} GiB free",
                    "Lower synthesis.batch, distill.batch and distill.bank_mib." if low else "")  # fmt: skip
     disk = shutil.disk_usage(Path.cwd()).free / 2**30
-    full = "A run folder holds a memory bank of up to distill.bank_mib." if disk < 2 else ""
+    full = "Free some space: a run folder holds a memory bank of up to distill.bank_mib." if disk < 2 else ""
     yield Line("machine", "disk", disk >= 2, f"{disk:.0f} GiB free here", full)
 
 
 def memory_gib() -> tuple[float, float]:
-    """Total and available memory in GiB; zeros where the system does not say."""
+    """Total and available memory in GiB; zeros if the system does not report them."""
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError:
@@ -103,7 +103,7 @@ def memory_gib() -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA device as its driver names it."""
+    """An NVIDIA device, as reported by its driver: name, memory in GiB and compute capability."""
 
     name: str
     gib: float
@@ -111,7 +111,7 @@ class Gpu:
 
 
 def gpus() -> list[Gpu] | None:
-    """The NVIDIA devices; None where there is no driver."""
+    """The NVIDIA devices; None if there is no driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -140,23 +140,24 @@ def _gpus() -> Iterator[Line]:
     found = gpus()
     if not found:
         if found is None:
-            hint = "nvidia-smi is here, but no driver library." if shutil.which("nvidia-smi") else ""
-            yield Line("gpu", "CUDA devices", False, "none: everything runs on the processor", hint)
+            hint = "nvidia-smi is installed, but the driver library (libcuda.so.1) is missing."
+            hint = hint if shutil.which("nvidia-smi") else ""
+            yield Line("gpu", "CUDA devices", False, "none: everything runs on the CPU", hint)
         else:
-            yield Line("gpu", "CUDA devices", False, "a driver, but no device that this process may use",
-                       "Check CUDA_VISIBLE_DEVICES, and the driver: nvidia-smi")  # fmt: skip
+            yield Line("gpu", "CUDA devices", False, "there is a driver, but this process can use no device",
+                       "Check CUDA_VISIBLE_DEVICES and the driver (nvidia-smi).")  # fmt: skip
         return
     for number, gpu in enumerate(found):
         major, minor = gpu.capability
         bf16 = "bf16" if major >= 8 else "no bf16"
         yield Line("gpu", f"CUDA device {number}", True, f"{gpu.name}, {gpu.gib:.0f} GiB, sm{major}{minor}, {bf16}")
     if _version("torch") and not (cuda := _torch_cuda()):
-        yield Line("gpu", "torch on the GPU", False, "this build of torch is for processors alone" if cuda == "" else
-                   "unknown", "Install a CUDA build of torch: its site lists them for each CUDA version.")  # fmt: skip
+        yield Line("gpu", "torch on the GPU", False, "this build of torch is CPU-only" if cuda == "" else
+                   "unknown", "Install a CUDA build of torch; its site lists one for each CUDA version.")  # fmt: skip
 
 
 def _torch_cuda() -> str | None:
-    """The CUDA version that torch was built for, "" for a build without; read, not imported."""
+    """The CUDA version that torch was built for; "" for a CPU build, None if unknown. Read without importing torch."""
     try:
         path = Path(str(metadata.distribution("torch").locate_file("torch/version.py")))
         text = path.read_text(encoding="utf-8")
@@ -171,10 +172,10 @@ def _torch_cuda() -> str | None:
 
 def _packages() -> Iterator[Line]:
     cuda = _torch_cuda()
-    build = "" if cuda is None else f", CUDA {cuda}" if cuda else ", for processors"
+    build = "" if cuda is None else f", CUDA {cuda}" if cuda else ", CPU build"
     yield _package("torch", "cpu", "training and distillation", build)
     yield _package("torchvision", "cpu", "model architectures")
-    yield _package("transformers", "cpu", "text encoders and image classifiers of the hub")
+    yield _package("transformers", "cpu", "text encoders and image classifiers from the hub")
     yield _package("onnx", "cpu", "export")
     yield from _onnxruntime()
     yield _package("tensorrt", "gpu", "TensorRT engines", *_too_old())
@@ -188,7 +189,7 @@ def _onnxruntime() -> Iterator[Line]:
     if not names:
         yield _package("onnxruntime", "cpu", "quantization and validation")
         return
-    # In a process of its own: it takes a quarter of a second to import, and may fail in many ways.
+    # In a separate process: the import takes a quarter of a second, and can fail in many ways.
     done = subprocess.run([sys.executable, "-c", PROVIDERS], capture_output=True, text=True, check=False, timeout=120)
     try:
         providers = [str(name).removesuffix("ExecutionProvider") for name in json.loads(done.stdout)]
@@ -199,15 +200,15 @@ def _onnxruntime() -> Iterator[Line]:
         return
     yield Line("packages", "onnxruntime", True, f"{_version(names[0])}, providers: {', '.join(providers)}")
     if len(names) > 1:
-        yield Line("packages", "onnxruntime twice", False, "onnxruntime and onnxruntime-gpu share a module",
+        yield Line("packages", "onnxruntime twice", False, "onnxruntime and onnxruntime-gpu overwrite each other",
                    "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'nayer-edge[gpu]'")  # fmt: skip
     if gpus() and "CUDA" not in providers:
-        yield Line("packages", "onnxruntime on the GPU", False, "there is a GPU, and no CUDA provider",
+        yield Line("packages", "onnxruntime on the GPU", False, "there is a GPU, but no CUDA provider",
                    "pip uninstall onnxruntime, then pip install 'nayer-edge[gpu]'")  # fmt: skip
 
 
 def _too_old() -> tuple[str, ...]:
-    """A remark on a TensorRT without strong typing."""
+    """A remark if TensorRT is too old for strongly typed networks; empty otherwise."""
     numbers = re.findall(r"\d+", _version("tensorrt") or "")[:2]
     return (" (too old: 10.12 or newer is needed)",) if numbers and tuple(map(int, numbers)) < (10, 12) else ()
 
@@ -225,11 +226,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-# ------------------------------------------------------------------ what comes of it
+# ------------------------------------------------------------------ targets and extras
 
 
 def _targets() -> Iterator[Line]:
-    """What `export --target` can do here."""
+    """What `export --target` can do on this machine."""
     tools = bool(_version("onnx") and (_version("onnxruntime") or _version("onnxruntime-gpu")))
     quantizes = "INT8 is built and measured here" if tools else "needs onnx and onnxruntime"
     install = "" if tools else "pip install 'nayer-edge[cpu]'"
@@ -257,7 +258,7 @@ def _targets() -> Iterator[Line]:
 
 
 def _extras() -> Iterator[Line]:
-    """Which extras are whole, by the packages that our own metadata names."""
+    """Which extras are completely installed, by the packages in our own metadata."""
     wanted: dict[str, list[str]] = {extra: [] for extra in EXTRAS}
     try:
         requirements = metadata.requires("nayer-edge") or []
@@ -271,7 +272,7 @@ def _extras() -> Iterator[Line]:
     for extra, packages in wanted.items():
         missing = [package for package in packages if _version(package) is None]
         if missing and extra == "gpu" and not gpus():
-            # Of use with a GPU alone; without one it is nothing that is missing.
+            # It only helps with a GPU, so without one it does not count as missing.
             yield Line("extras", f"extra {extra}", False, "not needed without an NVIDIA GPU")
         elif missing:
             lacking = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
@@ -280,4 +281,4 @@ def _extras() -> Iterator[Line]:
         else:
             yield Line("extras", f"extra {extra}", True, f"for {EXTRAS[extra]}")
     if "HF_HUB_OFFLINE" in os.environ:
-        yield Line("extras", "hub", False, "HF_HUB_OFFLINE is set: models and encoders come from local folders alone")
+        yield Line("extras", "hub", False, "HF_HUB_OFFLINE is set: models and encoders come from local files only")

@@ -1,7 +1,7 @@
-"""`report.json`: what `validate` measured, and nothing else. Verdicts are the gate's (judgement.py).
+"""`report.json`: only what `validate` measured. The gate derives the verdict from it (judgement.py).
 
-Rates are fractions in [0, 1], latencies milliseconds at batch 1, sizes bytes. On synthetic images there is no
-ground truth: `top1` and the paired counts are null, and agreement with the teacher takes their place.
+Rates are fractions in [0, 1], latencies are milliseconds at batch 1, sizes are bytes. Synthetic images have no ground
+truth: `top1` and the paired counts are null, and agreement with the teacher takes their place.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ Bits = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]
 
 
 class _Part(BaseModel):
-    # Newer minor versions may add keys; a reader of this version ignores them.
+    # Newer minor versions may add keys, which this version ignores.
     model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
 
 class Dataset(_Part):
-    """The images that every artefact saw."""
+    """The images that every artifact was measured on."""
 
     kind: Literal["holdout", "synthetic"]
     n: Annotated[int, Field(ge=1)]
     name: str
     sha256: Digest | None = None
-    """of the pixels as the networks saw them and of the labels, in order: equal ones can be paired image by image"""
+    """of the network input and the labels, in order; reports with equal digests can be paired image by image"""
 
 
 class Network(_Part):
-    """The teacher, or the FP32 student in torch."""
+    """The teacher, or the FP32 student in PyTorch."""
 
     top1: Rate | None = None
     params: Annotated[int, Field(ge=0)]
@@ -49,19 +49,19 @@ class Network(_Part):
 
 
 class Paired(_Part):
-    """Counts of images by who was right: reference and artefact saw the same n images."""
+    """Counts of images by correctness of reference and artifact, measured on the same n images."""
 
     n: Annotated[int, Field(ge=1)]
     both_right: Annotated[int, Field(ge=0)]
     lost: Annotated[int, Field(ge=0)]
-    """the reference was right and the artefact wrong"""
+    """the reference was right and the artifact wrong"""
     gained: Annotated[int, Field(ge=0)]
-    """the reference was wrong and the artefact right"""
+    """the reference was wrong and the artifact right"""
     both_wrong: Annotated[int, Field(ge=0)]
 
 
 class PairedCounts(_Part):
-    """Against both references; null where there is no ground truth."""
+    """Paired counts against both references; null without ground truth."""
 
     vs_fp32: Paired | None = None
     vs_teacher: Paired | None = None
@@ -75,7 +75,7 @@ class Latency(_Part):
 
 
 class ClassCounts(_Part):
-    """One class: paired counts against the FP32 student on its images."""
+    """Paired counts against the FP32 student on the images of one class."""
 
     label: str
     n: Annotated[int, Field(ge=0)]
@@ -87,7 +87,7 @@ class ArtifactReport(_Part):
     """One exported file, measured in its runtime."""
 
     name: str
-    """precision and target, for example "fp32", "int8.cpu" """
+    """precision and target, for example "fp32" or "int8.cpu" """
     file: str
     """path inside the run folder"""
     target: str
@@ -97,7 +97,7 @@ class ArtifactReport(_Part):
     reason: str | None = None
     """why it was not measured"""
     precision_verified: bool = False
-    """the runtime itself said that it runs in this precision"""
+    """the runtime itself reported this precision"""
     top1: Rate | None = None
     agreement: Rate | None = None
     """with the teacher"""
@@ -109,16 +109,16 @@ class ArtifactReport(_Part):
     size_bytes: int | None = None
     sha256: Digest | None = None
     int8_coverage: Rate | None = None
-    """fraction of eligible convolutions and matrix products that really run in INT8"""
+    """fraction of the eligible convolutions and matrix products that actually run in INT8"""
     correct: Bits | None = None
-    """one bit per image, 1 where the first choice is the label, in the order of the hold-out; hexadecimal, the first
-    image in the highest bit, zeros up to a whole byte (numpy.packbits); null where there is no ground truth"""
+    """one bit per image, in hold-out order: 1 if the top-1 prediction is correct; hexadecimal, the first image in the
+    highest bit, padded with zeros to a whole byte (numpy.packbits); null without ground truth"""
     paired: PairedCounts = PairedCounts()
     per_class: tuple[ClassCounts, ...] = ()
 
 
 class Report(_Part):
-    """The whole of `report.json`."""
+    """The contents of `report.json`."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
 
@@ -137,10 +137,10 @@ def read_report(path: Path, again: str) -> Report:
     """Reads a `report.json`.
 
     Args:
-        again: what to type to have it made anew.
+        again: the fix shown if the report is invalid: the command that makes it again.
 
     Raises:
-        UsageError: a newer version wrote it.
+        UsageError: a newer version of nayer-edge wrote it.
         IntegrityError: it is missing or damaged.
     """
     values = read_json(path, "a report")
@@ -149,7 +149,7 @@ def read_report(path: Path, again: str) -> Report:
     match = re.fullmatch(rf"{re.escape(family)}/(\d{{1,9}})", stated) if isinstance(stated, str) else None
     if match and int(match[1]) > int(version):
         raise UsageError(
-            f"{path} has the schema {stated}, and this version reads {REPORT_SCHEMA}.",
+            f"{path} has the schema {stated}, but this version reads {REPORT_SCHEMA}.",
             "A newer nayer-edge wrote it.",
             "Type: pip install --upgrade nayer-edge",
         )
@@ -158,4 +158,4 @@ def read_report(path: Path, again: str) -> Report:
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         reason = f"{where}: {error.errors()[0]['msg']}."
-        raise IntegrityError(f"{path} is not a report of this version.", reason, again) from error
+        raise IntegrityError(f"{path} is not a valid report.", reason, again) from error

@@ -1,4 +1,4 @@
-"""What a run asks of each of its steps, worked out once, before anything is written."""
+"""Plans a run: determines which steps are stale and why, before anything is written."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ from .recipes.settings import is_default
 from .steps import STEPS, Step, settings_of
 
 NAMED_FILES = {"teacher.weights": True, "teach.data": False, "validate.data": True}
-"""keys of the recipe that name files of the user's, and whether every byte of a folder counts (training images may be
-too many to be read each time)"""
+"""recipe keys that name the user's files, and whether to hash the contents of a folder (training images may be too many
+to read every time)"""
 
 Digest: TypeAlias = Callable[[Path, bool], str | None]
-"""(path, whether every byte of a folder counts) → SHA-256; None where there is no such file"""
+"""(path, whether to hash the contents of a folder) → SHA-256; None if there is no such file"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step of a run, before it runs.
+    """The plan for one step of a run.
 
     Attributes:
         step: its row of the table.
-        settings: the recipe's values that it reads, as its record is to state them.
-        record: of its finished result; None where there is none.
-        changes: "key: old → new" for each setting that differs from those of its finished result, or from those that
-            its checkpoint was begun with.
+        settings: the recipe values that it reads, as they will be recorded.
+        record: the record of its finished result; None if there is none.
+        changes: "key: old → new" for each setting that has changed since its result or checkpoint was made.
     """
 
     step: Step
@@ -46,12 +45,12 @@ class Plan:
 
     @property
     def stale(self) -> bool:
-        """Its settings ask for it to be made. Where they do not, a changed input still may, once it is made."""
+        """Whether the settings require a run. If not, an input that changes during the run still may."""
         return self.record is None or bool(self.changes)
 
 
 def read_once() -> Digest:
-    """Digests of the user's files, each of which is read once, however many steps and plans ask."""
+    """A cached function for the digests of the user's files, so that each file is read only once."""
 
     @functools.cache
     def digest(path: Path, contents: bool) -> str | None:
@@ -64,11 +63,11 @@ def plan_steps(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, d
     """One plan for each step.
 
     Args:
-        run: what the folder holds; None where nothing is to be kept.
-        digest: of the files that the recipe names.
+        run: the existing run; None if there is none or nothing is kept.
+        digest: computes the digests of the files named in the recipe.
 
     Raises:
-        UsageError: a file that the recipe names cannot be read.
+        UsageError: a file named in the recipe cannot be read.
     """
     values = _values(recipe)
     plans = []
@@ -77,7 +76,7 @@ def plan_steps(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, d
         settings = _settings(step, values, record, digest)
         changes: list[str] = []
         if record is not None:
-            # Without a change the record's own: they may lack a key that came later and has its default.
+            # If nothing changed, keep the recorded settings: they may lack a key that was added later.
             changes = _changes(record.settings, settings)
             settings = settings if changes else record.settings
         elif run is not None and any(run.path(name).is_file() for name in step.scratch):
@@ -91,7 +90,7 @@ def _values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _changes_since_begun(step: Step, values: dict[str, Any], run: RunFolder, digest: Digest) -> list[str]:
-    """What would make the checkpoint of an interrupted step worthless."""
+    """The changes since an interrupted step started that make its checkpoint unusable."""
     before = _values(recipe_of(run.manifest.recipe, run.root))
     decisive = [part for part in STEPS if part.name in (*step.inputs, step.name)]
     changed = [
@@ -103,8 +102,8 @@ def _changes_since_begun(step: Step, values: dict[str, Any], run: RunFolder, dig
 
 
 def _settings(step: Step, values: dict[str, Any], record: StepRecord | None, digest: Digest) -> dict[str, Any]:
-    """The recipe's values that a step reads. Files count by what is in them, not by where they lie; where they are not
-    at hand, as on another machine, those that a finished step was made from."""
+    """The recipe values that a step reads. Files are identified by their digest, not their path; if a file is missing,
+    for example on another machine, the digest recorded by the finished step is used."""
     found = copy.deepcopy(settings_of(step, values))
 
     def count(name: str, path: Path | None, contents: bool = True) -> None:
@@ -132,8 +131,8 @@ def _settings(step: Step, values: dict[str, Any], record: StepRecord | None, dig
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """ "key: old → new" for every difference of two nested settings. A key that came into recipes after a step was made
-    is none where it has its default."""
+    """ "key: old → new" for every difference between nested settings. A key that was added to recipes later does not
+    count while it has its default value."""
     found = []
     for key in sorted(set(before) | set(now)):
         old, new, name = before.get(key), now.get(key), f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""Running the table of steps in a run folder: what is finished and unchanged is kept, the rest is made."""
+"""Runs the steps in a run folder: keeps what is finished and unchanged, and runs the rest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .steps import Step, until
 
 @dataclass(frozen=True)
 class StepEvent:
-    """What happened to one step, for the display."""
+    """A change in the state of a step, for the progress display."""
 
     step: Step
     state: Literal["kept", "started", "finished"]
@@ -51,24 +51,24 @@ def run_recipe(
     progress: Progress | None = None,
     on_event: Callable[[StepEvent], None] = lambda _event: None,
 ) -> RunFolder:
-    """Runs a recipe in a folder, continuing where it stopped.
+    """Runs a recipe in a folder, resuming where it stopped.
 
     Args:
-        last: the last step to run; all of them by default.
-        fresh: empties the folder first.
+        last: the last step to run; all steps by default.
+        fresh: empty the folder first.
 
     Raises:
         UsageError: the folder belongs to another recipe, or a changed setting would discard finished training.
         IntegrityError: a finished file was altered.
     """
     steps, digest = until(last), read_once()
-    # Everything that can be known to be wrong is said before anything is written.
+    # Report all foreseeable errors before writing anything.
     plans = _checked(recipe, steps, None if fresh else _found(root), digest)
     preflight.check(recipe, [plan.step for plan in plans if plan.stale])
     with lock_folder(root):
         if fresh:
             clear_folder(root)
-        # Once more, now that nobody else can write here.
+        # Check again, now that no other process can write here.
         run = _found(root)
         plans = _checked(recipe, steps, run, digest)
         run, former = _take_over(run, portable(recipe, root), root)
@@ -79,20 +79,20 @@ def run_recipe(
 
 
 def _found(root: Path) -> RunFolder | None:
-    """The run that the folder holds; None where one can be started.
+    """The run in the folder; None if the folder is empty or does not exist.
 
     Raises:
-        UsageError: it holds something else.
+        UsageError: the folder holds something else.
     """
     if (root / MANIFEST).is_file():
         return RunFolder.open(root)
     if root.is_dir() and not is_vacant(root):
-        raise UsageError(f"{root} is not empty and not a run folder.", fix="Choose another folder with --out.")
+        raise UsageError(f"{root} is neither empty nor a run folder.", fix="Choose another folder with --out.")
     return None
 
 
 def _checked(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, digest: Digest) -> tuple[Plan, ...]:
-    """The plans, unless they would discard finished or begun training, or the folder is another recipe's."""
+    """The plans; raises UsageError if they would discard training, or if the folder belongs to another recipe."""
     if run is not None and (name := run.manifest.recipe.get("name")) != recipe.name:
         raise UsageError(
             f"{run.root} belongs to the recipe '{name}', not to '{recipe.name}'.",
@@ -110,21 +110,21 @@ def _refuse_to_discard(plan: Plan, run: RunFolder) -> None:
     why = "Changed since: " + "; ".join(plan.changes) + "."
     if plan.record is None:
         raise UsageError(
-            f"{run.root} holds an unfinished '{plan.step.name}' that was begun with other settings.",
+            f"{run.root} holds an unfinished step '{plan.step.name}' that was started with other settings.",
             why=why,
-            fix=f"To go on with those that it has, type: nayer-edge run {run.typed}\n"
-            "Otherwise choose another folder with --out, or discard it with --fresh.",
+            fix=f"To continue with its original settings, type: nayer-edge run {run.typed}\n"
+            "Otherwise choose another folder with --out, or start over with --fresh.",
         )
     if plan.step.trains:
         raise UsageError(
-            f"{run.root} holds a finished '{plan.step.name}' that was made with other settings.",
+            f"{run.root} holds a finished step '{plan.step.name}' that was made with other settings.",
             why=why,
-            fix="Choose another folder with --out, or discard it with --fresh.",
+            fix="Choose another folder with --out, or start over with --fresh.",
         )
 
 
 def _take_over(run: RunFolder | None, values: dict[str, Any], root: Path) -> tuple[RunFolder, dict[str, Any]]:
-    """The run with the recipe's values, begun if there is none, and the values that it had before."""
+    """The run with the recipe's values, created if there is none, and the values that it had before."""
     if run is None:
         return RunFolder.create(root, values, values["seed"], provenance.versions(), provenance.hardware()), values
     former = run.manifest.recipe
@@ -148,7 +148,7 @@ def _run_step(
 ) -> None:
     step = plan.step
     inputs = [run.artifact(name) for name in step.inputs]
-    # Not the plan's: an earlier step that was made anew may have removed this one's result.
+    # Not the plan's record: an earlier step that ran again may have removed this step's result.
     record = run.manifest.steps.get(step.name)
     input_hashes = {name: run.manifest.files[name].sha256 for artifact in inputs for name in artifact.files.values()}
     digest = digest_of({"step": step.name, "settings": plan.settings, "inputs": input_hashes})
@@ -163,7 +163,7 @@ def _run_step(
             )
         if record.digest == digest:
             _discard_scratch(step, run)
-            on_event(StepEvent(step, "kept", "finished before", record.seconds, dict(record.numbers)))
+            on_event(StepEvent(step, "kept", "already finished", record.seconds, dict(record.numbers)))
             return
         reason = "; ".join(plan.changes) or "its inputs changed"
     run.require_intact(list(input_hashes))
@@ -173,11 +173,11 @@ def _run_step(
     try:
         artifact: Artifact = step.load()(*inputs, config=recipe, out=run, progress=progress)
     except BaseException:
-        # A step that ends before it has changed a file loses nothing that was finished.
+        # If the step failed before it changed a file, its previous result is kept.
         if run.restore(before):
             _adopt(run, former)
         raise
-    # A clock may be set back, and must not lose what was made.
+    # The duration must not be negative, even if the clock misbehaves.
     seconds = max(time.perf_counter() - began, 0.0)
     run.record(
         artifact,
@@ -198,6 +198,7 @@ def _run_step(
 
 
 def _discard_scratch(step: Step, run: RunFolder) -> None:
-    """Not before the manifest names what the step made: until then a kill would lose it."""
+    """Removes the files that were only needed to resume. Call it after the manifest lists the step's files: until then
+    an interruption would lose the step's work."""
     for name in step.scratch:
         run.path(name).unlink(missing_ok=True)

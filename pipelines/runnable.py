@@ -1,4 +1,5 @@
-"""The exported files of a run, and those among them that this machine runs: ONNX graphs, and engines on their GPU."""
+"""Lists the exported files of a run and opens those that this machine can run: ONNX graphs, and engines on their
+GPU."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ class Candidate:
 
     Attributes:
         name: as in the report.
-        file: in the run folder.
-        target: the device that it was made for.
+        file: path in the run folder.
+        target: the target that it was made for.
         precision: fp32, fp16 or int8.
-        runtime: what runs it here.
-        verified: the builder read the layers' precision from the engine itself.
+        runtime: the runtime used on this machine.
+        verified: the precision of the layers was read from the engine itself.
     """
 
     name: str
@@ -38,7 +39,8 @@ class Candidate:
 
     @property
     def timed(self) -> bool:
-        """Its speed here is its device's: a graph made for another one runs, and says nothing about that."""
+        """Whether its speed is meaningful: a graph made for another device runs here, but not at that device's
+        speed."""
         return self.runtime != "onnxruntime" or is_native(get_target(self.target))
 
 
@@ -75,7 +77,10 @@ def engines(records: Sequence[Mapping[str, Any]]) -> list[Candidate]:
 def open_all(
     candidates: Sequence[Candidate], run: RunFolder, stack: contextlib.ExitStack, threads: int | None = None
 ) -> tuple[dict[str, Runner], dict[str, NayerEdgeError]]:
-    """Runners by name, open until the stack ends, and why those that do not open do not.
+    """Opens runners.
+
+    Returns:
+        The open runners by name, which `stack` closes, and the error for each candidate that cannot be opened.
 
     Raises:
         IntegrityError: a graph is damaged. (An engine that does not load was built for another device.)
@@ -87,7 +92,7 @@ def open_all(
         try:
             if candidate.runtime == "onnxruntime":
                 target = get_target(candidate.target)
-                # Another device computes what the graph says, not what ONNX Runtime's kernels here make of it.
+                # For another device, Q/DQ pairs run as written instead of fused into this CPU's INT8 kernels.
                 runner: Any = OrtRunner(path, threads=threads, target=target, as_written=not is_native(target))
             else:
                 runner = TensorRtRunner(path, flavour=candidate.runtime)

@@ -1,4 +1,4 @@
-"""What a person sees while work runs: bars on a terminal, plain lines elsewhere."""
+"""Progress display: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .run import StepEvent
 
 
 class _BarOverFigures(Progress):
-    """A bar, and the newest figures on a line of their own: beside each other they do not fit 80 columns."""
+    """A bar with the latest figures on a separate line, because together they do not fit into 80 columns."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
@@ -30,7 +30,7 @@ class _BarOverFigures(Progress):
 
 
 class Bars:
-    """Progress bars with the newest figures; for terminals."""
+    """Progress bars with the latest figures, for terminals."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -38,7 +38,7 @@ class Bars:
         self._task = TaskID(0)
 
     def start(self, what: str, total: int) -> None:
-        """Shows a new bar; one that only moves where nobody knows how much there is to do (`total` 0)."""
+        """Shows a new bar; an indeterminate one if `total` is 0."""
         self.finish()
         self._bars = _BarOverFigures(
             TextColumn("  {task.description}"),
@@ -58,12 +58,12 @@ class Bars:
             self._bars.advance(self._task, count)
 
     def figures(self, **figures: float | str) -> None:
-        """Replaces the text behind the bar."""
+        """Replaces the figures below the bar."""
         if self._bars is not None:
             self._bars.update(self._task, figures=written(figures))
 
     def notice(self, text: str) -> None:
-        """Prints a line above the bar, where it stays."""
+        """Prints a permanent line above the bar."""
         self._console.print(_notice(text))
 
     def finish(self) -> None:
@@ -74,8 +74,8 @@ class Bars:
 
 
 class Lines:
-    """Plain lines for CI servers and files: new figures every ten seconds at most, and without any a sign of life once
-    a minute."""
+    """Plain lines for CI servers and files: figures at most every ten seconds; without figures, a line at most once a
+    minute."""
 
     def __init__(self, console: Console, every_seconds: float = 10.0, silent_seconds: float = 60.0) -> None:
         self._console, self._every, self._silent = console, every_seconds, silent_seconds
@@ -83,18 +83,18 @@ class Lines:
         self._figures = ""
 
     def start(self, what: str, total: int) -> None:
-        """Begins a piece of work."""
+        """Starts a task."""
         self._what, self._total, self._done, self._last = what, max(total, 1), 0, time.monotonic()
         self._figures = ""
 
     def advance(self, count: int = 1) -> None:
-        """Counts, and prints a line if nothing was printed for long."""
+        """Advances, and prints a line if nothing was printed for `silent_seconds`."""
         self._done += count
         if time.monotonic() - self._last >= self._silent:
             self._print()
 
     def figures(self, **figures: float | str) -> None:
-        """Prints a line if the last is old enough."""
+        """Updates the figures, and prints a line if the last one is at least `every_seconds` old."""
         self._figures = f"  {written(figures)}"
         if time.monotonic() - self._last >= self._every:
             self._print()
@@ -150,7 +150,7 @@ def _notice(text: str) -> Text:
 
 
 def written(figures: Mapping[str, object]) -> str:
-    """Figures in a few words: "epoch 3/12  loss 0.412"."""
+    """Figures as one line: "epoch 3/12  loss 0.412"."""
     parts = []
     for name, value in figures.items():
         if isinstance(value, float):
@@ -162,7 +162,7 @@ def written(figures: Mapping[str, object]) -> str:
 
 
 def show_event(console: Console, event: StepEvent) -> None:
-    """One line per step, figures on a second one."""
+    """Prints one line per step, and its figures on a second line."""
     name = f"{event.step.name:<9}"
     if event.state == "started":
         if console.is_terminal:
@@ -170,7 +170,7 @@ def show_event(console: Console, event: StepEvent) -> None:
         console.print(f"… {name} {event.step.title}", markup=False, highlight=False)
         return
     if event.state == "kept":
-        console.print(f"= {name} finished before", style="dim", markup=False, highlight=False)
+        console.print(f"= {name} already finished", style="dim", markup=False, highlight=False)
         return
     console.print(f"✓ {name} {event.seconds:6.1f} s  {event.step.title}", style="green", markup=False, highlight=False)
     if event.numbers:
@@ -178,5 +178,5 @@ def show_event(console: Console, event: StepEvent) -> None:
         if console.is_terminal:
             console.print(Padding(Text(facts), (0, 0, 0, 12)), style="dim")
         else:
-            # Whoever reads lines, not a terminal, gets each of them whole.
+            # Not wrapped: logs are read by programs, too.
             console.print(f"            {facts}", markup=False, highlight=False, soft_wrap=True)

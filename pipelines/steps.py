@@ -1,8 +1,8 @@
-"""The one ordered table of steps. Resume, `--until`, provenance, the progress display and the docs all come from it.
+"""The ordered table of steps, the single source for resuming, `--until`, provenance, the progress display and the docs.
 
-A step is a function `step(*inputs, config, out, progress) -> Artifact`: the artefacts of the steps that it names as
-inputs, the resolved recipe, and the run folder that it writes to. Its settings are the parts of the recipe that it
-reads; when they or its inputs' hashes change, it is stale and runs again.
+A step is a function `step(*inputs, config, out, progress) -> Artifact`. It takes the artifacts of its input steps, the
+resolved recipe, and the run folder that it writes to. Its settings are the parts of the recipe that it reads; if they
+or the hashes of its inputs change, it is stale and runs again.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class Step:
         name: as in `--until` and the manifest.
         title: what it does, for people.
         function: "module:function" inside pipelines/, imported only when the step runs.
-        inputs: steps whose artefacts it takes, in the order of its parameters.
+        inputs: steps whose artifacts it takes, in the order of its parameters.
         settings: dotted keys of the recipe that it reads.
-        makes: the files, for people.
-        writes: the files, as patterns (`*` within one folder): what may lie in the run folder while the step is
-            unfinished.
-        scratch: files that it needs to go on after a kill, and that are removed when it is finished.
-        trains: it takes long enough that a change of settings never discards it without being told to.
-        retires: steps whose result speaks of what this one measured, and is removed when it measures anew: a verdict
-            that nobody gave about the report beside it must not lie there.
+        makes: its files, for people.
+        writes: its files, as patterns (`*` does not match "/"); while the step is unfinished, they may be in the run
+            folder without being in the manifest.
+        scratch: files needed to resume an interrupted step; removed when it finishes.
+        trains: it takes so long that changed settings never discard its result without `--fresh`.
+        retires: steps whose results depend on this one's measurements and are removed when it runs again, so that no
+            outdated verdict lies beside a new report.
     """
 
     name: str
@@ -157,7 +157,7 @@ STEPS = (
         "writes the page",
         "report.page:make_page",
         ("teacher", "lte", "student", "onnx", "int8", "engine", "validate", "gate"),
-        # It shows the whole recipe.
+        # The page shows the whole recipe.
         (
             *("name", "description", "measured", "teacher", "teach", "lte", "student", "generator", "synthesis"),
             *("distill", "export", "validate", "gate", "tracking", *_TRAINING),
@@ -170,7 +170,7 @@ NAMES = tuple(step.name for step in STEPS)
 
 
 def until(name: str | None) -> tuple[Step, ...]:
-    """The steps up to and including one; all of them without a name.
+    """The steps up to and including `name`; all steps if it is None.
 
     Raises:
         UsageError: there is no such step.
@@ -194,7 +194,7 @@ def settings_of(step: Step, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def table() -> str:
-    """The steps as a Markdown table, as it stands in README.md and docs/ARCHITECTURE.md."""
+    """The steps as the Markdown table of README.md and docs/ARCHITECTURE.md."""
     rows = ["| step | what it does | reads | makes |", "|---|---|---|---|"]
     for step in STEPS:
         made = " ".join(f"`{name}`" for name in step.makes.split())

@@ -1,7 +1,7 @@
-"""What students cost: parameters, multiply-accumulates, INT8 size and CPU latency.
+"""Measures the cost of students: parameters, multiply-accumulates, INT8 size and CPU latency.
 
-Cost does not depend on weights, so nothing is trained: networks are untrained, images are noise. Accuracy does; the
-shipped recipes say what was measured.
+Cost does not depend on the weights, so the networks are untrained and the images are noise. For measured accuracies,
+see the shipped recipes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ LIBRARY = (
     "torchvision:efficientnet_b0",
 )
 SMALL_PIXELS = 96
-"""up to this side a library's strides are lowered (`@32`)"""
+"""up to this side length, library networks are used with reduced strides (`@32`)"""
 NOISE_IMAGES = 8
-"""that set the ranges of an INT8 graph of which only size and speed count"""
+"""calibration images for INT8 graphs of which only size and speed are measured"""
 GRAPH_BYTES = 1500
-"""what a quantized layer's nodes and names take in an ONNX file, beside its weights; sizes are then within 10 %"""
+"""bytes of a quantized layer's nodes and names in an ONNX file, besides its weights; estimates are then within 10 %"""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class StudentCost:
         params: trainable parameters.
         macs: multiply-accumulates of convolutions and matrix products for one image.
         int8_bytes: size of the INT8 graph for x86 processors.
-        int8_measured: it was exported and quantized; otherwise its size is computed from the weights.
-        fp32_ms, int8_ms: median latency of ONNX Runtime at batch 1, milliseconds; None where it was not measured.
-        threads: processor threads that it was measured with.
+        int8_measured: the size is that of an exported and quantized file; otherwise it is estimated from the weights.
+        fp32_ms, int8_ms: median latency of ONNX Runtime at batch 1, milliseconds; None if not measured.
+        threads: CPU threads used for the measurement.
     """
 
     model: str
@@ -69,10 +69,10 @@ class StudentCost:
 
 
 def students_for(spec: InputSpec) -> list[str]:
-    """Students that suit images of this size."""
+    """Students suited to this image size."""
     side = min(spec.height, spec.width)
     if side > SMALL_PIXELS:
-        # The zoo's larger networks work on a quarter of the full resolution to the end.
+        # The larger networks of the zoo are too slow: they end at a quarter of the full resolution.
         return [*ZOO[:2], *LIBRARY]
     return [*ZOO, *(f"{model}@{side}" for model in LIBRARY)]
 
@@ -87,20 +87,21 @@ def measure(
     threads: int | None = None,
     on_student: Callable[[str], None] = lambda _model: None,
 ) -> list[StudentCost]:
-    """Builds every student once.
+    """Measures every student.
 
     Args:
-        latency: export, quantize and time it; otherwise its INT8 size is computed.
-        runs: timed calls.
-        on_student: called with each name when it is done.
+        latency: export, quantize and time each student; otherwise only estimate its INT8 size.
+        runs: number of timed calls.
+        threads: CPU threads; None for the runtime's default.
+        on_student: called with the name of each finished student.
 
     Raises:
-        UsageError: there is no such model, or it cannot take such images.
+        UsageError: a model does not exist or does not accept this input, or there are fewer than 2 classes.
     """
     if classes < 2:
-        raise UsageError(f"A classifier of {classes} classes has nothing to decide.", fix="Give --classes 2 or more.")
+        raise UsageError(f"A classifier needs at least 2 classes, not {classes}.", fix="Set --classes to 2 or more.")
     labels = [f"class {number}" for number in range(classes)]
-    # All names are tried before the first is measured, which takes a while.
+    # Check all names first: measuring takes a while.
     for model in models:
         with torch.device("meta"):
             check_forward(build_classifier(model, spec, labels))
@@ -116,8 +117,8 @@ def measure(
 
 
 def int8_bytes_of(network: Classifier) -> int:
-    """About the size of the INT8 graph: one byte per weight; scale, zero point and INT32 bias per output channel; the
-    graph itself."""
+    """Estimates the size of the INT8 graph: one byte per weight; scale, zero point and INT32 bias per output channel;
+    the nodes themselves."""
     total = 0
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

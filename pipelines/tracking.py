@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard, beside the run folder: event files name the host, and do not belong to what ships."""
+"""Logs metrics to TensorBoard, in a folder beside the run: event files contain the host name and must not ship."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class TensorBoard:
         self._writer: SummaryWriter = SummaryWriter(str(self.folder))
 
     def log(self, epoch: Epoch) -> None:
-        """Every figure of an epoch that is a number."""
+        """Logs every number of an epoch."""
         for name, value in vars(epoch).items():
             if name != "epoch" and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, epoch.epoch)
 
     def close(self) -> None:
-        """Flushes."""
+        """Writes pending events and closes the file."""
         self._writer.close()

@@ -1,5 +1,5 @@
-"""The command line. A command parses, calls one function of the pipelines, prints, and exits; heavy modules are
-imported inside the commands, so `--help` and `gate` need neither torch nor ONNX Runtime."""
+"""The command line. A command parses its arguments, calls one function of the pipelines, prints, and exits. Heavy
+modules are imported inside the commands, so that `--help` and `gate` need neither torch nor ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nayer_edge.errors import (
 from nayer_edge.runtime.process import launched
 from nayer_edge.text import inert
 
-# Importing a module registers its commands, in the order of the help.
+# Importing a module registers its commands; the order is that of the help.
 from . import training, deployment, judging, trust, setup, starting, embeddings  # noqa: F401  isort:skip
 from .shared import app
 
@@ -54,18 +54,18 @@ def _options(
         if rank > 0:
             raise typer.Exit(EXIT_USAGE)
         raise UsageError(
-            f"Only `distill` runs as several processes, and torchrun started {size}.",
-            fix=f"Type: nayer-edge {context.invoked_subcommand} …   without torchrun",
+            f"Only `distill` can run in several processes, but torchrun started {size}.",
+            fix=f"Without torchrun, type: nayer-edge {context.invoked_subcommand} …",
         )
 
 
 def _fail(error: NayerEdgeError) -> NoReturn:
-    """Says what is wrong and ends with the error's exit code; called while an exception is handled."""
+    """Prints an error and exits with its code; called while an exception is handled."""
     if os.environ.get("NAYER_EDGE_DEBUG"):
         traceback.print_exc()
     console = Console(stderr=True, force_terminal=sys.stderr.isatty(), soft_wrap=True)
     if _helps():
-        # The first rank says everything; were a reason its own, it stands here.
+        # The first rank prints the full message; this line is for errors that only occur on this rank.
         print(f"Rank {os.environ['RANK']}: {inert(error.what)} {inert(error.why)}".rstrip(), file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
     lines = [[inert(line) for line in part.splitlines()] for part in (error.what, error.why, error.fix)]
@@ -81,40 +81,40 @@ def _fail(error: NayerEdgeError) -> NoReturn:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line and exits with the codes of `nayer_edge.errors`."""
     if not sys.stdout.isatty():
-        # Typer colours its help on CI servers, where it is read as text.
+        # Typer colours its help on CI servers even without a terminal.
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    # Libraries log tracebacks of errors that they raise as well.
+    # ONNX Runtime also logs the tracebacks of the errors that it raises.
     logging.getLogger("onnxruntime").addHandler(logging.NullHandler())
     logging.getLogger("onnxruntime").propagate = bool(os.environ.get("NAYER_EDGE_DEBUG"))
     try:
         app(args=arguments, prog_name="nayer-edge", standalone_mode=True)
     except (Interrupted, KeyboardInterrupt):
         _interrupted()
-    except Exception as error:  # noqa: BLE001  tracebacks are for those who ask for them
+    except Exception as error:  # noqa: BLE001  tracebacks are only shown with --debug
         _fail(understood(error, "This command") or _unexpected(error))
     sys.exit(EXIT_OK)
 
 
 def _unexpected(error: Exception) -> NayerEdgeError:
     return NayerEdgeError(
-        "Something happened that nayer-edge does not expect.",
+        "Unexpected internal error.",
         why=f"{type(error).__name__}: {error}",
-        fix="Repeat with `nayer-edge --debug …` to see where, and please report it.",
+        fix="Repeat the command with `nayer-edge --debug …` for a traceback, and please report it.",
     )
 
 
 def _helps() -> bool:
-    """This is a process of torchrun's, and not the one that prints."""
+    """Whether this is a torchrun process other than rank 0, which prints."""
     return "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM. Not KeyboardInterrupt, which the command-line library would answer with exit code 1."""
+    """SIGINT or SIGTERM. Not KeyboardInterrupt, for which Typer would exit with code 1."""
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:
@@ -123,5 +123,5 @@ def _interrupt(_number: int, _frame: object) -> NoReturn:
 
 def _interrupted() -> NoReturn:
     if not _helps():
-        print("\nInterrupted. What was finished is kept; the same command continues.", file=sys.stderr)  # noqa: T201
+        print("\nInterrupted. Finished work is kept; run the same command to continue.", file=sys.stderr)  # noqa: T201
     sys.exit(EXIT_INTERRUPTED)

@@ -18,19 +18,19 @@ from .shared import Json, Settings, app, example, print_json, stdout
 if TYPE_CHECKING:
     from nayer_edge.labels.embeddings import LabelEmbeddings
 
-lte_app = typer.Typer(no_args_is_help=True, help="Label-text embeddings: build the cache, look at it.")
+lte_app = typer.Typer(no_args_is_help=True, help="Label-text embeddings: build the cache, show similarities.")
 app.add_typer(lte_app, name="lte")
 
 ROWS = 40
-"""labels up to which the table shows all; with more, those that lie closest together"""
+"""maximum number of rows of the table; with more labels it shows the most similar ones"""
 CELL = 26
-"""columns of a label in the table, so that it fits 80"""
+"""width of a label in the table, so that it fits into 80 columns"""
 
 RecipeOrNone = Annotated[
     str | None, typer.Argument(help="A shipped recipe's name, or a .toml file.", show_default=False)
 ]
 Labels = Annotated[
-    Path | None, typer.Option("--labels", help="Class names: a text, JSON or CSV file. Instead of the recipe's.")
+    Path | None, typer.Option("--labels", help="Class names: a text, JSON or CSV file; overrides the recipe's.")
 ]
 Encoder = Annotated[
     str | None,
@@ -40,10 +40,11 @@ Encoder = Annotated[
 ]
 Prompt = Annotated[
     list[str] | None,
-    typer.Option("--prompt", help="A template with {label}; repeatable: several are averaged."),
+    typer.Option("--prompt", help="A template with {label}; repeatable, embeddings are averaged."),
 ]
 Synonyms = Annotated[
-    str | None, typer.Option("--synonyms", help="Of 'tench, Tinca tinca': first, all, or average.", show_default=False)
+    str | None,
+    typer.Option("--synonyms", help="Of 'tench, Tinca tinca', use: first, all, or average.", show_default=False),
 ]
 OutFile = Annotated[Path | None, typer.Option("--out", help="Also write the embeddings here (.safetensors).")]
 Picture = Annotated[Path | None, typer.Option("--picture", help="Also draw a heat map of similarities (.png, .svg).")]
@@ -63,9 +64,9 @@ def lte_build(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Embeds a recipe's class names, or a file's, into the cache.
+    """Embeds the class names of a recipe or file, and caches the embeddings.
 
-    A second call reads them from there, without a language model.
+    Later calls read them from the cache, without a language model.
     """
     found = _embeddings(recipe, labels, encoder, prompt, synonyms, settings)
     if out is not None:
@@ -73,10 +74,13 @@ def lte_build(
         from nayer_edge.storage.run_folder import MANIFEST
 
         if out.suffix != ".safetensors":
-            raise UsageError(f"Embeddings cannot be written as '{out.name}'.", fix="Let --out end with .safetensors.")
+            raise UsageError(
+                f"Embeddings cannot be written as '{out.name}'.", fix="Give --out a name that ends with .safetensors."
+            )
         if any((folder / MANIFEST).is_file() for folder in out.resolve().parents):
             raise UsageError(
-                f"--out {out} lies inside a run folder, whose files its manifest states.", fix="Choose another."
+                f"--out {out} lies inside a run folder, where the manifest lists every file.",
+                fix="Choose a path outside of it.",
             )
         lte.save(found, out)
     _show(found, as_json, None)
@@ -93,7 +97,7 @@ def lte_show(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Shows label embeddings: encoder, prompt, which labels lie close together, and a picture of it."""
+    """Shows label embeddings: encoder, prompt, most similar labels, and optionally a heat map."""
     _show(_embeddings(recipe, labels, encoder, prompt, synonyms, settings), as_json, picture)
 
 
@@ -105,7 +109,7 @@ def _embeddings(
     synonyms: str | None,
     settings: list[str] | None,
 ) -> LabelEmbeddings:
-    """Those of the recipe, with what the options say instead."""
+    """The recipe's label embeddings, with the overrides given as options."""
     from nayer_edge.config import LTE
     from nayer_edge.labels import embeddings as lte
     from nayer_edge.labels import precomputed
@@ -115,19 +119,22 @@ def _embeddings(
 
     chosen = None if recipe is None else read_recipe(recipe, settings)
     if chosen is None and settings:
-        raise UsageError("--set overrides a recipe's values, and no recipe is named.", fix="Name one.")
+        raise UsageError(
+            "--set overrides values of a recipe, but no recipe is given.",
+            fix="Type: nayer-edge lte show RECIPE --set A.B=C",
+        )
     given = {"encoder": encoder, "prompt": prompt, "synonyms": synonyms}
     if prompt and len(prompt) == 1:
         given["prompt"] = prompt[0]
     values = (LTE() if chosen is None else chosen.lte).model_dump()
     values |= {key: value for key, value in given.items() if value is not None and value != []}
-    config = checked(LTE, values, "These options do not hold:", "Type: nayer-edge lte show --help")
+    config = checked(LTE, values, "Invalid options:", "Type: nayer-edge lte show --help")
     names = read_labels(labels) if labels is not None else chosen.teacher.classes if chosen is not None else None
     if names is None and config.precomputed:
         names = precomputed.read(Path(config.encoder).expanduser()).labels
     if names is None:
         raise UsageError(
-            "Whose embeddings? There is neither a recipe nor a file of class names.",
+            "Neither a recipe nor a file of class names is given.",
             fix="Type: nayer-edge lte show digits   or: nayer-edge lte show --labels names.txt",
         )
     return lte.build(names, config)
@@ -150,7 +157,7 @@ def _show(found: LabelEmbeddings, as_json: bool, picture: Path | None) -> None:
             stdout().print(f"{key if number == 0 else '':<12} {short}", markup=False, highlight=False)
     if len(rows) > ROWS:
         rows = sorted(rows, key=lambda row: -row["cosine"])[:ROWS]
-        stdout().print(f"\nThe {ROWS} labels that lie closest to another:", highlight=False)
+        stdout().print(f"\nThe {ROWS} labels that are most similar to another:", highlight=False)
     else:
         stdout().print()
     table = Table(box=None, pad_edge=False)

@@ -1,4 +1,4 @@
-"""The commands that come before a run: recipes, students, doctor."""
+"""The commands to prepare a run: recipes, students, doctor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .shared import Json, TrustCode, app, example, percent, print_json, stdout, 
 
 @app.command(epilog=example("nayer-edge recipes"))
 def recipes(as_json: Json = False) -> None:
-    """Lists the shipped recipes with the figures that they were measured with."""
+    """Lists the shipped recipes with their measured accuracy."""
     from nayer_edge.models.names import parse
 
     from ..recipes.loading import shipped
@@ -38,25 +38,25 @@ def recipes(as_json: Json = False) -> None:
             " ± ".join(figure for figure in figures if figure),
         )
     stdout().print(table)
-    stdout().print("\nAccuracy of the student (mean ± sd), where it was measured; --json says all.", style="dim")
-    stdout().print("Run one with: nayer-edge run NAME", style="dim")
+    stdout().print("\nTop-1 accuracy of the student in % (mean ± sd), if measured. Details: --json", style="dim")
+    stdout().print("To run one, type: nayer-edge run NAME", style="dim")
 
 
 @app.command(epilog=example("nayer-edge students --input 3x32x32 --classes 10", "nayer-edge students timm:resnet10t"))
 def students(
     models: Annotated[
-        list[str] | None, typer.Argument(help="Networks as in student.model.", show_default="those that suit the size")
+        list[str] | None, typer.Argument(help="Networks, as in student.model.", show_default="suited to the image size")
     ] = None,
     size: Annotated[str, typer.Option("--input", metavar="CxHxW", help="Channels, height, width.")] = "3x32x32",
-    classes: Annotated[int, typer.Option("--classes", help="How many classes.")] = 10,
+    classes: Annotated[int, typer.Option("--classes", help="Number of classes.")] = 10,
     latency: Annotated[
-        bool, typer.Option("--latency/--no-latency", help="Export, quantize and time each (seconds each).")
+        bool, typer.Option("--latency/--no-latency", help="Export, quantize and time each (takes seconds).")
     ] = True,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """What students cost: parameters, multiply-accumulates, INT8 size and CPU latency."""
+    """Shows the cost of students: parameters, multiply-accumulates, INT8 size and CPU latency."""
     from nayer_edge.config import InputSpec
 
     from .. import students as costs
@@ -65,10 +65,10 @@ def students(
 
     channels, height, width = parse_shape(size, channels=3)
     values = {"channels": channels, "height": height, "width": width}
-    spec = checked(InputSpec, values, f"--input {size} does not hold:", "For example: --input 3x224x224")
+    spec = checked(InputSpec, values, f"Invalid input specification --input {size}:", "For example: --input 3x224x224")
     chosen = models or costs.students_for(spec)
     progress = watched(as_json).progress
-    progress.start("measure students", len(chosen))
+    progress.start("measuring students", len(chosen))
     try:
         found = costs.measure(
             chosen, spec, classes, latency=latency, threads=threads, on_student=lambda _: progress.advance()
@@ -94,11 +94,11 @@ def students(
     stdout().print(table)
     if latency:
         note = (
-            f"ONNX Runtime on this CPU, {threads} thread{'s' * (threads > 1)}, batch 1, median; INT8 size of the file, "
-            "quantized for x86 with noise."
+            f"Median latency of ONNX Runtime on this CPU, {threads} thread{'s' * (threads > 1)}, batch 1. INT8 size: "
+            "ONNX file for x86, calibrated with noise."
         )
     else:
-        note = "INT8 size (≈) computed from the weights; without --no-latency it is exported, quantized and timed."
+        note = "INT8 size (≈) is computed from the weights. Omit --no-latency to export, quantize and time each."
     stdout().print("\n" + note, style="dim")
 
 
@@ -112,7 +112,7 @@ def _short(value: int) -> str:
 
 @app.command(epilog=example("nayer-edge doctor"))
 def doctor(as_json: Json = False) -> None:
-    """Says what this machine can do, what is missing, and the line that installs it."""
+    """Reports what this machine can do, what is missing, and how to install it."""
     from ..doctor import examine
 
     found = examine()

@@ -1,4 +1,4 @@
-"""What the commands share: the application, their common parameters, and how results are shown."""
+"""Shared by the commands: the application, common parameters, and output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="nayer-edge",
-    help="Distils a compact INT8 student from an image classifier whose training images are gone, and gates it.",
+    help="Distils a compact INT8 student from an image classifier without its training images, and gates releases.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -33,11 +33,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Run = Annotated[Path, typer.Argument(help="A run folder, for example runs/digits.", show_default=False)]
 RecipeName = Annotated[
     str,
-    typer.Argument(help="A shipped recipe's name, a .toml file, or a run folder to go on with.", show_default=False),
+    typer.Argument(help="A shipped recipe's name, a .toml file, or a run folder to continue.", show_default=False),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe; repeatable."),
+    typer.Option("--set", metavar="A.B=C", help="Override a recipe value; repeatable."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder.", show_default="runs/<recipe>")]
 
@@ -53,21 +53,21 @@ def _trust(context: typer.Context, trust: bool) -> bool:
 
 TrustCode = Annotated[
     bool,
-    typer.Option("--trust-code", callback=_trust, help="Run the code that a `python:` model names."),
+    typer.Option("--trust-code", callback=_trust, help="Allow running the code of a `python:` model."),
 ]
-"""read by its callback: a command only declares it"""
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: empties the run folder first.")]
+"""handled by its callback; a command only declares it"""
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: empty the run folder first.")]
 
 
 def example(*lines: str) -> str:
-    """The last lines of a command's help: how it is typed."""
+    """The examples at the end of a command's help."""
     return "[bold]Example[/bold]\n\n" + "\n\n".join(f"  {line}" for line in lines)
 
 
 def run_steps(
     recipe: Recipe, root: Path, *, last: str | None = None, fresh: bool = False, as_json: bool = False
 ) -> None:
-    """Runs steps, shows them, and ends with the verdict's exit code where a verdict was reached."""
+    """Runs steps, shows their progress, and exits with the code of the verdict if there is one."""
     display = watched(as_json)
     show_result(actions.make(recipe, root, last=last, fresh=fresh, display=display), last, display, as_json=as_json)
 
@@ -75,11 +75,11 @@ def run_steps(
 def show_result(
     run: RunFolder, last: str | None, display: Display, *, as_json: bool = False, decide: bool = True
 ) -> None:
-    """Shows what steps made, and ends with the verdict's exit code where one was reached.
+    """Shows the result of steps, and exits with the code of the verdict if there is one.
 
     Args:
-        last: the last step that was to run; None for all of them.
-        decide: False ends with 0 whatever the verdict, for a command that was not asked for one.
+        last: the last step to run; None for all.
+        decide: if False, exit with 0 whatever the verdict, for commands that are not about the verdict.
     """
     from ..gate import verdict as gates
 
@@ -97,7 +97,7 @@ def show_result(
 
 
 def watched(as_json: bool) -> Display:
-    """Where progress is shown: on a terminal as bars, elsewhere as lines; with --json never on standard output."""
+    """The progress display: bars on a terminal, lines elsewhere; with --json never on standard output."""
     from ..show import Display
 
     console = Console(stderr=True, force_terminal=sys.stderr.isatty()) if as_json else stdout()
@@ -105,16 +105,16 @@ def watched(as_json: bool) -> Display:
 
 
 def percent(fraction: float | None) -> str:
-    """0.9911 → "99.11 %"; nothing → ""."""
+    """0.9911 → "99.11 %"; None → ""."""
     return "" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def stdout() -> Console:
     """A console on standard output."""
-    # Colour codes only where a person looks, whatever a CI server's variables say.
+    # Colours only on a terminal, whatever the environment variables of a CI server request.
     return Console(force_terminal=sys.stdout.isatty())
 
 
 def print_json(value: Any) -> None:
-    """Prints a result for machines."""
+    """Prints a result as JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))  # noqa: T201

@@ -1,4 +1,4 @@
-"""The command that begins with the user's own checkpoint: `init`."""
+"""`init`, the command that starts from the user's own checkpoint."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .shared import Json, TrustCode, app, example, print_json, stdout
 if TYPE_CHECKING:
     from ..init.inspect_checkpoint import Findings
     from ..init.proposal import Given, Question
-    from ..init.starter_recipe import Plan
+    from ..init.starter_recipe import Proposal
 
 TRIES = 3
-"""times that a question is asked again"""
+"""how often a question is asked before an invalid answer is an error"""
 
 
 class DeviceKind(enum.StrEnum):
-    """Where the run is to be."""
+    """The device that the run will use."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -34,7 +34,7 @@ class DeviceKind(enum.StrEnum):
 
 
 class Effort(enum.StrEnum):
-    """How long the run may take."""
+    """How long the run should take."""
 
     TRIAL = "trial"
     NORMAL = "normal"
@@ -45,60 +45,58 @@ def init(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="Your teacher: a .safetensors file, a state dict, or a folder of transformers.", show_default=False
+            help="Your teacher: a .safetensors file, a state dict, or a transformers folder.", show_default=False
         ),
     ],
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", help="Its network: torchvision:…, timm:…, nayer:…, python:….", show_default="looked for"
-        ),
+        typer.Option("--model", help="Its network: torchvision:…, timm:…, nayer:…, python:….", show_default="detected"),
     ] = None,
     labels: Annotated[
         Path | None, typer.Option("--labels", help="Its class names: a text, JSON or CSV file.", show_default=False)
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--input", metavar="CxHxW", help="Its images, for example 3x224x224.")
+        str | None, typer.Option("--input", metavar="CxHxW", help="Its input size, for example 3x224x224.")
     ] = None,
     mean: Annotated[
-        str | None, typer.Option("--mean", metavar="X,Y,Z", help="Its normalisation of pixels in [0, 1].")
+        str | None, typer.Option("--mean", metavar="X,Y,Z", help="Its input normalisation: mean per channel.")
     ] = None,
-    std: Annotated[str | None, typer.Option("--std", metavar="X,Y,Z", help="The same, standard deviations.")] = None,
+    std: Annotated[
+        str | None, typer.Option("--std", metavar="X,Y,Z", help="Its standard deviation per channel.")
+    ] = None,
     student: Annotated[
-        str | None, typer.Option("--student", help="The network to train.", show_default="by image size")
+        str | None, typer.Option("--student", help="The student network.", show_default="by image size")
     ] = None,
-    key: Annotated[
-        str | None, typer.Option("--key", help="Where in the file the weights are, where it holds several.")
-    ] = None,
+    key: Annotated[str | None, typer.Option("--key", help="Key of the weights, if the file holds several.")] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="Labelled hold-out images, as in validate.data.", show_default=False)
     ] = None,
     flip: Annotated[
-        bool, typer.Option("--flip/--no-flip", help="Mirror images in training; wrong for digits and text.")
+        bool, typer.Option("--flip/--no-flip", help="Random horizontal flips; not for digits or text.")
     ] = True,
-    device: Annotated[DeviceKind, typer.Option("--device", help="Sizes for this device.")] = DeviceKind.AUTO,
+    device: Annotated[DeviceKind, typer.Option("--device", help="Choose sizes for this device.")] = DeviceKind.AUTO,
     effort: Annotated[
-        Effort, typer.Option("--effort", help="trial: minutes, to see that everything fits.")
+        Effort, typer.Option("--effort", help="trial: a run of minutes, to check the setup.")
     ] = Effort.NORMAL,
     name: Annotated[str | None, typer.Option("--name", help="The recipe's name.", show_default="the file's")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The recipe to write.", show_default="<name>.toml")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take the guesses.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing recipe.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Accept all guesses without asking.")] = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Looks at a checkpoint, says what it found, and writes a commented recipe for it.
+    """Inspects a checkpoint, reports what it finds, and writes a commented recipe for it.
 
-    Asks for what it cannot know on a terminal; elsewhere it names the options that answer it.
+    On a terminal it asks for missing values; elsewhere it lists the options that set them.
     """
     from ..init.parsing import checked_name, named_after, parse_shape, require_files
 
-    # The recipe, its file and the run folder have one name unless told otherwise.
+    # By default, the recipe, its file and the run folder have the same name.
     name = checked_name(name or named_after(out or checkpoint))
     target = out or Path(f"{name}.toml")
-    # What is wrong at first sight is said at once: what comes next imports torch, and asks questions.
+    # Report obvious mistakes before importing torch and asking questions.
     if target.exists() and not force:
-        raise UsageError(f"There is a {target} already.", fix="Choose another with --out, or add --force.")
+        raise UsageError(f"{target} already exists.", fix="Choose another file with --out, or add --force.")
     require_files(checkpoint, labels)
     channels = None if size is None else parse_shape(size, 0)[0] or None
 
@@ -140,7 +138,7 @@ def _show_findings(found: Findings, given: Given) -> None:
             _line(
                 "nearest", f"{match.model}: {match.fitting} of {match.wanted} tensors fit; {'; '.join(match.differing)}"
             )
-    # What the options say is not guessed; the plan shows it.
+    # Values from options are not guesses; the proposal shows them.
     if found.input is not None and given.input is None:
         spec = found.input.value
         guess = "" if found.input.sure else "a guess: "
@@ -149,7 +147,7 @@ def _show_findings(found: Findings, given: Given) -> None:
         _line("classes", f"{'' if found.labels.sure else 'a guess: '}{found.labels.origin}")
 
 
-def _show_plan(plan: Plan, target: Path) -> None:
+def _show_plan(plan: Proposal, target: Path) -> None:
     from ..init.sizes import duration
 
     spec = plan.spec
@@ -160,12 +158,12 @@ def _show_plan(plan: Plan, target: Path) -> None:
     _line("classes", f"{first} ({plan.origins['labels']})")
     teacher, student = plan.costs
     _line("student", f"{plan.student}, {student.parameters:,} parameters")
-    _line("", f"{student.flop / 2e6:,.1f} million MACs for an image, the teacher's are {teacher.flop / 2e6:,.1f}")
+    _line("", f"{student.flop / 2e6:,.1f} million MACs per image (teacher: {teacher.flop / 2e6:,.1f} million)")
     if student.flop > teacher.flop or student.parameters > teacher.parameters:
-        _line("", "larger or slower than the teacher: name another with --student (nayer-edge students)")
+        _line("", "larger or slower than the teacher: choose another with --student (see nayer-edge students)")
     _line("device", f"{plan.device.name}, {plan.device.free_bytes / 2**30:.0f} GiB free")
     if plan.sizes.seconds:
-        _line("time", f"{duration(plan.sizes.seconds)}, by the speed at which the teacher ran here just now")
+        _line("time", f"{duration(plan.sizes.seconds)}, estimated from the teacher's speed on this machine")
     _line("recipe", str(target))
     stdout().print(f"\nNext: nayer-edge run {inert(str(target))}", style="bold", highlight=False, soft_wrap=True)
 
@@ -176,7 +174,7 @@ def _line(head: str, text: str) -> None:
 
 
 def _ask(asked: list[Question], given: Given, found: Findings) -> Given:
-    """The options with a person's answers; each is checked before the next question."""
+    """The options with the user's answers; each answer is checked before the next question."""
     for question in asked:
         name = question.flag.removeprefix("--")
         given = dataclasses.replace(given, **{name: _answer(question, name, found)})
@@ -184,7 +182,7 @@ def _ask(asked: list[Question], given: Given, found: Findings) -> Given:
 
 
 def _answer(question: Question, name: str, found: Findings) -> Any:
-    """A person's answer; one that does not hold is asked for again."""
+    """The user's answer; an invalid one is asked for again."""
     for left in reversed(range(TRIES)):
         # On standard error: standard output is for results.
         answer = typer.prompt(inert(question.text), default=question.guess, err=True)
@@ -208,7 +206,7 @@ def _checked(name: str, answer: str, question: Question, found: Findings) -> Any
             return None
         path = Path(answer).expanduser()
         if len(names := read_labels(path)) != found.classes:
-            raise UsageError(f"{path} holds {len(names)} class names, and the classifier has {found.classes} outputs.")
+            raise UsageError(f"{path} holds {len(names)} class names, but the classifier has {found.classes} outputs.")
         return path
     if name == "input":
         parse_shape(answer, found.channels)

@@ -1,4 +1,4 @@
-"""The commands that say whether a run is what it was, and what it is made of: verify, sign, sbom."""
+"""The commands for integrity and provenance: verify, sign, sbom."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .shared import Json, Run, app, example, print_json, stdout
 @app.command(epilog=example("nayer-edge verify runs/digits", "nayer-edge verify runs/digits --key key.pub"))
 def verify(
     run_folder: Run,
-    key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM): also check the signature.")] = None,
+    key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM): check the signature, too.")] = None,
     expect: Annotated[
         str | None,
-        typer.Option("--expect", metavar="SHA256", help="Digest of manifest.json, as `verify` printed it before."),
+        typer.Option("--expect", metavar="SHA256", help="Expected digest of manifest.json, as printed by `verify`."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Re-hashes every file of the manifest and finds altered, missing and added files.
+    """Hashes the files of a run and reports altered, missing and unknown ones.
 
-    With --key or --expect it also finds any change of the manifest itself.
+    With --key or --expect it also detects changes to the manifest itself.
 
-    Exit 4: something is wrong. 130: the run was interrupted and is unfinished.
+    Exit code 4: verification failed. 130: the run was interrupted and is unfinished.
     """
     from ..trust.verification import continuation, examine, require_expected
 
@@ -62,16 +62,16 @@ def verify(
         stdout().print(f"✓ {found.files} files match the manifest of {inert(str(run_folder))}", highlight=False)
         stdout().print(f"  manifest SHA-256 {found.manifest_sha256}", highlight=False, soft_wrap=True)
         if key is not None:
-            stdout().print("✓ the signature holds, and covers every file")
+            stdout().print("✓ the signature is valid and covers every file")
         elif found.signed:
-            stdout().print(Text(f"· it is signed; to check that: {inert(fix)}"), soft_wrap=True)
+            stdout().print(Text(f"· signature not checked; to check it, type: {inert(fix)}"), soft_wrap=True)
         if found.left:
             steps = ", ".join(found.unfinished)
             stdout().print(
-                Text(f"· interrupted in {steps}: nothing answers yet for {inert(', '.join(found.left))}"),
+                Text(f"· interrupted in {steps}; not yet in the manifest: {inert(', '.join(found.left))}"),
                 soft_wrap=True,
             )
-            stdout().print(Text(f"  continue with: {inert(continuation(opened))}", style="bold"), soft_wrap=True)
+            stdout().print(Text(f"  to continue, type: {inert(continuation(opened))}", style="bold"), soft_wrap=True)
     if found.problems:
         raise typer.Exit(EXIT_INTEGRITY)
     if found.left:
@@ -84,9 +84,9 @@ def sign(
     key: Annotated[Path, typer.Option("--key", help="Private key (PEM, NIST P-256, P-384 or P-521).")],
     as_json: Json = False,
 ) -> None:
-    """Signs a finished run with a local key; `verify --key` checks it with the public half. No network.
+    """Signs a finished run with a local key, without network access. To verify it: `verify --key` with the public key.
 
-    The signature is kept in the run folder (model.sig) and covers all its files. See docs/SECURITY.md for keys.
+    The signature (model.sig in the run folder) covers all files of the run. For keys, see docs/SECURITY.md.
     """
     from ..trust.signing import sign as sign_run
     from ..trust.verification import examine
@@ -103,7 +103,7 @@ def sign(
 @app.command(epilog=example("nayer-edge sbom runs/digits --out bom.json"))
 def sbom(
     run_folder: Run,
-    out: Annotated[Path | None, typer.Option("--out", help="Write here.", show_default="standard output")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Output file.", show_default="standard output")] = None,
     as_json: Json = False,
 ) -> None:
     """Writes a bill of materials (CycloneDX ML-BOM): networks, files, hashes, lineage, data provenance, software."""

@@ -1,1 +1,1 @@
-"""From a foreign checkpoint to a recipe: what `init` finds, asks and proposes."""
+"""`init`: inspects a user's checkpoint, asks for what is missing, and writes a recipe."""

@@ -1,6 +1,6 @@
-"""Which network a set of weights belongs to: names and shapes are compared with those of our zoo, torchvision and timm.
+"""Identifies the network of a checkpoint by comparing tensor names and shapes with our zoo, torchvision and timm.
 
-Networks are built without memory for their weights, and only those of the families whose tensors have such names.
+Candidates are built on the meta device, and only those of the families whose tensor names match.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from nayer_edge.models.state_dicts import AUXILIARY
 Shapes = Mapping[str, tuple[int, ...]]
 PLACEHOLDER = "class"
 ALMOST = 0.9
-"""of the tensors: with as many in their shapes, and all names the same, it is this network with a part exchanged"""
+"""fraction of matching shapes above which, if all names match, it is this network with another stem or head"""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Networks of a library that share a way of naming their tensors.
+    """Networks that share a naming scheme for their tensors.
 
     Attributes:
-        tensors: names that all of them have.
-        torchvision: pattern of their names there.
-        timm: modules of timm that hold such networks.
+        tensors: tensor names that all of them have.
+        torchvision: regular expression for their names in torchvision.
+        timm: timm modules that define them.
     """
 
     tensors: tuple[str, ...]
@@ -67,15 +67,16 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Match:
-    """A network that weights may belong to.
+    """A network that the weights may belong to.
 
     Attributes:
-        model: its name, as in a recipe.
-        exact: every tensor is there in its shape.
-        fitting, wanted: tensors that fit, of those that the network has.
-        differing: what differs, as sentences, the first few.
-        prefix: what stands before its names in the file.
-        same_names: what differs are shapes alone.
+        model: name of the network, as in a recipe.
+        exact: all names and shapes match.
+        fitting: number of the network's tensors that the file holds with the same shape.
+        wanted: number of tensors in the network.
+        differing: the differences, in words, each with a few examples.
+        prefix: prefix of the tensor names in the file.
+        same_names: all names match; only shapes differ.
     """
 
     model: str
@@ -88,7 +89,7 @@ class Match:
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shapes of what decides: counters of batches and heads for training alone left out."""
+    """Shapes by tensor name, without batch counters and auxiliary training heads."""
     return {
         name: tuple(value.shape)
         for name, value in tensors.items()
@@ -97,30 +98,30 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]
 
 
 def find(shapes: Shapes, channels: int, classes: int, hint: str = "") -> list[Match]:
-    """Networks whose tensors these are, or, where there is none, the nearest.
+    """The networks that match exactly or, if there is none, up to three of the nearest.
 
     Args:
-        hint: a file's name, which often holds the network's.
+        hint: the file name, which often contains the network's name.
     """
     matches: list[Match] = []
     for names in _candidates(shapes, hint):
         for model in names:
             match = compare(model, shapes, channels, classes)
             if match is not None and match.exact:
-                # A library whose network fits is enough: the others' of the same name are the same. Its own twins are
-                # not: timm's `tf_` networks pad in another way.
+                # One library with an exact match is enough: networks of the same name are the same in the others.
+                # Within timm they are not: its `tf_` variants have the same tensors, but different padding.
                 twins = [other for other in names if other != model and _base(other) == _base(model)]
                 found = [compare(other, shapes, channels, classes) for other in twins]
                 return [match, *(other for other in found if other is not None and other.exact)]
             matches += [match] if match is not None else []
             if match is not None and match.same_names and match.fitting >= ALMOST * match.wanted:
-                # This network with another stem or head: the rest of the libraries cannot come nearer.
+                # This network with another stem or head: no other library can match better.
                 return [match]
     return sorted(matches, key=lambda match: -match.fitting / max(match.wanted, 1))[:3]
 
 
 def compare(model: str, shapes: Shapes, channels: int, classes: int) -> Match | None:
-    """How well weights fit a network; None where it cannot be built."""
+    """Compares the weights with a network; None if it cannot be built."""
     wanted = _shapes_of_network(model, channels, classes)
     if wanted is None:
         return None
@@ -136,7 +137,7 @@ def compare(model: str, shapes: Shapes, channels: int, classes: int) -> Match | 
 
 
 def _candidates(shapes: Shapes, hint: str) -> Iterator[list[str]]:
-    """Names to try, library by library; those that a file's name hints at first."""
+    """Names to try, library by library, names suggested by the file name first."""
     yield [f"nayer:{name}" for name in _of_zoo(shapes)]
     bare = {name.removeprefix(prefix) for prefix in ("", *_prefixes(shapes)) for name in shapes}
     families = [family for family in FAMILIES if all(name in bare for name in family.tensors)]
@@ -145,7 +146,7 @@ def _candidates(shapes: Shapes, hint: str) -> Iterator[list[str]]:
 
 
 def _of_zoo(shapes: Shapes) -> list[str]:
-    """Our networks; a WideResNet's depth and width are read from its tensors."""
+    """Names of our zoo; the depth and width of a WideResNet are read from its tensors."""
     names: list[str] = list(zoo.NAMES)
     for prefix in ("", *_prefixes(shapes)):
         blocks = {
@@ -175,12 +176,12 @@ def _of_timm(families: Sequence[Family], hint: str) -> list[str]:
         return []
     modules = {module for family in families for module in family.timm}
     found = [name for module in sorted(modules) for name in timm.list_models(module=module)]
-    # Any network that the file is called after, whatever its family.
+    # Any network named in the file name, whatever its family.
     return list(dict.fromkeys([*found, *(name for name in timm.list_models() if _named(name, hint) == len(name))]))
 
 
 def _base(model: str) -> str:
-    """A network's name without the mark of those that pad as TensorFlow does."""
+    """A model name without the `tf_` of timm's variants with TensorFlow padding."""
     return model.replace(":tf_", ":")
 
 
@@ -189,7 +190,7 @@ def _hinted(names: list[str], hint: str) -> list[str]:
 
 
 def _named(name: str, hint: str) -> int:
-    """How much of a network's name a file's begins with: all of it, or nothing."""
+    """Length of the network's name if the file name contains it as a whole word, otherwise 0."""
     text, whole = re.sub(r"[^a-z0-9]+", "_", hint.lower()), re.sub(r"[^a-z0-9]+", "_", name.lower())
     return len(name) if re.search(rf"(^|_){re.escape(whole)}(_|$)", text) else 0
 
@@ -206,7 +207,7 @@ def _shapes_of_network(model: str, channels: int, classes: int) -> dict[str, tup
         except NayerEdgeError:
             return None
         except RuntimeError:
-            # Some networks compute their widths with tensors, and cannot be built without memory.
+            # Some networks compute their widths with tensors, which fails on the meta device.
             try:
                 network = sources.build(model, spec, labels).network
             except (NayerEdgeError, RuntimeError):
@@ -215,7 +216,7 @@ def _shapes_of_network(model: str, channels: int, classes: int) -> dict[str, tup
 
 
 def _prefixes(shapes: Shapes) -> list[str]:
-    """What all but a few names begin with ("model.", "backbone."), the short ones first."""
+    """Prefixes that at least 80 % of the names share ("model.", "backbone.")."""
     found: dict[str, int] = {}
     for name in shapes:
         parts = name.split(".")
@@ -227,7 +228,7 @@ def _prefixes(shapes: Shapes) -> list[str]:
 
 def _differences(inside: Shapes, wanted: Shapes) -> Iterator[str]:
     def written(shape: tuple[int, ...]) -> str:
-        return "×".join(map(str, shape)) or "one number"
+        return "×".join(map(str, shape)) or "a scalar"
 
     for what, names in (
         ("missing", [name for name in wanted if name not in inside]),
@@ -239,6 +240,6 @@ def _differences(inside: Shapes, wanted: Shapes) -> Iterator[str]:
     if other:
         name = other[0]
         yield (
-            f"{len(other)} of another shape ({name} is {written(inside[name])} in the file, {written(wanted[name])} in "
-            "the network)"
+            f"{len(other)} with another shape ({name} is {written(inside[name])} in the file, {written(wanted[name])} "
+            "in the network)"
         )

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: whose weights, how many classes, what it eats, and how sure that is."""
+"""Inspects a checkpoint: its network, classes and input, and whether each was stated or guessed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..recipes.loading import load_recipe
 from .architectures import Match, Shapes, compare, find, shapes_of
 
 IMAGENET = "imagenet-r50-mobilenet_v2"
-"""the shipped recipe that holds ImageNet-1k's class names"""
+"""a shipped recipe with the class names of ImageNet-1k"""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 _HEAD = re.compile(r"fc|head|classif|linear|logits|output", re.IGNORECASE)
@@ -32,10 +32,11 @@ MAX_CARD_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Guess:
-    """A value with where it is from.
+    """A value and its origin.
 
     Attributes:
-        sure: somebody wrote it down; otherwise a person should look at it.
+        origin: where the value comes from, for people.
+        sure: a file states it; otherwise the user should check it.
     """
 
     value: Any
@@ -45,16 +46,19 @@ class Guess:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a checkpoint says about itself.
+    """What was found in a checkpoint.
 
     Attributes:
-        path: of the file, or of the folder of a transformers model.
-        key: where in the file the weights were found.
-        tensors, parameters, batch_norms: how many.
-        classes, channels: outputs of the last layer and inputs of the first convolution.
-        matches: networks that they are the weights of; where none fits exactly, the nearest.
-        input: the images that it eats, as far as anybody says.
-        labels: class names, where anybody says them.
+        path: the file, or the folder of a transformers model.
+        key: key in the file under which the weights were found.
+        tensors: number of tensors.
+        parameters: number of parameters.
+        batch_norms: number of BatchNorm layers.
+        classes: outputs of the last linear layer.
+        channels: channels of the images.
+        matches: networks that match exactly, or else the nearest.
+        input: the input that the model expects; None if unknown.
+        labels: class names; None if unknown.
     """
 
     path: Path
@@ -70,21 +74,21 @@ class Findings:
 
     @property
     def exact(self) -> tuple[Match, ...]:
-        """The networks that every tensor fits."""
+        """The networks that match in every tensor."""
         return tuple(match for match in self.matches if match.exact)
 
 
 def look(path: Path, model: str | None = None, key: str | None = None, channels: int | None = None) -> Findings:
-    """Looks at a checkpoint, or at a folder that transformers saved.
+    """Inspects a checkpoint file, or a folder saved by transformers.
 
     Args:
-        model: the network, where it is known; then only this one is compared.
-        key: where in the file the weights are, where it holds several.
-        channels: of the images, where they are known.
+        model: the network, if known; then only this one is compared.
+        key: key of the weights in a file that holds several.
+        channels: channels of the images, if known.
 
     Raises:
-        UsageError: no such file, no weights, no BatchNorm layers, or no classifier.
-        IntegrityError: it is damaged, or a pickle that would run code.
+        UsageError: no such file, no weights, no BatchNorm layers, or not a classifier.
+        IntegrityError: the file is damaged, or a pickle that would run code.
     """
     if path.is_dir() and (path / "config.json").is_file():
         return _look_at_folder(path)
@@ -110,8 +114,8 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
 
 
 def _network(path: Path, shapes: Shapes, model: str | None, channels: int, classes: int) -> tuple[int, list[Match]]:
-    """Networks that these weights belong to, with the channels that their images have: those that were said, or, where
-    no network fits and one of those fits that the tensors tell of, these."""
+    """The matching networks and their image channels: the given number, or, if no network fits with it, the number read
+    from the tensors, provided that one fits with that."""
 
     def matches(channels: int) -> list[Match]:
         if model is None:
@@ -172,15 +176,16 @@ def _channels(path: Path, shapes: Shapes) -> int:
     seen = _image_channels(shapes)
     if seen is None:
         raise UsageError(
-            f"The network in {path} has no convolutions on images.", fix="Give a checkpoint of an image classifier."
+            f"The network in {path} has no spatial convolutions.",
+            fix="Use a checkpoint of a convolutional image classifier.",
         )
     return seen
 
 
 def _image_channels(shapes: Shapes) -> int | None:
-    """Input channels of the convolution that sees the image; None where there is none. The order of a file's tensors
-    does not say which that is; it is the one with the fewest input channels that is not depthwise (those have one each,
-    and there are many)."""
+    """Input channels of the first convolution; None if there is no convolution. The order of tensors in a file is
+    arbitrary, so the first convolution is taken to be the one with the fewest input channels that is not depthwise.
+    Depthwise ones have one input channel each; a single convolution with one channel reads greyscale images."""
     convolutions = [shape for shape in shapes.values() if len(shape) == 4 and shape[2] * shape[3] > 1]
     if not convolutions:
         return None
@@ -189,25 +194,25 @@ def _image_channels(shapes: Shapes) -> int | None:
 
 
 def _classes(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes) -> int:
-    """Outputs of the last linear layer."""
+    """Number of outputs of the last linear layer."""
     linear = [name for name, shape in shapes.items() if len(shape) == 2 and name.endswith("weight")]
     linear = [name for name in linear if not AUXILIARY.search(name)]
     linear.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")])
     heads = [name for name in linear if _HEAD.search(name)] or linear
     if not heads:
         raise UsageError(
-            f"The network in {path} has no linear layer at its end, so it is no classifier.",
-            why=f"It holds {len(tensors)} tensors; a classifier's last one has a row for each class.",
-            fix="Give a checkpoint of the whole classifier, head included.",
+            f"The network in {path} has no linear layer, so it is not a classifier.",
+            why=f"None of its {len(tensors)} tensors is the weight of a linear layer with one row per class.",
+            fix="Use a checkpoint of the whole classifier, including its head.",
         )
     return shapes[heads[-1]][0]
 
 
-# ------------------------------------------------------------------ from what lies beside it
+# ------------------------------------------------------------------ from files beside it
 
 
 def _card_beside(path: Path) -> dict[str, Any]:
-    """A JSON file of the same name that tells input and classes, as our own cards do; empty where there is none."""
+    """A JSON file of the same name that states input and classes, as our own cards do; empty if there is none."""
     card = path.with_suffix(".json")
     try:
         if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
@@ -234,7 +239,7 @@ def _input(path: Path, model: str | None, channels: int, classes: int, card: Map
     except NayerEdgeError:
         found, origin = {}, ""
     if found and found.get("channels") == channels:
-        # timm describes what it published, which these weights may or may not be.
+        # timm describes the weights it published; the user's may differ.
         return Guess(InputSpec.model_validate(found), origin, model.startswith("torchvision:"))
     small = model.startswith("nayer:")
     size = 32 if small else int(found.get("height", 224))
@@ -243,7 +248,7 @@ def _input(path: Path, model: str | None, channels: int, classes: int, card: Map
         mean, std = (0.5,), (0.5,)
     spec = InputSpec(channels=channels, height=size, width=size, mean=mean, std=std)
     what = "CIFAR's" if small else "ImageNet's"
-    return Guess(spec, f"{what} size and normalisation, the usual ones for {model}", False)
+    return Guess(spec, f"{what} size and normalisation, as usual for {model}", False)
 
 
 def _labels(path: Path, model: str | None, classes: int, card: Mapping[str, Any]) -> Guess | None:
@@ -251,12 +256,12 @@ def _labels(path: Path, model: str | None, classes: int, card: Mapping[str, Any]
     if isinstance(names, list) and (found := _usable(names, classes, path.with_suffix(".json").name, True)):
         return found
     if classes == 1000 and model is not None and not model.startswith("nayer:"):
-        return Guess(load_recipe(IMAGENET).teacher.classes, "ImageNet-1k, which has 1,000 classes too", False)
+        return Guess(load_recipe(IMAGENET).teacher.classes, "ImageNet-1k, which also has 1,000 classes", False)
     return None
 
 
 def _usable(names: list[Any], classes: int, origin: str, sure: bool) -> Guess | None:
-    """Class names that hold; one that two classes share gets the class's number."""
+    """The class names if they are valid, otherwise None; names that several classes share get the class number."""
     if len(names) != classes or not all(isinstance(name, str) for name in names):
         return None
     shared = {name for name in names if names.count(name) > 1}

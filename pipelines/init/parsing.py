@@ -1,4 +1,4 @@
-"""What a person says of a checkpoint, on the command line or when asked, read. Imports nothing heavy."""
+"""Parses what the user states about a checkpoint, as options or answers. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from nayer_edge.labels.class_names import read_labels
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_COLOURS = 4
-"""a last size of at most so many, behind a larger first one, is the number of channels, not a width"""
+"""a last number up to this, after a larger first one, is taken as channels (HxWxC), not as a width"""
 
 
 def parse_shape(text: str, channels: int) -> tuple[int, int, int]:
     """ "3x224x224", "224x224x3", "224x224" or "224" → (channels, height, width).
 
     Args:
-        channels: where the text says nothing of them.
+        channels: default if the text states none.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: the text has none of these forms.
     """
     parts = re.split(r"[x×,]", text.strip().lower().replace(" ", ""))
     if not 1 <= len(parts) <= 3 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise UsageError(f"'{text}' is no image size.", fix="For example: --input 3x224x224")
+        raise UsageError(f"'{text}' is not an image size.", fix="For example: --input 3x224x224")
     sizes = [int(part) for part in parts]
     if len(sizes) == 1:
         sizes *= 2
@@ -35,45 +35,46 @@ def parse_shape(text: str, channels: int) -> tuple[int, int, int]:
 
 
 def parse_values(text: str, flag: str) -> tuple[float, ...]:
-    """ "0.485,0.456,0.406" → its numbers.
+    """ "0.485,0.456,0.406" → numbers.
 
     Raises:
-        UsageError: they are none.
+        UsageError: the text is not a list of numbers.
     """
     try:
         return tuple(float(part) for part in re.split(r"[,\s]+", text.strip().strip("[]()")))
     except ValueError as error:
-        raise UsageError(f"'{text}' are no numbers.", fix=f"For example: {flag} 0.485,0.456,0.406") from error
+        raise UsageError(f"'{text}' is not a list of numbers.", fix=f"For example: {flag} 0.485,0.456,0.406") from error
 
 
 def named_after(path: Path) -> str:
-    """A recipe's name from that of the checkpoint."""
+    """A recipe name derived from the name of the checkpoint."""
     stem = path.name if path.is_dir() else path.stem
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64] or "mine"
 
 
 def checked_name(name: str) -> str:
-    """A recipe's name that holds.
+    """Returns a valid recipe name unchanged.
 
     Raises:
-        UsageError: it does not.
+        UsageError: the name is invalid.
     """
     if not NAME.fullmatch(name):
         raise UsageError(
-            f"'{name}' cannot name a recipe.", fix="Take letters, digits, dots, dashes and underscores, at most 64."
+            f"'{name}' is not a valid recipe name.",
+            fix="Use at most 64 letters, digits, dots, dashes and underscores, starting with a letter or digit.",
         )
     return name
 
 
 def require_files(checkpoint: Path, labels: Path | None) -> None:
-    """Looks at the files that were named before anything takes time.
+    """Checks that the given files exist before anything slow starts.
 
     Raises:
-        UsageError: one is not there, or the class names do not hold.
+        UsageError: a file does not exist, or the class names are invalid.
     """
     for path, what, fix in (
-        (checkpoint, "checkpoint", "Mend the path of your teacher's weights."),
-        (labels, "file of class names", "Mend the path: --labels PATH"),
+        (checkpoint, "checkpoint", "Correct the path of the checkpoint."),
+        (labels, "file of class names", "Correct the path: --labels PATH"),
     ):
         if path is not None and not path.exists():
             raise UsageError(f"There is no {what} at {path}.", fix=fix)

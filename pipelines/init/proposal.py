@@ -1,4 +1,4 @@
-"""From a checkpoint to a plan: what it says about itself, what a person answers, and what neither knows."""
+"""From a checkpoint to a proposal: combines findings, options and answers, and asks for what is still unknown."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ..recipes.checking import checked
 from .inspect_checkpoint import Findings, Guess
 from .parsing import checked_name, named_after, parse_shape, parse_values
 from .sizes import Effort, choose, device_at_hand, speed_of, student_for
-from .starter_recipe import Plan
+from .starter_recipe import Proposal
 
 
 @dataclass(frozen=True)
 class Question:
-    """Something that only a person knows for certain.
+    """A question that only the user can answer for certain.
 
     Attributes:
         flag: the option that answers it.
         text: the question.
-        guess: an answer that may be right; None where there is none.
-        firm: the guess may be taken without asking, where the user said so.
+        guess: a plausible answer; None if there is none.
+        firm: `--yes` accepts the guess.
     """
 
     flag: str
@@ -42,7 +42,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Given:
-    """What the options say; None where they say nothing."""
+    """The options of `init`; None if not given."""
 
     model: str | None = None
     labels: Path | None = None
@@ -58,23 +58,23 @@ class Given:
     effort: Effort = "normal"
 
 
-# ------------------------------------------------------------------ what is not known
+# ------------------------------------------------------------------ open questions
 
 
 def questions(found: Findings, given: Given) -> list[Question]:
-    """What neither the checkpoint nor the options answer for certain.
+    """The questions that neither the checkpoint nor the options answer for certain.
 
     Raises:
-        UsageError: the network that the options name is not that of the weights.
+        UsageError: the weights do not fit the network given with `--model`.
     """
     asked: list[Question] = []
     if given.model is None and len(found.exact) != 1:
         asked.append(_which_network(found))
     elif not found.exact and parse(given.model or "nayer:").source != "python":
         raise UsageError(
-            f"The weights in {found.path} are not those of {given.model} with {found.classes} classes.",
+            f"The weights in {found.path} do not fit {given.model} with {found.classes} classes.",
             why="; ".join(found.matches[0].differing) + "." if found.matches else "It cannot be built.",
-            fix=f"Without --model the network is looked for: nayer-edge init {shlex.quote(str(found.path))}",
+            fix=f"To search for the network, omit --model: nayer-edge init {shlex.quote(str(found.path))}",
         )
     if given.labels is None and (found.labels is None or not found.labels.sure):
         usual = found.labels and f"those of {found.labels.origin}"
@@ -85,11 +85,11 @@ def questions(found: Findings, given: Given) -> list[Question]:
     if found.input is None or not found.input.sure:
         if given.input is None:
             guess = None if spec is None else f"{spec.channels}x{spec.height}x{spec.width}"
-            asked.append(Question("--input", "The images that it was trained on: channels x height x width", guess))
+            asked.append(Question("--input", "The size of its training images, as channels x height x width", guess))
         for name in ("mean", "std"):
             if getattr(given, name) is None:
                 guess = None if spec is None else ",".join(f"{value:g}" for value in getattr(spec, name))
-                asked.append(Question(f"--{name}", f"Its normalisation of pixels in [0, 1]: {name} per channel", guess))
+                asked.append(Question(f"--{name}", f"The {name} per channel for pixels in [0, 1]", guess))
     return asked
 
 
@@ -97,23 +97,23 @@ def _which_network(found: Findings) -> Question:
     if len(found.exact) > 1:
         names = [match.model for match in found.exact]
         text = (
-            f"{len(names)} networks have such tensors, but do not all compute the same: {', '.join(names[:6])}"
+            f"{len(names)} networks have these tensors, but may compute different results: {', '.join(names[:6])}"
             + (", …" if len(names) > 6 else "")
             + ". Which one is it"
         )
         return Question("--model", text, names[0], firm=False)
-    text = "The network is none that is known here"
+    text = "The network was not recognised"
     if found.matches:
         near = found.matches[0]
         text += f" (nearest: {near.model}, {near.fitting} of {near.wanted} tensors fit; {'; '.join(near.differing)})"
-    return Question("--model", text + ". Its name, or your own code as python:file.py:factory", firm=False)
+    return Question("--model", text + ". Give its name, or your own code as python:file.py:factory", firm=False)
 
 
 def require_answers(asked: Sequence[Question], *, take_guesses: bool) -> None:
-    """Ends where something is not known and nobody can be asked.
+    """Checks that every question is answered, or guessed where `take_guesses` allows it.
 
     Raises:
-        UsageError: with every flag that is missing.
+        UsageError: answers are missing; lists the option for each.
     """
     missing = [q for q in asked if not (take_guesses and q.firm and q.guess is not None)]
     if not missing:
@@ -121,28 +121,28 @@ def require_answers(asked: Sequence[Question], *, take_guesses: bool) -> None:
     lines = [f"  {q.flag}: {q.text}." + (f" A guess: {q.guess}" if q.guess else "") for q in missing]
     guesses = not take_guesses and any(question.guess and question.firm for question in missing)
     raise UsageError(
-        f"{len(missing)} thing{'s are' if len(missing) > 1 else ' is'} not known, and there is no terminal to ask on:",
+        f"{len(missing)} value{'s are' if len(missing) > 1 else ' is'} missing, and there is no terminal to ask on:",
         why="\n".join(lines),
         fix=f"Add {', '.join(question.flag for question in missing)}"
-        + ("; or --yes, which takes the guesses." if guesses else "."),
+        + ("; or --yes, which accepts the guesses." if guesses else "."),
     )
 
 
-# ------------------------------------------------------------------ from answers to a plan
+# ------------------------------------------------------------------ from answers to a proposal
 
 
-def settle(found: Findings, given: Given) -> Plan:
-    """Puts findings, options and guesses together, and tries the teacher's weights in its network.
+def settle(found: Findings, given: Given) -> Proposal:
+    """Combines findings, options and guesses, and loads the weights into the teacher's network.
 
     Raises:
-        UsageError: an answer does not hold, or does not fit the checkpoint.
+        UsageError: an answer is invalid, or does not fit the checkpoint.
     """
     model = given.model or found.exact[0].model
     spec, spec_origin = _spec(found, given)
     classes, labels, labels_origin = _class_names(found, given)
     weights = None if found.path.is_dir() else str(found.path.resolve())
     teacher = Teacher(model=model, weights=weights, weights_key=given.key, classes=classes, input=spec)
-    # What `run` will do first: the weights in the network, finite, with BatchNorms, and one answer.
+    # The same checks as `run`: the weights load and are finite, and a forward pass works.
     network, _ = load_teacher(teacher, untrained_teacher(teacher))
     cost = cost_of(model, spec, len(classes))
     device = device_at_hand(given.device)
@@ -152,7 +152,7 @@ def settle(found: Findings, given: Given) -> Plan:
     if student == model:
         raise UsageError(f"Teacher and student are both {model}.", fix="Name a smaller network with --student.")
     student_cost = cost_of(student, spec, len(classes))
-    return Plan(
+    return Proposal(
         name=checked_name(given.name or named_after(found.path)),
         checkpoint=found.path.resolve(),
         key=given.key,
@@ -177,19 +177,19 @@ def _spec(found: Findings, given: Given) -> tuple[InputSpec, str]:
     channels, height, width = parse_shape(given.input, found.channels) if given.input else base.shape
     if channels != found.channels:
         raise UsageError(
-            f"The network takes images of {found.channels} channels, and --input says {channels}.",
+            f"The network expects {found.channels}-channel images, but --input is {channels}x{height}x{width}.",
             fix=f"Type: --input {found.channels}x{height}x{width}",
         )
     mean = parse_values(given.mean, "--mean") if given.mean else base.mean
     std = parse_values(given.std, "--std") if given.std else base.std
     values = {"channels": channels, "height": height, "width": width, "mean": mean, "std": std}
-    spec = checked(InputSpec, values, "These images cannot be:", "Mend --input, --mean or --std.")
+    spec = checked(InputSpec, values, "Invalid input specification:", "Fix --input, --mean or --std.")
     told = [flag for flag in ("input", "mean", "std") if getattr(given, flag) is not None]
-    origin = found.input.origin if found.input else "nobody"
+    origin = found.input.origin if found.input else "defaults"
     guessed = "" if found.input is not None and found.input.sure else " (a guess)"
     if len(told) == 3:
-        return spec, "you said so"
-    return spec, f"{origin}{guessed}" + (f"; {', '.join(told)} from you" if told else "")
+        return spec, "the options"
+    return spec, f"{origin}{guessed}" + (f"; {', '.join(told)} from the options" if told else "")
 
 
 def _class_names(found: Findings, given: Given) -> tuple[tuple[str, ...], Path | None, str]:
@@ -197,8 +197,8 @@ def _class_names(found: Findings, given: Given) -> tuple[tuple[str, ...], Path |
         names = read_labels(given.labels)
         if len(names) != found.classes:
             raise UsageError(
-                f"{given.labels} holds {len(names)} class names, and the classifier has {found.classes} outputs.",
-                fix="Give one name for each output, in its order.",
+                f"{given.labels} holds {len(names)} class names, but the classifier has {found.classes} outputs.",
+                fix="Give one name per output, in the same order.",
             )
         return names, given.labels.resolve(), given.labels.name
     guess: Guess | None = found.labels
@@ -207,7 +207,7 @@ def _class_names(found: Findings, given: Given) -> tuple[tuple[str, ...], Path |
 
 
 def summary(found: Findings) -> dict[str, Any]:
-    """Findings for machines."""
+    """The findings as values for `--json`."""
     return {
         "checkpoint": str(found.path),
         "key": found.key,

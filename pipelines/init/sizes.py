@@ -1,4 +1,4 @@
-"""How large a run should be on the device at hand: batches, rounds, epochs, memory bank, each with its reason."""
+"""Chooses batch sizes, rounds, epochs and memory bank for this machine, and gives the reasons."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from ..model_cost import Cost, cost_of, flop_of
 Effort = Literal["trial", "normal"]
 
 CPU_SECONDS = 3600.0
-"""that a run on a processor should take"""
+"""target duration of a run on a CPU"""
 CPU_EPOCHS = (10, 40)
-"""fewest and most epochs of a run on a processor"""
+"""minimum and maximum number of epochs on a CPU"""
 LEAST_CHANNELS = 32
-"""of a generator that is made narrower than the paper's"""
+"""lower limit when the generator is made narrower than the paper's"""
 LARGE = 64
-"""pixels of the longer side above which the settings for ImageNet's sizes hold"""
+"""longer side in pixels above which the ImageNet settings are used"""
 BACKWARD = 3
-"""a step's cost and memory as multiples of a forward pass (forward, and twice as much backward)"""
+"""cost and memory of a training step in forward passes (the backward pass counts as two)"""
 SHARE = 0.4
-"""of the free memory that activations may take"""
+"""fraction of the free memory that activations may use"""
 MEASURED_FLOP = 2e10
-"""operations of one pass that measures the device's speed"""
+"""floating-point operations of one pass when measuring speed"""
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where the run is to be.
+    """The device that the run will use.
 
     Attributes:
         kind: cpu or cuda.
-        name: for a comment.
-        free_bytes: memory that it may use.
-        flop_per_s: floating-point operations that networks like the teacher reach in a second.
+        name: for the comment in the recipe.
+        free_bytes: free memory.
+        flop_per_s: floating-point operations per second, measured with the teacher.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -62,9 +62,9 @@ class Sizes:
     """The numbers of a recipe that depend on device, image size and networks.
 
     Attributes:
-        generator_channels: None for the paper's.
-        seconds: what the whole run takes on a processor, about; None where nobody can tell.
-        reasons: why, by name of the number.
+        generator_channels: None for the paper's value.
+        seconds: estimated duration of the run on a CPU; None on a GPU.
+        reasons: reason for each number, by its name.
     """
 
     batch: int
@@ -87,10 +87,10 @@ class Sizes:
 
 
 def device_at_hand(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Device:
-    """The device that a run would use, and its free memory.
+    """The device that a run would use, with its free memory.
 
     Raises:
-        MissingError: CUDA was asked for and there is none.
+        MissingError: CUDA was requested but is not available.
     """
     chosen = choose_compute(kind)
     if chosen.device.type == "cuda":
@@ -99,7 +99,7 @@ def device_at_hand(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Device:
 
 
 def generator_flop(spec: InputSpec, classes: int, channels: int) -> float:
-    """Floating-point operations of the generator for one image (embeddings as long as MiniLM's)."""
+    """Floating-point operations of the generator per image (with MiniLM's embedding length)."""
     dimensions, batch = 384, 2 * classes
     with torch.device("meta"):
         config = GeneratorConfig(channels=channels)
@@ -109,7 +109,7 @@ def generator_flop(spec: InputSpec, classes: int, channels: int) -> float:
 
 
 def speed_of(teacher: Classifier, cost: Cost, seconds: float = 1.0) -> float:
-    """Floating-point operations in a second, measured here: the teacher forward, and backward to the images."""
+    """Measures floating-point operations per second: the teacher's forward pass, and backward to the images."""
     compute = choose_compute("cpu")
     network = compute.place(teacher).eval().requires_grad_(False)
     batch = int(min(max(MEASURED_FLOP / (BACKWARD * cost.flop), 2), 64))
@@ -121,12 +121,12 @@ def speed_of(teacher: Classifier, cost: Cost, seconds: float = 1.0) -> float:
             logits = network(images.requires_grad_())
         logits.float().logsumexp(dim=1).sum().backward()
         times.append(time.perf_counter() - began)
-    # The first pass plans.
+    # The first pass warms up.
     return batch * BACKWARD * cost.flop / statistics.median(times[1:])
 
 
 def choose(spec: InputSpec, classes: int, teacher: Cost, student: Cost, device: Device, effort: Effort) -> Sizes:
-    """Sizes for a run; those of the paper where a GPU lets them be, smaller ones on a processor."""
+    """Sizes for a run: the paper's on a GPU, as far as memory allows; smaller ones on a CPU."""
     if effort == "trial":
         return _trial(spec, classes)
     large = max(spec.height, spec.width) > LARGE
@@ -139,7 +139,7 @@ def choose(spec: InputSpec, classes: int, teacher: Cost, student: Cost, device: 
     else:
         values = {"batch": 32 if large else 100, "g_steps": 30, "rounds": 1, "warmup_rounds": 4}
         values |= {"epochs": 0, "warmup_epochs": 0, "steps": 60, "student_batch": 64 if large else 128}
-        lr, why = 0.1, "a processor's share of the paper's; the next numbers to raise where there is time"
+        lr, why = 0.1, "smaller than the paper's, for a CPU; raise these numbers first if you have time"
     reasons = {"batch": why}
     values["batch"] = _fitting(values["batch"], BACKWARD * teacher.activation_bytes, device, "batch", reasons)
     both = teacher.activation_bytes + BACKWARD * student.activation_bytes
@@ -147,7 +147,7 @@ def choose(spec: InputSpec, classes: int, teacher: Cost, student: Cost, device: 
     channels = GeneratorConfig().channels
     while not gpu and channels > LEAST_CHANNELS and generator_flop(spec, classes, channels) > teacher.flop:
         channels //= 2
-        reasons["generator"] = "narrower than the paper's, which would cost more than the teacher"
+        reasons["generator"] = "narrower than the paper's, which would need more operations than the teacher"
     synthesis_flop = values["g_steps"] * values["batch"] * BACKWARD
     warm_round = synthesis_flop * (teacher.flop + generator_flop(spec, classes, channels))
     step_flop = values["student_batch"] * (teacher.flop + BACKWARD * student.flop)
@@ -170,7 +170,7 @@ def choose(spec: InputSpec, classes: int, teacher: Cost, student: Cost, device: 
     seconds = None if gpu else total / device.flop_per_s
     reasons["epochs"] = f"with these numbers the run takes about {total:.0e} floating-point operations"
     if seconds is not None:
-        speed = f"the {device.flop_per_s / 1e9:.0f} GFLOP/s that the teacher reached here"
+        speed = f"the {device.flop_per_s / 1e9:.0f} GFLOP/s measured with the teacher on this machine"
         reasons["epochs"] += f", {duration(seconds)} at {speed}"
     rounds = warm * values["warmup_rounds"] + (epochs - warm) * values["rounds"]
     bank, reasons["bank_mib"] = _bank(spec, values["batch"], rounds, device)
@@ -191,7 +191,7 @@ def choose(spec: InputSpec, classes: int, teacher: Cost, student: Cost, device: 
 def _trial(spec: InputSpec, classes: int) -> Sizes:
     batch = 32
     bank, _ = _bank(spec, batch, 4, Device("cpu", "", 2**40))
-    why = "a trial: it shows in minutes that everything fits, and its student is no good"
+    why = "a trial, which checks in minutes that everything works; its student is not meant to be accurate"
     return Sizes(
         batch=batch, g_steps=3, rounds=1, warmup_rounds=2, epochs=2, warmup_epochs=1, steps=3, student_batch=32,
         lr=0.1, pad=_pad(spec), bank_mib=bank, holdout_rounds=1, calibration_images=32, synthetic_images=64,
@@ -200,7 +200,7 @@ def _trial(spec: InputSpec, classes: int) -> Sizes:
 
 
 def _pad(spec: InputSpec) -> int:
-    """Pixels around an image before the random crop: 4 at 32, as published; 2 at 16, 16 at 224."""
+    """Padding in pixels before the random crop: 4 at 32, as published; 2 at 16, 16 at 224."""
     shorter = min(spec.height, spec.width)
     return max(1, min(shorter // 8, 16))
 
@@ -209,7 +209,7 @@ def _fitting(wanted: int, bytes_each: float, device: Device, name: str, reasons:
     most = int(SHARE * device.free_bytes / max(bytes_each, 1.0))
     if most >= wanted:
         return wanted
-    reasons[name] = f"what fits into {SHARE:.0%} of the {device.free_bytes / 2**30:.0f} GiB that are free"
+    reasons[name] = f"what fits into {SHARE:.0%} of the {device.free_bytes / 2**30:.0f} GiB of free memory"
     return max(8, 2 ** int(math.log2(max(most, 8))))
 
 
@@ -224,13 +224,13 @@ def _bank(spec: InputSpec, batch: int, rounds: int, device: Device) -> tuple[int
 
 
 def duration(seconds: float) -> str:
-    """About how long: "40 minutes", "2.5 hours"."""
+    """A rounded duration: "40 minutes", "2.5 hours"."""
     return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} minutes"
 
 
 def student_for(spec: InputSpec, classes: int, teacher: Cost, own: str) -> str:
-    """A student for the edge: of the usual ones for the image size the largest with at most a third of the teacher's
-    parameters and no more operations than the teacher; where none has, the smallest of all."""
+    """Proposes a student: the largest of the usual ones for the image size that has at most a third of the teacher's
+    parameters and no more operations than the teacher; if there is none, the one with the fewest parameters."""
     small = ("nayer:wrn_16_2", "nayer:wrn_16_1", "nayer:resnet8")
     large = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5")
     names = [name for name in (large if max(spec.height, spec.width) > LARGE else small) if name != own]

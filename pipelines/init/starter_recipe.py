@@ -1,4 +1,4 @@
-"""The recipe that `init` writes: TOML with the reason of every number beside it."""
+"""Writes the recipe of `init`: TOML, with a comment that explains each choice."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ..steps import until
 from .sizes import Device, Effort, Sizes
 
 INLINE = 40
-"""class names that a recipe holds itself; more of them go into a file beside it"""
+"""up to this many class names are written into the recipe; more go into a file beside it"""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that the recipe says.
+class Proposal:
+    """The values of a proposed recipe.
 
     Attributes:
-        origins: where input and class names are from, for comments.
-        labels: the file of class names; None where the recipe holds them.
+        origins: where input and class names come from, for comments.
+        labels: the user's file of class names; None if they did not name one.
     """
 
     name: str
@@ -52,29 +52,29 @@ class Plan:
     origins: Mapping[str, str] = field(default_factory=dict)
 
 
-def write(plan: Plan, out: Path, *, force: bool = False) -> list[Path]:
-    """Writes the recipe, and class names beside it where there are many; then looks at it as `run` would.
+def write(proposal: Proposal, out: Path, *, force: bool = False) -> list[Path]:
+    """Writes the recipe, with a file of class names if there are many, then checks it as `run` would.
 
     Raises:
-        UsageError: something is there already, or the recipe would not run.
+        UsageError: a file already exists, or the recipe would not run.
     """
     if out.suffix != SUFFIX:
-        raise UsageError(f"A recipe cannot be called '{out.name}'.", fix=f"Let --out end with {SUFFIX}.")
+        raise UsageError(f"'{out.name}' is not a recipe file name.", fix=f"Give --out a name that ends with {SUFFIX}.")
     files: dict[Path, str] = {}
-    labels = plan.labels
-    if labels is None and len(plan.classes) > INLINE:
+    labels = proposal.labels
+    if labels is None and len(proposal.classes) > INLINE:
         labels = out.with_suffix(".labels.txt")
-        files[labels] = "\n".join(plan.classes) + "\n"
-    files[out] = recipe_text(plan, out, labels)
+        files[labels] = "\n".join(proposal.classes) + "\n"
+    files[out] = recipe_text(proposal, out, labels)
     if there := [path for path in files if path.exists() and not force]:
-        raise UsageError(f"There is a {there[0]} already.", fix="Choose another with --out, or add --force.")
+        raise UsageError(f"{there[0]} already exists.", fix="Choose another file with --out, or add --force.")
     before = {path: path.read_bytes() if path.exists() else None for path in files}
     for path, text in files.items():
         write_bytes(path, text.encode())
     try:
         preflight.check(load_recipe(str(out)), until(None))
     except BaseException:
-        # The same command, mended, finds no half of its work in its way.
+        # Leave nothing behind, so that the corrected command is not refused.
         for path, content in before.items():
             if content is None:
                 path.unlink(missing_ok=True)
@@ -84,37 +84,39 @@ def write(plan: Plan, out: Path, *, force: bool = False) -> list[Path]:
     return list(files)
 
 
-def recipe_text(plan: Plan, out: Path, labels: Path | None) -> str:
-    """The recipe as TOML, every number with its reason."""
-    sizes, spec, (teacher, student) = plan.sizes, plan.spec, plan.costs
+def recipe_text(proposal: Proposal, out: Path, labels: Path | None) -> str:
+    """The recipe as TOML, with comments."""
+    sizes, spec, (teacher, student) = proposal.sizes, proposal.spec, proposal.costs
     why = sizes.reasons
     folder = out.resolve().parent
-    weights = {} if plan.checkpoint.is_dir() else {"weights": _near(plan.checkpoint, folder)}
-    if plan.key:
-        weights["weights_key"] = plan.key
-    model = f"hf:{_near(plan.checkpoint, folder)}" if plan.checkpoint.is_dir() else _model(plan.model, folder)
-    where = f"{plan.device.name}, {plan.device.free_bytes / 2**30:.0f} GiB free"
+    weights = {} if proposal.checkpoint.is_dir() else {"weights": _near(proposal.checkpoint, folder)}
+    if proposal.key:
+        weights["weights_key"] = proposal.key
+    model = (
+        f"hf:{_near(proposal.checkpoint, folder)}" if proposal.checkpoint.is_dir() else _model(proposal.model, folder)
+    )
+    where = f"{proposal.device.name}, {proposal.device.free_bytes / 2**30:.0f} GiB free"
     ratio = teacher.parameters / max(student.parameters, 1)
-    at_hand = plan.data is None or plan.data in BUILT_IN_DATA or plan.data.startswith("$")
-    holdout = plan.data if at_hand or plan.data is None else _near(Path(plan.data).expanduser(), folder)
+    at_hand = proposal.data is None or proposal.data in BUILT_IN_DATA or proposal.data.startswith("$")
+    holdout = proposal.data if at_hand or proposal.data is None else _near(Path(proposal.data).expanduser(), folder)
     data = _entries(data=holdout) if holdout else '# data = "holdout"'
-    trial, flip = plan.effort == "trial", str(plan.flip).lower()
-    described = f"{plan.model} → {plan.student}, without data" + (" (a trial)" if trial else "")
+    trial, flip = proposal.effort == "trial", str(proposal.flip).lower()
+    described = f"{proposal.model} → {proposal.student}, without data" + (" (a trial)" if trial else "")
     return f"""\
 # Written by `nayer-edge init` for {where}.
 # Run it with: nayer-edge run {shlex.quote(out.name)}
-# Every key that is not here has the paper's value; `nayer-edge run … --set a.b=c` overrides one for once.
-{_entries(name=plan.name, description=described)}
-{_entries(device="cpu") if plan.device.kind == "cpu" else "# device: a GPU where there is one"}
+# Omitted keys default to the paper's values; `nayer-edge run … --set a.b=c` overrides a key for one run.
+{_entries(name=proposal.name, description=described)}
+{_entries(device="cpu") if proposal.device.kind == "cpu" else "# device: a GPU if there is one"}
 
 [teacher]
-# {_count(teacher.parameters)} parameters, {plan.batch_norms} BatchNorm layers, {_macs(teacher)} for an image.
+# {_count(teacher.parameters)} parameters, {proposal.batch_norms} BatchNorm layers, {_macs(teacher)} per image.
 {_entries(model=model, **weights)}
-# Class names, in the order of its outputs, from: {_comment(plan.origins.get("labels", ""))}.
-{_entries(classes=_near(labels, folder) if labels else plan.classes)}
+# Class names, in the order of the outputs, from: {_comment(proposal.origins.get("labels", ""))}.
+{_entries(classes=_near(labels, folder) if labels else proposal.classes)}
 
-# What the teacher was trained on, from: {_comment(plan.origins.get("input", ""))}.
-# Wrong values here are the commonest reason for a bad student: check them where they are a guess.
+# The input that the teacher was trained with, from: {_comment(proposal.origins.get("input", ""))}.
+# Wrong values here are a common cause of a poor student: verify every value marked as a guess.
 [teacher.input]
 channels = {spec.channels}
 height = {spec.height}
@@ -124,51 +126,51 @@ std = {_numbers(spec.std)}
 
 [student]
 # {_count(student.parameters)} parameters, {ratio:.0f} times fewer, {_macs(student)}. `nayer-edge students` lists more.
-{_entries(model=_model(plan.student, folder))}
+{_entries(model=_model(proposal.student, folder))}
 
 [lte]
-# Class names become vectors once. `nayer-edge lte show {_comment(out.name)}` shows which of them lie close together.
+# Class names are embedded once. `nayer-edge lte show {_comment(out.name)}` shows which of them are similar.
 encoder = "all-MiniLM-L6-v2"
 prompt = "a photo of a {{label}}"
 
 {_generator(sizes)}[synthesis]
-# Images for each round: {why.get("batch", "")}.
+# Images per round: {why.get("batch", "")}.
 batch = {sizes.batch}
-# Optimisation steps for each round, rounds for each epoch, and rounds for each epoch of warm-up.
+# Optimisation steps per round, rounds per epoch, and rounds per warm-up epoch.
 g_steps = {sizes.g_steps}
 rounds = {sizes.rounds}
 warmup_rounds = {sizes.warmup_rounds}
-# Crop and flip inside the loss. The mirror image of a digit or a letter is none: then flip = false, here and below.
+# Random crop and flip inside the loss. For digits and text, set flip = false here and in [distill].
 augment = {{ pad = {sizes.pad}, flip = {flip} }}
 
 [distill]
 # {_sentence(why.get("epochs", "Few, for a trial"))}.
 epochs = {sizes.epochs}
 warmup_epochs = {sizes.warmup_epochs}
-# Student steps for each epoch{_because(why.get("student_batch"))}.
+# Student steps per epoch{_because(why.get("student_batch"))}.
 steps = {sizes.steps}
 batch = {sizes.student_batch}
 lr = {sizes.lr}
 augment = {{ pad = {sizes.pad}, flip = {flip} }}
-# MiB of images that are kept to learn from: {why.get("bank_mib", "a few rounds")}.
+# MiB of synthetic images in the memory bank: {why.get("bank_mib", "a few rounds")}.
 bank_mib = {sizes.bank_mib}
-# Rounds of images that only measure agreement with the teacher.
+# Rounds of images held out to measure agreement with the teacher.
 holdout_rounds = {sizes.holdout_rounds}
 
 [export]
-# cpu, arm, tensorrt, tensorrt-rtx; several are possible.
+# One or more of cpu, arm, tensorrt, tensorrt-rtx.
 targets = ["cpu"]
 calibration_images = {sizes.calibration_images}
 
 [validate]
-# Real labelled images, where you have some, only measure: a folder of class folders, a parquet or npz file.
-# Without them artefact and teacher are compared on synthetic images, and every number says so.
+# Real labelled images, if you have some: a folder of class folders, a parquet or npz file.
+# They only measure. Without them, artifacts and teacher are compared on synthetic images, which every number states.
 {data}
 synthetic_images = {sizes.synthetic_images}
 
 [gate]
 artifacts = ["int8.cpu"]
-# What you can bear to lose, as fractions: 0.01 is one image in a hundred. Small limits need many images.
+# Accepted loss of accuracy, as fractions: 0.01 is one image in a hundred. Small limits need many images.
 accuracy = {{ max_drop_vs_fp32 = 0.015, max_drop_vs_teacher = 0.04 }}
 """
 
@@ -178,14 +180,14 @@ def _generator(sizes: Sizes) -> str:
         return ""
     return f"""\
 [generator]
-# Width of its last convolutions: {sizes.reasons["generator"]}.
+# Width of the last convolutions: {sizes.reasons["generator"]}.
 channels = {sizes.generator_channels}
 
 """
 
 
 def _model(name: str, folder: Path) -> str:
-    """A model's name for the recipe: files relative to it."""
+    """A model name for the recipe, with the path of a Python file relative to the recipe."""
     parsed = parse(name)
     if parsed.source == "python" and parsed.name.endswith(".py"):
         return f"python:{_near(Path(parsed.name).resolve(), folder)}:{parsed.factory}"
@@ -193,7 +195,8 @@ def _model(name: str, folder: Path) -> str:
 
 
 def _near(path: Path, folder: Path) -> str:
-    """Relative to the recipe's folder where it lies in or beside it, so that both can be moved together."""
+    """The path relative to the recipe if it lies in the recipe's folder or its parent, so that both can be moved
+    together; otherwise the absolute path."""
     absolute = path.resolve()
     for base in (folder, folder.parent):
         if absolute.is_relative_to(base) and base != base.parent:
@@ -202,7 +205,7 @@ def _near(path: Path, folder: Path) -> str:
 
 
 def _entries(**values: str | Sequence[str]) -> str:
-    """Keys and values, a line each, without the last line break."""
+    """Keys and values as TOML lines, without the last line break."""
     return to_toml(values).removesuffix("\n")
 
 
@@ -211,7 +214,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _comment(text: str) -> str:
-    """Text that cannot end a comment's line."""
+    """The text without characters that could end a comment."""
     return re.sub(r"[^\x20-\x7e\u00a0-\ufffd]", "?", text)
 
 

@@ -1,4 +1,4 @@
-"""The published JSON Schemas. `python -m nayer_edge.pipelines.schemas` writes them anew (make schemas)."""
+"""The published JSON Schemas. `python -m nayer_edge.pipelines.schemas` regenerates them (`make schemas`)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schemas() -> dict[str, dict[str, Any]]:
-    """Every published schema by its name."""
+    """All published schemas by name."""
     return {
         "recipe": _of(Recipe, "nayer-edge/recipe/1"),
         "policy": _of(Policy, "nayer-edge/policy/1"),
@@ -44,19 +44,19 @@ def _verdict() -> dict[str, Any]:
     check = {
         "name": {"enum": list(CHECKS)},
         "artifact": {"type": "string", "description": "as in report.json"},
-        "observed": number("what was measured (fraction, ms, times or bytes); null where nothing was"),
-        "bound": number("the confidence bound that decided; null where plain numbers are compared"),
-        "limit": number("what the policy asks for; null for runtime"),
+        "observed": number("measured value (fraction, ms, factor or bytes); null if nothing was measured"),
+        "bound": number("confidence bound that was compared with the limit; null if the value itself was compared"),
+        "limit": number("limit set by the policy; null for runtime"),
         "verdict": outcome,
-        "advisory": {"type": "boolean", "description": "reported, without influence on the verdict"},
+        "advisory": {"type": "boolean", "description": "reported, but does not affect the verdict"},
         "synthetic": {"type": "boolean", "description": "measured on synthetic images"},
-        "detail": {"type": "string", "description": "one sentence for whoever releases"},
+        "detail": {"type": "string", "description": "explanation in one sentence"},
     }
     return {
         "$schema": DIALECT,
         "$id": VERDICT_SCHEMA,
         "title": "Verdict",
-        "description": "What the gate decided, and every check behind it.",
+        "description": "The decision of the gate, with every check behind it.",
         "type": "object",
         "properties": {
             "schema": {"const": VERDICT_SCHEMA},
@@ -64,11 +64,11 @@ def _verdict() -> dict[str, Any]:
             "notes": {
                 "type": "array",
                 "items": {"type": "string"},
-                "description": "what a verdict on such images can and cannot promise, and what it was compared with",
+                "description": "what the verdict does and does not cover, and what the run was compared with",
             },
             "baseline": {
                 "type": ["object", "null"],
-                "description": "the release that this one was compared with",
+                "description": "the previous release that the run was compared with",
                 "properties": {"name": {"type": "string"}, "report_sha256": {"type": "string"}},
                 "required": ["name", "report_sha256"],
             },

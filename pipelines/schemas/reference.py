@@ -1,4 +1,4 @@
-"""Every key of a recipe as a page: `python -m nayer_edge.pipelines.schemas.reference` prints docs/REFERENCE.md."""
+"""Prints docs/REFERENCE.md, the reference of recipe keys: `python -m nayer_edge.pipelines.schemas.reference`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from . import load
 
 HEAD = """# Recipe and policy, key by key
 
-`make schemas` writes this page from the recipe's JSON Schema (`pipelines/schemas/recipe.schema.json`), which editors
-that check TOML can use too.
+`make schemas` generates this page from the recipe's JSON Schema (`pipelines/schemas/recipe.schema.json`). Editors that
+validate TOML can use the schema, too.
 
-A recipe is a TOML file. An unknown key is an error that names the nearest one, and what is not written takes the
-default. `extends = "NAME"` at the top takes everything from another recipe first. `--set distill.epochs=40` changes
-one key.
+A recipe is a TOML file. Omitted keys have their default; an unknown key is an error that suggests the nearest one.
+`extends = "NAME"` at the top inherits from another recipe. `--set distill.epochs=40` overrides one key.
 
-A policy (`nayer-edge gate RUN --policy policy.toml`) has the keys of `[gate]`, its sections without `gate.` before
-them; `nayer-edge gate RUN --print-policy` prints the one in force as such a file. A section of limits that is not
-written has the limits that stand here; one that is written limits what it names, and nothing else.
+A policy (`nayer-edge gate RUN --policy policy.toml`) has the keys of `[gate]`, with section names without `gate.`;
+`nayer-edge gate RUN --print-policy` prints the current policy in this format. An omitted section of limits has the
+default limits below; a section that is present sets only the limits that it names, and no others apply.
 """
 
 
@@ -31,7 +30,7 @@ def page() -> str:
 
 
 def _sections(model: dict[str, Any], known: dict[str, Any], path: str) -> Iterator[str]:
-    """A table of the model's own keys, then its sections in turn."""
+    """A table of the model's own keys, followed by its sections."""
     rows, inner = [], []
     for key, field in model["properties"].items():
         part = _section(field, known)
@@ -50,16 +49,16 @@ def _sections(model: dict[str, Any], known: dict[str, Any], path: str) -> Iterat
 
 
 def _words(field: dict[str, Any], part: dict[str, Any]) -> Iterator[str]:
-    """What a section is, and what it is for where it stands."""
+    """The description of a section, and its purpose in this place."""
     yield " ".join(part["description"].split())
     if own := field.get("description"):
         yield f"Here: {' '.join(own.split())}."
     if {"type": "null"} in field.get("anyOf", ()):
-        yield "May be left out."
+        yield "Optional."
 
 
 def _as_default(part: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
-    """The section with the values that it has where it is not written."""
+    """The section with the default values of the field that holds it."""
     given = field.get("default") or {}
     properties = {
         key: own | ({"default": given[key]} if key in given else {}) for key, own in part["properties"].items()
@@ -68,7 +67,7 @@ def _as_default(part: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(field: dict[str, Any], known: dict[str, Any]) -> dict[str, Any] | None:
-    """The section that a field holds; None where it holds a value."""
+    """The section that a field holds; None if it holds a value."""
     names = [each.get("$ref", "").rpartition("/")[2] for each in (field, *field.get("anyOf", ()))]
     return next((known[name] for name in names if name and "properties" in known[name]), None)
 
@@ -81,7 +80,7 @@ def _row(key: str, field: dict[str, Any], required: bool) -> str:
 
 
 def _values(field: dict[str, Any]) -> str:
-    """What may stand there, in words."""
+    """The allowed values of a field, in words."""
     kinds = [kind for kind in field.get("anyOf", (field,)) if kind != {"type": "null"}]
     return " or ".join(filter(None, (_kind(kind) for kind in kinds)))
 

@@ -1,4 +1,4 @@
-"""Where an artefact comes from: the chain of files from the teacher to it, with their hashes."""
+"""The lineage of an artifact: the chain of files from the teacher to it, with their hashes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Link:
     """One file of a chain.
 
     Attributes:
-        role: what it is, for people.
+        role: what the file is, for people.
         name: path inside the run folder.
-        record: its entry in the manifest; None where the manifest has none.
-        beside: made alongside the file before it, not from it.
+        record: its entry in the manifest; None if there is none.
+        beside: made together with the previous file, not from it.
     """
 
     role: str
@@ -29,28 +29,29 @@ class Link:
     beside: bool = False
 
 
-def chain(manifest: Manifest, artefact: ArtifactReport) -> list[Link]:
-    """The files from the teacher to an artefact, each made from those before it or alongside the last."""
-    quantized = artefact.precision.startswith("int8")
+def chain(manifest: Manifest, artifact: ArtifactReport) -> list[Link]:
+    """The files from the teacher to an artifact, in order: each was made from earlier ones or together with the
+    previous one."""
+    quantized = artifact.precision.startswith("int8")
     files = {
         TEACHER: "teacher",
         EMBEDDINGS: "label-text embeddings",
         GENERATOR: "generator",
         STUDENT: "student",
         FP32: "student as ONNX",
-        **({FP16: "in FP16"} if artefact.precision == "fp16" else {}),
+        **({FP16: "in FP16"} if artifact.precision == "fp16" else {}),
         # Calibrated with images from the generator.
-        **({int8_file(artefact.target): "quantized"} if quantized else {}),
+        **({int8_file(artifact.target): "quantized"} if quantized else {}),
     }
-    if artefact.file not in files:
-        files[artefact.file] = "engine" if artefact.file.endswith(".engine") else artefact.precision
+    if artifact.file not in files:
+        files[artifact.file] = "engine" if artifact.file.endswith(".engine") else artifact.precision
     return [
         Link(role, name, manifest.files.get(name), beside=name in (EMBEDDINGS, STUDENT)) for name, role in files.items()
     ]
 
 
 def files_by_step(manifest: Manifest, but: str) -> list[tuple[str, str, list[tuple[str, FileRecord]]]]:
-    """(step, what it does, its files) in the order of the steps, without those of the step `but`."""
+    """(step, what it does, its files) for every step with files except `but`, in the order of the steps."""
     found = []
     for step in STEPS:
         files = [(name, record) for name, record in manifest.files.items() if record.step == step.name]

@@ -1,7 +1,8 @@
-"""A bill of materials of a run: CycloneDX 1.6, with a model card for each network (ML-BOM).
+"""The bill of materials of a run: CycloneDX 1.6, with a model card for each network (ML-BOM).
 
-Built from the manifest and the cards alone, so the same run gives the same bytes. The library knows no model cards yet;
-they are added to what it writes, and the whole is checked against CycloneDX's JSON Schema by the library's validator.
+Built only from the manifest, the cards and the report, so the same run gives the same bytes. The library does not
+support model cards yet: they are added to its output, and its validator then checks the result against CycloneDX's JSON
+Schema.
 """
 
 # The library's serializing decorator hides the constructors and attributes of its classes from type checkers.
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from cyclonedx.model.component import Component
 
 NO_DATA = (
-    "No training data was used. The student learned from synthetic images alone, which the run's generator made "
+    "No training data was used. The student was trained only on synthetic images, which the run's generator made "
     "from the teacher's weights and the class names."
 )
 NETWORKS = ("teacher", "student", "generator")
@@ -36,7 +37,7 @@ DATA = ("bank", "lte", "predictions", "metrics")
 
 
 def make_sbom(run: RunFolder) -> str:
-    """The bill of materials as JSON: networks and other files with hashes and lineage, and the software that made them.
+    """The bill of materials as JSON: networks and other files with hashes and lineage, and the software used.
 
     Raises:
         IntegrityError: a file does not match the manifest.
@@ -55,7 +56,7 @@ def make_sbom(run: RunFolder) -> str:
     held = run.manifest
     digest = sha256_of(run.root / MANIFEST)
     files = {name: _file(name, record) for name, record in sorted(held.files.items())}
-    # A run that was continued may have been made with several versions of a package.
+    # A continued run may have used several versions of a package.
     used = {*held.versions.items(), *(pair for step in held.steps.values() for pair in step.versions.items())}
     software = [_software(name, version, held.versions.get(name) == version) for name, version in sorted(used)]
     whole = Component(
@@ -95,9 +96,9 @@ def make_sbom(run: RunFolder) -> str:
     text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     if wrong := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text):
         raise IntegrityError(
-            "The bill of materials does not follow CycloneDX's schema.",
+            "The bill of materials does not conform to CycloneDX's schema.",
             why=str(wrong).splitlines()[0],
-            fix="Please report this, with the manifest.",
+            fix="This is a bug: please report it, with manifest.json.",
         )
     return text
 
@@ -147,7 +148,7 @@ def _property(name: str, value: str) -> Any:
 
 
 def _finished(run: RunFolder) -> datetime.datetime:
-    """When the last step of the run ended: a bill of materials made twice is the same."""
+    """When the last step of the run ended; not the current time, so that the output is reproducible."""
     ends = []
     for record in run.manifest.steps.values():
         try:
@@ -159,7 +160,7 @@ def _finished(run: RunFolder) -> datetime.datetime:
 
 
 def _add_cards(values: dict[str, Any], run: RunFolder) -> None:
-    """Adds a model card to every network; what it states comes from the run's own cards and report."""
+    """Adds a model card to every network, built from the run's own cards and report."""
     report = load_report(run) if REPORT_PATH in run.manifest.files else None
     by_name = {inert(name): (name, record) for name, record in run.manifest.files.items()}
     for component in values["components"]:
@@ -200,16 +201,16 @@ def _no_data() -> dict[str, Any]:
 
 def _teachers_data(facts: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(facts.get("trained_on"), str):
-        return {"type": "dataset", "name": inert(facts["trained_on"]), "description": "What trained the teacher here."}
+        return {"type": "dataset", "name": inert(facts["trained_on"]), "description": "The teacher's training data."}
     return {
         "type": "dataset",
         "name": "unknown",
-        "description": "The teacher was trained elsewhere, before this run; its weights were given.",
+        "description": "The teacher was trained before this run, and only its weights were provided.",
     }
 
 
 def _metrics(name: str, role: str, report: Report | None) -> list[dict[str, str]]:
-    """Top-1 and agreement as the report measured them; on synthetic images they say so."""
+    """Top-1 accuracy and agreement from the report; the slice names the kind of images."""
     if report is None or role == "generator":
         return []
     if name.endswith(SUFFIXES):

@@ -1,7 +1,7 @@
-"""Signatures over a whole run folder, by OpenSSF model signing with a local key; no network.
+"""Signs and verifies a whole run folder with OpenSSF model signing and a local key; no network access.
 
-The signature (a Sigstore bundle, `model.sig`) covers name and SHA-256 of every file of the run, the manifest included;
-`model_signing verify key` reads it too.
+The signature (a Sigstore bundle, `model.sig`) covers name and SHA-256 of every file of the run, including the manifest;
+`model_signing verify key` can verify it, too.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def sign(run: RunFolder, private_key: Path) -> Path:
     """Signs a finished, intact run with an elliptic-curve key (NIST P-256, P-384 or P-521, PEM).
 
     Args:
-        private_key: may be encrypted; its password is then taken from the environment.
+        private_key: PEM file; if it is encrypted, the password comes from `NAYER_EDGE_KEY_PASSWORD`.
 
     Returns:
         The signature's path in the run folder.
 
     Raises:
-        UsageError: no such key, or the run was interrupted and is not finished.
+        UsageError: the key cannot be used, or the run is unfinished.
         IntegrityError: the run does not match its manifest.
         MissingError: the signing library is not installed.
     """
@@ -47,12 +47,12 @@ def sign(run: RunFolder, private_key: Path) -> Path:
         found = examine(run)
         if found.problems:
             raise IntegrityError(
-                f"{run.root} does not match its manifest, so it was not signed.", "; ".join(found.problems) + "."
+                f"{run.root} does not match its manifest and was not signed.", "; ".join(found.problems) + "."
             )
         if found.left:
             raise UsageError(
-                f"{run.root} was interrupted and is not finished, so it was not signed.",
-                why="Nothing answers for " + ", ".join(found.left) + ".",
+                f"{run.root} was interrupted, is unfinished and was not signed.",
+                why="Not yet in the manifest: " + ", ".join(found.left) + ".",
                 fix=f"Type: {continuation(run)}",
             )
         config = signing.Config().set_hashing_config(_hashing())
@@ -63,9 +63,9 @@ def sign(run: RunFolder, private_key: Path) -> Path:
             )
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"{private_key} is not a private key that can sign.",
+                f"{private_key} is not a usable private key.",
                 why=_reason(error),
-                fix=f"An encrypted key needs {PASSWORD_VARIABLE}. To make a pair, type: {MAKE_KEYS}",
+                fix=f"For an encrypted key, set {PASSWORD_VARIABLE}. To make a key pair, type: {MAKE_KEYS}",
             ) from error
         with tempfile.TemporaryDirectory(prefix="nayer-edge-") as folder:
             made = Path(folder) / SIGNATURE
@@ -76,11 +76,11 @@ def sign(run: RunFolder, private_key: Path) -> Path:
 
 
 def require_signed(run: RunFolder, public_key: Path) -> None:
-    """Checks the signature of a run, and that the folder holds what was signed and nothing else.
+    """Checks the signature of a run, and that the folder holds exactly the files that were signed.
 
     Raises:
-        UsageError: no such key.
-        IntegrityError: there is no signature, another key made it, it was altered, or the folder was changed since.
+        UsageError: the key cannot be used.
+        IntegrityError: the signature is missing, altered or from another key, or the folder has changed since.
         MissingError: the signing library is not installed.
     """
     verifying = _library("verifying")
@@ -90,9 +90,9 @@ def require_signed(run: RunFolder, public_key: Path) -> None:
         config.use_elliptic_key_verifier(public_key=public_key)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{public_key} is not a public key that can verify.",
+            f"{public_key} is not a usable public key.",
             why=_reason(error),
-            fix="Give the public half (key.pub) of the key that signed.",
+            fix="Pass the public key (key.pub) of the pair that signed the run.",
         ) from error
     if signature.is_symlink() or not signature.is_file() or signature.stat().st_size > MAX_SIGNATURE_BYTES:
         raise IntegrityError(
@@ -105,15 +105,15 @@ def require_signed(run: RunFolder, public_key: Path) -> None:
             config.set_hashing_config(_hashing()).verify(run.root, signature)
     except Exception as error:  # a hostile bundle fails in many ways in the libraries below, and each means the same
         raise IntegrityError(
-            f"The signature of {run.root} does not hold.",
+            f"The signature of {run.root} is invalid.",
             why=_reason(error) or "It was made with another key, or it was altered.",
-            fix="Do not use this folder: fetch it again from where it was made. If it was run again after it was "
-            "signed, sign it again: nayer-edge sign RUN --key F",
+            fix="Do not use this folder: fetch it again from where it was made. If it was run again after signing, "
+            "sign it again: nayer-edge sign RUN --key F",
         ) from error
 
 
 def _hashing() -> hashing.Config:
-    """Every file by SHA-256, git's own files included; all but the lock and the signature itself."""
+    """Hashes every file with SHA-256, including git's own, except the lock and the signature itself."""
     config = _library("hashing").Config().use_file_serialization(hashing_algorithm="sha256")
     return config.set_ignored_paths(paths=[LOCK, SIGNATURE], ignore_git_paths=False)
 
@@ -128,7 +128,7 @@ def _library(module: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The library prints remarks; standard output is ours."""
+    """Silences the library, which prints to standard output."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 

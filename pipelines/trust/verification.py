@@ -1,4 +1,5 @@
-"""Is a run what it was? Files against the manifest, and what an interrupted step left told from what is strange."""
+"""Verifies the integrity of a run: files against the manifest; separates leftovers of interrupted steps from unknown
+files."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ from ..steps import STEPS
 
 @dataclass(frozen=True)
 class Findings:
-    """What a look at a run folder found.
+    """The result of checking a run folder.
 
     Attributes:
-        files: how many the manifest names.
-        manifest_sha256: of `manifest.json`, for `--expect` elsewhere.
-        signed: there is a signature (it was not checked here).
-        problems: one sentence for each file that is altered, missing or strange.
-        unfinished: steps that an interruption left in the middle.
-        left: the files that they left, which nothing answers for.
+        files: number of files in the manifest.
+        manifest_sha256: SHA-256 of `manifest.json`, for a later `--expect`.
+        signed: there is a signature (not checked here).
+        problems: one sentence for each altered, missing or unknown file.
+        unfinished: steps that were interrupted.
+        left: their leftover files, which are not in the manifest.
     """
 
     files: int
@@ -35,7 +36,7 @@ class Findings:
 
 
 def examine(run: RunFolder) -> Findings:
-    """Hashes every file of the manifest again, and looks for files that it does not name.
+    """Hashes every file of the manifest again, and looks for files that are not in it.
 
     Raises:
         IntegrityError: the manifest names a path outside the folder.
@@ -59,12 +60,12 @@ def examine(run: RunFolder) -> Findings:
 
 
 def require_expected(findings: Findings, digest: str) -> None:
-    """Raises IntegrityError if the manifest is not the one whose SHA-256 was noted elsewhere."""
+    """Raises IntegrityError if the manifest does not have the expected SHA-256."""
     if findings.manifest_sha256 != digest.strip().lower():
         raise IntegrityError(
             "The manifest is not the expected one.",
-            why=f"Its SHA-256 is {findings.manifest_sha256}, expected was {digest.strip().lower()}.",
-            fix="Fetch the folder again from where it was made; if it was run again since, note the new digest.",
+            why=f"Its SHA-256 is {findings.manifest_sha256}; expected was {digest.strip().lower()}.",
+            fix="Fetch the folder again from where it was made. If the run was repeated since, use its new digest.",
         )
 
 
@@ -74,14 +75,14 @@ def continuation(run: RunFolder) -> str:
 
 
 def _left_by(name: str, run: RunFolder) -> str | None:
-    """The step that may have left a file when it was interrupted; None where no step does."""
+    """The step that may have left this file when it was interrupted; None if there is none."""
     path = run.root / name
     if path.is_symlink() or not path.is_file():
         return None
     pure = PurePosixPath(name)
     killed_write = TEMPORARY.fullmatch(pure.name)
     if killed_write:
-        # ".student.json.ab12cd34.tmp" is a write of "student.json" that a kill cut short.
+        # ".student.json.ab12cd34.tmp" is an interrupted write of "student.json".
         name = str(pure.with_name(pure.name[1:].rsplit(".", 2)[0]))
         if name in (MANIFEST, SIGNATURE):
             return "manifest"
@@ -93,5 +94,5 @@ def _left_by(name: str, run: RunFolder) -> str | None:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a path is one of the patterns, whose `*` stays within one folder."""
+    """Whether a path matches one of the patterns; `*` does not match "/"."""
     return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)

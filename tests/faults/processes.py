@@ -65,7 +65,7 @@ class Outcome:
             return "it hangs"
         if "Traceback" in self.err + self.out:
             return f"a traceback: {(self.err + self.out).strip()[-2000:]}"
-        if "does not expect" in self.err:
+        if "Unexpected internal error" in self.err:
             return f"an error that nobody foresaw: {self.err.strip()}"
         if self.code not in codes:
             return f"exit {self.code} instead of {' or '.join(map(str, codes))}: {self.err.strip() or last}"

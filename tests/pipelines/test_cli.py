@@ -518,9 +518,9 @@ def test_interrupted_and_resumed(tiny_run: Path, tmp_path: Path, number: signal.
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "\nInterrupted. What was finished is kept; the same command continues.\n"
+    assert err == "\nInterrupted. Finished work is kept; run the same command to continue.\n"
     recipe = recipe_of(json.loads((tiny_run / MANIFEST).read_text())["recipe"], tiny_run)
-    with pytest.raises(UsageError, match="an unfinished 'student' that was begun with other settings"):
+    with pytest.raises(UsageError, match=r"unfinished step 'student' .* other settings"):
         run_recipe(recipe, root, last="student")
     (root / "student" / "checkpoint.safetensors").unlink()
     done = run_recipe(recipe, root, last="student")

@@ -102,6 +102,6 @@ def test_what_another_process_finished_meanwhile_is_not_discarded(
         shutil.copytree(tiny_run, root)
 
     monkeypatch.setattr(preflight, "check", meanwhile)
-    with pytest.raises(UsageError, match="finished 'student' that was made with other settings"):
+    with pytest.raises(UsageError, match="finished step 'student' that was made with other settings"):
         run_recipe(recipe_with(RunFolder.open(tiny_run), "distill.epochs=4"), root)
     assert (root / MANIFEST).read_bytes() == (tiny_run / MANIFEST).read_bytes()

@@ -186,7 +186,7 @@ def test_what_was_begun_with_other_settings_is_not_thrown_away(
     checkpoint = root / "student" / "checkpoint.safetensors"
     checkpoint.parent.mkdir()
     checkpoint.write_bytes(b"of an interrupted run")
-    with pytest.raises(UsageError, match="an unfinished 'student' that was begun with other settings") as caught:
+    with pytest.raises(UsageError, match=r"unfinished step 'student' .* other settings") as caught:
         again(root, setting)
     assert named in caught.value.why
     assert f"nayer-edge run {root}" in caught.value.fix

@@ -42,7 +42,7 @@ def test_a_step_off_a_terminal_is_two_whole_lines() -> None:
     assert lines[0].startswith("… student   distils")
     assert re.match(r"✓ student +12\.3 s  distils", lines[1])
     assert lines[2].strip() == f"model nayer:resnet8  long {'x' * 70}  agreement 0.987"
-    assert lines[3] == "= student   finished before"
+    assert lines[3] == "= student   already finished"
     assert "\x1b" not in stream.getvalue()
 
 

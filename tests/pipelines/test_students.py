@@ -131,8 +131,8 @@ def test_sizes_are_spelt_as_for_init(size: str, channels: int, invoke: Invoke) -
     [
         (("--input", "1x2x3x4"), "no image size"),
         (("--input", "3x32xwide"), "no image size"),
-        (("--input", "3x2x2"), "does not hold"),
-        (("--classes", "1"), "nothing to decide"),
+        (("--input", "3x2x2"), "Invalid input specification --input 3x2x2"),
+        (("--classes", "1"), "at least 2 classes"),
         (("nayer:resnet9",), "Did you mean 'resnet8'"),
         (("torchvision:inception_v3",), "cannot take images of 3×32×32"),
         (("python:nets:make",), "runs only with --trust-code"),

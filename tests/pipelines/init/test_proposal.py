@@ -121,7 +121,7 @@ def test_networks_that_only_pad_differently_are_a_question(here: Path, invoke: I
     torch.save(weights_of("timm:tf_mobilenetv3_small_075"), "mobilenetv3_small_075.pth")
     answer = invoke("init", "mobilenetv3_small_075.pth", "--labels", "labels.txt", "--yes")
     assert answer.code == 2
-    assert "2 networks have such tensors" in answer.err
+    assert "2 networks" in answer.err
     assert "--model" in answer.err.splitlines()[-1]
 
 
@@ -149,7 +149,7 @@ def test_thousand_classes_are_a_guess(here: Path, invoke: Invoke) -> None:
     recipe = load_recipe("m.toml")
     assert len(recipe.teacher.classes) == 1000
     assert len((here / "m.labels.txt").read_text().splitlines()) == 1000
-    assert "ImageNet-1k, which has 1,000 classes too (a guess)" in (here / "m.toml").read_text()
+    assert re.search(r"ImageNet-1k\b.*\(a guess\)", (here / "m.toml").read_text())
 
 
 @pytest.mark.skipif(not os.environ.get("NAYER_EDGE_DATA"), reason="needs the measuring data (NAYER_EDGE_DATA)")
@@ -172,13 +172,13 @@ def test_without_a_terminal_it_names_every_flag(here: Path, invoke: Invoke) -> N
     save_tensors(here / "w.safetensors", weights_of("nayer:resnet8"))
     answer = invoke("init", "w.safetensors")
     assert answer.code == 2
-    assert "4 things are not known" in answer.err
+    assert "4 values are missing" in answer.err
     for flag in ("--labels", "--input", "--mean", "--std", "--yes"):
         assert flag in answer.err
     assert not list(here.glob("*.toml"))
     answer = invoke("init", "w.safetensors", "--yes")
     assert answer.code == 2, "class names cannot be guessed"
-    assert "1 thing is not known" in answer.err
+    assert "1 value is missing" in answer.err
     told = ["--labels", "labels.txt", "--input", "3x20x24", "--mean", "0.1,0.2,0.3", "--std", "0.5,0.5,0.5"]
     answer = invoke("init", "w.safetensors", *told)
     assert answer.code == 0, answer.err
@@ -217,8 +217,8 @@ def test_questions_on_a_terminal(here: Path) -> None:
     code, shown = on_terminal(here, answers, "w.safetensors", "--effort", "trial", "--out", "asked.toml")
     assert code == 0, shown
     assert "There is no file of class names at nowhere.txt" in shown
-    assert "short.txt holds 2 class names, and the classifier has 10 outputs" in shown
-    assert "'sixteen' is no image size" in shown
+    assert re.search(r"short\.txt holds 2 class names.* 10 outputs", shown)
+    assert "'sixteen' is not an image size" in shown
     recipe = load_recipe(str(here / "asked.toml"))
     assert recipe.teacher.input.shape == (3, 16, 16)
     assert recipe.teacher.input.mean == (0.4914, 0.4822, 0.4465), "the guess, by pressing Enter"
@@ -267,7 +267,7 @@ def test_files_that_are_no_checkpoints(here: Path, invoke: Invoke, name: str, da
     answer = invoke("init", name, "--labels", "labels.txt", "--yes")
     assert answer.code in (2, 4), answer.err
     assert "Traceback" not in answer.err
-    assert "Something happened" not in answer.err
+    assert "Unexpected internal error" not in answer.err
     assert not list(here.glob("*.toml"))
 
 
@@ -275,10 +275,10 @@ def test_networks_that_are_no_classifiers_or_unknown(here: Path) -> None:
     from torch import nn
 
     torch.save(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).state_dict(), "headless.pt")
-    with pytest.raises(UsageError, match="no linear layer at its end"):
+    with pytest.raises(UsageError, match="no linear layer"):
         look(here / "headless.pt")
     torch.save(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).state_dict(), "mlp.pt")
-    with pytest.raises(UsageError, match="no convolutions on images"):
+    with pytest.raises(UsageError, match="no spatial convolutions"):
         look(here / "mlp.pt")
     own = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     torch.save(own.state_dict(), "own.pt")
@@ -324,14 +324,14 @@ def test_another_architecture_and_a_changed_stem(here: Path, invoke: Invoke) -> 
     assert "conv1.weight is 64×3×3×3 in the file, 64×3×7×7 in the network" in answer.err
     answer = invoke("init", "cifar_r18.pt", *told, "--model", "nayer:resnet20")
     assert answer.code == 2
-    assert "are not those of nayer:resnet20" in answer.err
+    assert "do not fit nayer:resnet20" in answer.err
 
 
 def test_labels_must_be_as_many_as_outputs(here: Path, invoke: Invoke) -> None:
     save_tensors(here / "w.safetensors", weights_of("nayer:resnet8", 7))
     answer = invoke("init", "w.safetensors", "--labels", "labels.txt", "--yes")
     assert answer.code == 2
-    assert "labels.txt holds 10 class names, and the classifier has 7 outputs" in answer.err
+    assert re.search(r"labels\.txt holds 10 class names.* 7 outputs", answer.err)
 
 
 def test_it_overwrites_nothing_without_force(here: Path, invoke: Invoke) -> None:
@@ -369,9 +369,9 @@ def test_what_is_wrong_at_first_sight_is_said_at_once(here: Path, spawn: Invoke,
         (["nope.pt"], "There is no checkpoint at nope.pt."),
         (["w.pt", "--labels", "nope.txt"], "There is no file of class names at nope.txt."),
         (["w.pt", "--labels", "twice.txt"], "one"),
-        (["w.pt", "--input", "32x32xwide"], "is no image size"),
-        (["w.pt", "--out", "there.toml"], "There is a there.toml already."),
-        (["w.pt", "--name", "../evil"], "cannot name a recipe"),
+        (["w.pt", "--input", "32x32xwide"], "is not an image size"),
+        (["w.pt", "--out", "there.toml"], "there.toml already exists."),
+        (["w.pt", "--name", "../evil"], "is not a valid recipe name"),
     ):
         answer = spawn("init", *words, env=without("torch", "numpy"), cwd=here)
         assert answer.code == 2, answer.err
@@ -383,7 +383,7 @@ def test_the_channels_that_the_weights_have(here: Path, invoke: Invoke) -> None:
     torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
     answer = invoke("init", "r18.pt", "--labels", "labels.txt", "--input", "1x32x32", "--yes")
     assert answer.code == 2
-    assert "The network takes images of 3 channels, and --input says 1." in answer.err
+    assert re.search(r"expects 3-channel images.* 1x32x32", answer.err)
     assert "--input 3x32x32" in answer.err
 
 
@@ -404,7 +404,7 @@ def test_what_was_said_is_not_called_a_guess(here: Path, invoke: Invoke) -> None
     answer = invoke("init", "r18.pt", *told)
     assert answer.code == 0, answer.err
     assert "guess" not in answer.out
-    assert "3×32×32, mean 0.5, std 0.5 (you said so)" in answer.out
+    assert "3×32×32, mean 0.5, std 0.5 (the options)" in answer.out
     # WRN-16-2 has fewer parameters than ResNet-18 and, at 32 pixels, more to compute.
     assert "larger or slower than the teacher" in answer.out
     assert re.search(r"time +\d+ minutes|time +\d+\.\d hours", answer.out)
@@ -464,7 +464,7 @@ def test_a_processor_gets_what_it_does_in_an_hour() -> None:
         rounds = sizes.warmup_epochs * sizes.warmup_rounds + sizes.epochs - sizes.warmup_epochs
         synthesis = rounds * sizes.g_steps * sizes.batch * 3 * (teacher.flop + generator_flop(spec, 10, 64))
         assert 1.0 < sizes.seconds * speed / synthesis < 3.0
-        assert f"at the {speed / 1e9:.0f} GFLOP/s that the teacher reached here" in sizes.reasons["epochs"]
+        assert f"at the {speed / 1e9:.0f} GFLOP/s" in sizes.reasons["epochs"]
     # A small teacher gets a small generator, so that it is not the generator that takes the time.
     small = choose(spec, 10, Cost(7.4e7, 1e6, 10**7), student, Device("cpu", "", 2**34), "normal")
     assert small.generator_channels == 32
