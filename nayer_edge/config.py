@@ -212,6 +212,11 @@ class Synthesis(Section):
     """weight of L_adv: divergence between student and teacher, which the generator maximises"""
     bn_momentum: Fraction = 0.9
     """weight of earlier rounds' BatchNorm statistics in L_bn (published: bn_mmt); 0 disables it"""
+    reserve: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """share of the rounds whose images never enter the memory bank: one half is for calibration, the other is the
+    synthetic hold-out; published: 0"""
+    discard_rounds: Annotated[int, Field(ge=0)] = 0
+    """number of first rounds whose images are discarded, because the generator is still untrained; published: 0"""
     augment: Augment = Augment()
     """applied to the images inside the loss"""
 
@@ -227,12 +232,21 @@ class Distill(Section):
     """student steps per epoch"""
     batch: Annotated[int, Field(ge=2)] = 512
     """images per student step"""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """sgd: for all parameters, as published; muon: for convolutions and hidden linear layers, SGD for the rest"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: the learning rate falls over the whole run, as published; constant: it falls only in the last
+    decay_epochs, so that a finished run can be continued from before them"""
+    decay_epochs: Annotated[int, Field(ge=0)] = 0
+    """last epochs of the constant schedule: the rate falls linearly to lr_min, and no images are made"""
     lr: Positive = 0.2
-    """initial learning rate of SGD (cosine schedule)"""
+    """peak learning rate of SGD"""
+    muon_lr: Positive = 0.05
+    """peak learning rate of Muon"""
     lr_min: Annotated[float, Field(ge=0)] = 2e-4
-    """final learning rate of the cosine schedule"""
+    """final learning rate of SGD; Muon's falls by the same factor"""
     momentum: Fraction = 0.9
-    """of SGD"""
+    """of SGD and Muon"""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """applied to all parameters"""
     temperature: Positive = 20.0
@@ -256,4 +270,9 @@ class Distill(Section):
     def _warmup_ends(self) -> Distill:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs})")
+        if self.decay_epochs and self.schedule != "constant":
+            raise ValueError("decay_epochs belongs to the constant schedule")
+        if self.schedule == "constant" and not 0 < self.decay_epochs <= self.epochs - self.warmup_epochs:
+            after = self.epochs - self.warmup_epochs
+            raise ValueError(f"the constant schedule needs 1 to {after} decay_epochs, those after warm-up at most")
         return self

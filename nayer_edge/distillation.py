@@ -35,6 +35,7 @@ from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import weights_digest
+from nayer_edge.optimizers import make_optimizer, set_rate
 from nayer_edge.runtime.compute import Compute, random_stream
 from nayer_edge.runtime.distributed import SINGLE, World, share_problems
 from nayer_edge.runtime.process import Deferred
@@ -54,12 +55,16 @@ class Settings:
     seed: int
 
     def digest(self, teacher: Classifier, embeddings: LabelEmbeddings, student: str) -> str:
-        """Identifies a run: a checkpoint of another one is not continued."""
+        """Identifies a run: a checkpoint of another one is not continued.
+
+        The length of a run with a constant schedule is not part of it: such a run can be made longer or shorter.
+        """
+        length = {"epochs", "decay_epochs"} if self.distill.schedule == "constant" else set()
         return digest_of(
             {
                 "generator": self.generator.model_dump(mode="json"),
                 "synthesis": self.synthesis.model_dump(mode="json"),
-                "distill": self.distill.model_dump(mode="json"),
+                "distill": self.distill.model_dump(mode="json", exclude=length),
                 "seed": self.seed,
                 "student": student,
                 "teacher": weights_digest(teacher),
@@ -74,9 +79,9 @@ class Epoch:
 
     epoch: int
     phase: str
-    loss_bn: float
-    loss_ce: float
-    loss_adv: float
+    loss_bn: float | None
+    loss_ce: float | None
+    loss_adv: float | None
     loss_kd: float | None
     agreement: float
     """of student and teacher on the synthetic hold-out"""
@@ -134,33 +139,54 @@ class Distillation:
         self.statistics = BatchNormStatistics(self.teacher, settings.synthesis.bn_momentum, world)
         self.generator = new_generator(embeddings, teacher.spec.shape, settings.synthesis, settings.generator, world)
         compute.place(self.generator)
-        self.bank = MemoryBank(teacher.spec.shape, int(settings.distill.bank_mib * 2**20), compute.device)
-        if settings.synthesis.batch > self.bank.capacity:
-            raise UsageError(
-                f"The memory bank holds {self.bank.capacity} images and one round makes {settings.synthesis.batch}.",
-                fix="Raise distill.bank_mib, or lower synthesis.batch.",
-            )
-        if world.size > 1:
-            # Whole rounds, so that the parts of all ranks are always those of the same rounds.
-            images = self.bank.capacity // settings.synthesis.batch * self.share
-            self.bank = MemoryBank(teacher.spec.shape, images * math.prod(teacher.spec.shape), compute.device)
+        self.bank = self._new_bank()
         self.views = None
         if settings.distill.views:
             of = settings.distill
             order = self._stream("views")
             self.views = ViewCache(self.bank, of.augment, of.views, self.teacher, compute, order, of.mixup)
-        self.optimizer = torch.optim.SGD(
-            self.student.parameters(),
+        self.optimizer = make_optimizer(
+            settings.distill.optimizer,
+            self.student,
             lr=settings.distill.lr,
+            muon_lr=settings.distill.muon_lr,
             momentum=settings.distill.momentum,
             weight_decay=settings.distill.weight_decay,
         )
+        self.reserve = self._new_bank()
+        """images of the rounds that are put aside for calibration and as a hold-out"""
+        self.rounds_made = 0
+        """rounds so far, of all kinds"""
         self.holdout = torch.empty(0, *teacher.spec.shape, dtype=torch.uint8, device=compute.device)
         self.best_agreement = -1.0
         self.best_student: dict[str, Tensor] = {}
         self.epoch = 0
         """epochs finished"""
         self.history: list[Epoch] = []
+
+    def _new_bank(self) -> MemoryBank:
+        """An empty bank of this rank's share of the budget.
+
+        Raises:
+            UsageError: the budget is less than one round.
+        """
+        shape, batch = self.teacher.spec.shape, self.settings.synthesis.batch
+        bank = MemoryBank(shape, int(self.settings.distill.bank_mib * 2**20), self.compute.device)
+        if batch > bank.capacity:
+            raise UsageError(
+                f"The memory bank holds {bank.capacity} images and one round makes {batch}.",
+                fix="Raise distill.bank_mib, or lower synthesis.batch.",
+            )
+        if self.world.size == 1:
+            return bank
+        # Whole rounds, so that the parts of all ranks are always those of the same rounds.
+        images = bank.capacity // batch * self.share
+        return MemoryBank(shape, images * math.prod(shape), self.compute.device)
+
+    @property
+    def decay_start(self) -> int:
+        """The epoch in which the constant schedule begins to lower the rate; after the last one with a cosine."""
+        return self.settings.distill.epochs - self.settings.distill.decay_epochs
 
     @property
     def finished(self) -> bool:
@@ -176,10 +202,15 @@ class Distillation:
 
     def steps_of(self, epoch: int) -> int:
         """Synthesis and student steps of an epoch, for progress."""
-        synthesis, distill = self.settings.synthesis, self.settings.distill
-        warm = epoch < distill.warmup_epochs
-        rounds = synthesis.warmup_rounds if warm else synthesis.rounds
-        return rounds * synthesis.g_steps + (0 if warm else distill.steps)
+        warm = epoch < self.settings.distill.warmup_epochs
+        return self._rounds_of(epoch) * self.settings.synthesis.g_steps + (0 if warm else self.settings.distill.steps)
+
+    def _rounds_of(self, epoch: int) -> int:
+        """Synthesis rounds of an epoch: none while the rate decays, since their images would hardly be seen."""
+        if epoch >= self.decay_start:
+            return 0
+        synthesis = self.settings.synthesis
+        return synthesis.warmup_rounds if epoch < self.settings.distill.warmup_epochs else synthesis.rounds
 
     def run_epoch(self, on_step: Callable[[], None] = lambda: None) -> Epoch:
         """One epoch: synthesis, then (after warm-up) the student.
@@ -190,17 +221,16 @@ class Distillation:
         epoch, synthesis, distill = self.epoch, self.settings.synthesis, self.settings.distill
         warm = epoch < distill.warmup_epochs
         began = time.perf_counter()
-        if epoch % synthesis.g_life == 0:
+        count = self._rounds_of(epoch)
+        if count and epoch % synthesis.g_life == 0:
             generators.initialise(self.generator, self._stream("generator", epoch))
             self.world.broadcast(generators.common_state(self.generator))
-        rounds = [
-            self._round(self._stream("round", epoch, number), warm, on_step)
-            for number in range(synthesis.warmup_rounds if warm else synthesis.rounds)
-        ]
-        parts = torch.stack([made.losses for made in rounds]).mean(dim=0)
+        rounds = [self._round(self._stream("round", epoch, number), warm, on_step) for number in range(count)]
+        parts = torch.stack([made.losses for made in rounds]).mean(dim=0).tolist() if rounds else [None] * 3
         for made in rounds:
-            self.bank.add(made.images, made.labels)
-        signs = health.inspect_images(self.teacher, rounds[-1].images, self.compute)
+            self._keep(made)
+        newest = rounds[-1].images if rounds else self.bank.newest(health.SAMPLE)[0]
+        signs = health.inspect_images(self.teacher, newest, self.compute)
         shares, distinct = map(self.world.mean, signs)
         if epoch == max(distill.warmup_epochs - 1, 0):
             self._make_holdout()
@@ -209,7 +239,7 @@ class Distillation:
         # A clock may be set back, and must not end the run.
         seconds = max(time.perf_counter() - began, 1e-9)
         images = len(rounds) * synthesis.batch * synthesis.g_steps + (0 if warm else distill.steps * distill.batch)
-        loss_bn, loss_ce, loss_adv = parts.tolist()
+        loss_bn, loss_ce, loss_adv = parts
         found = Epoch(
             epoch=epoch + 1,
             phase="warmup" if warm else "distill",
@@ -259,6 +289,16 @@ class Distillation:
             self.world,
         )
 
+    def _keep(self, made: Round) -> None:
+        """Puts a round's images where they belong: a share of the rounds is reserved, spread over the whole run."""
+        config, number = self.settings.synthesis, self.rounds_made
+        self.rounds_made += 1
+        if number < config.discard_rounds:
+            return
+        number -= config.discard_rounds
+        reserved = math.floor((number + 1) * config.reserve) > math.floor(number * config.reserve)
+        (self.reserve if reserved else self.bank).add(made.images, made.labels)
+
     def _make_holdout(self) -> None:
         """Rounds on copies of generator and statistics, so that the training run is what it would be without."""
         kept = self.generator, self.statistics
@@ -282,14 +322,18 @@ class Distillation:
         """Student steps on the bank; returns the mean loss, on the device, and the last learning rate."""
         config = self.settings.distill
         total = (config.epochs - config.warmup_epochs) * config.steps
+        decay = config.decay_epochs * config.steps
         random = self._stream("student", epoch, *([] if self.world.size == 1 else ["rank", self.world.rank]))
         self.student.train()
         loss_sum = torch.zeros((), device=self.compute.device)
         lr = config.lr
         for step in range(config.steps):
-            lr = cosine(epoch * config.steps + step, total, config.lr, config.lr_min)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            done = epoch * config.steps + step
+            if config.schedule == "cosine":
+                lr = cosine(done, total, config.lr, config.lr_min)
+            else:
+                lr = constant_then_linear(done, total, decay, config.lr, config.lr_min)
+            set_rate(self.optimizer, lr / config.lr)
             loss_sum += self._student_step(*self._draw(random))
             on_step()
         self.student.eval()
@@ -328,17 +372,22 @@ class Distillation:
                     fix="Lower distill.lr or synthesis.lr, or type --set precision=fp32.",
                 )
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self, images: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the loop needs to go on: tensors, and what is not a tensor.
 
         Every rank must call it; only rank 0 gets all. With several ranks, what each has of its own (bank, hold-out,
         cached views) has a first dimension of ranks.
+
+        Args:
+            images: with the memory bank and the reserve; if False, they are in files of their own.
         """
         tensors = {f"student.{n}": t for n, t in self.student.backbone.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best_student.items()}
         tensors |= {f"generator.{n}": t for n, t in generators.whole_state(self.generator, self.world).items()}
         own = {"holdout": self.holdout}
-        own |= {f"bank.{n}": t for n, t in self.bank.tensors().items()}
+        if images:
+            own |= {f"bank.{n}": t for n, t in self.bank.tensors().items()}
+            own |= {f"reserve.{n}": t for n, t in self.reserve.tensors().items()}
         own |= {f"views.{n}": t for n, t in (self.views.tensors() if self.views else {}).items()}
         if self.world.size > 1:
             gathered = {name: self.world.gather(tensor) for name, tensor in own.items()}
@@ -353,6 +402,7 @@ class Distillation:
             "digest": self.digest,
             "ranks": self.world.size,
             "epoch": self.epoch,
+            "rounds_made": self.rounds_made,
             "best_agreement": self.best_agreement,
             "history": [vars(epoch) for epoch in self.history],
         }
@@ -361,14 +411,21 @@ class Distillation:
     def whole_bank(self) -> MemoryBank:
         """The images of all ranks, on rank 0's CPU, as one process would have them. Every rank must call it; others get
         their own back."""
+        return self._whole(self.bank)
+
+    def whole_reserve(self) -> MemoryBank:
+        """The reserved images of all ranks, as `whole_bank`."""
+        return self._whole(self.reserve)
+
+    def _whole(self, bank: MemoryBank) -> MemoryBank:
         if self.world.size == 1:
-            return self.bank
-        images, labels = (self.world.gather_rounds(mine, self.share) for mine in self.bank.newest(len(self.bank)))
+            return bank
+        images, labels = (self.world.gather_rounds(mine, self.share) for mine in bank.newest(len(bank)))
         if images is None or labels is None:
-            return self.bank
-        pixels = math.prod(self.bank.shape)
-        whole = MemoryBank(self.bank.shape, self.bank.capacity * self.world.size * pixels, torch.device("cpu"))
-        whole.refill(images, labels, self.bank.added * self.world.size)
+            return bank
+        pixels = math.prod(bank.shape)
+        whole = MemoryBank(bank.shape, bank.capacity * self.world.size * pixels, torch.device("cpu"))
+        whole.refill(images, labels, bank.added * self.world.size)
         return whole
 
     def whole_generator(self) -> Generator:
@@ -390,9 +447,11 @@ class Distillation:
         self.best_student = {name: tensor.to(device) for name, tensor in under("best.").items()}
         generators.load_whole_state(self.generator, under("generator."))
         self.bank.restore({name: own(tensor) for name, tensor in under("bank.").items()})
+        self.reserve.restore({name: own(tensor) for name, tensor in under("reserve.").items()})
         if self.views is not None:
             self.views.restore({name: own(tensor) for name, tensor in under("views.").items()})
         self.holdout = own(tensors["holdout"]).to(device)
+        self.rounds_made = int(facts["rounds_made"])
         for index, parameter in enumerate(self.student.parameters()):
             if f"momentum.{index}" in tensors:
                 buffer = torch.empty_like(parameter).copy_(tensors[f"momentum.{index}"])
@@ -404,9 +463,24 @@ class Distillation:
         self.history = [Epoch(**line) for line in facts["history"]]
 
 
+@dataclass(frozen=True)
+class Before:
+    """A finished run's state before its learning rate fell, from which a longer run goes on.
+
+    Attributes:
+        state: what the loop needs, without images.
+        bank, reserve: the images that the run made.
+    """
+
+    state: Path
+    bank: Path
+    reserve: Path
+
+
 def distill(
     distillation: Distillation,
     checkpoint: Path | None = None,
+    before: Before | None = None,
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
     on_epoch: Callable[[Epoch], None] = lambda _epoch: None,
@@ -415,6 +489,8 @@ def distill(
 
     Args:
         checkpoint: where to keep it (one file, which rank 0 writes and all read); None keeps none.
+        before: of an earlier, shorter run, to go on from where there is no checkpoint. A run with a constant schedule
+            writes the state beside it, as `<state>.next`, when its own decay begins.
         checkpoint_seconds: at least this long between two checkpoints; 0 writes one every epoch. Rank 0's clock counts.
         on_epoch: called after each epoch with its metrics, and first with those of a continued run.
 
@@ -430,8 +506,8 @@ def distill(
         IntegrityError: the checkpoint is damaged.
     """
     progress = progress or Silent()
-    if checkpoint is not None:
-        resume(distillation, checkpoint)
+    if not (checkpoint is not None and resume(distillation, checkpoint)) and before is not None:
+        resume_before_decay(distillation, before)
     compute, world = distillation.compute, distillation.world
     world.require_same([compute.device.type, compute.bf16, distillation.digest], "device, precision or inputs")
     world.require_same(distillation.epoch, "the checkpoint that they read")
@@ -453,6 +529,8 @@ def distill(
 
         told = False
         while not distillation.finished:
+            if before is not None and distillation.epoch == distillation.decay_start:
+                save_checkpoint(distillation, next_state(before.state), images=False)
             epoch = distillation.run_epoch(on_step)
             on_epoch(epoch)
             progress.figures(
@@ -474,12 +552,20 @@ def distill(
     return distillation.result()
 
 
-def save_checkpoint(distillation: Distillation, path: Path) -> None:
+def next_state(state: Path) -> Path:
+    """Where a running run keeps its state before the decay; the finished run's own stays until this one is whole."""
+    return state.with_name(f"{state.stem}.next{state.suffix}")
+
+
+def save_checkpoint(distillation: Distillation, path: Path, images: bool = True) -> None:
     """Writes the state. Tensors and facts of all ranks go into one file, so they cannot belong to different epochs.
 
     Every rank must call it; rank 0 writes.
+
+    Args:
+        images: see `Distillation.state`.
     """
-    tensors, facts = distillation.state()
+    tensors, facts = distillation.state(images)
     if distillation.world.first:
         save_tensors(path, tensors, {"facts": json.dumps(facts)})
 
@@ -491,11 +577,30 @@ def resume(distillation: Distillation, path: Path) -> bool:
         UsageError: it is of another number of processes.
         IntegrityError: it is damaged.
     """
-    if not path.is_file():
+    return path.is_file() and _restore_from(distillation, path, {})
+
+
+def resume_before_decay(distillation: Distillation, before: Before) -> bool:
+    """Continues from the state of a shorter run before its decay; False where there is none.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    if not all(path.is_file() for path in (before.state, before.bank, before.reserve)):
         return False
+    images = {
+        f"{name}.{key}": tensor
+        for name, path in (("bank", before.bank), ("reserve", before.reserve))
+        for key, tensor in load_tensors(path, "synthetic images").items()
+    }
+    return _restore_from(distillation, before.state, images)
+
+
+def _restore_from(distillation: Distillation, path: Path, images: Mapping[str, Tensor]) -> bool:
+    """Restores a state file, with images from elsewhere; False where it is another run's."""
     from safetensors import safe_open
 
-    tensors = load_tensors(path, "a checkpoint")
+    tensors = {**load_tensors(path, "a checkpoint"), **images}
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
@@ -527,6 +632,13 @@ def new_generator(
 def cosine(step: int, total: int, start: float, end: float) -> float:
     """Cosine decay from `start` at step 0 to `end` after `total` steps (Loshchilov & Hutter 2017, Eq. 5)."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total))
+
+
+def constant_then_linear(step: int, total: int, decay: int, start: float, end: float) -> float:
+    """`start` until `decay` steps before the end, then a straight line to `end` (Hägele et al., NeurIPS 2024,
+    https://arxiv.org/abs/2405.18392: as good as cosine, and the run can be continued from before the decay)."""
+    left = total - step
+    return start if left >= decay else end + (start - end) * left / decay
 
 
 def peak_memory_mib(compute: Compute) -> float:

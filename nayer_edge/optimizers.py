@@ -87,7 +87,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizer(
-    kind: Kind, model: nn.Module, *, lr: float, momentum: float, weight_decay: float, nesterov: bool, muon_lr: float
+    kind: Kind,
+    model: nn.Module,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    muon_lr: float,
+    nesterov: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer of a network; every group remembers its peak rate as `peak_lr`, for `set_rate`.
 
