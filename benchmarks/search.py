@@ -3,10 +3,10 @@
     NAYER_EDGE_DATA=… python benchmarks/search.py RUN --data "$NAYER_EDGE_DATA/cifar10/train.parquet" --seeds 0,1 \\
         --student nayer:wrn_16_1 --candidates "base,no adversary" --json benchmarks/results/search.cifar10.json
 
-RUN is a run folder with a finished teacher. The images that judge are the last 5,000 of the training split: no test
-image chooses anything, and no real image ever reaches the student. Every candidate is the schedule `base` with a few
-values changed, with sizes chosen so that the images and student steps of all candidates cost about the same. `seconds` is
-the clock's, so it compares only on a quiet machine.
+RUN is a run folder with a finished teacher. The last 5,000 images of the training split judge: no test image chooses
+anything, and no real image reaches the student. Every candidate is the schedule `base` with a few values changed, so that
+the images and student steps of all candidates cost about the same. `seconds` is wall-clock time: compare it only on a
+quiet machine.
 
 A row is written as soon as it is finished, and rows that are there are not run again.
 """
