@@ -4,9 +4,9 @@
         --student nayer:wrn_16_1 --candidates "base,no adversary" --json benchmarks/results/search.cifar10.json
 
 RUN is a run folder with a finished teacher. The last 5,000 images of the training split judge: no test image chooses
-anything, and no real image reaches the student. Every candidate is the schedule `base` with a few values changed, so that
-the images and student steps of all candidates cost about the same. `seconds` is wall-clock time: compare it only on a
-quiet machine.
+anything, and no real image reaches the student. Every candidate is the schedule `base` with a few values changed. The
+images and student steps of all candidates cost about the same. `seconds` is wall-clock time: compare it only on a quiet
+machine.
 
 A row is written as soon as it is finished, and rows that are there are not run again.
 """

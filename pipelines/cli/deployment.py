@@ -123,7 +123,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Latency and throughput of every artefact that this machine can run, measured in turns in one process."""
-    from ..bench import measure
+    from ..costs.bench import measure
 
     try:
         batches = [int(part) for part in batch.split(",")]

@@ -59,7 +59,7 @@ def students(
     """Shows the cost of students: parameters, multiply-accumulates, INT8 size and CPU latency."""
     from nayer_edge.config import InputSpec
 
-    from .. import students as costs
+    from ..costs import students as costs
     from ..init.parsing import parse_shape
     from ..recipes.checking import checked
 

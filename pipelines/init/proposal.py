@@ -15,7 +15,7 @@ from nayer_edge.labels.class_names import read_labels
 from nayer_edge.models.load import load_teacher, untrained_teacher
 from nayer_edge.models.names import parse
 
-from ..model_cost import cost_of
+from ..costs.model_cost import cost_of
 from ..recipes.checking import checked
 from .inspect_checkpoint import Findings, Guess
 from .parsing import checked_name, named_after, parse_shape, parse_values

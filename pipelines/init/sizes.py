@@ -18,8 +18,8 @@ from nayer_edge.generator import Generator
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import choose as choose_compute
 
+from ..costs.model_cost import Cost, cost_of, flop_of
 from ..doctor import memory_gib
-from ..model_cost import Cost, cost_of, flop_of
 
 Effort = Literal["trial", "normal"]
 

@@ -14,7 +14,7 @@ from nayer_edge.errors import UsageError
 from nayer_edge.models.names import parse
 from nayer_edge.storage.files import write_bytes
 
-from ..model_cost import Cost
+from ..costs.model_cost import Cost
 from ..recipes import preflight
 from ..recipes.as_toml import to_toml
 from ..recipes.loading import BUILT_IN_DATA, SUFFIX, load_recipe

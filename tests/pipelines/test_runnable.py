@@ -17,7 +17,8 @@ from nayer_edge.errors import MissingError
 from nayer_edge.export import targets
 from nayer_edge.export.runners import OrtRunner
 from nayer_edge.export.to_int8 import run_onnx
-from nayer_edge.pipelines import bench, runnable
+from nayer_edge.pipelines import runnable
+from nayer_edge.pipelines.costs import bench
 from nayer_edge.pipelines.deploy import ENGINES, FP32, int8_file
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
 from nayer_edge.pipelines.run import run_recipe

@@ -20,6 +20,7 @@ import torch
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.load import build_classifier
+from nayer_edge.pipelines.costs.model_cost import Cost, cost_of
 from nayer_edge.pipelines.init.inspect_checkpoint import look
 from nayer_edge.pipelines.init.parsing import parse_shape, parse_values
 from nayer_edge.pipelines.init.sizes import (
@@ -29,7 +30,6 @@ from nayer_edge.pipelines.init.sizes import (
     speed_of,
     student_for,
 )
-from nayer_edge.pipelines.model_cost import Cost, cost_of
 from nayer_edge.pipelines.recipes import preflight
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.steps import STEPS

@@ -13,9 +13,9 @@ from torchvision.models import EfficientNet_B0_Weights, MobileNet_V2_Weights, Mo
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.models.load import build_classifier
-from nayer_edge.pipelines.model_cost import cost_of_network
+from nayer_edge.pipelines.costs.model_cost import cost_of_network
+from nayer_edge.pipelines.costs.students import LIBRARY, int8_bytes_of, measure, students_for
 from nayer_edge.pipelines.recipes.loading import load_recipe, shipped
-from nayer_edge.pipelines.students import LIBRARY, int8_bytes_of, measure, students_for
 
 Invoke = Callable[..., Any]
 SPEC = InputSpec(height=32, width=32)

@@ -16,8 +16,8 @@ from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, load_teacher, untrained_teacher
 from nayer_edge.runtime.compute import Compute, choose, random_stream, seeded
 
+from ..recipes.schema import Recipe
 from .budget import BATCH, ROUND, Costs
-from .recipes.schema import Recipe
 
 DIMENSIONS = 384
 """of a label's embedding, as MiniLM's; other encoders change the first layer alone"""

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from nayer_edge.config import Distill, Synthesis
 from nayer_edge.errors import UsageError
-from nayer_edge.pipelines import budget
-from nayer_edge.pipelines.budget import Costs, duration, parse_budget, plan
+from nayer_edge.pipelines.costs import budget
+from nayer_edge.pipelines.costs.budget import Costs, duration, parse_budget, plan
 
 SMALL = Costs(synthesis_step=0.08, adversary=0.03, student_step=0.2, teacher_batch=0.1, rest=60)
 

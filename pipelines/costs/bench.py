@@ -10,9 +10,9 @@ from nayer_edge.export.benchmark import Timing, benchmark
 from nayer_edge.storage.files import read_json
 from nayer_edge.storage.run_folder import RunFolder
 
-from .deploy import ENGINES
-from .recipes.schema import Recipe
-from .runnable import engines, graphs, open_all
+from ..deploy import ENGINES
+from ..recipes.schema import Recipe
+from ..runnable import engines, graphs, open_all
 
 
 def measure(

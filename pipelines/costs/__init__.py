@@ -1,0 +1,1 @@
+"""What networks, steps and runs cost: operations, sizes, latencies and time."""
