@@ -1,7 +1,7 @@
-"""What can be done with a run, for the command line and for Python alike: each function is one command's work.
+"""The operations on a run, shared by the command line and the Python API: one function per command.
 
-They take paths and values, print nothing of their own, and say what is wrong by raising. Heavy modules are imported
-inside: `gate` needs the base install only.
+They take paths and values, print nothing, and raise on errors. Heavy modules are imported inside the functions, because
+`gate` needs only the base install.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def read_recipe(name: str, settings: list[str] | None = None) -> Recipe:
-    """A shipped recipe, a file's or a run folder's, with overrides ("a.b=c").
+    """Reads a shipped recipe, a recipe file or a run folder's recipe, with overrides ("a.b=c").
 
     Raises:
-        UsageError: there is none of this name, it does not hold, or a file that the overrides name is not there.
+        UsageError: unknown recipe, invalid recipe, or a file named in the overrides does not exist.
         IntegrityError: the run folder's manifest is damaged.
     """
     from .recipes.loading import load_recipe
@@ -40,27 +40,27 @@ def read_recipe(name: str, settings: list[str] | None = None) -> Recipe:
 
 
 def open_run(root: Path) -> RunFolder:
-    """The run folder with its manifest.
+    """Opens a run folder and reads its manifest.
 
     Raises:
-        UsageError: there is no run here.
+        UsageError: not a run folder.
         IntegrityError: its manifest is damaged.
     """
-    # pydantic takes half of what `--help` may take.
+    # Importing pydantic takes half of the time that `--help` may take.
     from nayer_edge.storage.run_folder import RunFolder
 
     return RunFolder.open(root)
 
 
 def recipe_in(root: Path) -> Recipe:
-    """The resolved recipe of a run folder; raises as `open_run`."""
+    """The resolved recipe of a run folder. Raises: see `open_run`."""
     from .recipes.loading import recipe_of
 
     return recipe_of(open_run(root).manifest.recipe, root)
 
 
 def default_out(name: str, recipe: Recipe) -> Path:
-    """Where a recipe runs unless told: that of a run folder in its folder."""
+    """The default run folder of a recipe; for a run folder's recipe, that folder."""
     from .recipes.loading import run_folder
 
     return run_folder(name) or Path("runs") / recipe.name
@@ -69,11 +69,11 @@ def default_out(name: str, recipe: Recipe) -> Path:
 def make(
     recipe: Recipe, root: Path, *, last: str | None = None, fresh: bool = False, display: Display | None = None
 ) -> RunFolder:
-    """Runs a recipe in a folder, continuing where it stopped; shows it where there is a display.
+    """Runs a recipe in a folder, or continues it where it stopped; shows progress if a display is given.
 
     Args:
-        last: the last step to run; all of them by default.
-        fresh: empties the folder first.
+        last: the last step to run; default: all steps.
+        fresh: empty the folder first.
 
     Raises:
         NayerEdgeError: see `nayer_edge.pipelines.run.run_recipe`.
@@ -98,16 +98,16 @@ def export(
     settings: Mapping[str, Any] | None = None,
     display: Display | None = None,
 ) -> RunFolder:
-    """Writes ONNX: FP32, with `int8` one quantized graph per target, and their engines.
+    """Exports FP32 ONNX and, with `int8`, one quantized graph per target and the targets' engines.
 
-    What is None or empty is as the run's recipe says. An engine that cannot be built here is marked, and the rest is
-    finished; `require_engines` then says so.
+    Arguments that are None or empty default to the run's recipe. An engine that cannot be built on this machine is
+    recorded as unavailable and the export continues; `require_engines` then raises.
 
     Args:
         settings: further keys of the recipe's [export].
 
     Raises:
-        UsageError: there is no such target, or the settings do not hold.
+        UsageError: unknown target or invalid settings.
         NayerEdgeError: see `make`.
     """
     from .recipes.checking import checked
@@ -123,13 +123,13 @@ def export(
 
         changes["targets"] = tuple(dict.fromkeys(get_target(name).name for name in names))
     values = {**recipe.export.model_dump(), **changes}
-    section = checked(Export, values, "These settings of the export do not hold:", "Mend them; nothing was started.")
+    section = checked(Export, values, "Invalid export settings:", "Correct them; nothing was started.")
     recipe = recipe.model_copy(update={"export": section})
     return make(recipe, root, last="engine" if int8 else "onnx", display=display)
 
 
 def not_validated(run: RunFolder) -> list[str]:
-    """Names of the exported files that the last report does not speak of."""
+    """Names of the exported files that the last report does not cover."""
     from .measurements import REPORT_PATH
 
     files = run.manifest.files
@@ -142,16 +142,16 @@ def not_validated(run: RunFolder) -> list[str]:
 
 
 def require_engines(run: RunFolder) -> None:
-    """Raises MissingError if an engine that was asked for could not be built here."""
+    """Raises MissingError if a requested engine could not be built on this machine."""
     from nayer_edge.storage.files import read_json
 
     records = read_json(run.path(run.artifact("engine").files["engines"]), "the list of engines")
     if missing := [record for record in records if record["status"] == "unavailable"]:
         names = ", ".join(record["name"] for record in missing)
         raise MissingError(
-            f"Everything was exported but {names}.",
+            f"Everything was exported except {names}.",
             why="\n".join(dict.fromkeys(record["reason"] for record in missing)),
-            fix="Build them where that is installed, or ask for the ONNX files alone with --no-engine.",
+            fix="Build them where that is installed, or export only the ONNX files with --no-engine.",
         )
 
 
@@ -162,14 +162,14 @@ def validate(
     fit: Fit | None = None,
     display: Display | None = None,
 ) -> RunFolder:
-    """Runs every artefact beside the teacher; writes predictions.npz and report.json.
+    """Compares every artifact with the teacher; writes predictions.npz and report.json.
 
     Args:
-        data: labelled hold-out images, or None for fresh synthetic ones; as the run's recipe says by default.
-        fit: what is done with pictures of another size.
+        data: labelled hold-out images, or None for fresh synthetic ones; default: the run's recipe.
+        fit: how images of another size are handled.
 
     Raises:
-        UsageError: there are no such images, or they do not fit the model.
+        UsageError: the images do not exist or do not match the model.
         NayerEdgeError: see `make`.
     """
     from .recipes.loading import BUILT_IN_DATA
@@ -197,13 +197,13 @@ def gate(
     json_out: Path | None = None,
     summary: Path | None = None,
 ) -> Verdict:
-    """Gives the verdict on a validated run, and writes it where told.
+    """Gives the verdict on a validated run, and writes it to the given files.
 
     Args:
-        policy: a policy in TOML; the one of the run's recipe by default.
-        limits: keys of the policy that are to be others than there; see `nayer_edge.pipelines.gate.policy.limited`.
-        references: a `references.toml` that names the release to compare with.
-        junit, json_out, summary: files to write; Markdown is added to the last.
+        policy: a TOML policy file; default: the policy in the run's recipe.
+        limits: overrides of the policy; see `nayer_edge.pipelines.gate.policy.limited`.
+        references: a `references.toml` file with the release to compare with.
+        junit, json_out, summary: files to write; Markdown is appended to `summary`.
 
     Raises:
         UsageError, IntegrityError: see `nayer_edge.pipelines.gate.verdict.run_gate`.
@@ -225,11 +225,11 @@ def gate(
 
 
 def report(root: Path, *, display: Display | None = None) -> RunFolder:
-    """Writes the page about a validated run, making stale steps anew.
+    """Writes the HTML report of a validated run, re-running outdated steps.
 
     Raises:
-        UsageError: it has not been validated.
-        IntegrityError: a file differs from the manifest, or the report from the files.
+        UsageError: the run has not been validated.
+        IntegrityError: a file does not match the manifest, or the report does not match the files.
         NayerEdgeError: see `make`.
     """
     from .gate.verdict import load_report
@@ -241,15 +241,15 @@ def report(root: Path, *, display: Display | None = None) -> RunFolder:
 
 
 def draw(root: Path, count: int, *, display: Display | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Class-balanced synthetic images from a run's trained generator.
+    """Draws class-balanced synthetic images from a run's trained generator.
 
     Returns:
-        Images (count, C, H, W), float32 in [0, 1], exactly representable as uint8; and the class that each was made
-        for, (count,), int64. Equal runs give equal images.
+        Images (count, C, H, W), float32 in [0, 1], exactly representable as uint8; and the class that each was
+        generated for, (count,), int64. Identical runs give identical images.
 
     Raises:
         UsageError: there is no finished student.
-        IntegrityError: a file differs from the manifest.
+        IntegrityError: a file does not match the manifest.
     """
     from nayer_edge.runtime.progress import Silent
 

@@ -1,7 +1,7 @@
-"""nayer-edge from Python: a teacher, and what can be done with its run. `import nayer_edge as ne` shows these names.
+"""The Python API of nayer-edge: teachers and runs. `import nayer_edge as ne` exposes these names.
 
-The functions are those of the command line (`nayer_edge.pipelines.actions`), over the same run folders. They print
-nothing unless asked for progress, and what goes wrong is an exception of the NayerEdgeError family.
+The functions share their code (`nayer_edge.pipelines.actions`) and run folders with the command line. They print
+nothing unless called with `progress=True`, and raise subclasses of NayerEdgeError.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ FilePath = str | os.PathLike[str]
 Labels = Sequence[str] | FilePath
 """class names in the order of the outputs, or a file of them"""
 GIVEN = ("teacher", "teach", "student.model")
-"""of a recipe, what `distill` is told in other ways"""
+"""recipe keys that `distill` takes as arguments or does not accept"""
 
 
 class InputSpec(config.InputSpec):
-    """The images that a model expects: values in [0, 1], channels first, normalised as (x − mean) / std.
+    """The input that a model expects: images in [0, 1], channels first, normalised as (x − mean) / std.
 
-    The normalisation is part of the model from then on. For a network that normalises by itself: mean=0, std=1.
+    The normalisation becomes part of the model. For a network that normalises its own input, use mean=0, std=1.
 
     Args:
-        channels: 1 for grey, 3 for red, green, blue; 3 by default.
-        height, width: pixels; 32 by default.
-        mean, std: one value per channel, or one for all; 0.5 by default.
+        channels: 1 for greyscale, 3 for RGB; default: 3.
+        height, width: pixels; default: 32.
+        mean, std: one value per channel, or one for all; default: 0.5.
 
     Raises:
-        UsageError: a value is out of range, or there are not as many as channels.
+        UsageError: a value is out of range, or the number of values differs from the number of channels.
     """
 
     def __init__(
@@ -77,29 +77,30 @@ class InputSpec(config.InputSpec):
             super().__init__(**{key: value for key, value in values.items() if value is not None})
         except ValidationError as error:
             why = "\n".join(f"  - {sentence}" for sentence in problems_of(error, config.InputSpec))
-            raise UsageError("These images cannot be:", why=why) from error
+            raise UsageError("Invalid input specification:", why=why) from error
 
 
 class Teacher:
     """A trained classifier, from an nn.Module in memory. For weights in a file, see `load_teacher`.
 
-    The module is copied, in float32, and stays as it is. A run with such a teacher goes on only from Python, with
-    the same teacher (`open`, or `distill` again): no file says how the network is built.
+    The module is copied, in float32; the original is not changed. A run with such a teacher can be continued only from
+    Python, with the same teacher (`open`, or `distill` again), because no file describes the network's architecture.
 
     Args:
-        module: normalised images (B, C, H, W) → logits (B, K), or what libraries wrap them in. It has BatchNorm layers.
-        classes: the K class names in the order of the logits, or a text, JSON or CSV file of them.
-        input: the images that it was trained on.
+        module: normalised images (B, C, H, W) → logits (B, K), possibly wrapped in a library's output object. It must
+            have BatchNorm layers.
+        classes: the K class names in the order of the logits, or a text, JSON or CSV file that lists them.
+        input: the input specification that it was trained with.
 
     Attributes:
-        model: its name, as "memory:ResNet@<digest of its weights>" or "torchvision:resnet18".
+        model: its name, such as "memory:ResNet@<digest of its weights>" or "torchvision:resnet18".
         classes: class names.
-        input: the images.
+        input: the input specification.
 
     Raises:
-        UsageError: it is no module, has no BatchNorm layers, cannot take such images, answers with another number of
-            classes, or the class names do not hold.
-        TrainingError: its answers are not finite, or the same for every image.
+        UsageError: not a module, no BatchNorm layers, it does not accept such images, the number of outputs differs
+            from the number of class names, or the class names are invalid.
+        TrainingError: its outputs are not finite, or the same for every image.
         MissingError: torch is not installed.
     """
 
@@ -110,7 +111,7 @@ class Teacher:
 
             network = _copy_of(module)
             values = {"model": MEMORY, "classes": _class_names(classes), "input": _plain(input)}
-            section = checked(config.Teacher, values, "This teacher does not hold:", "Mend its classes or input.")
+            section = checked(config.Teacher, values, "Invalid teacher:", "Correct its classes or input.")
             classifier = Classifier(
                 network, f"{MEMORY}:{type(network).__name__}", section.input, section.classes
             ).eval()
@@ -121,7 +122,7 @@ class Teacher:
 
     @property
     def model(self) -> str:
-        """Its name in recipes and model cards."""
+        """The name in recipes and model cards."""
         return self._section.model
 
     @property
@@ -131,7 +132,7 @@ class Teacher:
 
     @property
     def input(self) -> config.InputSpec:
-        """The images that it expects."""
+        """The input specification."""
         return self._section.input
 
     def __repr__(self) -> str:
@@ -149,35 +150,36 @@ def load_teacher(
     arguments: Mapping[str, bool | int | float | str] | None = None,
     trust_code: bool = False,
 ) -> Teacher:
-    """A trained classifier from a file, or from weights that a library publishes. Its runs also go on from the
-    command line.
+    """Loads a trained classifier from a file, or from weights that a library publishes. Its runs can also be
+    continued from the command line.
 
     Args:
-        weights: a .safetensors file or a state dict, or a name as "torchvision:IMAGENET1K_V1"; None for hf: and
-            python: models that bring their own.
+        weights: a .safetensors file, a state dict, or a name such as "torchvision:IMAGENET1K_V1"; None for hf: and
+            python: models that provide their own.
         model: "torchvision:resnet18", "timm:…", "nayer:…", "hf:…" or "python:file.py:factory".
-        classes: class names in the order of the logits, or a text, JSON or CSV file of them.
-        input: the images that it was trained on; what is left open is the library's own description of the weights.
-        weights_key: where in the file they are, needed where it holds several ("state_dict_ema").
-        weights_ignore: beginnings of names in the file that are no part of the network ("projector.").
-        arguments: further arguments of the network.
-        trust_code: run the code that a python: model names.
+        classes: class names in the order of the logits, or a text, JSON or CSV file that lists them.
+        input: the input specification that it was trained with; omitted values default to the library's metadata for
+            the weights.
+        weights_key: their key in the file, needed if it contains several state dicts ("state_dict_ema").
+        weights_ignore: prefixes of parameter names in the file to ignore ("projector.").
+        arguments: further arguments for building the network.
+        trust_code: allow the code of a python: model to run.
 
     Raises:
-        UsageError: no such file or model, the weights are not this network's, or one of the reasons of `Teacher`.
-        IntegrityError: the file is damaged or a pickle that would run code, or a python: model is not trusted.
-        MissingError: something is not installed, or a hub cannot be reached.
-        TrainingError: its answers are not finite, or the same for every image.
+        UsageError: no such file or model, the weights do not match the network, or as for `Teacher`.
+        IntegrityError: the file is damaged, is a pickle that would run code, or a python: model is not trusted.
+        MissingError: a package is not installed, or a hub cannot be reached.
+        TrainingError: its outputs are not finite, or the same for every image.
     """
     with _at_work(trust_code=trust_code):
         from nayer_edge.models import load
 
         source = parse(model).source
         if weights is None and source not in BRING_WEIGHTS:
-            raise UsageError(f"{model} brings no weights of its own.", fix="Name the file that holds the teacher's.")
+            raise UsageError(f"{model} has no weights of its own.", fix="Give the file with the teacher's weights.")
         if input is None and source not in DESCRIBED:
             raise UsageError(
-                f"Nobody says what images {model} was trained on.",
+                f"No input specification is known for {model}.",
                 fix="Give input=nayer_edge.InputSpec(channels=…, height=…, width=…, mean=…, std=…).",
             )
         values = {
@@ -189,7 +191,7 @@ def load_teacher(
             "classes": _class_names(classes),
             **({} if input is None else {"input": _plain(input)}),
         }
-        section = checked(config.Teacher, values, "This teacher does not hold:", "Mend what was given.")
+        section = checked(config.Teacher, values, "Invalid teacher:", "Correct the arguments.")
         section = with_input(resolved_teacher(section, lambda _key: Path.cwd()))
         classifier, _ = load.load_teacher(section, load.untrained_teacher(section))
         _check(classifier)
@@ -199,11 +201,10 @@ def load_teacher(
 
 
 class Run:
-    """A run folder. `distill`, `run` and `open` return one; `path` is where it lies.
+    """A run folder, as returned by `distill`, `run` and `open`; `path` is its location.
 
-    Every method raises IntegrityError where a file that it needs was altered, UsageError where a step is missing that
-    it needs, and MissingError where something is not installed. With `progress=True` it shows what the command line
-    shows.
+    Every method raises IntegrityError if a file that it needs was altered, UsageError if a step that it needs has not
+    been run, and MissingError if a package is not installed. `progress=True` shows the command line's progress display.
     """
 
     path: Path
@@ -217,7 +218,7 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The whole recipe of the run, as its manifest holds it."""
+        """The complete recipe of the run, from its manifest."""
         with self._at_work():
             return actions.recipe_in(self.path)
 
@@ -233,23 +234,23 @@ class Run:
         progress: bool = False,
         **settings: Any,
     ) -> dict[str, Path]:
-        """Writes ONNX: FP32, with `int8` one quantized graph per target, and their engines.
+        """Exports FP32 ONNX and, with `int8`, one quantized graph per target and the targets' engines.
 
         Args:
-            int8: quantize, with images that the run's generator draws.
-            fp16: also write an FP16 graph; as the run's recipe says by default, and so the others.
-            finetune: train the quantized network on synthetic images; needs `int8`.
-            targets: devices, as "cpu", "arm", "tensorrt", "tensorrt-rtx".
-            engines: build engines for the targets that have them.
-            compute_capability: for TensorRT-RTX, as "sm89".
-            settings: further keys of the recipe's [export], as calibration_images=256.
+            int8: quantize, calibrating on images from the run's generator.
+            fp16: also export an FP16 graph. Default, here and below: the run's recipe.
+            finetune: quantization-aware training (QAT) on synthetic images; requires `int8`.
+            targets: deployment targets, such as "cpu", "arm", "tensorrt", "tensorrt-rtx".
+            engines: build engines for the targets that use them.
+            compute_capability: for TensorRT-RTX, such as "sm89".
+            settings: further keys of the recipe's [export], such as calibration_images=256.
 
         Returns:
-            The exported files by their names in the report, as "fp32" and "int8.cpu".
+            Exported files by their names in the report, such as "fp32" and "int8.cpu".
 
         Raises:
-            UsageError: there is no such target or setting.
-            MissingError: an engine cannot be built here; everything else was exported.
+            UsageError: unknown target or setting.
+            MissingError: an engine cannot be built on this machine; everything else was exported.
         """
         with self._at_work():
             run = actions.export(
@@ -270,19 +271,19 @@ class Run:
     def validate(
         self, data: FilePath | EllipsisType | None = ..., *, fit: config.Fit | None = None, progress: bool = False
     ) -> Report:
-        """Runs every artefact beside the teacher, on the same images.
+        """Compares every artifact with the teacher on the same images.
 
         Args:
             data: labelled hold-out images: a folder of class folders, a .parquet or .npz file, torchvision's formats,
-                or "digits". None: fresh synthetic images, where agreement with the teacher takes the place of accuracy.
-                Left out: those of the run's recipe.
-            fit: what is done with pictures of another size: "exact" refuses them, "stretch", "center-crop".
+                or "digits". None: fresh synthetic images, which measure agreement with the teacher instead of accuracy.
+                Default: the run's recipe.
+            fit: how images of another size are handled: "exact" (refused), "stretch" or "center-crop".
 
         Returns:
-            What validate/report.json holds: measurements, no verdict.
+            The contents of validate/report.json: measurements, no verdict.
 
         Raises:
-            UsageError: there are no such images, or they do not fit the model.
+            UsageError: the images do not exist or do not match the model.
         """
         with self._at_work():
             from .gate.verdict import load_report
@@ -300,21 +301,22 @@ class Run:
         summary: FilePath | None = None,
         **limits: Any,
     ) -> Verdict:
-        """Is the validated run good enough to ship? Needs the base install only, and writes only where told.
+        """Decides whether the validated run is good enough to ship. Needs only the base install.
 
         Args:
-            policy: a policy in TOML; the one of the run's recipe by default.
-            references: a references.toml that names the release to compare with.
-            junit, json_out, summary: files to write, outside of the run folder; Markdown is added to the last.
-            limits: keys of the policy that are to be others than there: by name (max_drop_vs_fp32=0.015), by section
-                and key ("per_class.max_drop"), or sections (size={"max_bytes": 200_000}); None lifts a limit.
+            policy: a TOML policy file; default: the policy in the run's recipe.
+            references: a references.toml file with the release to compare with.
+            junit, json_out, summary: files to write, outside the run folder; Markdown is appended to `summary`.
+                Nothing else is written.
+            limits: overrides of the policy: by key (max_drop_vs_fp32=0.015), by section and key
+                ("per_class.max_drop"), or by section (size={"max_bytes": 200_000}); None removes a limit.
 
         Returns:
-            `verdict` is "pass", "fail" or "inconclusive"; `checks` says why.
+            The verdict: `verdict` is "pass", "fail" or "inconclusive"; `checks` gives the reasons.
 
         Raises:
-            UsageError: it has not been validated, or policy, limits or references do not hold.
-            IntegrityError: a file differs from the manifest, or the report from the files.
+            UsageError: the run has not been validated, or the policy, limits or references are invalid.
+            IntegrityError: a file does not match the manifest, or the report does not match the files.
         """
         with self._at_work():
             return actions.gate(
@@ -328,33 +330,33 @@ class Run:
             )
 
     def report(self, *, progress: bool = False) -> Path:
-        """Writes the page about the validated run: one self-contained HTML file. Returns its path.
+        """Writes the HTML report of the validated run, one self-contained file. Returns its path.
 
         Raises:
-            UsageError: it has not been validated.
+            UsageError: the run has not been validated.
         """
         with self._at_work():
             run = actions.report(self.path, display=_display(progress))
             return run.path(run.artifact("report").files["page"])
 
     def draw(self, count: int = 512, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Class-balanced synthetic images from the trained generator, for other tools' calibration as well.
+        """Draws class-balanced synthetic images from the trained generator, for example to calibrate other tools.
 
         Returns:
-            Images (count, C, H, W), float32 in [0, 1], and the class that each was made for, (count,). The same run
-            gives the same images.
+            Images (count, C, H, W), float32 in [0, 1], and the class that each was generated for, (count,). The same
+            run gives the same images.
 
         Raises:
-            UsageError: `count` is no positive number, or there is no finished student.
+            UsageError: `count` is not a positive integer, or there is no finished student.
         """
         if not isinstance(count, int) or count < 1:
-            raise UsageError(f"{count!r} images cannot be drawn.", fix="Ask for one or more.")
+            raise UsageError(f"Cannot draw {count!r} images.", fix="Give a positive whole number.")
         with self._at_work():
             return actions.draw(self.path, count, display=_display(progress))
 
     def student(self) -> Classifier:
-        """The student: an nn.Module, evaluated, on the CPU; images (B, C, H, W) in [0, 1] → logits (B, K). It
-        normalises by itself; `classes` and `spec` say the rest.
+        """The student: an nn.Module in eval mode on the CPU; images (B, C, H, W) in [0, 1] → logits (B, K). It
+        normalises its own input; `classes` and `spec` describe its outputs and input.
 
         Raises:
             UsageError: there is no finished student.
@@ -381,33 +383,34 @@ def distill(
     trust_code: bool = False,
     **settings: Any,
 ) -> Run:
-    """Distils a student without data: teacher and class names are all that it takes.
+    """Distils a student without data, from a teacher and its class names alone.
 
-    Called again with the same teacher, student and settings, it continues where it was interrupted, and does nothing
-    where it was finished.
+    A second call with the same teacher, student and settings continues an interrupted run, and does nothing if the run
+    is finished.
 
     Args:
-        student: the compact network, as "nayer:wrn_16_1" or "torchvision:mobilenet_v3_small@32".
+        student: the compact network, such as "nayer:wrn_16_1" or "torchvision:mobilenet_v3_small@32".
         out: the run folder.
-        fresh: start over: empties the folder first.
-        progress: show what the command line shows.
-        trust_code: run the code that a python: model names.
-        settings: sections of a recipe, as distill={"epochs": 4}, single keys, as **{"distill.epochs": 4}, and seed,
-            device and precision. Omitted keys default to the paper's values (docs/REFERENCE.md).
+        fresh: empty the folder and start over.
+        progress: show the command line's progress display.
+        trust_code: allow the code of a python: model to run.
+        settings: sections of a recipe, such as distill={"epochs": 4}, single keys, such as
+            **{"distill.epochs": 4}, and seed, device and precision. Omitted keys default to the paper's values
+            (docs/REFERENCE.md).
 
     Raises:
-        UsageError: the settings do not hold (all problems at once), or the folder holds a run with another teacher,
+        UsageError: invalid settings (all problems are listed), or the folder contains a run with another teacher,
             student or settings.
-        TrainingError: training went wrong.
+        TrainingError: training failed.
         IntegrityError: a finished file was altered, or a python: model is not trusted.
-        MissingError: something is not installed, or there is not enough memory.
+        MissingError: a package is not installed, or there is not enough memory.
     """
     path = Path(out)
     with _at_work(teacher, trust_code):
         if not isinstance(teacher, Teacher):
             raise UsageError(
-                f"distill() takes a Teacher, and this is a {type(teacher).__name__}.",
-                fix="Write nayer_edge.Teacher(module, classes=…, input=…), or nayer_edge.load_teacher(…).",
+                f"distill() expects a Teacher, not {type(teacher).__name__}.",
+                fix="Use nayer_edge.Teacher(module, classes=…, input=…), or nayer_edge.load_teacher(…).",
             )
         recipe = recipe_of(_values(teacher, student, path, settings), Path.cwd(), "given to distill()")
         require_typed(recipe, ["validate.data"])
@@ -425,17 +428,18 @@ def run(
     progress: bool = False,
     trust_code: bool = False,
 ) -> Run:
-    """Runs a recipe, continuing where it stopped. `Run.gate` then says whether it is good enough.
+    """Runs a recipe, or continues it where it stopped. `Run.gate` then gives the verdict.
 
     Args:
-        recipe: a shipped recipe's name, a .toml file, or a run folder to go on with.
-        out: the run folder; runs/<recipe> by default.
+        recipe: a shipped recipe's name, a .toml file, or a run folder to continue.
+        out: the run folder; default: runs/<recipe>.
         until: the last step to run: teacher, lte, student, onnx, int8, engine, validate, gate or report.
-        settings: overrides of the recipe, as ["distill.epochs=4"].
+        settings: overrides of the recipe, such as ["distill.epochs=4"].
         fresh, progress, trust_code: see `distill`.
 
     Raises:
-        UsageError: there is no such recipe or step, or it does not hold; and as `distill`.
+        UsageError: unknown recipe or step, or an invalid recipe.
+        NayerEdgeError: see `distill`.
     """
     with _at_work(trust_code=trust_code):
         chosen = actions.read_recipe(os.fspath(recipe), list(settings))
@@ -448,12 +452,12 @@ def open(path: FilePath, *, teacher: Teacher | None = None, trust_code: bool = F
     """Opens a run folder.
 
     Args:
-        teacher: the one that the run was made with, where it was an nn.Module in memory. What does not need the network
-            works without it: gate, report, student.
-        trust_code: run the code that a python: model names.
+        teacher: the teacher of the run, if it was an nn.Module in memory. Without it, only methods that do not need
+            the network work: gate, report, student.
+        trust_code: allow the code of a python: model to run.
 
     Raises:
-        UsageError: there is no run here, or it was made with another teacher.
+        UsageError: not a run folder, or the run has another teacher.
         IntegrityError: its manifest is damaged.
     """
     root = Path(path)
@@ -468,35 +472,33 @@ def _require_same(teacher: Teacher, recipe: Recipe, root: Path) -> None:
     held = recipe.teacher
     if parse(held.model).source != MEMORY:
         raise UsageError(
-            f"The teacher of {root} is {held.model}, which is built from its name.", fix="Leave out teacher=…"
+            f"The teacher of {root} is {held.model}, which is loaded by its name.", fix="Leave out teacher=…"
         )
     if differing := [key for key in ("model", "classes", "input") if getattr(held, key) != getattr(teacher, key)]:
         raise UsageError(
             f"{root} was made with another teacher.",
-            why=f"It was {held.model}, and {teacher.model} was given; {', '.join(differing)} differ.",
+            why=f"Expected {held.model}, got {teacher.model}; {', '.join(differing)} differ.",
             fix="Give the teacher with the same weights, classes and input.",
         )
 
 
 def _values(teacher: Teacher, student: str, path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of a distillation, as TOML would hold it."""
+    """The recipe of a distillation, in TOML values."""
     if wrong := [key for key in settings if key in GIVEN or key.partition(".")[0] in GIVEN]:
-        raise UsageError(
-            f"'{wrong[0]}' is no setting of distill().", fix="Teacher and student are arguments of their own."
-        )
+        raise UsageError(f"'{wrong[0]}' is not a setting of distill().", fix="Use the teacher and student arguments.")
     values: dict[str, Any] = {
         "name": named_after(path.resolve()),
         "teacher": teacher._section.model_dump(mode="json"),
         "student": {"model": student},
     }
-    # Sections first: a single key changes what they say.
+    # Sections first, so that single keys override them.
     for key, value in sorted(settings.items(), key=lambda item: "." in item[0]):
         set_value(values, key.split("."), _plain(value), f"'{key}'")
     return values
 
 
 def _plain(value: Any) -> Any:
-    """A value as TOML would hold it."""
+    """A value in TOML types."""
     if isinstance(value, config.Section):
         return {key: _plain(getattr(value, key)) for key in value.model_fields_set}
     if isinstance(value, Mapping):
@@ -509,13 +511,15 @@ def _path(value: FilePath | None) -> Path | None:
 
 
 def _numbers(value: float | Iterable[float] | None) -> tuple[float, ...] | None:
-    """One number or several, in a list, an array or a tensor."""
+    """One number, or a list, array or tensor of numbers, as a tuple."""
     if value is None:
         return None
     try:
         return tuple(float(item) for item in value) if isinstance(value, Iterable) else (float(value),)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{value!r} is neither a number nor several.", fix="Give one number per channel.") from error
+        raise UsageError(
+            f"{value!r} is neither a number nor a sequence of numbers.", fix="Give one number per channel."
+        ) from error
 
 
 def _class_names(classes: Labels) -> tuple[str, ...]:
@@ -527,7 +531,7 @@ def _class_names(classes: Labels) -> tuple[str, ...]:
 
 
 def _copy_of(module: Any) -> nn.Module:
-    """The module itself, out of what trains it on several devices or compiles it; in float32 on the CPU."""
+    """A float32 copy of the module on the CPU, without data-parallel and torch.compile wrappers."""
     from torch import nn
 
     while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -535,21 +539,21 @@ def _copy_of(module: Any) -> nn.Module:
     module = getattr(module, "_orig_mod", module)
     if not isinstance(module, nn.Module):
         raise UsageError(
-            f"A teacher is a torch.nn.Module, and this is a {type(module).__name__}.",
-            fix="For weights in a file: nayer_edge.load_teacher(file, model=…, classes=…).",
+            f"A teacher must be a torch.nn.Module, not {type(module).__name__}.",
+            fix="For weights in a file, use nayer_edge.load_teacher(file, model=…, classes=…).",
         )
     try:
         return copy.deepcopy(module).cpu().float().eval()
-    except Exception as error:  # whatever a user's module holds
+    except Exception as error:  # a user's module can raise anything
         raise UsageError(
-            f"This {type(module).__name__} cannot be copied.",
+            f"The module {type(module).__name__} cannot be copied.",
             why=f"{type(error).__name__}: {error}",
-            fix="Build it anew and load its state dict, without hooks and handles.",
+            fix="Build a new one without hooks or open handles, and load its state dict.",
         ) from error
 
 
 def _check(classifier: Classifier) -> None:
-    """Refuses a teacher that nothing can be learnt from."""
+    """Raises an error for a teacher that cannot be distilled."""
     from nayer_edge.batchnorm import require_batch_norms
     from nayer_edge.distillation import check_teacher
     from nayer_edge.models.load import check_forward
@@ -585,8 +589,8 @@ def _display(progress: bool) -> Display | None:
 
 @contextlib.contextmanager
 def _at_work(teacher: Teacher | None = None, trust_code: bool = False) -> Iterator[None]:
-    """A context in which the teacher's network can be built and trusted code runs, and in which a missing package and a
-    lack of memory or disk are said in words."""
+    """A context that provides the teacher's network, permits trusted code, and turns a missing package or a lack of
+    memory or disk space into a NayerEdgeError."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(user_code.trusting(trust_code))
         network = getattr(teacher, "_network", None)

@@ -1,7 +1,7 @@
-"""Teachers that exist only in a Python program: `memory:<class>@<digest>`, found by the digest of their weights.
+"""Teachers that exist only in a Python program: `memory:<class>@<digest>`, identified by the digest of their weights.
 
-No file says how such a network is built. The program that has it holds it here while it works; anywhere else, as on the
-command line, what needs the network ends with an error that says who can go on.
+No file describes the architecture of such a network. The program that owns it registers it here while it works.
+Elsewhere, for example on the command line, operations that need the network fail with an error that says how to go on.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 _held: ContextVar[tuple[str, nn.Module] | None] = ContextVar("held", default=None)
 
 DIGEST_LENGTH = 16
-"""hexadecimal digits of the SHA-256 that tell one teacher from another"""
+"""hexadecimal digits of the SHA-256 in a teacher's name"""
 
 
 def name_of(network: nn.Module, digest: str) -> str:
-    """The name of a network of a program, in a recipe.
+    """The name of an in-memory network in recipes.
 
     Args:
         digest: of its weights; see `nayer_edge.models.load.weights_digest`.
@@ -37,7 +37,7 @@ def name_of(network: nn.Module, digest: str) -> str:
 
 @contextlib.contextmanager
 def holding(name: str, network: nn.Module) -> Iterator[None]:
-    """A context in which the network of this name can be built: as copies of `network`."""
+    """A context in which `build` returns copies of `network` for this name."""
     token = _held.set((name, network))
     try:
         yield
@@ -46,16 +46,16 @@ def holding(name: str, network: nn.Module) -> Iterator[None]:
 
 
 def is_held(model: str) -> bool:
-    """Whether the network of this name can be built here and now."""
+    """Whether `build` can currently provide the network of this name."""
     held = _held.get()
     return held is not None and held[0] == model
 
 
 def build(model: ModelName) -> nn.Module:
-    """A copy of the network that the program holds.
+    """A copy of the registered network.
 
     Raises:
-        UsageError: it holds none, or another.
+        UsageError: no network, or another one, is registered.
     """
     held = _held.get()
     if held is None or held[0] != model.whole:
@@ -64,10 +64,10 @@ def build(model: ModelName) -> nn.Module:
 
 
 def not_held(model: ModelName) -> UsageError:
-    """The refusal of what needs a network that the program at work does not have."""
+    """The error for an operation that needs a network which is not registered."""
     return UsageError(
-        f"The teacher {model.whole} is not here: it was an nn.Module of a Python program.",
-        why="The run folder holds its weights, and no file says how the network is built.",
-        fix="In Python, with the same teacher: nayer_edge.open(RUN, teacher=teacher), or to go on with an unfinished "
+        f"The teacher {model.whole} is not available: it was an nn.Module in a Python program.",
+        why="The run folder contains its weights, but not the code that builds the network.",
+        fix="In Python, with the same teacher: nayer_edge.open(RUN, teacher=teacher), or to continue an unfinished "
         "student: nayer_edge.distill(teacher, …, out=RUN).",
     )

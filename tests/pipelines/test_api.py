@@ -1,4 +1,4 @@
-"""nayer-edge from Python: teachers in memory and in files, runs, and that the work is that of the command line."""
+"""The Python API: teachers in memory and in files, runs, and results equal to the command line's."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ STUDENT = "nayer:resnet8"
 
 
 class Net(nn.Module):
-    """A teacher that was never trained, and answers differently to different images."""
+    """An untrained teacher whose outputs differ between images."""
 
     stop_at: Path | None = None
-    """a file at whose sight the program is interrupted"""
+    """the program is interrupted when this file appears"""
 
     def __init__(self, seed: int = 0, channels: int = 1, classes: int = len(CLASSES)) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def teacher() -> ne.Teacher:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a teacher of memory, exported and validated. Read only."""
+    """A run with an in-memory teacher, exported and validated. Read-only."""
     root = tmp_path_factory.mktemp("api") / "mine"
     run = ne.distill(ne.Teacher(Net(), classes=CLASSES, input=SPEC), STUDENT, root, **TINY)
     run.export(int8=True)
@@ -71,7 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mine(made: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be altered."""
+    """A copy of it that tests may alter."""
     return Path(shutil.copytree(made, tmp_path / "mine"))
 
 
@@ -107,7 +107,7 @@ def test_the_names_are_the_functions_of_the_pipelines() -> None:
 
 
 def test_no_module_of_the_core_takes_the_place_of_a_name() -> None:
-    """An imported submodule becomes an attribute of the package, over whatever it shows there."""
+    """Importing a submodule sets an attribute of the package, which may hide a public name."""
     core = Path(ne.__file__).parent
     modules = {path.stem for path in core.iterdir()} | {"export", "pipelines"}
     assert not modules & set(ne.__all__)
@@ -160,7 +160,7 @@ def test_wrappers_of_training_are_taken_off() -> None:
 
 
 class Alien(nn.Module):
-    """Wrong in a way of its own."""
+    """A network with one chosen defect."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -200,8 +200,8 @@ BAD = {
     "no logits": (lambda: Alien("no logits"), {}, ne.UsageError, "no logits"),
     "uncopyable": (lambda: Alien("uncopyable"), {}, ne.UsageError, "cannot be copied"),
     "no memory": (lambda: Alien("memory"), {}, ne.MissingError, "not enough memory"),
-    "no module": (lambda: {"weight": 1}, {}, ne.UsageError, "this is a dict"),
-    "a class": (lambda: Net, {}, ne.UsageError, "this is a type"),
+    "no module": (lambda: {"weight": 1}, {}, ne.UsageError, "must be a torch.nn.Module, not dict"),
+    "a class": (lambda: Net, {}, ne.UsageError, "must be a torch.nn.Module, not type"),
     "doubled names": (Net, {"classes": ["a", "b", "a", "c"]}, ne.UsageError, "must differ"),
     "numbers for names": (Net, {"classes": range(4)}, ne.UsageError, "classes.0"),
     "no file of names": (Net, {"classes": "nowhere.txt"}, ne.UsageError, "nowhere.txt"),
@@ -292,7 +292,7 @@ def test_interrupted_it_goes_on_from_python_alone(
     answer = invoke("run", root)
     assert answer.code == 2
     assert "nayer_edge.distill(teacher" in answer.err
-    with pytest.raises(ne.UsageError, match="is not here"):
+    with pytest.raises(ne.UsageError, match="is not available"):
         ne.run(root)
     with pytest.raises(ne.UsageError, match="with other settings"):
         ne.distill(ne.Teacher(Net(1), classes=CLASSES, input=SPEC), STUDENT, root, **TINY)
@@ -311,12 +311,12 @@ def test_interrupted_it_goes_on_from_python_alone(
         ({"distil": {}}, "unknown key 'distil'"),
         ({"distill.epochs": "many", "synthesis.batch": 0}, r"(?s)(?=.*distill\.epochs).*synthesis\.batch"),
         ({"seed.x": 1}, "is a value, not a section"),
-        ({"teach": {"data": "digits"}}, "no setting of distill"),
-        ({"teacher.model": "nayer:resnet8"}, "no setting of distill"),
+        ({"teach": {"data": "digits"}}, "not a setting of distill"),
+        ({"teacher.model": "nayer:resnet8"}, "not a setting of distill"),
         ({"validate": {"data": "nowhere/"}}, "there is no .*nowhere"),
         ({"student": nn.Linear(1, 1)}, r"student\.model"),
         ({"student": "nayer:resnet9"}, "resnet9"),
-        ({"teacher": Net()}, "this is a Net"),
+        ({"teacher": Net()}, "expects a Teacher, not Net"),
     ],
 )
 def test_wrong_settings_are_refused_before_any_work(
@@ -394,7 +394,7 @@ def test_without_its_teacher(mine: Path, invoke: Callable[..., Any]) -> None:
         lambda: run.draw(4),
         lambda: ne.run(mine, settings=["export.targets=['arm']"]),
     ):
-        with pytest.raises(ne.UsageError, match="is not here") as raised:
+        with pytest.raises(ne.UsageError, match="is not available") as raised:
             act()
         assert "nayer_edge.open(RUN, teacher=teacher)" in raised.value.fix
     for words in (("export", mine, "--int8", "--target", "arm"), ("calibration-data", mine), ("run", mine, "--fresh")):
@@ -422,7 +422,7 @@ def test_open_takes_the_teacher_of_the_run_alone(mine: Path, teacher: ne.Teacher
 def test_steps_that_are_missing_and_files_that_were_altered(made: Path, mine: Path, teacher: ne.Teacher) -> None:
     run = ne.open(mine, teacher=teacher)
     for count in (0, -1, 2.5):
-        with pytest.raises(ne.UsageError, match="cannot be drawn"):
+        with pytest.raises(ne.UsageError, match="Cannot draw"):
             run.draw(count)  # type: ignore[arg-type]
     for settings, text in (
         ({"targets": ["toaster"]}, "toaster"),
@@ -532,8 +532,8 @@ def test_a_teacher_from_a_file(tiny_run: Path, tmp_path: Path, invoke: Callable[
     for wrong, kind, text in (
         ({"weights": "nowhere.pt"}, ne.UsageError, "nowhere.pt"),
         ({"weights": None}, ne.UsageError, "no weights of its own"),
-        ({"input": None}, ne.UsageError, "Nobody says"),
-        ({"input": None, "model": "torchvision:resnet18"}, ne.UsageError, "Nobody says"),
+        ({"input": None}, ne.UsageError, "No input specification is known for"),
+        ({"input": None, "model": "torchvision:resnet18"}, ne.UsageError, "No input specification is known for"),
         ({"model": "nayer:resnet8"}, ne.UsageError, "not those of nayer:resnet8"),
         ({"model": "resnet8"}, ne.UsageError, "where the model comes from"),
         ({"classes": recipe.teacher.classes[:9]}, ne.UsageError, "10 outputs"),

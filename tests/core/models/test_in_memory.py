@@ -34,7 +34,7 @@ def test_the_whole_name_is_what_was_parsed(name: str) -> None:
 
 def test_a_network_is_built_where_it_is_held_and_as_a_copy() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    with pytest.raises(UsageError, match="is not here"):
+    with pytest.raises(UsageError, match="is not available"):
         build_classifier(NAME, SPEC, CLASSES)
     with in_memory.holding(NAME, network):
         built = build_classifier(NAME, SPEC, CLASSES)
