@@ -1,9 +1,9 @@
-"""From a trained nn.Module to a gated INT8 file, without its training images.
+"""From a trained nn.Module to a gated INT8 model, without its training images.
 
     python examples/bring_your_own_module.py
 
-The module is a small network that is trained here, on scikit-learn's handwritten digits; put yours in its place. The
-last 600 digits are held out, and only measure.
+The module is a small network that this script trains on scikit-learn's handwritten digits; replace it with your own.
+The last 600 digits are held out and used only for validation.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ HELD_OUT = 600
 
 
 def convolution(before: int, after: int, stride: int) -> nn.Module:
-    """With the BatchNorm whose statistics the synthetic images are matched to."""
+    """A convolution with BatchNorm, whose statistics the synthetic images are trained to match."""
     layer = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
     return nn.Sequential(layer, nn.BatchNorm2d(after), nn.ReLU())
 
 
 class Network(nn.Module):
-    """Three convolutions and a linear layer, for 8×8 grey images."""
+    """Three convolutions and a linear layer, for 8×8 greyscale images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Network(nn.Module):
 
 
 def train(network: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
-    """What you did long ago, where the images were."""
+    """Stands for your own training, done earlier where the images were available."""
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(64):
@@ -52,10 +52,10 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> No
 
 
 def main() -> None:
-    """Teacher, student, INT8, verdict, page."""
+    """Runs everything: teacher, student, INT8, verdict, report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/own_module"), help="the run folder")
-    parser.add_argument("--epochs", type=int, default=12, help="of the distillation")
+    parser.add_argument("--epochs", type=int, default=12, help="distillation epochs")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)

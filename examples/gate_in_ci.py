@@ -1,7 +1,7 @@
 """The gate as a script for CI: `python examples/gate_in_ci.py runs/digits` after `make quickstart`.
 
-It needs the base install only, and ends as `nayer-edge gate` does: 0 passed, 1 failed or inconclusive, 2 wrong usage,
-4 altered or stale.
+It needs only the base install, and exits like `nayer-edge gate`: 0 pass, 1 fail or inconclusive, 2 usage error,
+4 tampered or stale.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def main(folder: str) -> int:
     try:
         run = ne.open(folder)
         verdict = run.gate(
-            # The recipe's own policy, but for these. A file would be: policy="policy.toml".
+            # Overrides of the recipe's policy. To use a policy file: policy="policy.toml".
             max_drop_vs_fp32=0.015,
             max_drop_vs_teacher=0.04,
             size={"max_bytes": 500_000},

@@ -1,8 +1,8 @@
-"""The distillation loop (Tran et al., CVPR 2024, Alg. 1). It takes no data set: teacher and label embeddings are all.
+"""The distillation loop (Tran et al., CVPR 2024, Alg. 1). It needs no data set, only a teacher and label embeddings.
 
-An epoch is some synthesis rounds and, after warm-up, some student steps on the memory bank. Everything that the
-loop needs to go on is in `Distillation.state`, and every random number comes from a stream named by its epoch, so a
-run that was killed and continued ends with the same bits on a CPU.
+An epoch consists of synthesis rounds and, after warm-up, student steps on the memory bank. `Distillation.state` holds
+everything needed to continue, and every random number comes from a stream named after its epoch, so a run that was
+killed and continued is bit-identical on a CPU.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Settings:
     seed: int
 
     def digest(self, teacher: Classifier, embeddings: LabelEmbeddings, student: str) -> str:
-        """Identifies a run: a checkpoint of another one is not continued.
+        """Identifies a run: a checkpoint with another digest is not continued.
 
-        The length of a run with a constant schedule is not part of it: such a run can be made longer or shorter.
+        It excludes the length of a run with a constant schedule, which can be extended or shortened.
         """
         length = {"epochs", "decay_epochs"} if self.distill.schedule == "constant" else set()
         return digest_of(
@@ -75,7 +75,7 @@ class Settings:
 
 @dataclass
 class Epoch:
-    """One line of metrics.jsonl. Losses are means over the epoch; null where the epoch had no such part."""
+    """One line of metrics.jsonl. Losses are means over the epoch; null if the epoch did not compute them."""
 
     epoch: int
     phase: str
@@ -84,35 +84,35 @@ class Epoch:
     loss_adv: float | None
     loss_kd: float | None
     agreement: float
-    """of student and teacher on the synthetic hold-out"""
+    """between student and teacher, on the synthetic hold-out"""
     lr: float | None
     bank_images: int
     images_per_s: float
-    """synthesised and trained on, times steps"""
+    """images synthesised or trained on, counted once per step"""
     seconds: float
     memory_mib: float
-    """peak of the device's memory, or the process's resident peak on a CPU"""
+    """peak device memory, or peak resident memory of the process on a CPU"""
     synthetic_classes: int = 0
-    """different classes that the teacher sees in the newest images"""
+    """number of classes that the teacher predicts on the newest images"""
     distinct: float = 1.0
-    """fraction of the newest images that are no copies of another"""
+    """fraction of the newest images that are not duplicates"""
     student_spread: float | None = None
-    """largest difference between the student's logits of two hold-out images"""
+    """largest difference between the student's logits on two hold-out images"""
 
 
 class Distillation:
-    """Teacher and embeddings in; student, generator and memory bank out, an epoch at a time.
+    """Teacher and embeddings in; student, generator and memory bank out, one epoch at a time.
 
     Args:
-        teacher: trained; it is frozen and evaluated.
-        embeddings: one per class of the teacher.
-        student: untrained; its input must be the teacher's.
-        world: ranks between which the work is divided. Each makes its share of every round and keeps it in its part of
-            the bank; student and generator are the same on all of them.
+        teacher: trained; it is frozen and set to eval mode.
+        embeddings: one per teacher class.
+        student: untrained; its input specification must be the teacher's.
+        world: ranks that share the work. Each makes its share of every round and keeps it in its part of the bank;
+            student and generator are identical on all ranks.
 
     Raises:
-        UsageError: the parts do not fit each other, or the teacher has no BatchNorm.
-        TrainingError: the teacher answers NaN, or the same for every image.
+        UsageError: the parts do not match, or the teacher has no BatchNorm layers.
+        TrainingError: the teacher's outputs are NaN or infinite, or the same for every image.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Distillation:
         _check_shares(settings, len(teacher.classes), world)
         self.settings, self.compute, self.world = settings, compute, world
         self.share = settings.synthesis.batch // world.size
-        """images that this rank makes in a round"""
+        """images per round made by this rank"""
         self.digest = settings.digest(teacher, embeddings, student.identity)
         self.teacher = compute.place(teacher).eval().requires_grad_(False)
         synchronise_batchnorms(student, world)
@@ -154,21 +154,21 @@ class Distillation:
             weight_decay=settings.distill.weight_decay,
         )
         self.reserve = self._new_bank()
-        """images of the rounds that are put aside for calibration and as a hold-out"""
+        """images of the rounds reserved for calibration and as a hold-out"""
         self.rounds_made = 0
-        """rounds so far, of all kinds"""
+        """rounds so far, including discarded and reserved ones"""
         self.holdout = torch.empty(0, *teacher.spec.shape, dtype=torch.uint8, device=compute.device)
         self.best_agreement = -1.0
         self.best_student: dict[str, Tensor] = {}
         self.epoch = 0
-        """epochs finished"""
+        """finished epochs"""
         self.history: list[Epoch] = []
 
     def _new_bank(self) -> MemoryBank:
-        """An empty bank of this rank's share of the budget.
+        """An empty bank with this rank's share of the memory budget.
 
         Raises:
-            UsageError: the budget is less than one round.
+            UsageError: the budget is smaller than one round.
         """
         shape, batch = self.teacher.spec.shape, self.settings.synthesis.batch
         bank = MemoryBank(shape, int(self.settings.distill.bank_mib * 2**20), self.compute.device)
@@ -179,24 +179,24 @@ class Distillation:
             )
         if self.world.size == 1:
             return bank
-        # Whole rounds, so that the parts of all ranks are always those of the same rounds.
+        # Whole rounds, so that all ranks hold parts of the same rounds.
         images = bank.capacity // batch * self.share
         return MemoryBank(shape, images * math.prod(shape), self.compute.device)
 
     @property
     def decay_start(self) -> int:
-        """The epoch in which the constant schedule begins to lower the rate; after the last one with a cosine."""
+        """The epoch in which the constant schedule starts to decay the rate; after the last epoch with a cosine."""
         return self.settings.distill.epochs - self.settings.distill.decay_epochs
 
     @property
     def finished(self) -> bool:
-        """All epochs are done, or agreement has not risen for `patience` epochs."""
+        """Whether all epochs are done, or agreement has not improved for `patience` epochs."""
         patience = self.settings.distill.patience
         return self.epoch >= self.settings.distill.epochs or 0 < patience <= self.stale_epochs
 
     @property
     def stale_epochs(self) -> int:
-        """Student epochs since agreement on the synthetic hold-out was last better than ever before."""
+        """Student epochs since the best agreement on the synthetic hold-out."""
         agreed = [epoch.agreement for epoch in self.history if epoch.phase == "distill"]
         return len(agreed) - 1 - agreed.index(max(agreed)) if agreed else 0
 
@@ -206,14 +206,14 @@ class Distillation:
         return self._rounds_of(epoch) * self.settings.synthesis.g_steps + (0 if warm else self.settings.distill.steps)
 
     def _rounds_of(self, epoch: int) -> int:
-        """Synthesis rounds of an epoch: none while the rate decays, since their images would hardly be seen."""
+        """Synthesis rounds of an epoch: none during the decay, since the student would hardly see the images."""
         if epoch >= self.decay_start:
             return 0
         synthesis = self.settings.synthesis
         return synthesis.warmup_rounds if epoch < self.settings.distill.warmup_epochs else synthesis.rounds
 
     def run_epoch(self, on_step: Callable[[], None] = lambda: None) -> Epoch:
-        """One epoch: synthesis, then (after warm-up) the student.
+        """Runs one epoch: synthesis, then (after warm-up) student training.
 
         Raises:
             TrainingError: a loss is not finite.
@@ -236,7 +236,7 @@ class Distillation:
             self._make_holdout()
         loss_kd, lr = (None, None) if warm else self._train_student(epoch - distill.warmup_epochs, on_step)
         agreed, spread = self._compare() if len(self.holdout) else (0.0, 0.0)
-        # A clock may be set back, and must not end the run.
+        # A clock that jumps back must not end the run.
         seconds = max(time.perf_counter() - began, 1e-9)
         images = len(rounds) * synthesis.batch * synthesis.g_steps + (0 if warm else distill.steps * distill.batch)
         loss_bn, loss_ce, loss_adv = parts
@@ -266,7 +266,7 @@ class Distillation:
         return found
 
     def result(self) -> Classifier:
-        """The student to ship: the last, or the one that agreed best on the synthetic hold-out."""
+        """The student to ship: the last, or the one with the best agreement on the synthetic hold-out."""
         if self.settings.distill.select == "agreement" and self.best_student:
             self.student.backbone.load_state_dict(self.best_student)
         return self.student.eval()
@@ -290,7 +290,7 @@ class Distillation:
         )
 
     def _keep(self, made: Round) -> None:
-        """Puts a round's images where they belong: a share of the rounds is reserved, spread over the whole run."""
+        """Adds a round's images to the bank or the reserve; the reserved rounds are spread over the whole run."""
         config, number = self.settings.synthesis, self.rounds_made
         self.rounds_made += 1
         if number < config.discard_rounds:
@@ -300,7 +300,7 @@ class Distillation:
         (self.reserve if reserved else self.bank).add(made.images, made.labels)
 
     def _make_holdout(self) -> None:
-        """Rounds on copies of generator and statistics, so that the training run is what it would be without."""
+        """Makes the hold-out with copies of generator and statistics, so that it does not affect training."""
         kept = self.generator, self.statistics
         self.generator, self.statistics = copy.deepcopy(self.generator), self.statistics.copy()
         rounds = [
@@ -311,7 +311,7 @@ class Distillation:
         self.holdout = torch.cat([made.images for made in rounds])
 
     def _compare(self) -> tuple[float, float]:
-        """Agreement of student and teacher on the synthetic hold-out, and how far the student's answers spread."""
+        """Agreement of student and teacher on the synthetic hold-out, and the spread of the student's logits."""
         teacher = logits_of(self.teacher, self.holdout, self.compute)
         student = logits_of(self.student, self.holdout, self.compute)
         found = torch.stack((agreement(student, teacher), health.logit_spread(student)))
@@ -319,7 +319,7 @@ class Distillation:
         return agreed, spread
 
     def _train_student(self, epoch: int, on_step: Callable[[], None]) -> tuple[Tensor, float]:
-        """Student steps on the bank; returns the mean loss, on the device, and the last learning rate."""
+        """Runs student steps on the bank; returns the mean loss, on the device, and the last learning rate."""
         config = self.settings.distill
         total = (config.epochs - config.warmup_epochs) * config.steps
         decay = config.decay_epochs * config.steps
@@ -340,7 +340,7 @@ class Distillation:
         return self.world.mean(loss_sum) / config.steps, lr
 
     def _student_step(self, images: Float[Tensor, "B C H W"], teacher_logits: Float[Tensor, "B K"]) -> Tensor:
-        """One step of SGD on the batch of all ranks, of which these images are a share; returns the share's loss."""
+        """One optimizer step on the batch of all ranks; `images` is this rank's share. Returns the share's loss."""
         with self.compute.autocast():
             student_logits = self.student(images)
         loss = losses.distillation_loss(student_logits, teacher_logits, self.settings.distill.temperature)
@@ -351,7 +351,7 @@ class Distillation:
         return loss.detach()
 
     def _draw(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """This rank's share of a batch of augmented images, and what the teacher says of them."""
+        """This rank's share of a batch of augmented images, and the teacher's logits for them."""
         config = self.settings.distill
         count = config.batch // self.world.size
         if self.views is not None:
@@ -368,18 +368,18 @@ class Distillation:
             if value is not None and not math.isfinite(value):
                 raise TrainingError(
                     f"{name} became {value} in epoch {epoch.epoch}.",
-                    why="The last checkpoint is kept; one is written after the first epoch, and then once a minute.",
-                    fix="Lower distill.lr or synthesis.lr, or type --set precision=fp32.",
+                    why="The last checkpoint is kept; one is written after the first epoch, then once a minute.",
+                    fix="Lower distill.lr or synthesis.lr, or use --set precision=fp32.",
                 )
 
     def state(self, images: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the loop needs to go on: tensors, and what is not a tensor.
+        """Everything needed to continue the run: tensors, and facts that are not tensors.
 
-        Every rank must call it; only rank 0 gets all. With several ranks, what each has of its own (bank, hold-out,
-        cached views) has a first dimension of ranks.
+        Every rank must call it; only rank 0 gets the complete state. With several ranks, per-rank tensors (bank,
+        hold-out, cached views) have a leading rank dimension.
 
         Args:
-            images: with the memory bank and the reserve; if False, they are in files of their own.
+            images: include the memory bank and the reserve; False if they are stored in separate files.
         """
         tensors = {f"student.{n}": t for n, t in self.student.backbone.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best_student.items()}
@@ -409,12 +409,12 @@ class Distillation:
         return tensors, facts
 
     def whole_bank(self) -> MemoryBank:
-        """The images of all ranks, on rank 0's CPU, as one process would have them. Every rank must call it; others get
-        their own back."""
+        """The images of all ranks in single-process order, on rank 0's CPU. Every rank must call it; the others get
+        their own bank."""
         return self._whole(self.bank)
 
     def whole_reserve(self) -> MemoryBank:
-        """The reserved images of all ranks, as `whole_bank`."""
+        """The reserved images of all ranks; see `whole_bank`."""
         return self._whole(self.reserve)
 
     def _whole(self, bank: MemoryBank) -> MemoryBank:
@@ -429,17 +429,17 @@ class Distillation:
         return whole
 
     def whole_generator(self) -> Generator:
-        """The generator for one process, on rank 0. Every rank must call it; others get their own back."""
+        """The generator for one process, on rank 0. Every rank must call it; the others get their own."""
         return generators.whole(self.generator, self.world)
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Takes over what `state` returned on rank 0, in a world of the same size."""
+        """Restores what `state` returned on rank 0, with the same number of ranks."""
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
         def own(tensor: Tensor) -> Tensor:
-            # A copy, which does not keep the other ranks' parts in memory.
+            # Copied, so that the other ranks' parts can be freed.
             return tensor if self.world.size == 1 else tensor[self.world.rank].clone()
 
         device = self.compute.device
@@ -465,11 +465,11 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Before:
-    """A finished run's state before its learning rate fell, from which a longer run goes on.
+    """A finished run's state before its learning rate decayed, from which a longer run continues.
 
     Attributes:
-        state: what the loop needs, without images.
-        bank, reserve: the images that the run made.
+        state: the state of the loop, without images.
+        bank, reserve: the images of the run.
     """
 
     state: Path
@@ -485,24 +485,25 @@ def distill(
     progress: Progress | None = None,
     on_epoch: Callable[[Epoch], None] = lambda _epoch: None,
 ) -> Classifier:
-    """Runs all epochs, continuing from a checkpoint of the same run where there is one.
+    """Runs all epochs, continuing from a checkpoint of the same run if there is one.
 
     Args:
-        checkpoint: where to keep it (one file, which rank 0 writes and all read); None keeps none.
-        before: of an earlier, shorter run, to go on from where there is no checkpoint. A run with a constant schedule
-            writes the state beside it, as `<state>.next`, when its own decay begins.
-        checkpoint_seconds: at least this long between two checkpoints; 0 writes one every epoch. Rank 0's clock counts.
-        on_epoch: called after each epoch with its metrics, and first with those of a continued run.
+        checkpoint: its path (one file, written by rank 0 and read by all); None writes no checkpoint.
+        before: state of an earlier, shorter run, to continue from if there is no checkpoint. A run with a constant
+            schedule writes its own state next to it when its decay starts; see `next_state`.
+        checkpoint_seconds: minimum seconds between two checkpoints, by rank 0's clock; 0 writes one every epoch.
+        on_epoch: called after each epoch with its metrics, and first with the earlier epochs of a continued run.
 
     Returns:
         The student to ship.
 
-    A SIGINT or SIGTERM takes effect after the running epoch, whose state is then in the checkpoint, and a second one
-    at once; so does the first where the checkpoint already holds all finished epochs, or several ranks work.
+    A first SIGINT or SIGTERM takes effect after the current epoch, once its checkpoint is written; a second one takes
+    effect immediately. The first does too without a checkpoint file, if no finished epoch is unsaved, or with several
+    ranks.
 
     Raises:
-        TrainingError: a loss is not finite, or what the run makes is worthless.
-        UsageError: the checkpoint is of another number of processes.
+        TrainingError: a loss is not finite, or the synthetic images or the student have collapsed.
+        UsageError: the checkpoint was written by another number of processes.
         IntegrityError: the checkpoint is damaged.
     """
     progress = progress or Silent()
@@ -516,7 +517,7 @@ def distill(
     steps = [distillation.steps_of(epoch) for epoch in range(distillation.settings.distill.epochs)]
     progress.start("distill", sum(steps))
     progress.advance(sum(steps[: distillation.epoch]))
-    # The first epoch is always kept: what goes wrong, often does so in the next.
+    # Always save after the first epoch: failures often occur in the next one.
     written, saved = -math.inf, distillation.epoch
     with Deferred(lambda: checkpoint is not None and world.size == 1 and distillation.epoch > saved) as interrupt:
 
@@ -525,7 +526,9 @@ def distill(
             progress.advance()
             if interrupt.asked and not told:
                 told = True
-                progress.notice("Interrupted: the running epoch is finished and kept. Again stops at once.")
+                progress.notice(
+                    "Interrupted: finishing and saving the current epoch. Interrupt again to stop immediately."
+                )
 
         told = False
         while not distillation.finished:
@@ -541,7 +544,7 @@ def distill(
             )
             if notice := health.check_health(distillation.history, distillation.finished):
                 progress.notice(notice)
-            # The last one too: what is still to be written may be interrupted.
+            # Save after the last epoch too: writing the results may be interrupted.
             done = bool(interrupt.asked) or distillation.finished
             due = done or time.monotonic() - written >= checkpoint_seconds
             if checkpoint is not None and world.from_first(due):
@@ -553,12 +556,12 @@ def distill(
 
 
 def next_state(state: Path) -> Path:
-    """Where a running run keeps its state before the decay; the finished run's own stays until this one is whole."""
+    """Where a run stores its state before the decay; the earlier run's state is kept until this run finishes."""
     return state.with_name(f"{state.stem}.next{state.suffix}")
 
 
 def save_checkpoint(distillation: Distillation, path: Path, images: bool = True) -> None:
-    """Writes the state. Tensors and facts of all ranks go into one file, so they cannot belong to different epochs.
+    """Writes the state. All ranks' tensors and facts go into one file, so they cannot come from different epochs.
 
     Every rank must call it; rank 0 writes.
 
@@ -571,17 +574,17 @@ def save_checkpoint(distillation: Distillation, path: Path, images: bool = True)
 
 
 def resume(distillation: Distillation, path: Path) -> bool:
-    """Continues from a checkpoint of the same run; False where there is none.
+    """Continues from a checkpoint of the same run; False if there is none.
 
     Raises:
-        UsageError: it is of another number of processes.
+        UsageError: it was written by another number of processes.
         IntegrityError: it is damaged.
     """
     return path.is_file() and _restore_from(distillation, path, {})
 
 
 def resume_before_decay(distillation: Distillation, before: Before) -> bool:
-    """Continues from the state of a shorter run before its decay; False where there is none.
+    """Continues from the state of a shorter run before its decay; False if there is none.
 
     Raises:
         IntegrityError: it is damaged.
@@ -597,7 +600,7 @@ def resume_before_decay(distillation: Distillation, before: Before) -> bool:
 
 
 def _restore_from(distillation: Distillation, path: Path, images: Mapping[str, Tensor]) -> bool:
-    """Restores a state file, with images from elsewhere; False where it is another run's."""
+    """Restores a state file, with separately stored images; False if it belongs to another run."""
     from safetensors import safe_open
 
     tensors = {**load_tensors(path, "a checkpoint"), **images}
@@ -612,7 +615,7 @@ def _restore_from(distillation: Distillation, path: Path, images: Mapping[str, T
         raise IntegrityError(
             f"{path} is not a checkpoint of this run.",
             why=f"{error}".splitlines()[0] if f"{error}" else type(error).__name__,
-            fix=f"Remove it: the student is then distilled from the first epoch. Type: rm {shlex.quote(str(path))}",
+            fix=f"Remove it to restart distillation from the first epoch: rm {shlex.quote(str(path))}",
         ) from error
     return True
 
@@ -624,7 +627,7 @@ def new_generator(
     config: GeneratorConfig,
     world: World = SINGLE,
 ) -> Generator:
-    """A generator of the right sizes, weights not yet drawn."""
+    """A generator of the right size, with uninitialised weights."""
     classes, dimensions = embeddings.embeddings.shape
     return Generator(dimensions, classes, synthesis.batch, shape, config, world)
 
@@ -635,7 +638,7 @@ def cosine(step: int, total: int, start: float, end: float) -> float:
 
 
 def constant_then_linear(step: int, total: int, decay: int, start: float, end: float) -> float:
-    """`start` until `decay` steps before the end, then a straight line to `end` (Hägele et al., NeurIPS 2024,
+    """`start` until `decay` steps before the end, then linear decay to `end` (Hägele et al., NeurIPS 2024,
     https://arxiv.org/abs/2405.18392: as good as cosine, and the run can be continued from before the decay)."""
     left = total - step
     return start if left >= decay else end + (start - end) * left / decay
@@ -652,12 +655,12 @@ def peak_memory_mib(compute: Compute) -> float:
 
 def _check_fit(teacher: Classifier, embeddings: LabelEmbeddings, student: Classifier) -> None:
     if teacher is student:
-        raise UsageError("Teacher and student are the same network.", fix="Name another student.")
+        raise UsageError("Teacher and student are the same network.", fix="Choose another student.")
     if len(embeddings.embeddings) != len(teacher.classes):
         raise UsageError(
             f"There are {len(embeddings.embeddings)} label embeddings and the teacher has "
             f"{len(teacher.classes)} classes.",
-            fix="Give one class name for each output of the teacher, in its order.",
+            fix="Give one class name per teacher output, in the same order.",
         )
     if student.spec != teacher.spec or student.classes != teacher.classes:
         raise UsageError("Teacher and student must have the same input and the same classes.")
@@ -668,7 +671,7 @@ def _check_shares(settings: Settings, classes: int, world: World) -> None:
         raise UsageError(
             f"The batches cannot be divided between {world.size} processes:",
             why="\n".join(f"  - {problem}" for problem in problems),
-            fix="Override these with --set, or start another number of processes.",
+            fix="Override these with --set, or start a different number of processes.",
         )
 
 
@@ -677,10 +680,10 @@ def _check_ranks(before: int, world: World) -> None:
         return
     start = "nayer-edge" if before == 1 else f"torchrun --nproc-per-node={before} -m nayer_edge"
     raise UsageError(
-        f"This run was begun with {_processes(before)} and is now continued with {_processes(world.size)}.",
-        why="Each process keeps its own part of the memory bank, and a checkpoint is not divided anew.",
-        fix=f"Continue it as it was begun: {start} distill RUN\n"
-        f"Or discard it, and start over with {_processes(world.size)}: add --fresh.",
+        f"This run was started with {_processes(before)} and cannot be continued with {_processes(world.size)}.",
+        why="Each process keeps its own part of the memory bank, and a checkpoint cannot be redistributed.",
+        fix=f"Continue with the same number: {start} distill RUN\n"
+        f"Or discard it and start over with {_processes(world.size)}: add --fresh.",
     )
 
 
@@ -690,29 +693,29 @@ def _processes(count: int) -> str:
 
 @torch.no_grad()
 def check_teacher(teacher: Classifier, compute: Compute) -> None:
-    """Looks at a teacher's answers to noise and plain images before any work.
+    """Checks a teacher's outputs on noise, black and white images before any work.
 
     Raises:
         TrainingError: NaN or infinite logits, or the same logits for every image.
-        UsageError: it has another number of outputs than class names.
+        UsageError: the number of outputs differs from the number of class names.
     """
     noise = torch.rand(30, *teacher.spec.shape, generator=random_stream(0, "check"))
     images = torch.cat((noise, torch.zeros(1, *teacher.spec.shape), torch.ones(1, *teacher.spec.shape)))
     logits = teacher(images.to(compute.device)).float()
     if logits.shape != (len(images), len(teacher.classes)):
         raise UsageError(
-            f"The teacher answers {tuple(logits.shape[1:])} numbers per image, and there are "
+            f"The teacher's output shape per image is {tuple(logits.shape[1:])}, but there are "
             f"{len(teacher.classes)} class names.",
-            fix="Give one class name for each output, in its order.",
+            fix="Give one class name per output, in the same order.",
         )
     if not bool(torch.isfinite(logits).all()):
         raise TrainingError(
-            "The teacher's answers are not finite numbers.",
+            "The teacher's outputs are not finite.",
             why=f"{int((~torch.isfinite(logits)).any(dim=1).sum())} of {len(images)} test images gave NaN or infinity.",
             fix="Check its weights and its input specification (mean, std).",
         )
     if bool((logits - logits[0]).abs().max() < 1e-6):
         raise TrainingError(
-            "The teacher gives the same answer to every image.",
-            fix="Check that its weights were loaded, and its input specification (mean, std).",
+            "The teacher gives the same output for every image.",
+            fix="Check that its weights were loaded, and check its input specification (mean, std).",
         )

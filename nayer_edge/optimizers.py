@@ -1,8 +1,9 @@
-"""Optimizers by name: SGD as published, and Muon for the weights of convolutions and linear layers.
+"""Optimizers by name: SGD as in the paper, and Muon for the weights of convolutions and linear layers.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a weight matrix by the
-nearest semi-orthogonal matrix, found by a few Newton–Schulz steps. The variant with weights of constant norm is that of
-the CIFAR-10 speed runs (Jordan 2024, https://arxiv.org/abs/2404.00498). `torch.optim.Muon` takes matrices only.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a weight matrix with
+the nearest semi-orthogonal matrix, approximated by a few Newton–Schulz steps. The variant with weights of constant norm
+comes from the CIFAR-10 speed runs (Jordan 2024, https://arxiv.org/abs/2404.00498). `torch.optim.Muon` accepts only
+matrices.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""coefficients of the quintic iteration of Jordan et al.: steepest at zero, singular values end between 0.7 and 1.2"""
+"""coefficients of Jordan et al.'s quintic iteration: steepest at zero; singular values end between 0.7 and 1.2"""
 NEWTON_SCHULZ_STEPS = 3
 """as in the CIFAR-10 speed runs; language models use 5"""
 Kind = Literal["sgd", "muon"]
 
 
 def orthogonalize(matrices: Float[Tensor, "G M N"], steps: int = NEWTON_SCHULZ_STEPS) -> Float[Tensor, "G M N"]:
-    """About the nearest semi-orthogonal matrix to each of G matrices: U Vᵀ of its singular value decomposition.
+    """Approximates the nearest semi-orthogonal matrix to each of G matrices: U Vᵀ of its singular value decomposition.
 
-    Newton–Schulz iteration on the matrix divided by its Frobenius norm; a matrix of zeros stays one. Columns and rows
-    are treated alike: the iteration runs on the smaller side.
+    Newton–Schulz iteration on the matrix divided by its Frobenius norm; a zero matrix stays zero. The iteration runs
+    on the smaller side, so tall and wide matrices are treated alike.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -44,13 +45,13 @@ class Muon(torch.optim.Optimizer):
 
     Parameter groups carry `kind`:
 
-    - `constant`: orthogonalised updates; each weight is kept at Frobenius norm √out. For weights that a normalisation
-      follows, whose scale has no effect.
-    - `free`: orthogonalised updates times √max(1, out / in), decoupled weight decay. For other matrices.
+    - `constant`: orthogonalised updates; each weight is kept at Frobenius norm √out. For weights followed by a
+      normalisation layer, whose scale has no effect.
+    - `free`: orthogonalised updates times √max(1, out / in), decoupled weight decay. For other weight matrices.
     - `sgd`: SGD with Nesterov momentum and weight decay.
 
-    and `groups` (of a grouped convolution), by which a weight is orthogonalised block by block: a depthwise filter then
-    moves by its normalised gradient.
+    They also carry `groups`, those of a grouped convolution: its weight is orthogonalised group by group,
+    so each depthwise filter moves by its normalised gradient.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -58,7 +59,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         del closure
         for group in self.param_groups:
             for weight in group["params"]:
@@ -96,13 +97,13 @@ def make_optimizer(
     muon_lr: float,
     nesterov: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer of a network; every group remembers its peak rate as `peak_lr`, for `set_rate`.
+    """Builds the optimizer of a network; every group stores its peak learning rate as `peak_lr`, for `set_rate`.
 
     Args:
-        kind: `sgd` for all parameters, or `muon` for weights of convolutions and of all linear layers but the last
-            (the classifier); biases, normalisations and the classifier stay with SGD.
-        lr: peak rate of SGD.
-        muon_lr: peak rate of Muon.
+        kind: `sgd` for all parameters, or `muon` for the weights of convolutions and of all linear layers except the
+            last (the classifier); biases, normalisation layers and the classifier use SGD.
+        lr: peak learning rate of SGD.
+        muon_lr: peak learning rate of Muon.
     """
     if kind == "sgd":
         made: torch.optim.Optimizer = torch.optim.SGD(
@@ -116,7 +117,7 @@ def make_optimizer(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Sets every group's rate to a share of its peak."""
+    """Sets every group's learning rate to a fraction of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
 
@@ -136,7 +137,7 @@ def _muon_groups(
         groups.append(
             {
                 "params": [module.weight],
-                # A convolution without bias is followed by a normalisation.
+                # A convolution without bias is assumed to be followed by a normalisation layer.
                 "kind": "constant" if convolution and module.bias is None else "free",
                 "groups": module.groups if convolution else 1,
                 "lr": muon_lr,

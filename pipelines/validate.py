@@ -1,7 +1,7 @@
-"""Every artefact beside the teacher, on the same images: per-image predictions and `report.json`, measurements only.
+"""Compares every artifact with the teacher on the same images; writes per-image predictions and `report.json`.
 
-The images pass once, a batch at a time, through every network. What stays of each is its five likeliest classes per
-image: 50,000 pictures of ImageNet's size need one batch of pixels, and 1 MB per network.
+It only measures; the gate decides. Every batch of images passes once through all networks, and only each network's top
+five classes per image are kept: 50,000 ImageNet-sized images need one batch of pixels and 1 MB per network in memory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .runnable import Candidate, engines, graphs, open_all
 TOP = 5
 LATENCY_RUNS = 200
 BATCH_VALUES = 2**23
-"""pixel values in memory at once, 32 MiB as float32; small images come in batches of `BATCH`"""
+"""maximum pixel values per batch, 32 MiB as float32; small images use batches of `BATCH`"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Images:
     """The images of one validation.
 
     Attributes:
-        stream: of them; its labels are true where `truth` says so, and else what the generator was asked for.
+        stream: the images with labels.
+        truth: the labels are true; otherwise they are the classes that the generator was asked for.
     """
 
     stream: ImageStream
@@ -66,13 +67,13 @@ class Images:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one pass over the images left behind.
+    """The results of one pass over the images.
 
     Attributes:
-        ranks: network → its likeliest classes per image, likeliest first; (n, min(5, K)), int32.
-        max_abs_diff: network → largest absolute logit difference from "student"; None where it is not a number.
-        not_finite: network → images with an answer that is not a number.
-        sha256: of the pixels and labels, in order.
+        ranks: network → top classes per image, most likely first; (n, min(5, K)), int32.
+        max_abs_diff: network → largest absolute logit difference from "student"; None if not finite.
+        not_finite: network → number of images with NaN or infinite logits.
+        sha256: SHA-256 of the pixels and labels, in order.
     """
 
     ranks: Mapping[str, np.ndarray]
@@ -93,7 +94,7 @@ def make_report(
     out: RunFolder,
     progress: Progress,
 ) -> Artifact:
-    """Runs everything and writes `predictions.npz` and `report.json`."""
+    """Runs all networks and writes `predictions.npz` and `report.json`."""
     del onnx, int8
     images = _images(teacher, lte, student, config, out, progress)
     networks = {
@@ -143,7 +144,7 @@ def make_report(
 def _images(
     teacher: Artifact, lte: Artifact, student: Artifact, config: Recipe, out: RunFolder, progress: Progress
 ) -> Images:
-    """The recipe's labelled hold-out, or fresh rounds of the generator that nothing was trained or calibrated on."""
+    """The recipe's labelled hold-out, or fresh generator images, not used in training or calibration."""
     chosen = config.validate_
     if chosen.data is not None:
         found = data.open_images(chosen.data, "holdout", config.teacher.input, config.teacher.classes, chosen.fit)
@@ -163,22 +164,22 @@ def _images(
 
 
 def batch_size(shape: tuple[int, int, int]) -> int:
-    """How many images of this shape are in memory at once."""
+    """Number of images of this shape per batch."""
     return max(1, min(BATCH, BATCH_VALUES // math.prod(shape)))
 
 
 def run_over(
     runners: Mapping[str, Runner], images: ImageStream, shape: tuple[int, int, int], classes: int, progress: Progress
 ) -> Seen:
-    """One pass of all images through all networks.
+    """Passes all images once through all networks.
 
     Args:
-        runners: open ones; the logits of all are compared with those of "student".
+        runners: opened runners; all logits are compared with those of "student".
         shape: (C, H, W) of the images.
-        classes: of the networks.
+        classes: the networks' number of classes.
 
     Raises:
-        UsageError: the stream holds another number of images than it has labels.
+        UsageError: the number of images in the stream differs from its number of labels.
     """
     count, done = len(images), 0
     ranks = {name: np.empty((count, min(TOP, classes)), np.int32) for name in runners}
@@ -196,15 +197,15 @@ def run_over(
         for name, found in logits.items():
             ranks[name][place] = ranked(found)
             not_finite[name] += int((~np.isfinite(found)).any(axis=1).sum())
-            # Unlike max(), this keeps what is not a number.
+            # Unlike max(), np.maximum propagates NaN.
             furthest[name] = float(np.maximum(furthest[name], np.abs(found - logits["student"]).max()))
         progress.advance(len(pixels))
         progress.figures(images=f"{done:,}/{count:,}")
     progress.finish()
     if done != count:
         raise UsageError(
-            f"{images.name} changed while it was read: {count:,} images were announced, {done:,} came.",
-            fix="Repeat the command when nobody writes to it.",
+            f"{images.name} changed while it was read: expected {count:,} images, read {done:,}.",
+            fix="Repeat the command when nothing is writing to it.",
         )
     digest.update(images.labels.astype("<i8").tobytes())
     differences = {name: value if math.isfinite(value) else None for name, value in furthest.items()}
@@ -212,12 +213,12 @@ def run_over(
 
 
 def require_answers(seen: Seen, name: str) -> None:
-    """Raises UsageError if the teacher has no answer to some images: they would count as if it were wrong, and excuse
-    whatever is lost there."""
+    """Raises UsageError if the teacher's output is not finite on some images: they would count as its errors and hide
+    the losses of other networks there."""
     if broken := seen.not_finite["teacher"]:
         raise UsageError(
-            f"The teacher's answer is not a number on {broken:,} of {len(seen.ranks['teacher']):,} images of {name}.",
-            fix="Look at these images, and at what the teacher does with them: normalisation above all.",
+            f"The teacher's output is not finite on {broken:,} of {len(seen.ranks['teacher']):,} images of {name}.",
+            fix="Check these images and the teacher's input specification, its normalisation in particular.",
         )
 
 
@@ -229,7 +230,7 @@ def _report(
     labels: np.ndarray | None,
     classes: Sequence[str],
 ) -> ArtifactReport:
-    """What was measured of one file, except its speed."""
+    """The measurements of one exported file, except latency."""
     path, name = out.path(candidate.file), candidate.name
     facts: dict[str, Any] = {
         "name": name,
@@ -241,7 +242,7 @@ def _report(
         "sha256": sha256_of(path),
     }
     if refused is not None:
-        # An engine is whole and waits for its GPU; a graph needs a runtime that is not installed.
+        # A built engine only lacks its GPU; a graph lacks an installed runtime.
         status = "unavailable" if candidate.runtime == "onnxruntime" else "not_run"
         reason = " ".join(f"{refused}".split())
         return ArtifactReport(**facts, status=status, reason=reason, precision_verified=candidate.verified)
@@ -252,7 +253,7 @@ def _report(
         against = {
             "correct": np.packbits(right[name]).tobytes().hex(),
             "paired": PairedCounts(
-                # Images on which FP32 has no answer would count as if it were wrong, and excuse what is lost there.
+                # Images with non-finite FP32 output would count as FP32 errors and hide losses there.
                 vs_fp32=count_pairs(right["fp32"], right[name])
                 if "fp32" in right and not seen.not_finite["fp32"]
                 else None,
@@ -269,7 +270,7 @@ def _report(
     return ArtifactReport(
         **facts,
         status="measured",
-        reason=f"its answer is not a number on {broken:,} of {len(seen.ranks[name]):,} images" if broken else None,
+        reason=f"its output is not finite on {broken:,} of {len(seen.ranks[name]):,} images" if broken else None,
         precision_verified=verified and not broken,
         top1=_top1(seen.ranks[name], labels),
         agreement=same(seen.ranks[name], seen.ranks["teacher"]),
@@ -281,7 +282,7 @@ def _report(
 def _per_class(
     fp32: np.ndarray | None, mine: np.ndarray, labels: np.ndarray, classes: Sequence[str]
 ) -> tuple[ClassCounts, ...]:
-    """Per class how many images it has, and how many of them were lost and gained against FP32."""
+    """Per class: number of images, and how many were lost and gained relative to FP32."""
     if fp32 is None:
         return ()
 
@@ -296,7 +297,7 @@ def _per_class(
 
 
 def _not_built(records: Sequence[Mapping[str, Any]]) -> list[ArtifactReport]:
-    """The engines that were asked for and cannot be built here, each with the reason."""
+    """The requested engines that could not be built on this machine, with reasons."""
     return [
         ArtifactReport(
             **{key: record[key] for key in ("name", "file", "target", "precision", "reason")},
@@ -313,14 +314,14 @@ def _timed(report: ArtifactReport, timing: Timing) -> ArtifactReport:
         update={
             "latency_ms": Latency(p50=timing.p50, p95=timing.p95),
             "threads": timing.threads,
-            # FP32 runs on the processor: an engine on a GPU has nothing to be compared with here.
+            # FP32 runs on the CPU, so there is no comparable baseline for a GPU engine.
             "speedup_vs_fp32": timing.ratio if report.runtime == "onnxruntime" else None,
         }
     )
 
 
 def count_pairs(reference: np.ndarray, artefact: np.ndarray) -> Paired:
-    """The four counts of two boolean arrays "was right", image by image."""
+    """The four paired counts of two boolean arrays "correct per image"."""
     return Paired(
         n=len(reference),
         both_right=int((reference & artefact).sum()),
@@ -331,12 +332,12 @@ def count_pairs(reference: np.ndarray, artefact: np.ndarray) -> Paired:
 
 
 def ranked(logits: np.ndarray) -> np.ndarray:
-    """The five likeliest classes per image, likeliest first; (n, min(5, K)), int32. Ties go to the lower class."""
+    """The top five classes per image, most likely first; (n, min(5, K)), int32. Ties go to the lower class index."""
     return np.argsort(-logits, axis=1, kind="stable")[:, :TOP].astype(np.int32)
 
 
 def same(a: np.ndarray, b: np.ndarray) -> float:
-    """Fraction of images with the same likeliest class."""
+    """Fraction of images with the same top-1 class."""
     return float((a[:, 0] == b[:, 0]).mean())
 
 

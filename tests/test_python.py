@@ -1,4 +1,4 @@
-"""docs/PYTHON.md runs as it stands, and so do the scripts in examples/."""
+"""The code in docs/PYTHON.md and the scripts in examples/ run unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCKS = re.findall(r"```python\n(.+?)```", PAGE, re.DOTALL)
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """From top to bottom, each block after those before it."""
+    """Runs all blocks from top to bottom, in one namespace."""
     monkeypatch.chdir(tmp_path)
     reader: dict[str, Any] = {}
     shown = []
@@ -64,7 +64,7 @@ def script(name: str, *arguments: str, folder: Path, env: Mapping[str, str] | No
 
 
 def test_the_examples_run(tmp_path: Path) -> None:
-    """The shortest distillation: what it ships is not meant to be accurate, and the gate says so."""
+    """A very short distillation: the student is not meant to be accurate, so the gate may fail."""
     done = script("bring_your_own_module.py", "--epochs", "2", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "own_module" / "report.html").is_file()

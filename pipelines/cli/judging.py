@@ -20,45 +20,45 @@ def validate(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Labelled hold-out: class folders, .parquet, .npz, torchvision's formats, or digits."
+            "--data", help="Labelled hold-out images: class folders, .parquet, .npz, torchvision's formats, or digits."
         ),
     ] = None,
     fit: Annotated[
         Literal["exact", "stretch", "center-crop"] | None,
-        typer.Option(
-            "--fit", metavar="HOW", help="Pictures of another size: exact (refuses them), stretch, or center-crop."
-        ),
+        typer.Option("--fit", metavar="HOW", help="Images of another size: exact (refused), stretch, or center-crop."),
     ] = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Use fresh synthetic images instead.")] = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Runs every artefact beside the teacher; writes predictions.npz and report.json."""
+    """Compares every artifact with the teacher; writes predictions.npz and report.json."""
     if data is not None and synthetic:
-        raise UsageError("--data and --synthetic exclude each other.")
+        raise UsageError("--data and --synthetic are mutually exclusive.")
     before, display = actions.open_run(run_folder).manifest.steps, watched(as_json)
     chosen = data if data is not None or synthetic else ...
     done = actions.validate(run_folder, chosen, fit=fit, display=display)
     show_result(done, "validate", display, as_json=as_json)
     if not as_json and (gone := before.keys() - done.manifest.steps.keys()):
-        text = f"What spoke of the earlier measurement was removed ({', '.join(sorted(gone))})."
-        stdout().print(f"{text} Anew: nayer-edge report {done.typed}", style="dim", markup=False, highlight=False)
+        text = f"Removed outdated results ({', '.join(sorted(gone))})."
+        stdout().print(
+            f"{text} Write them again: nayer-edge report {done.typed}", style="dim", markup=False, highlight=False
+        )
 
 
 @app.command(epilog=example("nayer-edge gate runs/digits --policy policy.toml --junit junit.xml --summary summary.md"))
 def gate(
     run_folder: Run,
-    policy: Annotated[Path | None, typer.Option("--policy", help="A policy in TOML.")] = None,
+    policy: Annotated[Path | None, typer.Option("--policy", help="A TOML policy file.")] = None,
     references: Annotated[
-        Path | None, typer.Option("--references", help="A references.toml: the release to compare with.")
+        Path | None, typer.Option("--references", help="A references.toml with the release to compare with.")
     ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json-out", help="Write the verdict as JSON here.")] = None,
     summary: Annotated[Path | None, typer.Option("--summary", help="Append Markdown here.")] = None,
-    print_policy: Annotated[bool, typer.Option("--print-policy", help="Print the policy in force, and end.")] = False,
+    print_policy: Annotated[bool, typer.Option("--print-policy", help="Print the policy in force and exit.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Gives the verdict on a validated run: exit 0 pass, 1 fail or inconclusive, 2 usage, 4 tampered or stale."""
+    """Gives the verdict on a validated run: exit 0 pass, 1 fail or inconclusive, 2 usage error, 4 tampered or stale."""
     from ..gate import verdict as gates
 
     if print_policy:
@@ -79,6 +79,6 @@ def gate(
 
 @app.command(epilog=example("nayer-edge report runs/digits"))
 def report(run_folder: Run, trust_code: TrustCode = False, as_json: Json = False) -> None:
-    """Writes one self-contained HTML page about the run, making stale steps anew."""
+    """Writes one self-contained HTML page about the run, re-running outdated steps."""
     display = watched(as_json)
     show_result(actions.report(run_folder, display=display), "report", display, as_json=as_json, decide=False)

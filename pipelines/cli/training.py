@@ -1,4 +1,4 @@
-"""The commands that make a student: quickstart, run, teach, distill."""
+"""The training commands: quickstart, run, teach, distill."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def quickstart(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """The whole pipeline on real handwritten digits: teacher, data-free student, INT8, verdict, report."""
+    """Runs the whole pipeline on real handwritten digits: teacher, data-free student, INT8, verdict, report."""
     run_steps(read_recipe("digits", settings), out, fresh=fresh, as_json=as_json)
 
 
@@ -35,7 +35,7 @@ def run(
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Runs a recipe; continues where it stopped. A run folder goes on with its own recipe."""
+    """Runs a recipe, or continues where it stopped. A run folder continues with its own recipe."""
     chosen = read_recipe(recipe, settings)
     run_steps(chosen, out or default_out(recipe, chosen), last=until, fresh=fresh, as_json=as_json)
 
@@ -63,7 +63,7 @@ def distill(
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Distils the student: teacher and class names in; student, generator and memory bank out. Takes no data set.
+    """Distils the student without a data set: teacher and class names in; student, generator and memory bank out.
 
     On several GPUs or machines: torchrun --nproc-per-node 4 -m nayer_edge distill RECIPE (docs/DISTRIBUTED.md).
     """

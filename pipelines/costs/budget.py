@@ -1,8 +1,8 @@
-"""From a budget of time to the numbers of a run: one pure function of what this machine's steps cost.
+"""Plans a run for a time budget: a pure function of the measured cost of each step on this machine.
 
-A run of schedule `fast` has three parts: it fills the memory bank, trains the student at a constant rate while it makes
-more images, then lowers the rate. How the time is divided between images and student steps was fitted on
-measurements (`benchmarks/search.py`, docs/LOG.md). The constants below state the result.
+A run with schedule `fast` has three phases: it fills the memory bank, trains the student at a constant learning rate
+while it makes more images, and then decays the rate. The split between images and student steps was fitted to
+measurements (`benchmarks/search.py`, docs/LOG.md); the constants below are the result.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from typing import Any
 from nayer_edge.errors import UsageError
 
 IMAGES_PER_STEP = 15.0
-"""synthetic images for each student step of BATCH images"""
+"""synthetic images per student step of BATCH images"""
 FILLED = 0.2
-"""share of the images that are made before the student starts"""
+"""fraction of the images made before student training starts"""
 DECAY = 0.25
-"""share of the student's steps in which the learning rate falls"""
+"""fraction of the student steps in which the learning rate decays"""
 BATCH = 256
 """images per student step"""
 ROUND = 100
-"""images per synthesis round, at least one for each class"""
+"""images per synthesis round; at least one per class"""
 VIEWS = 4
 """augmented views per image whose teacher logits are cached"""
 G_STEPS = ((20, 5), (400, 10), (100_000, 20))
-"""most classes, optimisation steps a round"""
+"""(maximum number of classes, optimisation steps per round)"""
 RESERVE = 0.05
-"""share of the rounds that is put aside for calibration and as a synthetic hold-out"""
+"""fraction of the rounds reserved for calibration and as a synthetic hold-out"""
 EPOCHS = 40
-"""student epochs of a run, so that metrics, checkpoints and `--more` have a grain of 1 to 3 % of it"""
+"""student epochs per run; sets the granularity of metrics, checkpoints and `--more` to 1 to 3 % of the run"""
 MARGIN = 0.05
-"""of the budget that is not planned for: metrics, checkpoints, other work of the machine"""
+"""fraction of the budget left unplanned, for metrics, checkpoints and other load on the machine"""
 LEAST_STEPS = 100
-"""student steps below which no student is worth its time"""
+"""minimum student steps for a useful student"""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds on this machine, medians of a short measurement.
+    """Costs in seconds on this machine, medians of a short measurement.
 
     Attributes:
-        synthesis_step: one optimisation step of a round of `batch` images, without L_adv.
-        adversary: what L_adv adds to it.
+        synthesis_step: one optimisation step on a round of `batch` images, without L_adv.
+        adversary: additional cost of L_adv per step.
         student_step: one step on `student_batch` images whose teacher logits are cached.
-        teacher_batch: the teacher's answer to `student_batch` images.
+        teacher_batch: one teacher forward pass on `student_batch` images.
         rest: everything after the student: export, quantization, validation, report.
     """
 
@@ -62,12 +62,12 @@ class Costs:
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """The numbers of a run, and what they are expected to take.
+    """The sizes of a run and its expected duration.
 
     Attributes:
-        seconds: expected, by part: fill, train, decay, rest.
-        images: that all rounds make, the reserved ones included.
-        steps_in_all: student steps.
+        seconds: expected seconds per phase: fill, train, decay, rest.
+        images: number of images from all rounds, including the reserved ones.
+        steps_in_all: total student steps.
     """
 
     g_steps: int
@@ -88,21 +88,21 @@ class BudgetPlan:
 
 
 def parse_budget(text: str) -> float:
-    """Seconds of "90s", "20m", "1h", "1h30m", "1.5h" or "2d".
+    """Parses a duration into seconds: "90s", "20m", "1h", "1h30m", "1.5h" or "2d".
 
     Raises:
-        UsageError: it is none of these, or not more than zero.
+        UsageError: not such a duration, zero, or 366 days and more.
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip().lower())
     whole = "".join(number + unit for number, unit in parts)
     seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
     if not parts or whole != re.sub(r"\s", "", text.strip().lower()) or not 0 < seconds < 366 * _UNITS["d"]:
-        raise UsageError(f"'{text}' is not a budget of time.", fix="For example: --budget 20m, --budget 1h30m")
+        raise UsageError(f"'{text}' is not a time budget.", fix="For example: --budget 20m, --budget 1h30m")
     return seconds
 
 
 def duration(seconds: float) -> str:
-    """About how long, in words: "50 s", "12 min", "1 h 30 min"."""
+    """A rounded, readable duration: "50 s", "12 min", "1 h 30 min"."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
@@ -112,19 +112,19 @@ def duration(seconds: float) -> str:
 
 
 def g_steps_for(classes: int) -> int:
-    """Optimisation steps a round: more classes need more steps until the images show their class."""
+    """Optimisation steps per round: with more classes, images need more steps to show their class."""
     return next(steps for most, steps in G_STEPS if classes <= most)
 
 
 def plan(budget: float, costs: Costs, classes: int) -> BudgetPlan:
-    """The run that fills a budget.
+    """Plans the run that fills a budget.
 
     Args:
         budget: seconds for the whole run, export and validation included.
-        classes: of the teacher.
+        classes: the teacher's number of classes.
 
     Raises:
-        UsageError: the budget is too small for a student worth training; says the least that is not.
+        UsageError: the budget is too small for a useful student; the message gives the minimum.
     """
     g_steps = g_steps_for(classes)
     image = g_steps * costs.synthesis_step / costs.batch
@@ -138,12 +138,12 @@ def plan(budget: float, costs: Costs, classes: int) -> BudgetPlan:
         least = (LEAST_STEPS * step + costs.rest) / (1 - MARGIN)
         raise UsageError(
             f"A budget of {duration(budget)} is too small for this teacher, student and machine.",
-            why=f"Export and validation take about {duration(costs.rest)}, and {LEAST_STEPS} student steps with their "
-            f"images, the least that makes sense, {duration(LEAST_STEPS * step)}.",
-            fix=f"Give it at least {duration(least * 1.05)}: --budget {math.ceil(least * 1.05 / 60)}m",
+            why=f"Export and validation take about {duration(costs.rest)}, and the minimum of {LEAST_STEPS} student "
+            f"steps with their images about {duration(LEAST_STEPS * step)}.",
+            fix=f"Use at least {duration(least * 1.05)}: --budget {math.ceil(least * 1.05 / 60)}m",
         )
     student_step = costs.student_step + views * costs.teacher_batch
-    # So many steps an epoch that a whole round of images belongs to them.
+    # Enough steps per epoch to match at least one full round of images.
     steps = max(math.ceil(costs.batch / IMAGES_PER_STEP), round(wanted / EPOCHS))
     rounds = max(1, round((1 - FILLED) / (1 - DECAY) * IMAGES_PER_STEP * steps / costs.batch))
     fill = max(2, round(FILLED * IMAGES_PER_STEP * wanted / costs.batch))
@@ -151,7 +151,7 @@ def plan(budget: float, costs: Costs, classes: int) -> BudgetPlan:
     warmup_rounds = round(fill / warmup_epochs)
     fill_seconds = warmup_epochs * warmup_rounds * costs.batch * image
     train_epoch = steps * student_step + rounds * costs.batch * later_image
-    # What is left is divided so that decaying epochs are DECAY of all.
+    # Split the remaining time so that DECAY of the epochs decay the learning rate.
     whole = (available - fill_seconds) / ((1 - DECAY) * train_epoch + DECAY * steps * student_step)
     decay = max(1, round(DECAY * whole))
     trained = max(1, round((available - fill_seconds - decay * steps * student_step) / train_epoch))
@@ -178,7 +178,7 @@ def plan(budget: float, costs: Costs, classes: int) -> BudgetPlan:
 
 
 def settings(made: BudgetPlan, costs: Costs, image_bytes: int) -> dict[str, dict[str, Any]]:
-    """The plan as sections of a recipe: schedule `fast`, with its numbers."""
+    """The plan as recipe sections: schedule `fast` with the planned sizes."""
     bank = made.images * image_bytes
     return {
         "synthesis": {
@@ -186,7 +186,7 @@ def settings(made: BudgetPlan, costs: Costs, image_bytes: int) -> dict[str, dict
             "g_steps": made.g_steps,
             "rounds": made.rounds,
             "warmup_rounds": made.warmup_rounds,
-            # The generator lives as long as the run: each new one costs forty poor rounds.
+            # One generator for the whole run: after each re-initialisation about forty rounds are poor.
             "g_life": made.epochs,
             "reserve": RESERVE,
         },

@@ -1,4 +1,4 @@
-"""What one synthesis step and one student step take on this machine, for the networks of a recipe: medians of a few."""
+"""Measures a synthesis step and a student step of a recipe's networks on this machine; medians of a few repeats."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ..recipes.schema import Recipe
 from .budget import BATCH, ROUND, Costs
 
 DIMENSIONS = 384
-"""of a label's embedding, as MiniLM's; other encoders change the first layer alone"""
+"""label embedding dimensions, as in MiniLM; other encoders change only the first layer"""
 REPEATS = 5
 LONGEST = 60.0
-"""seconds that one kind of step may be measured for"""
+"""maximum seconds to measure one kind of step"""
 
 
 def measure(recipe: Recipe, rest: float) -> Costs:
     """Times the steps of a recipe's networks on its device.
 
-    The teacher need not be trained: a step costs the same with any weights.
+    The teacher need not be trained: the cost of a step does not depend on the weights.
 
     Args:
-        rest: seconds that export, validation and report are expected to take.
+        rest: expected seconds for export, validation and report.
 
     Raises:
-        UsageError, MissingError: the networks cannot be built, or take no such images.
+        UsageError, MissingError: the networks cannot be built or do not accept such images.
     """
     compute = choose(recipe.device, recipe.precision)
     with seeded(0):
@@ -49,7 +49,7 @@ def measure(recipe: Recipe, rest: float) -> Costs:
 def time_steps(
     teacher: Classifier, student: Classifier, generator: Generator, augment: Augment, compute: Compute, rest: float
 ) -> Costs:
-    """The same for networks at hand; both are left on the device and unchanged but for BatchNorm statistics."""
+    """As `measure`, for given networks. Both stay on the device; training steps change the student."""
     classes = len(teacher.classes)
     batch, student_batch = max(ROUND, min(classes, 2 * ROUND)), BATCH
     steps = 2
@@ -95,7 +95,7 @@ def time_steps(
 
 
 def _median(work: Callable[[], object], compute: Compute) -> float:
-    """Median seconds, after one run that allocates and plans."""
+    """Median seconds, after one warm-up run."""
     times: list[float] = []
     work()
     while len(times) < REPEATS and (len(times) < 2 or sum(times) < LONGEST):

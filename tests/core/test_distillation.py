@@ -572,7 +572,7 @@ def test_a_constant_teacher_is_refused(
     run = start()
     with torch.no_grad():
         teacher.backbone.get_submodule("fc").weight.zero_()
-    with pytest.raises(TrainingError, match="same answer to every image"):
+    with pytest.raises(TrainingError, match="same output for every image"):
         Distillation(teacher, label_embeddings, student, run.settings, run.compute)
 
 
@@ -583,7 +583,7 @@ def test_class_counts_must_fit(
     four = LabelEmbeddings(torch.randn(4, 6), "test", "1", "a {label}", ("a", "b", "c", "d"))
     with pytest.raises(UsageError, match="4 label embeddings and the teacher has 3"):
         Distillation(teacher, four, student, run.settings, run.compute)
-    with pytest.raises(UsageError, match=r"answers \(5,\) numbers per image, and there are 3"):
+    with pytest.raises(UsageError, match=r"output shape per image is \(5,\), but there are 3"):
         Distillation(replaced(teacher, nn.Linear(24, 5)), label_embeddings, student, run.settings, run.compute)
     renamed = copy.deepcopy(student)
     renamed.classes = ("red", "blue", "green")

@@ -81,7 +81,7 @@ CASES: tuple[tuple[str, Callable[[Weights], Weights] | None, tuple[str, ...], tu
     ("a teacher of NaN", _filled(torch.nan), (), ("NaN or infinity", "checkpoint")),
     ("one weight is NaN", _one_nan, (), ("NaN or infinity", "checkpoint")),
     ("a teacher of infinities", _filled(torch.inf), (), ("NaN or infinity", "checkpoint")),
-    ("a constant teacher", _filled(0.0), (), ("the same answer", "weights")),
+    ("a constant teacher", _filled(0.0), (), ("the same output", "weights")),
     ("losses that become NaN", None, ("distill.lr=1e30",), ("became", "distill.lr")),
     ("synthesis that becomes NaN", None, ("synthesis.lr=1e30",), ("became", "synthesis.lr")),
     ("all synthetic images of one class", _one_class, LONG, ("one and the same class", "lambda_ce")),

@@ -196,7 +196,7 @@ BAD = {
     "other size": (Net, {"input": ne.InputSpec(channels=1, height=16, width=16)}, ne.UsageError, "1×16×16"),
     "nan weights": (broken, {}, ne.TrainingError, "not finite"),
     "nan": (lambda: Alien("nan"), {}, ne.TrainingError, "not finite"),
-    "constant": (lambda: Alien("constant"), {}, ne.TrainingError, "the same answer"),
+    "constant": (lambda: Alien("constant"), {}, ne.TrainingError, "the same output"),
     "no logits": (lambda: Alien("no logits"), {}, ne.UsageError, "no logits"),
     "uncopyable": (lambda: Alien("uncopyable"), {}, ne.UsageError, "cannot be copied"),
     "no memory": (lambda: Alien("memory"), {}, ne.MissingError, "not enough memory"),

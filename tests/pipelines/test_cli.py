@@ -233,7 +233,7 @@ def test_missing_extra(
         (["export", "nowhere"], ["nowhere is not a run folder."]),
         (["validate", "nowhere"], ["nowhere is not a run folder."]),
         (["bench", "nowhere"], ["nowhere is not a run folder."]),
-        (["validate", "nowhere", "--data", "digits", "--synthetic"], ["exclude each other"]),
+        (["validate", "nowhere", "--data", "digits", "--synthetic"], ["mutually exclusive"]),
         (["teach", "own.toml"], ["There is no recipe file own.toml."]),
     ],
 )

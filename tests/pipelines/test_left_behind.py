@@ -61,10 +61,10 @@ def test_no_verdict_lies_beside_a_report_that_it_is_not_about(invoke: Invoke, fi
     assert all(path.is_file() for path in files)
     answer = invoke("validate", finished, "--data", holdout)
     assert answer.code == 0
-    assert "What spoke of the earlier measurement was removed (gate, report)" in " ".join(answer.out.split())
+    assert "Removed outdated results (gate, report)" in " ".join(answer.out.split())
     assert not any(path.exists() for path in files)
     assert examine(RunFolder.open(finished)).problems == ()
-    assert invoke("validate", finished, "--data", holdout).out.count("removed") == 0, "nothing was measured"
+    assert invoke("validate", finished, "--data", holdout).out.count("Removed") == 0, "nothing was measured"
     assert invoke("report", finished).code == 0
     assert all(path.is_file() for path in files)
 
@@ -80,7 +80,7 @@ def seen_of(not_finite: dict[str, int]) -> Seen:
 
 def test_images_without_an_answer_of_the_teacher_are_no_excuse() -> None:
     require_answers(seen_of({}), "x")
-    with pytest.raises(UsageError, match=r"not a number on 100 of 1,000 images of held\.npz"):
+    with pytest.raises(UsageError, match=r"not finite on 100 of 1,000 images of held\.npz"):
         require_answers(seen_of({"teacher": 100}), "held.npz")
 
 

@@ -505,11 +505,11 @@ def test_killed_together_and_started_again_they_end_with_the_same_bits(
 def test_another_number_of_processes_does_not_continue(two: list[dict[str, Any]], launch: Launch) -> None:
     """Neither two what one began nor one what two began, and the checkpoint stays."""
     for found in two:
-        assert "begun with 1 process and is now continued with 2 processes" in found["another number"]
-        assert "as it was begun: nayer-edge distill" in found["another number"]
+        assert "started with 1 process and cannot be continued with 2 processes" in found["another number"]
+        assert "with the same number: nayer-edge distill" in found["another number"]
     path = launch.folder / "two.safetensors"
     before = path.read_bytes()
-    with pytest.raises(UsageError, match="begun with 2 processes and is now continued with 1 process") as refused:
+    with pytest.raises(UsageError, match="started with 2 processes and cannot be continued with 1 process") as refused:
         distill(begin(**WHOLE_GROUPS), path)
     assert refused.value.exit_code == 2
     assert "torchrun --nproc-per-node=2 -m nayer_edge distill" in refused.value.fix

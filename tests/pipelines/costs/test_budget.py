@@ -24,7 +24,7 @@ def test_a_budget_is_read(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "1", "h", "-1h", "0m", "1h 2", "1x", "nan", "inf h", "1e9h", "9999d"])
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a budget") as caught:
+    with pytest.raises(UsageError, match="is not a time budget") as caught:
         parse_budget(text)
     assert "--budget" in caught.value.fix
 
