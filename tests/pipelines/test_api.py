@@ -197,7 +197,7 @@ BAD = {
     "nan weights": (broken, {}, ne.TrainingError, "not finite"),
     "nan": (lambda: Alien("nan"), {}, ne.TrainingError, "not finite"),
     "constant": (lambda: Alien("constant"), {}, ne.TrainingError, "the same output"),
-    "no logits": (lambda: Alien("no logits"), {}, ne.UsageError, "no logits"),
+    "no logits": (lambda: Alien("no logits"), {}, ne.UsageError, "without logits"),
     "uncopyable": (lambda: Alien("uncopyable"), {}, ne.UsageError, "cannot be copied"),
     "no memory": (lambda: Alien("memory"), {}, ne.MissingError, "not enough memory"),
     "no module": (lambda: {"weight": 1}, {}, ne.UsageError, "must be a torch.nn.Module, not dict"),
