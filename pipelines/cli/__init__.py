@@ -109,7 +109,7 @@ def _unexpected(error: Exception) -> NayerEdgeError:
 
 
 def _helps() -> bool:
-    """Whether this is a torchrun process other than rank 0, which prints."""
+    """Whether torchrun started this process and it is not rank 0, the only one that prints."""
     return "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
