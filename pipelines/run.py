@@ -30,6 +30,7 @@ from nayer_edge.storage.run_folder import (
 
 from .recipes import preflight
 from .recipes.loading import BUILT_IN_DATA, portable, recipe_of
+from .recipes.renamed import with_current_keys
 from .recipes.schema import Recipe
 from .recipes.settings import is_default
 from .steps import STEPS, Step, settings_of, until
@@ -184,8 +185,8 @@ def _settings(step: Step, recipe: Recipe, record: StepRecord | None) -> dict[str
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """ "key: old → new" for every difference of two nested settings. A key that came into recipes after a step was made
-    is none where it has its default."""
-    found = []
+    is none where it has its default, and neither is a new name for a key."""
+    found, before = [], with_current_keys(before, prefix=prefix)
     for key in sorted(set(before) | set(now)):
         old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict):

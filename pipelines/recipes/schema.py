@@ -34,31 +34,31 @@ class Export(Section):
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     """version of the ONNX operator set"""
     targets: tuple[str, ...] = ("cpu",)
-    """which devices get a quantized graph; nayer_edge/export/targets.py lists them"""
+    """devices to quantize for; nayer_edge/export/targets.py lists them"""
     calibration_images: Annotated[int, Field(ge=1, le=65536)] = 512
     """synthetic images drawn from the trained generator"""
     calibration_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
-    """auto: the one whose INT8 model agrees best with FP32 on a synthetic hold-out"""
+    """auto: the method whose INT8 model agrees best with FP32 on a synthetic hold-out"""
     max_drop: Fraction | None = 0.02
-    """largest fraction of the synthetic hold-out on which INT8 may choose another class than FP32; the most sensitive
-    layers return to float until it holds"""
+    """largest fraction of the synthetic hold-out on which INT8 may predict another class than FP32; the most sensitive
+    layers are excluded from quantization until the limit holds (mixed precision)"""
     sensitivity: bool = False
-    """measure every layer alone, whether or not one has to return to float"""
-    finetune: bool = False
-    """train the INT8 network with its rounding on images of the memory bank; kept where it agrees better with FP32 on
-    the synthetic hold-out than calibration alone"""
-    finetune_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
-    """of fine-tuning"""
-    finetune_steps: Annotated[int, Field(ge=1, le=100_000)] = 100
-    """steps per epoch, of distill.batch images each"""
-    finetune_lr: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
-    """peak step of Adam, as a fraction of each channel's root mean square weight"""
+    """measure the sensitivity of every layer, even if no layer has to be excluded"""
+    qat: bool = False
+    """quantization-aware training on images of the memory bank; its result is kept if it agrees better with FP32 on the
+    synthetic hold-out than calibration alone"""
+    qat_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    """epochs of QAT"""
+    qat_steps: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """optimiser steps per epoch, each on distill.batch images"""
+    qat_lr: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
+    """peak learning rate of Adam, relative to the root mean square weight of each channel"""
     fp16: bool = False
-    """also write an FP16 graph (always written where an engine is to be built)"""
+    """also write an FP16 graph (always written if an engine is to be built)"""
     engines: bool = True
     """build engines for the targets that have one"""
     compute_capability: str = "sm89"
-    """for TensorRT-RTX, which builds ahead of time: sm75, sm80, sm86, sm89, sm120, …"""
+    """GPU that TensorRT-RTX builds for, ahead of time: sm75, sm80, sm86, sm89, sm120, …"""
 
 
 class Validate(Section):

@@ -12,8 +12,9 @@ from torch import nn
 
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
 from nayer_edge.export.onnx_file import read_onnx, write_onnx
-from nayer_edge.export.runners import OrtRunner, TensorRtRunner, TorchRunner, available_threads
+from nayer_edge.export.runners import OrtRunner, TensorRtRunner, TorchRunner
 from nayer_edge.export.to_onnx import to_onnx
+from nayer_edge.runtime.provenance import usable_cores
 
 SHAPE = (3, 8, 8)
 
@@ -69,7 +70,7 @@ def test_the_provider_and_threads_are_those_asked_for(path: Path) -> None:
         assert runner._session is not None
         assert runner._session.get_providers() == ["CPUExecutionProvider"]
         assert runner._session.get_session_options().intra_op_num_threads == 1
-    assert OrtRunner(path).threads == available_threads()
+    assert OrtRunner(path).threads == usable_cores()
 
 
 def test_the_optimised_graph_is_the_runtimes_own(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
