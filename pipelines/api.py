@@ -226,7 +226,7 @@ class Run:
         *,
         int8: bool = False,
         fp16: bool | None = None,
-        finetune: bool | None = None,
+        qat: bool | None = None,
         targets: Sequence[str] = (),
         engines: bool | None = None,
         compute_capability: str | None = None,
@@ -238,7 +238,7 @@ class Run:
         Args:
             int8: quantize, with images that the run's generator draws.
             fp16: also write an FP16 graph; as the run's recipe says by default, and so the others.
-            finetune: train the quantized network on synthetic images; needs `int8`.
+            qat: quantization-aware training on synthetic images; needs `int8`.
             targets: devices, as "cpu", "arm", "tensorrt", "tensorrt-rtx".
             engines: build engines for the targets that have them.
             compute_capability: for TensorRT-RTX, as "sm89".
@@ -256,7 +256,7 @@ class Run:
                 self.path,
                 int8=int8,
                 fp16=fp16,
-                finetune=finetune,
+                qat=qat,
                 targets=(targets,) if isinstance(targets, str) else targets,
                 engines=engines,
                 compute_capability=compute_capability,
