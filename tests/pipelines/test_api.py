@@ -373,7 +373,7 @@ def test_what_a_run_gives(mine: Path, teacher: ne.Teacher, capfd: pytest.Capture
     assert str(mine) in repr(run)
     assert capfd.readouterr() == ("", ""), "silent unless asked"
     run.report(progress=True)
-    assert "= report    finished before" in capfd.readouterr().out
+    assert "= report    already finished" in capfd.readouterr().out
 
 
 def test_without_its_teacher(mine: Path, invoke: Callable[..., Any]) -> None:
@@ -528,7 +528,7 @@ def test_a_teacher_from_a_file(tiny_run: Path, tmp_path: Path, invoke: Callable[
     assert card["source"] == "w.safetensors"
     assert (run.path / "teacher" / "teacher.safetensors").read_bytes() == Path(weights).read_bytes()
     answer = invoke("run", run.path, "--until", "student")
-    assert (answer.code, answer.out.count("finished before")) == (0, 3), "the command line goes on with it"
+    assert (answer.code, answer.out.count("already finished")) == (0, 3), "the command line goes on with it"
     for wrong, kind, text in (
         ({"weights": "nowhere.pt"}, ne.UsageError, "nowhere.pt"),
         ({"weights": None}, ne.UsageError, "no weights of its own"),
