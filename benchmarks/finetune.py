@@ -40,10 +40,10 @@ from nayer_edge.config import InputSpec
 from nayer_edge.data import datasets as data
 from nayer_edge.distillation import cosine
 from nayer_edge.export.calibration import Ranges, compute_ranges
-from nayer_edge.export.qat.finetune import FineTuner, Schedule, Tuned, train
 from nayer_edge.export.qat.graph_network import GraphNetwork
+from nayer_edge.export.qat.train import QatResult, QatTrainer, Schedule, train
 from nayer_edge.export.qdq import calibrated_tensors, with_qdq
-from nayer_edge.export.targets import PRODUCTS, TARGETS, Target
+from nayer_edge.export.targets import QUANTIZABLE_OPS, TARGETS, Target
 from nayer_edge.export.to_int8 import prepared, run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.losses import distillation_loss
@@ -73,14 +73,16 @@ SMALL = (
 Enlarge = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Recording(FineTuner):
+class Recording(QatTrainer):
     """Keeps what fine-tuning found, whether or not it is chosen."""
 
-    last: Tuned
+    last: QatResult
 
-    def __call__(self, graph: ModelProto, ranges: Ranges, target: Target, float_nodes: Collection[str]) -> Tuned:
-        """As FineTuner."""
-        self.last = super().__call__(graph, ranges, target, float_nodes)
+    def __call__(
+        self, graph: ModelProto, ranges: Ranges, target: Target, nodes_to_exclude: Collection[str]
+    ) -> QatResult:
+        """As QatTrainer."""
+        self.last = super().__call__(graph, ranges, target, nodes_to_exclude)
         return self.last
 
 
@@ -179,7 +181,7 @@ def w8a8(
     fp32 = run_onnx(fp32_path, images)
     best = to_int8(fp32_path, path, calibration, target, holdout_images=holdout).method
     logits = {"ptq": run_onnx(path, images, as_written=target != "cpu")}
-    result = to_int8(fp32_path, path, calibration, target, method=best, holdout_images=holdout, finetune=tune)
+    result = to_int8(fp32_path, path, calibration, target, method=best, holdout_images=holdout, qat=tune)
     logits["shipped"] = run_onnx(path, images, as_written=target != "cpu")
     onnx.save(with_qdq(tune.last.graph, tune.last.ranges, rules), path)
     logits["tuned"] = run_onnx(path, images, as_written=target != "cpu")
@@ -212,11 +214,11 @@ def w4a4(
     # Unsigned activations where a device would chain nothing: the usual setting of such studies.
     target = dataclasses.replace(TARGETS["cpu"], weight_max=127, outputs=False, residual="skip", bias="float")
     tensors = calibrated_tensors(graph, target)
-    operators = (*PRODUCTS, "Add")
+    operators = (*QUANTIZABLE_OPS, "Add")
     found = compute_ranges(
         folder / "prepared.onnx", calibration.numpy(), operators, tensors, ("minmax", "mse"), target, bits=4
     )
-    products = [node for node in graph.graph.node if node.op_type in PRODUCTS]
+    products = [node for node in graph.graph.node if node.op_type in QUANTIZABLE_OPS]
     edges = {products[0].input[0], products[-1].input[0]}
     ranges = {name: found["minmax" if name in edges else "mse"][name] for name in found["mse"]}
     network = GraphNetwork(graph, with_qdq(graph, ranges, target), ranges, target, bits=4)
@@ -303,7 +305,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(row(f"{target}, calibration alone", f"w8a8_{target}", "ptq"))
         lines.append(row(f"{target}, fine-tuned", f"w8a8_{target}", "tuned"))
         kept = int(sum(run[f"w8a8_{target}_kept"] for run in runs))
-        lines.append(row(f"{target}, what --finetune ships ({kept} of {len(runs)} tuned)", f"w8a8_{target}", "shipped"))
+        lines.append(row(f"{target}, what --qat ships ({kept} of {len(runs)} tuned)", f"w8a8_{target}", "shipped"))
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""How weights become something that runs: ONNX, quantized graphs, engines, runners.
+"""From weights to files that run on a device: ONNX, quantized graphs, engines, and runners for them.
 
-Knows the core; knows no recipe and no threshold.
+Depends on the core, not on recipes or thresholds.
 """

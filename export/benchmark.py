@@ -1,8 +1,8 @@
-"""Latency and throughput, all runners interleaved in one process, so that ratios between them are fair.
+"""Latency and throughput of several runners, interleaved in one process, so that their ratios are fair.
 
-A machine's clock, its neighbours and its temperature change within seconds. Runners measured one after the
-other each meet another machine; taking turns, they meet the same one. A turn is a few calls, the first of them
-untimed: a device runs one model, so its weights are in the cache, and the neighbour's should not be.
+A machine's clock rate, load and temperature change within seconds, so runners that are measured one after the other
+meet different conditions. Here they take turns of a few calls. The first call of a turn is not timed: it loads the
+model's weights into the cache, where a device that runs a single model has them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _CALLS = 5
 
 @dataclass(frozen=True)
 class Timing:
-    """One runner at one batch size.
+    """Timing of one runner at one batch size.
 
     Attributes:
         runner: its label.
         batch: images per call.
-        threads: processor threads that the runner computes with.
+        threads: processor threads of the runner.
         runs: timed calls.
         p50: median latency of a call, milliseconds.
         p95: 95th percentile, milliseconds.
         p99: 99th percentile, milliseconds.
         images_per_s: batch / median latency.
-        ratio: median over turns of (the first runner's median / this one's): above 1 it is faster.
+        ratio: speed-up over the first runner: median over turns of (its median latency / this runner's).
     """
 
     runner: str
@@ -58,25 +58,24 @@ def benchmark(
     warmup: int = 10,
     max_seconds: float = 60.0,
 ) -> list[Timing]:
-    """Times open runners in turns.
+    """Times open runners in turns, on random images (the speed of a network does not depend on them).
 
     Args:
-        runners: label → runner, entered already; the first is the one that ratios refer to.
+        runners: label → runner, already entered; ratios refer to the first.
         input_shape: (C, H, W).
         batches: images per call.
         runs: timed calls per runner and batch size, rounded up to whole turns.
         warmup: untimed calls before them.
-        max_seconds: per batch size; after it, measuring stops with the turns there are (at least one).
+        max_seconds: per batch size; no new turn starts after it (at least one is measured).
 
     Returns:
-        one entry per runner and batch size, in their order. Images are random: a network's speed does not
-        depend on them.
+        one entry per runner and batch size, in their order.
 
     Raises:
         UsageError: no runner, or a number below 1.
     """
     if not runners or runs < 1 or warmup < 0 or any(batch < 1 for batch in batches):
-        raise UsageError("A benchmark needs at least one runner, one run and a batch of one image.")
+        raise UsageError("A benchmark needs at least one runner, one run and one image per batch.")
     found = []
     for batch in batches:
         images = np.random.default_rng(0).random((batch, *input_shape), dtype=np.float32)
@@ -104,7 +103,7 @@ def benchmark(
 def _interleaved(
     runners: Sequence[Runner], images: np.ndarray, runs: int, warmup: int, max_seconds: float
 ) -> np.ndarray:
-    """Seconds, (turns, runners, calls of a turn). The order alternates: none always follows the same neighbour."""
+    """Seconds, (turns, runners, calls per turn). The order alternates, so that no runner always follows another."""
     for runner in runners:
         for _ in range(warmup):
             runner.infer(images)

@@ -1,8 +1,8 @@
 """Activation ranges from calibration images, by four methods.
 
-Min-max, percentile and entropy are ONNX Runtime's arithmetic, MSE is ours. Images are streamed in batches
-small enough that all activations of one batch fit a stated budget. The first pass finds the extremes inside
-the graph; the second counts activations into a histogram of fixed range, which serves the other methods.
+Min-max, percentile and entropy use ONNX Runtime's implementation; MSE is our own. Images are streamed in batches whose
+activations fit a fixed memory budget. The first pass finds the extremes inside the graph. The second counts activations
+into histograms of fixed range, which the other three methods use.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from .targets import Target
 METHODS = ("minmax", "percentile", "entropy", "mse")
 PERCENTILE = 99.99
 ACTIVATION_BUDGET = 64 * 2**20
-"""bytes of activations alive at a time"""
+"""bytes of activations in memory at a time"""
 _BINS = 4096
-# ONNX Runtime's default of 128 bins leaves its entropy search a single candidate, which is min-max by another
-# name.
+# With ONNX Runtime's default of 128 bins its entropy search has a single candidate, which equals min-max.
 _ENTROPY_BINS = 512
 _ENTROPY_LEVELS = 128
 _SAMPLES = 4_000_000
@@ -39,7 +38,7 @@ _SAMPLES = 4_000_000
 _STRIDES = (1, 2, 3, 5, 7, 11, 13, 17, 23, 31, 43, 61, 83, 113, 157, 211, 307, 401, 601, 1009)
 
 Ranges = dict[str, tuple[float, float]]
-"""tensor name → (lowest, highest) real value that its integers must represent"""
+"""tensor name → (lowest, highest) real value that its integers represent"""
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,7 @@ class Histogram:
 
 
 class _OneBatch(CalibrationDataReader):
-    """Hands a calibrator a single batch.
-
-    Given more, it would keep every activation of all of them in memory.
-    """
+    """Gives a calibrator a single batch; it keeps all activations of everything that it reads in memory."""
 
     def __init__(self, name: str, images: np.ndarray) -> None:
         self._feeds: list[dict[str, np.ndarray]] = [{name: images}]
@@ -97,7 +93,7 @@ def require_images(images: np.ndarray, input_shape: Sequence[int | str | None], 
         raise UsageError(
             f"The {purpose} images have shape {images.shape}; the model takes "
             f"(n, {', '.join(map(str, wanted))}) with n of at least 1.",
-            fix="Draw them anew with: nayer-edge calibration-data RUN",
+            fix="Draw new ones with: nayer-edge calibration-data RUN",
         )
     if images.dtype == np.uint8:
         return images.astype(np.float32) / 255
@@ -107,7 +103,7 @@ def require_images(images: np.ndarray, input_shape: Sequence[int | str | None], 
         raise UsageError(
             f"The {purpose} images have values from {lowest:g} to {highest:g}; they must lie in [0, 1].",
             why="Normalisation is part of the model.",
-            fix="Give the images as they are before normalisation, uint8 or divided by 255.",
+            fix="Pass images before normalisation: uint8, or divided by 255.",
         )
     return images
 
@@ -126,11 +122,11 @@ def compute_ranges(
     Args:
         model_path: FP32 graph after pre-processing (shapes inferred).
         images: (n, C, H, W), float32 in [0, 1].
-        operators: operator types whose inputs and outputs are wanted.
-        tensors: those of them whose range matters; the others get their extremes by every method.
+        operators: operator types whose inputs and outputs get a range.
+        tensors: those tensors whose range matters; the others get their extremes by every method.
         methods: of METHODS.
         target: decides whether ranges are symmetric.
-        bits: how many levels MSE assumes.
+        bits: of the integers, for MSE.
 
     Returns:
         method → tensor → (lowest, highest). Deterministic: the same images give the same ranges.
@@ -162,7 +158,7 @@ def compute_ranges(
 
 
 def _batches(session: ort.InferenceSession, images: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Batches as large as the activation budget allows, judged by the outputs for one image."""
+    """(input name, images) in batches as large as the activation budget allows, by the size of one image's outputs."""
     source = session.get_inputs()[0]
     uint8 = source.type == "tensor(uint8)"
 
@@ -181,9 +177,8 @@ def _extremes(model_path: Path, images: np.ndarray, operators: Sequence[str]) ->
         calibrator = create_calibrator(
             model_path, list(operators), str(augmented), calibrate_method=CalibrationMethod.MinMax
         )
-        # The calibrator's own session has every optimisation off, which takes twice as long for the same
-        # extremes.
-        calibrator.infer_session = _session(augmented.read_bytes())
+        # The calibrator's own session runs without optimisations: twice the time for the same extremes.
+        calibrator.infer_session = cpu_session(augmented.read_bytes())
         for name, batch in _batches(_probe(model_path, []), images):
             calibrator.collect_data(_OneBatch(name, batch))
         data = calibrator.compute_data()
@@ -192,16 +187,17 @@ def _extremes(model_path: Path, images: np.ndarray, operators: Sequence[str]) ->
 
 
 def _probe(model_path: Path, tensors: Sequence[str]) -> ort.InferenceSession:
-    """The FP32 graph with the named tensors (all, where none is named) among its outputs."""
+    """The FP32 graph with the named tensors (all, if none is named) among its outputs."""
     model = onnx.load(str(model_path))
     infos = {v.name: v for v in (*model.graph.value_info, *model.graph.input)}
     outputs = {v.name for v in model.graph.output}
     wanted = tensors or [n for n, v in infos.items() if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     model.graph.output.extend(infos[name] for name in wanted if name not in outputs and name in infos)
-    return _session(model.SerializeToString())
+    return cpu_session(model.SerializeToString())
 
 
-def _session(model: bytes) -> ort.InferenceSession:
+def cpu_session(model: bytes) -> ort.InferenceSession:
+    """A serialized graph in ONNX Runtime on the CPU, without its warnings."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -217,7 +213,7 @@ def _histograms(model_path: Path, images: np.ndarray, extremes: Ranges) -> dict[
             values = np.asarray(output)
             if name in counts and limits[name] > 0:
                 total = values.size // len(values) * len(images)
-                # A prime stride that starts elsewhere in every batch favours no row, column or channel.
+                # A prime stride with another start in every batch prefers no row, column or channel.
                 stride = next((s for s in _STRIDES if total // s <= _SAMPLES), _STRIDES[-1])
                 sample = torch.from_numpy(values).flatten()[number % stride :: stride]
                 bins = torch.histc(sample, _BINS, -limits[name], limits[name])
@@ -252,10 +248,10 @@ def _with_collector(histograms: Mapping[str, Histogram], method: str) -> Ranges:
 
 
 def mse_range(histogram: Histogram, *, symmetric: bool, candidates: int = 80, bits: int = 8) -> tuple[float, float]:
-    """The range whose quantization has the least mean squared error over a histogram.
+    """The range whose quantization has the lowest mean squared error over a histogram.
 
-    Both ends are shrunk together, then each alone, from the extremes down to a fifth of them; clipping and
-    rounding errors are summed over the bins' centres. One (candidates, bins) array is alive at a time.
+    Both ends are shrunk together, then each alone, from the extremes down to a fifth of them. Clipping and rounding
+    errors are summed over the centres of the bins. Memory: one (candidates, bins) array at a time.
 
     Args:
         histogram: of one tensor.

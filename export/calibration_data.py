@@ -1,4 +1,4 @@
-"""Writes calibration images in the forms that quantizers read."""
+"""Writes calibration images in the formats that quantizers read."""
 
 from __future__ import annotations
 
@@ -30,28 +30,27 @@ def write_calibration_data(
     *,
     input_name: str = INPUT,
 ) -> dict[str, Path]:
-    """Writes the images in each format asked for.
+    """Writes images in one or more formats.
 
-    npz: `calibration.npz`, one array named after the model's input, as ONNX quantizers expect (Model
-        Optimizer's
-    --calibration_data_path). npy: `calibration.npy` with `calibration.labels.npy`. png: one folder per class,
-    as torchvision's ImageFolder reads (8 bits per channel). polygraphy: `calibration.polygraphy.json`, for
-    `polygraphy run --load-inputs`, one image per iteration.
+    - npz: `calibration.npz`, one array named after the model's input, for ONNX quantizers (Model Optimizer's
+      --calibration_data_path).
+    - npy: `calibration.npy` and `calibration.labels.npy`.
+    - png: a folder per class, 8 bits per channel, for torchvision's ImageFolder.
+    - polygraphy: `calibration.polygraphy.json`, one image per iteration, for `polygraphy run --load-inputs`.
 
     Args:
         images: (n, C, H, W), float32 in [0, 1].
         labels: (n,), class of each image.
         classes: class names.
-        folder: where to write.
+        folder: to write to.
         formats: of FORMATS.
-        input_name: the model's input.
+        input_name: of the model's input.
 
     Returns:
-        format → what was written (for png the folder).
+        format → the file written (png: the folder).
 
     Raises:
-        UsageError: an unknown format, images and labels that do not fit, or a folder that cannot be written
-            to.
+        UsageError: an unknown format, images and labels that do not match, or a folder that cannot be written to.
     """
     for name in formats:
         if name not in FORMATS:
@@ -61,7 +60,7 @@ def write_calibration_data(
             )
     images, labels = np.ascontiguousarray(images, np.float32), np.asarray(labels, np.int64)
     if images.ndim != 4 or len(images) == 0 or labels.shape != (len(images),):
-        raise UsageError(f"Images of shape {images.shape} and labels of shape {labels.shape} do not fit.")
+        raise UsageError(f"Images of shape {images.shape} and labels of shape {labels.shape} do not match.")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UsageError(f"A label lies outside the {len(classes)} classes.")
     writers: dict[str, Callable[[], Path]] = {
@@ -95,22 +94,22 @@ def _npy(images: np.ndarray, labels: np.ndarray, path: Path) -> Path:
 def _png(images: np.ndarray, labels: np.ndarray, classes: Sequence[str], folder: Path) -> Path:
     if images.shape[1] not in (1, 3, 4):
         raise UsageError(
-            f"PNG holds 1, 3 or 4 channels, and these images have {images.shape[1]}.",
+            f"PNG supports 1, 3 or 4 channels, and these images have {images.shape[1]}.",
             fix="Choose another format: npz, npy or polygraphy.",
         )
     pixels = as_bytes(images).transpose(0, 2, 3, 1)
     width = len(str(len(classes) - 1))
     written = set()
     for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-        # The number keeps the classes' order where readers sort folders; a label may hold any character, a
-        # path not.
+        # The number keeps the order of classes for readers that sort folders. Labels may contain characters that
+        # paths cannot.
         name = re.sub(r"[^\w.-]+", "_", str(classes[label])).strip("._") or "class"
         buffer = io.BytesIO()
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "PNG")
         path = folder / f"{label:0{width}d}_{name[:60]}" / f"{index:05d}.png"
         write_bytes(path, buffer.getvalue())
         written.add(path)
-    # What an earlier call drew would be calibrated on too.
+    # Calibration would also use images that an earlier call left here.
     for path in folder.glob("*_*/*.png"):
         if path not in written and re.fullmatch(r"\d+_.+/\d{5,}\.png", path.relative_to(folder).as_posix()):
             path.unlink()
@@ -119,7 +118,7 @@ def _png(images: np.ndarray, labels: np.ndarray, classes: Sequence[str], folder:
 
 def _polygraphy(images: np.ndarray, path: Path, input_name: str) -> Path:
     def write(temporary: Path) -> None:
-        # One image at a time: base64 of the whole set would need several times its memory.
+        # One image at a time: base64 of the whole set would take several times its memory.
         with temporary.open("w", encoding="utf-8") as file:
             file.write("[")
             for index in range(len(images)):

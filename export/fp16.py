@@ -1,4 +1,4 @@
-"""FP16 graphs for GPU targets: what trtexec's removed --fp16 used to do, stated in the graph itself."""
+"""FP16 graphs for GPU targets: what trtexec's former --fp16 did in the builder, done in the graph."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from nayer_edge.errors import UsageError
 from nayer_edge.storage.files import sha256_of
 
 from .onnx_file import metadata_of, read_onnx, strip, write_onnx
+from .plain_graph import attribute, constants, copy_of
 
 LARGEST = float(np.finfo(np.float16).max)
-# Below this a scale loses its precision to FP16's subnormal numbers.
+# A smaller scale would be a subnormal number in FP16 and lose precision.
 _SMALLEST_SCALE = 2.0**-20
 
 
@@ -23,7 +24,7 @@ def to_fp16(fp32_path: Path, path: Path) -> str:
     """Writes an FP16 copy of an FP32 file; inputs and outputs stay float32.
 
     Returns:
-        the SHA-256 of the file.
+        SHA-256 of the file.
 
     Raises:
         UsageError: a weight is too large for FP16.
@@ -38,7 +39,7 @@ def to_fp16(fp32_path: Path, path: Path) -> str:
 
 
 def converted(model: ModelProto) -> ModelProto:
-    """A copy in FP16, Q/DQ scales included, whose inputs and outputs stay float32.
+    """A copy in FP16, Q/DQ scales included; inputs and outputs stay float32.
 
     Raises:
         UsageError: a weight is too large for FP16.
@@ -49,11 +50,10 @@ def converted(model: ModelProto) -> ModelProto:
         largest = float(np.abs(numpy_helper.to_array(tensor)).max(initial=0))
         if largest > LARGEST:
             raise UsageError(
-                f"The weight '{tensor.name}' reaches {largest:g}, and FP16 ends at {LARGEST:g}.",
+                f"The weight '{tensor.name}' has values up to {largest:g}; FP16 ends at {LARGEST:g}.",
                 fix="Use the FP32 file for this target.",
             )
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = copy_of(model)
     _fit_scales(copy)
     half = convert_float_to_float16(copy, keep_io_types=True, op_block_list=DEFAULT_OP_BLOCK_LIST)
     wrapped = ONNXModel(half)
@@ -62,8 +62,8 @@ def converted(model: ModelProto) -> ModelProto:
 
 
 def _fit_scales(model: ModelProto) -> None:
-    """Rounds Q/DQ scales to FP16 and fits the INT8 weights to the rounded scale."""
-    tensors = {t.name: t for t in model.graph.initializer}
+    """Rounds Q/DQ scales to FP16 and fits the INT8 weights to the rounded scales."""
+    tensors = constants(model)
     fitted: set[str] = set()
     for node in model.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.input[1] in fitted:
@@ -74,7 +74,7 @@ def _fit_scales(model: ModelProto) -> None:
         rounded = np.maximum(scale, _SMALLEST_SCALE).astype(np.float16).astype(np.float32)
         if node.input[0] in tensors:
             weight = tensors[node.input[0]]
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+            axis = attribute(node, "axis", 1)
             shape = [1] * len(weight.dims)
             if scale.size > 1:
                 shape[axis] = -1

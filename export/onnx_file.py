@@ -1,4 +1,4 @@
-"""ONNX files: read with suspicion, written bare (no source paths or stack traces), always the same."""
+"""ONNX files: validated when read; written without source paths or stack traces, and reproducibly."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from onnx import ModelProto, TensorProto
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.storage.files import write_bytes
 
-# A protobuf message cannot be larger; the zoo's largest model is a fiftieth of it.
+# The limit of a protobuf message.
 MAX_BYTES = 2**31 - 1
-# Bits of one element; types that are not here are not looked at.
+# Bits per element; other types are not checked.
 _BITS_BY_NAME = {
     **dict.fromkeys(("DOUBLE", "INT64", "UINT64", "COMPLEX64"), 64),
     **dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32),
@@ -31,10 +31,10 @@ def read_onnx(path: Path, *, external_data: bool = False) -> ModelProto:
 
     Args:
         path: the file.
-        external_data: also load weights that lie in other files of the same folder.
+        external_data: also load weights stored in other files of the same folder.
 
     Raises:
-        IntegrityError: it is missing, not ONNX, truncated, or names external data outside its own folder.
+        IntegrityError: it is missing, not ONNX, truncated, or refers to external data outside its own folder.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -46,14 +46,14 @@ def read_onnx(path: Path, *, external_data: bool = False) -> ModelProto:
         raise IntegrityError(f"{path} cannot be read.", why=f"The system says: {error.strerror or error}.") from error
     except DecodeError as error:
         raise IntegrityError(
-            f"{path} is not an ONNX file, or was cut short.",
+            f"{path} is not an ONNX file, or is truncated.",
             why=f"{error}",
             fix="Export it again with: nayer-edge export RUN",
         ) from error
     if not model.graph.node or not model.opset_import:
         raise IntegrityError(
             f"{path} is not an ONNX model.",
-            why="It has no operators or does not say which operator set it uses.",
+            why="It has no operators, or does not state its operator set.",
             fix="Export it again with: nayer-edge export RUN",
         )
     _require_inside(model, path)
@@ -67,16 +67,15 @@ def read_onnx(path: Path, *, external_data: bool = False) -> ModelProto:
 
 
 def _require_sizes(model: ModelProto, path: Path) -> None:
-    """Every tensor holds as many bytes as its shape needs; readers would allocate what it states, or fail anywhere."""
+    """Checks that every tensor has as many bytes as its shape needs. Other readers trust the shape."""
     for tensor in _tensors(model):
         bits = _BITS.get(tensor.data_type) if tensor.HasField("raw_data") else None
         if bits is None:
             continue
         if min(tensor.dims, default=1) < 0 or len(tensor.raw_data) != (math.prod(tensor.dims) * bits + 7) // 8:
             raise IntegrityError(
-                f"{path} states a shape for the weight '{tensor.name}' that its {len(tensor.raw_data):,} bytes do not "
-                "have.",
-                fix="Do not use this file: fetch it again from where it was made.",
+                f"{path} has a weight '{tensor.name}' whose {len(tensor.raw_data):,} bytes do not match its shape.",
+                fix="Do not use this file. Get it again from its source.",
             )
 
 
@@ -89,18 +88,19 @@ def _require_inside(model: ModelProto, path: Path) -> None:
         data = folder / location
         if not location or not data.resolve().is_relative_to(folder):
             raise IntegrityError(
-                f"{path} keeps the weight '{tensor.name}' at '{location}', outside its own folder.",
-                why="A file that reads from elsewhere is not the artefact that was exported.",
-                fix="Do not use this file: fetch it again from where it was made.",
+                f"{path} stores the weight '{tensor.name}' at '{location}', outside its own folder.",
+                why="The export does not write such files, so this one was modified.",
+                fix="Do not use this file. Get it again from its source.",
             )
         if not data.is_file():
             raise IntegrityError(
-                f"{path} keeps the weight '{tensor.name}' in {location}, which is missing.",
-                fix="Put the file back beside it, or export again with: nayer-edge export RUN",
+                f"{path} stores the weight '{tensor.name}' in {location}, which is missing.",
+                fix="Restore that file, or export again with: nayer-edge export RUN",
             )
 
 
 def _tensors(model: ModelProto) -> list[TensorProto]:
+    """All tensors of a model, in subgraphs and attributes too."""
     found: list[TensorProto] = []
     graphs = [model.graph]
     while graphs:
@@ -117,11 +117,13 @@ def _tensors(model: ModelProto) -> list[TensorProto]:
 
 
 def strip(model: ModelProto, *, metadata: Mapping[str, str]) -> None:
-    """Removes what tools leave behind and writes our provenance, in place.
+    """Removes traces of the tools that made a model and writes our provenance, in place.
 
-    Node metadata and doc strings hold source paths and stack traces (they leak, and make hashes vary);
-    inferred shapes are recomputed by every reader; unused operator sets are claims that the graph does not
-    need.
+    Node metadata and doc strings contain source paths and stack traces, which leak information and change hashes.
+    Inferred shapes are recomputed by every reader. Unused operator sets are requirements that the graph does not have.
+
+    Args:
+        metadata: becomes the model's metadata.
     """
     graph = model.graph
     for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
@@ -145,16 +147,16 @@ def metadata_of(model: ModelProto) -> dict[str, str]:
 
 
 def opset_of(model: ModelProto) -> int:
-    """The version of the standard operator set that the file really uses."""
+    """The version of the standard operator set that the model uses."""
     return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def write_onnx(model: ModelProto, path: Path) -> None:
-    """Checks a model (onnx.checker, shapes included) and writes it atomically, always the same bytes.
+    """Checks a model (onnx.checker, shapes included) and writes it atomically and reproducibly.
 
     Raises:
         UsageError: it is too large for one file, or the folder cannot be written to.
-        IntegrityError: the graph is not valid ONNX (a defect of what made it).
+        IntegrityError: the graph is not valid ONNX, because of a defect in the code that made it.
     """
     try:
         data = model.SerializeToString(deterministic=True)
@@ -163,11 +165,11 @@ def write_onnx(model: ModelProto, path: Path) -> None:
     except (EncodeError, ValueError) as error:
         raise UsageError(
             f"The model is too large for {path}.",
-            why="One ONNX file holds less than 2 GiB.",
-            fix="Choose a smaller student: nayer-edge students lists them.",
+            why="An ONNX file is limited to 2 GiB.",
+            fix="Choose a smaller student; `nayer-edge students` lists them.",
         ) from error
     try:
         onnx.checker.check_model(data, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise IntegrityError(f"The graph meant for {path} is not valid ONNX.", why=f"{error}") from error
+        raise IntegrityError(f"The graph to be written to {path} is not valid ONNX.", why=f"{error}") from error
     write_bytes(path, data)

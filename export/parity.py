@@ -1,4 +1,4 @@
-"""Compares saved outputs of two artefacts. No model is loaded here: running is the runners' work."""
+"""Compares the outputs that two artefacts gave for the same images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from nayer_edge.errors import UsageError
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far an artefact's predictions follow the reference's.
+    """Agreement of an artefact's predictions with those of a reference.
 
     Attributes:
-        n: images.
+        n: number of images.
         top1: fraction of images with the same class; an image with a NaN or infinite logit never agrees.
-        mean_kl: mean KL(reference ‖ artefact) of softmax outputs, nats; infinite where a logit is not finite.
+        mean_kl: mean KL(reference ‖ artefact) of softmax outputs, nats; infinite if a logit is not finite.
     """
 
     n: int
@@ -25,7 +25,7 @@ class Agreement:
     mean_kl: float
 
     def as_record(self) -> dict[str, Any]:
-        """For JSON, which has no infinity."""
+        """As JSON, which has no infinity."""
         return {
             "n": self.n,
             "top1": self.top1,
@@ -38,12 +38,12 @@ class Parity:
     """Comparison of two sets of logits on the same inputs.
 
     Attributes:
+        n: number of inputs.
         max_abs_diff: largest absolute difference over finite pairs.
         agreement: fraction of inputs with the same top-1 class.
-        not_finite: inputs on which exactly one side is NaN or infinite somewhere, or both are but
-            differently.
+        not_finite: number of inputs for which at least one of the two has a NaN or infinite logit.
         worst_input: index of the input with the largest difference, or of the first that is not finite.
-        verdict: "match", "differs" (beyond the tolerance) or "not finite", which no tolerance excuses.
+        verdict: "match", "differs" (more than the tolerance) or "not finite", whatever the tolerance.
     """
 
     n: int
@@ -59,7 +59,7 @@ def _paired(reference: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.nd
     if reference.shape != other.shape or reference.ndim != 2 or len(reference) == 0:
         raise UsageError(
             f"Logits of shapes {reference.shape} and {other.shape} cannot be compared.",
-            why="Both must be (n, classes), for the same n of at least 1 and the same classes.",
+            why="Both must be (n, classes), with the same n of at least 1 and the same classes.",
         )
     return reference, other
 
@@ -67,8 +67,7 @@ def _paired(reference: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.nd
 def compare(reference: np.ndarray, other: np.ndarray, *, tolerance: float) -> Parity:
     """Compares logits (n, classes) with a reference.
 
-    A NaN is its own class of failure: it is neither a large difference nor a disagreement that an average
-        could hide.
+    NaN is a failure of its own kind, which no tolerance or average can hide.
 
     Args:
         reference: logits (n, classes).
@@ -112,10 +111,10 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def edge_cases(input_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """Images on which exports differ first, by name; each (1, C, H, W), float32 in [0, 1].
+    """Images that reveal wrong exports, by name; each (1, C, H, W), float32 in [0, 1].
 
-    Padding shows at the borders of a white image, layout mistakes in stripes and a single bright channel or
-    corner, saturation in the extremes.
+    A white image reveals errors in padding; stripes, single channels and a bright corner reveal errors in the layout;
+    extremes reveal saturation.
     """
     channels, height, width = input_shape
     y, x = np.mgrid[:height, :width]

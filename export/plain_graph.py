@@ -1,23 +1,61 @@
-"""A graph as the quantizer and the fine-tuning can read it; what it computes stays the same.
+"""Questions to ask of an ONNX graph, and the plain form that the quantizer and QAT need (`make_plain`).
 
-ONNX Runtime's quantizer drops Gemm's `beta` (seen in 1.31), and gives a bias that two products share another name in
-each of them.
+ONNX Runtime's quantizer drops Gemm's `beta` (seen in 1.31), and renames a bias that two operators share once for each
+of them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from .targets import PRODUCTS
+from .targets import QUANTIZABLE_OPS
+
+
+def producers(model: ModelProto) -> dict[str, NodeProto]:
+    """Tensor → the node that computes it."""
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+def constants(model: ModelProto) -> dict[str, TensorProto]:
+    """Name → initializer."""
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def use_counts(model: ModelProto) -> Counter[str]:
+    """Tensor → number of node inputs that read it."""
+    return Counter(name for node in model.graph.node for name in node.input)
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """Value of a node's attribute; the default if the node does not have it."""
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def output_channel_axis(node: NodeProto) -> int:
+    """Axis of the output channels in the weight of a quantizable operator."""
+    gemm = 0 if attribute(node, "transB") else 1
+    return {"Conv": 0, "ConvTranspose": 1, "Gemm": gemm, "MatMul": -1}[node.op_type]
+
+
+def copy_of(model: ModelProto) -> ModelProto:
+    """A copy that can be changed without changing the model."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy
 
 
 def distinct(names: Iterable[str], taken: Iterable[str] = ()) -> Iterator[str]:
-    """The names in turn; where one comes again it gets the first number that makes it nobody else's."""
+    """The names in turn; a repeated one gets the first number that makes it unique.
+
+    Args:
+        taken: names that must not be used.
+    """
     names, seen = list(names), set(taken)
     used = seen | set(names)
     for name in names:
@@ -31,10 +69,13 @@ def distinct(names: Iterable[str], taken: Iterable[str] = ()) -> Iterator[str]:
 
 
 def make_plain(model: ModelProto) -> None:
-    """Names the nodes without a name, and gives every product factors and a bias of its own."""
+    """Names all nodes, folds Gemm's alpha and beta, and gives every quantizable operator its own bias; in place.
+
+    The graph computes the same as before.
+    """
     nodes = [node for node in model.graph.node if not node.name]
     taken = [node.name for node in model.graph.node if node.name]
-    # Functions such as HardSwish are expanded into nodes without a name.
+    # ONNX functions such as HardSwish are expanded into nodes without a name.
     for node, name in zip(nodes, distinct((f"{n.output[0]}.{n.op_type}" for n in nodes), taken), strict=True):
         node.name = name
     for node in list(model.graph.node):
@@ -44,17 +85,17 @@ def make_plain(model: ModelProto) -> None:
 
 
 def _fold_factors(model: ModelProto, node: NodeProto) -> None:
-    """Gemm's alpha into its weight, and beta into its bias."""
+    """Multiplies Gemm's alpha into its weight and beta into its bias."""
     for name, place in (("alpha", 1), ("beta", 2)):
-        attribute = next((a for a in node.attribute if a.name == name), None)
-        if attribute is None:
+        stored = next((a for a in node.attribute if a.name == name), None)
+        if stored is None:
             continue
-        factor = np.float32(attribute.f)
-        node.attribute.remove(attribute)
+        factor = np.float32(stored.f)
+        node.attribute.remove(stored)
         if factor == 1 or len(node.input) <= place or not node.input[place]:
             continue
         of, made = node.input[place], f"{node.name}_{name}"
-        constant = next((t for t in model.graph.initializer if t.name == of), None)
+        constant = constants(model).get(of)
         if constant is not None:
             values = numpy_helper.to_array(constant)
             model.graph.initializer.append(numpy_helper.from_array((values * factor).astype(values.dtype), made))
@@ -66,12 +107,11 @@ def _fold_factors(model: ModelProto, node: NodeProto) -> None:
 
 
 def _own_biases(model: ModelProto) -> None:
-    constants = {t.name: t for t in model.graph.initializer}
-    uses = Counter(name for node in model.graph.node for name in node.input)
+    known, uses = constants(model), use_counts(model)
     for node in model.graph.node:
-        bias = node.input[2] if node.op_type in PRODUCTS and len(node.input) > 2 else ""
-        if bias in constants and uses[bias] > 1:
+        bias = node.input[2] if node.op_type in QUANTIZABLE_OPS and len(node.input) > 2 else ""
+        if bias in known and uses[bias] > 1:
             node.input[2] = f"{node.name}_bias"
-            copy = numpy_helper.from_array(numpy_helper.to_array(constants[bias]), node.input[2])
+            copy = numpy_helper.from_array(numpy_helper.to_array(known[bias]), node.input[2])
             model.graph.initializer.append(copy)
             uses[bias] -= 1

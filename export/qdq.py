@@ -1,6 +1,6 @@
-"""Writes Q/DQ into a graph as a target wants it.
+"""Inserts QuantizeLinear and DequantizeLinear (Q/DQ) into a graph, by the rules of a target.
 
-ONNX Runtime's quantizer does the rewriting; what it gets wrong for a target is set right here.
+ONNX Runtime's quantizer does the rewriting; what it gets wrong for a target is corrected here.
 """
 
 from __future__ import annotations
@@ -8,43 +8,44 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.onnx_model import ONNXModel
 
 from .calibration import Ranges
-from .coverage import eligible_products
-from .targets import PRODUCTS, Target, quantized_operators
+from .coverage import eligible_nodes
+from .plain_graph import constants, copy_of, output_channel_axis, producers, use_counts
+from .targets import QUANTIZABLE_OPS, Target, quantized_operators
 
 _TYPES = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
 
 
-def with_qdq(model: ModelProto, ranges: Ranges, target: Target, *, float_nodes: Collection[str] = ()) -> ModelProto:
-    """A copy of an FP32 graph with Q/DQ as the target wants it.
+def with_qdq(
+    model: ModelProto, ranges: Ranges, target: Target, *, nodes_to_exclude: Collection[str] = ()
+) -> ModelProto:
+    """A copy of an FP32 graph with Q/DQ inserted for a target.
 
     Args:
         model: FP32, shapes inferred, every node named.
         ranges: of every tensor that may be quantized.
-        target: whose rules.
-        float_nodes: products to leave in float although they are eligible.
+        target: its rules apply.
+        nodes_to_exclude: eligible nodes that stay in float.
     """
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = copy_of(model)
     operators = quantized_operators(target)
-    eligible, excluded = eligible_products(copy, target)
-    quantized = {node.name for node in eligible} - set(float_nodes)
-    residuals = _residual_adds(copy, quantized) if target.residual == "skip" else []
+    eligible, ineligible = eligible_nodes(copy, target)
+    quantized = {node.name for node in eligible} - set(nodes_to_exclude)
+    skips = _skip_inputs(copy, quantized) if target.residual == "skip" else {}
     if target.bias == "int32":
         _keep_biases_of_zero_weights(copy, quantized)
     data: dict[str, TensorData | tuple] = {
         name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()
     }
-    with _no_advice():
+    with _quiet():
         quantizer = QDQQuantizer(
             copy,
             True,  # one weight scale per output channel
@@ -54,10 +55,10 @@ def with_qdq(model: ModelProto, ranges: Ranges, target: Target, *, float_nodes: 
             TensorsData(CalibrationMethod.MinMax, data),
             [],
             sorted(
-                {name for name, _ in excluded}
-                | set(float_nodes)
-                | _stranded(copy, quantized, operators)
-                | _clips_away_from_zero(copy)
+                {name for name, _ in ineligible}
+                | set(nodes_to_exclude)
+                | _isolated(copy, quantized, operators)
+                | _clips_without_zero(copy)
             ),
             list(operators),
             {
@@ -69,75 +70,74 @@ def with_qdq(model: ModelProto, ranges: Ranges, target: Target, *, float_nodes: 
         quantizer.quantize_model()
     result = quantizer.model.model
     if target.outputs:
-        _keep_logits_float(result)
-        _keep_float(result, float_nodes)
+        _dequantize_outputs(result)
+        _keep_float(result, nodes_to_exclude)
     else:
-        _read_raw_elsewhere(result, quantized, residuals)
-        _quantize_skips(result, residuals, ranges)
+        _bypass_qdq(result, quantized, skips)
+        _quantize_skips(result, skips, ranges)
     wrapped = ONNXModel(result)
     wrapped.clean_initializers()
     wrapped.topological_sort()
     return wrapped.model
 
 
-def _stranded(model: ModelProto, quantized: Collection[str], operators: Collection[str]) -> set[str]:
-    """Carriers that no chain of carriers joins to a quantized product: in INT8 they would only lose
+def _isolated(model: ModelProto, quantized: Collection[str], operators: Collection[str]) -> set[str]:
+    """Pass-through nodes that no chain of such nodes connects to a quantized operator. In INT8 they would only lose
     accuracy."""
-    carriers = [n for n in model.graph.node if n.op_type in operators and n.op_type not in PRODUCTS]
-    joined: set[str] = set()
+    pass_through = [n for n in model.graph.node if n.op_type in operators and n.op_type not in QUANTIZABLE_OPS]
+    connected: set[str] = set()
     for node in model.graph.node:
         if node.name in quantized:
-            joined.update((node.input[0], node.output[0]))
-    reached = -1
-    while reached != len(joined):
-        reached = len(joined)
-        for node in carriers:
+            connected.update((node.input[0], node.output[0]))
+    before = -1
+    while before != len(connected):
+        before = len(connected)
+        for node in pass_through:
             tensors = (*node.input, *node.output)
-            if any(name in joined for name in tensors):
-                joined.update(tensors)
-    return {node.name for node in carriers if node.output[0] not in joined}
+            if any(name in connected for name in tensors):
+                connected.update(tensors)
+    return {node.name for node in pass_through if node.output[0] not in connected}
 
 
-def _clips_away_from_zero(model: ModelProto) -> set[str]:
-    """Clips that no saturation can stand for: a quantized range always holds zero, and theirs does not."""
-    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+def _clips_without_zero(model: ModelProto) -> set[str]:
+    """Clips whose range does not contain zero. A quantized range always does, so saturation cannot replace them."""
+    known = {name: numpy_helper.to_array(tensor) for name, tensor in constants(model).items()}
     found = set()
     for node in model.graph.node:
         if node.op_type == "Clip":
-            low, high = ([*(constants.get(name) for name in node.input[1:3]), None, None])[:2]
+            low, high = ([*(known.get(name) for name in node.input[1:3]), None, None])[:2]
             if (low is not None and low > 0) or (high is not None and high < 0):
                 found.add(node.name)
     return found
 
 
 def _keep_biases_of_zero_weights(model: ModelProto, quantized: Collection[str]) -> None:
-    """A channel whose weights are all zero, as pruning leaves it, still has its bias, whose INT32 grid is made of the
-    scales of input and weights. ONNX Runtime takes 1 for the scale of zeros, and the bias is rounded away. A weight
-    that rounds to zero in any grid lets it take the finest scale in which the bias fits."""
-    constants = {t.name: t for t in model.graph.initializer}
+    """Keeps the biases of channels whose weights are all zero, for example after pruning.
+
+    The INT32 scale of a bias is input scale × weight scale. ONNX Runtime uses 1 as the scale of an all-zero channel,
+    and the bias is rounded away. With one tiny weight, which rounds to zero anyway, it chooses the finest scale that
+    holds the bias.
+    """
+    known = constants(model)
     for node in model.graph.node:
-        if node.name not in quantized or len(node.input) < 3 or node.input[1] not in constants:
+        if node.name not in quantized or len(node.input) < 3 or node.input[1] not in known:
             continue
-        tensor = constants[node.input[1]]
+        tensor = known[node.input[1]]
         values = numpy_helper.to_array(tensor).copy()
-        transposed = node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
-        channels = (values.T if transposed else values).reshape(values.shape[1 if transposed else 0], -1)
-        zero = ~channels.any(axis=1)
+        channels = np.moveaxis(values, output_channel_axis(node), 0)  # a view
+        zero = ~channels.any(axis=tuple(range(1, values.ndim)))
         if zero.any():
-            first = (slice(None), 0) if not transposed else (0, slice(None))
-            rows = values.reshape(len(values), -1)
-            rows[first] = np.where(zero, np.float32(1e-30), rows[first])
-            tensor.CopyFrom(numpy_helper.from_array(rows.reshape(values.shape), tensor.name))
+            channels[(zero, *[0] * (values.ndim - 1))] = np.float32(1e-30)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
 def calibrated_tensors(model: ModelProto, target: Target) -> set[str]:
-    """Tensors whose range decides how `with_qdq` quantizes: not those that a ReLU clips next, nor the
-    logits."""
+    """Tensors whose range matters to `with_qdq`: all that may be quantized except inputs of a ReLU and the logits."""
     operators = quantized_operators(target)
-    products = {node.name for node in eligible_products(model, target)[0]}
+    eligible = {node.name for node in eligible_nodes(model, target)[0]}
     found: set[str] = set()
     for node in model.graph.node:
-        if node.name in products or (target.outputs and node.op_type in operators):
+        if node.name in eligible or (target.outputs and node.op_type in operators):
             found.update(node.input)
             found.update(node.output if target.outputs else ())
         elif node.op_type == "Add":
@@ -147,14 +147,14 @@ def calibrated_tensors(model: ModelProto, target: Target) -> set[str]:
         for name in node.input:
             uses.setdefault(name, []).append(node.op_type)
     clipped = {name for name, kinds in uses.items() if kinds in (["Relu"], ["Clip"])} if target.outputs else set()
-    apart = _clips_away_from_zero(model)
-    clipped -= {name for node in model.graph.node if node.name in apart for name in node.input[:1]}
-    return found - clipped - {v.name for v in model.graph.output} - {t.name for t in model.graph.initializer}
+    without_zero = _clips_without_zero(model)
+    clipped -= {node.input[0] for node in model.graph.node if node.name in without_zero}
+    return found - clipped - {v.name for v in model.graph.output} - set(constants(model))
 
 
 @contextmanager
-def _no_advice() -> Iterator[None]:
-    """The quantizer logs to the root logger about tensors that we leave alone on purpose."""
+def _quiet() -> Iterator[None]:
+    """Hides what the quantizer logs, to the root logger, about tensors that are excluded on purpose."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -164,55 +164,40 @@ def _no_advice() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@dataclass(frozen=True)
-class ResidualAdd:
-    """An Add whose one input comes straight from a quantized convolution, and which of its inputs is the
-    skip."""
+def _skip_inputs(model: ModelProto, quantized: Collection[str]) -> dict[str, int]:
+    """Residual Adds, one input of which is the output of a quantized convolution, and the index of their skip input.
 
-    name: str
-    skip: int
-
-
-def _residual_adds(model: ModelProto, quantized: Collection[str]) -> list[ResidualAdd]:
-    """Finds residual adds. Of two convolutions the deeper one is the main branch, which TensorRT fuses
-    with the Add."""
-    producers = {name: node for node in model.graph.node for name in node.output}
-    consumers: dict[str, int] = {}
+    Of two convolutions the deeper one is the main branch, which TensorRT fuses with the Add.
+    """
+    by_output, uses, known = producers(model), use_counts(model), constants(model)
     depth: dict[str, int] = {}
     for node in model.graph.node:
-        for name in node.input:
-            consumers[name] = consumers.get(name, 0) + 1
         for name in node.output:
             depth[name] = 1 + max((depth.get(i, 0) for i in node.input), default=0)
-    constants = {t.name for t in model.graph.initializer}
-    found = []
+    found = {}
     for node in model.graph.node:
-        if node.op_type != "Add" or any(name in constants for name in node.input):
+        if node.op_type != "Add" or any(name in known for name in node.input):
             continue
         fusable = [
             i
             for i, name in enumerate(node.input)
-            if name in producers and producers[name].name in quantized and consumers[name] == 1
+            if name in by_output and by_output[name].name in quantized and uses[name] == 1
         ]
         if fusable:
             main = max(fusable, key=lambda i, node=node: (depth[node.input[i]], -i))
-            found.append(ResidualAdd(node.name, 1 - main))
+            found[node.name] = 1 - main
     return found
 
 
-def _keep_logits_float(model: ModelProto) -> None:
-    """Takes the Q/DQ pair off the graph's outputs: logits in 256 levels would tie classes for nothing."""
-    producers = {name: node for node in model.graph.node for name in node.output}
-    uses: dict[str, int] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
+def _dequantize_outputs(model: ModelProto) -> None:
+    """Removes the Q/DQ pair at the graph's outputs: with 256 levels, logits of different classes would be equal."""
+    by_output, uses = producers(model), use_counts(model)
     for output in model.graph.output:
-        dq = producers[output.name]
+        dq = by_output[output.name]
         if dq.op_type != "DequantizeLinear":
             continue
-        q = producers[dq.input[0]]
-        source = producers.get(q.input[0])
+        q = by_output[dq.input[0]]
+        source = by_output.get(q.input[0])
         if source is None or uses[q.input[0]] > 1 or uses[dq.input[0]] > 1:
             continue
         raw = q.input[0]
@@ -222,15 +207,15 @@ def _keep_logits_float(model: ModelProto) -> None:
 
 
 def _keep_float(model: ModelProto, names: Collection[str]) -> None:
-    """Puts a Clip without bounds, which changes nothing, between a float product and the DequantizeLinear before it.
+    """Puts a Clip without bounds, which changes nothing, between an excluded node and the DequantizeLinear before it.
 
-    ONNX Runtime (WeightBiasQuantization; seen in 1.31) quantizes the weights of any product that stands directly
-    between DQ and Q, so that a layer that fell back to float would run in INT8 all the same. Its optimiser takes an
-    Identity out, but not this.
+    ONNX Runtime (WeightBiasQuantization; seen in 1.31) quantizes the weights of any convolution or matrix product
+    directly between DQ and Q, so an excluded layer would run in INT8 all the same. Its optimiser removes an Identity,
+    but not this.
     """
-    producers = {name: node for node in model.graph.node for name in node.output}
+    by_output = producers(model)
     for node in list(model.graph.node):
-        source = producers.get(node.input[0]) if node.name in names else None
+        source = by_output.get(node.input[0]) if node.name in names else None
         if source is not None and source.op_type == "DequantizeLinear":
             read = f"{node.name}_input"
             model.graph.node.append(onnx.helper.make_node("Clip", [node.input[0]], [read], f"{node.name}_stays_float"))
@@ -239,18 +224,17 @@ def _keep_float(model: ModelProto, names: Collection[str]) -> None:
 
 def _pairs(model: ModelProto) -> dict[str, str]:
     """Output of each activation's DequantizeLinear → the tensor that was quantized."""
-    producers = {name: node for node in model.graph.node for name in node.output}
-    pairs = {}
-    for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in producers:
-            pairs[node.output[0]] = producers[node.input[0]].input[0]
-    return pairs
+    by_output = producers(model)
+    return {
+        node.output[0]: by_output[node.input[0]].input[0]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in by_output
+    }
 
 
-def _read_raw_elsewhere(model: ModelProto, quantized: Collection[str], residuals: list[ResidualAdd]) -> None:
-    """Only products and skip inputs read quantized values; everything else reads the tensor itself."""
+def _bypass_qdq(model: ModelProto, quantized: Collection[str], skips: Mapping[str, int]) -> None:
+    """Connects everything but quantized operators and skip inputs to the float tensors, past Q/DQ."""
     pairs = _pairs(model)
-    skips = {r.name: r.skip for r in residuals}
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") or node.name in quantized:
             continue
@@ -259,23 +243,21 @@ def _read_raw_elsewhere(model: ModelProto, quantized: Collection[str], residuals
                 node.input[i] = pairs[name]
 
 
-def _quantize_skips(model: ModelProto, residuals: list[ResidualAdd], ranges: Ranges) -> None:
+def _quantize_skips(model: ModelProto, skips: Mapping[str, int], ranges: Ranges) -> None:
     """Q/DQ on the skip input of every residual Add that has none yet."""
     pairs = _pairs(model)
-    nodes: Mapping[str, NodeProto] = {node.name: node for node in model.graph.node}
     made: set[str] = set()
-    for residual in residuals:
-        node = nodes[residual.name]
-        tensor = node.input[residual.skip]
+    for node in [node for node in model.graph.node if node.name in skips]:
+        tensor = node.input[skips[node.name]]
         if tensor in pairs or tensor not in ranges:
             continue
+        base = f"{tensor}_skip"
+        node.input[skips[node.name]] = base
         if tensor in made:
-            node.input[residual.skip] = f"{tensor}_skip"
             continue
         made.add(tensor)
         largest = max(abs(end) for end in ranges[tensor])
         scale = np.float32(largest / 127 if largest > 0 else 1.0)
-        base = f"{tensor}_skip"
         model.graph.initializer.extend(
             [
                 numpy_helper.from_array(np.array(scale), f"{base}_scale"),
@@ -293,4 +275,3 @@ def _quantize_skips(model: ModelProto, residuals: list[ResidualAdd], ranges: Ran
                 ),
             ]
         )
-        node.input[residual.skip] = base

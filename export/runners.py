@@ -1,7 +1,4 @@
-"""Runs an artefact on images: torch, ONNX Runtime with a named provider, TensorRT.
-
-Comparing what they return is parity.py's work.
-"""
+"""Runs an artefact on images: torch, ONNX Runtime with a named provider, TensorRT."""
 
 from __future__ import annotations
 
@@ -35,9 +32,9 @@ class Runner(Protocol):
     """A context manager with one `infer`.
 
     Attributes:
-        name: what runs ("torch", "onnxruntime", "tensorrt", …).
-        provider: the device or execution provider that was asked for, asserted to be the one in use.
-        threads: processor threads it computes with.
+        name: the runtime ("torch", "onnxruntime", "tensorrt", …).
+        provider: the requested device or execution provider. The runner checks that it is the one in use.
+        threads: number of processor threads.
     """
 
     name: str
@@ -51,7 +48,7 @@ class Runner(Protocol):
     ) -> None: ...
 
     def infer(self, images: np.ndarray) -> np.ndarray:
-        """Logits (n, classes), float32, of float32 images (n, C, H, W) in [0, 1], any n ≥ 1."""
+        """Logits (n, classes), float32, of float32 images (n, C, H, W) in [0, 1]; any n ≥ 1."""
         ...
 
 
@@ -59,24 +56,24 @@ def _in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, bat
     if images.ndim != 4 or len(images) == 0:
         raise UsageError(
             f"Images of shape {images.shape} cannot be run.",
-            fix="Give an array of shape (n, channels, height, width) with n of at least 1.",
+            fix="Pass an array of shape (n, channels, height, width) with n of at least 1.",
         )
     parts = [run(np.ascontiguousarray(images[start : start + batch])) for start in range(0, len(images), batch)]
     return np.concatenate(parts).astype(np.float32, copy=False)
 
 
 def as_bytes(images: np.ndarray) -> np.ndarray:
-    """Images in [0, 1] as the uint8 pixels that a camera would have given."""
+    """Images in [0, 1] as uint8 pixels."""
     return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
 class TorchRunner:
-    """The module itself, in evaluation mode; its flags and torch's thread count are restored at the end.
+    """A torch module in evaluation mode. Its training flags and torch's thread count are restored on exit.
 
     Args:
         model: images (batch, C, H, W) → logits.
-        device: "cpu", "cuda", …; the model must be there already.
-        threads: processor threads; as torch has them by default.
+        device: "cpu", "cuda", …; the device that the model is on.
+        threads: processor threads; torch's setting by default.
         batch: images per pass.
     """
 
@@ -122,18 +119,18 @@ _INSTALL = {
 
 
 class OrtRunner:
-    """An ONNX file in ONNX Runtime, with the provider asked for and no other.
+    """An ONNX file in ONNX Runtime, with the requested provider and no other.
 
     Args:
-        path: the file; a uint8 input is recognised and fed bytes.
-        provider: execution provider. One that ONNX Runtime silently replaces is an error.
-        threads: intra-operator threads; all that the process may use by default.
+        path: the file; if its input is uint8, images are converted.
+        provider: execution provider. It is an error if ONNX Runtime silently replaces it.
+        threads: intra-operator threads; by default all that the process may use.
         batch: images per pass.
-        target: applies the session options that stand for this target's device.
-        as_written: keeps Q/DQ pairs as they are, computed in float, instead of fusing them into kernels for bytes.
+        target: sets the session options that emulate this target's device.
+        as_written: computes Q/DQ pairs in float instead of fusing them into INT8 kernels.
 
     Raises:
-        IntegrityError: the file is not ONNX, was cut short, does not load, or reads outside its folder.
+        IntegrityError: the file is not ONNX, is truncated, does not load, or reads outside its folder.
         MissingError: the provider is not installed, or did not start.
     """
 
@@ -158,7 +155,7 @@ class OrtRunner:
         self._session = self._open(self._options())
         source = self._session.get_inputs()[0]
         self._input, self._bytes = source.name, source.type == "tensor(uint8)"
-        # A graph with a fixed batch is fed exactly that many images.
+        # A graph with a fixed batch size gets exactly that many images.
         self._fixed = source.shape[0] if isinstance(source.shape[0], int) else None
         return self
 
@@ -186,16 +183,16 @@ class OrtRunner:
                 raise UsageError(
                     f"{self.path.name} does not run on images of shape {images.shape[1:]}.",
                     why=why,
-                    fix="Compare the shape with the model's input specification.",
+                    fix="Compare this shape with the model's input specification.",
                 ) from error
             raise UsageError(
-                f"ONNX Runtime loads {self.path.name} and cannot run it.",
+                f"ONNX Runtime loads {self.path.name} but cannot run it.",
                 why=why,
-                fix="Another release of onnxruntime may; please report the line above with the model's name.",
+                fix="Try another version of onnxruntime, and please report the line above with the model's name.",
             ) from error
 
     def optimised_graph(self) -> ModelProto:
-        """The graph that ONNX Runtime really executes on this provider, after all its fusions."""
+        """The graph that ONNX Runtime executes on this provider, after all fusions."""
         with tempfile.TemporaryDirectory(prefix="nayer-edge-") as folder:
             options = self._options()
             options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
@@ -207,7 +204,7 @@ class OrtRunner:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _QUIET
-        # Idle threads of one session must not take the processor from another that is being timed.
+        # Idle threads of one session must not slow down another that is being timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.as_written:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -220,7 +217,7 @@ class OrtRunner:
         if self.provider not in available:
             raise MissingError(
                 f"ONNX Runtime here has no {self.provider}.",
-                why=f"It was built with {', '.join(available)}.",
+                why=f"It has {', '.join(available)}.",
                 fix=_INSTALL.get(self.provider, "Install the ONNX Runtime package that has this provider."),
             )
         try:
@@ -235,7 +232,7 @@ class OrtRunner:
         if session.get_providers()[0] != self.provider:
             raise MissingError(
                 f"ONNX Runtime runs {self.path.name} with {session.get_providers()[0]} instead of {self.provider}.",
-                why="The provider is installed but did not start; its libraries or its device are missing.",
+                why="The provider is installed but did not start: its libraries or its device are missing.",
                 fix="Type: nayer-edge doctor",
             )
         return session
@@ -264,17 +261,16 @@ class TensorRtRunner:
             raise MissingError(
                 f"{self.path.name} needs a GPU to run.",
                 why="torch sees no CUDA device.",
-                fix="Run this command on the machine that the engine was built for.",
+                fix="Run this command on the device that the engine was built for.",
             )
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         engine = runtime.deserialize_cuda_engine(self.path.read_bytes())
         if engine is None:
             raise IntegrityError(
                 f"{self.name} {trt.__version__} does not load {self.path}.",
-                why="An engine runs on the TensorRT version and kind of GPU that it was built for.",
-                fix="Build it again here with: nayer-edge export RUN --target " + self.name.replace("_", "-"),
+                why="An engine runs only with the TensorRT version and kind of GPU that it was built for.",
+                fix="Rebuild it here with: nayer-edge export RUN --int8 --target " + self.name.replace("_", "-"),
             )
-        self._trt: Any = trt
         self._engine: Any = engine
         self._context: Any = engine.create_execution_context()
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -294,11 +290,6 @@ class TensorRtRunner:
         """Logits (n, classes), float32."""
         return _in_batches(self._run, images, self._largest)
 
-    def layers(self) -> str:
-        """The engine inspector's JSON: which layers there are and in what precision they run."""
-        inspector = self._engine.create_engine_inspector()
-        return inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
-
     def _run(self, images: np.ndarray) -> np.ndarray:
         pixels = as_bytes(images) if self._bytes else images.astype(np.float32, copy=False)
         source = torch.from_numpy(pixels).cuda()
@@ -309,22 +300,20 @@ class TensorRtRunner:
         self._context.set_tensor_address(self._output, logits.data_ptr())
         self._stream.wait_stream(torch.cuda.current_stream())
         if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise IntegrityError(f"{self.path.name} stopped with an error.", fix="Build the engine again.")
+            raise IntegrityError(f"{self.path.name} failed with an error.", fix="Rebuild the engine.")
         self._stream.synchronize()
         return logits.cpu().numpy()
 
 
 _EXTRA = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
-
-
 _OLDEST = (10, 12)
 
 
 def import_tensorrt(runtime: str) -> Any:
-    """The Python module of a flavour.
+    """The Python module "tensorrt" or "tensorrt_rtx".
 
     Raises:
-        MissingError: it is not installed, or older than strong typing.
+        MissingError: it is not installed, or too old for strongly typed networks with explicit Q/DQ.
     """
     try:
         trt = importlib.import_module(runtime)

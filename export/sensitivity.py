@@ -1,8 +1,7 @@
-"""Which layers suffer from INT8: noise per layer, bias correction, and the order of the return to float.
+"""Sensitivity of layers to INT8: noise per layer, bias correction, and the search for mixed precision.
 
-Every eligible product gets a twin in one FP32 graph, fed with quantized inputs and weights; the difference
-between the two, summed inside the graph, gives signal-to-noise ratio and mean error of all layers in a single
-streamed pass.
+For every eligible node, the FP32 graph gets a copy of it with quantized input and weight. The difference of the two
+outputs, summed inside the graph, gives the signal-to-noise ratio and mean error of all layers in one streamed pass.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import make_node, make_tensor_value_info
 
-from .calibration import Ranges
-from .coverage import eligible_products
+from .calibration import Ranges, cpu_session
+from .coverage import eligible_nodes
 from .parity import Agreement
+from .plain_graph import constants, copy_of, output_channel_axis, use_counts
 from .targets import Target
 
 _BATCH = 16
@@ -28,10 +27,10 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class LayerError:
-    """What quantizing the input and the weight of one layer does to its output.
+    """Error of one layer's output when its input and weight are quantized.
 
     Attributes:
-        sqnr_db: signal to quantization noise, decibels; infinite where there is no noise.
+        sqnr_db: signal-to-quantization-noise ratio, decibels; infinite without noise.
         mean: mean of (float − quantized) per output channel, (channels,).
     """
 
@@ -46,7 +45,7 @@ class LayerSensitivity:
     Attributes:
         node: layer.
         sqnr_db: of its output when its input and weight are quantized.
-        agreement: of the whole model with FP32 when only this layer runs in INT8; None where not measured.
+        agreement: of the whole model with FP32 when only this layer runs in INT8; None if not measured.
     """
 
     node: str
@@ -54,7 +53,7 @@ class LayerSensitivity:
     agreement: Agreement | None
 
     def as_record(self) -> dict[str, Any]:
-        """For quantization.json."""
+        """As in quantization.json."""
         return {
             "node": self.node,
             "sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None,
@@ -63,24 +62,24 @@ class LayerSensitivity:
 
 
 def layer_errors(graph: ModelProto, ranges: Ranges, target: Target, images: np.ndarray) -> dict[str, LayerError]:
-    """Noise and mean error of every eligible layer, each seen alone with FP32 inputs.
+    """Noise and mean error of every eligible layer, each quantized alone, with FP32 inputs.
 
     Args:
         graph: FP32, prepared (`to_int8.prepared`).
         ranges: of activations.
         target: decides integer types and symmetry.
-        images: as the graph takes them, (n, …); streamed.
+        images: in the graph's input type, (n, C, H, W); streamed.
+
+    Returns:
+        node → its error.
     """
-    nodes, _ = eligible_products(graph, target)
-    twins = ModelProto()
-    twins.CopyFrom(graph)
-    weights = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
+    nodes, _ = eligible_nodes(graph, target)
+    compared = copy_of(graph)
+    weights = {name: numpy_helper.to_array(tensor) for name, tensor in constants(graph).items()}
     for index, node in enumerate(nodes):
-        _add_twin(twins, node, f"twin{index}", weights, ranges, target)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(twins.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    names = [f"twin{i}_{kind}" for i in range(len(nodes)) for kind in ("signal", "noise", "mean")]
+        _add_quantized_copy(compared, node, f"quantized{index}", weights, ranges, target)
+    session = cpu_session(compared.SerializeToString())
+    names = [f"quantized{i}_{kind}" for i in range(len(nodes)) for kind in ("signal", "noise", "mean")]
     source = session.get_inputs()[0].name
     sums: dict[str, Any] = dict.fromkeys(names, 0.0)
     for start in range(0, len(images), _BATCH):
@@ -90,13 +89,13 @@ def layer_errors(graph: ModelProto, ranges: Ranges, target: Target, images: np.n
             sums[name] = sums[name] + np.asarray(value, np.float64) * weight
     found = {}
     for index, node in enumerate(nodes):
-        signal, noise = float(sums[f"twin{index}_signal"]), float(sums[f"twin{index}_noise"])
+        signal, noise = float(sums[f"quantized{index}_signal"]), float(sums[f"quantized{index}_noise"])
         ratio = math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-30) / noise)
-        found[node.name] = LayerError(ratio, np.asarray(sums[f"twin{index}_mean"]).ravel())
+        found[node.name] = LayerError(ratio, np.asarray(sums[f"quantized{index}_mean"]).ravel())
     return found
 
 
-def _add_twin(
+def _add_quantized_copy(
     model: ModelProto,
     node: NodeProto,
     name: str,
@@ -104,27 +103,28 @@ def _add_twin(
     ranges: Ranges,
     target: Target,
 ) -> None:
+    """Adds a node's copy with quantized input and weight, and sums of the two outputs' difference as graph outputs."""
     x, w, y = node.input[0], node.input[1], node.output[0]
     scale, zero = activation_scale(*ranges[x], target)
-    constants = {
+    added = {
         f"{name}_scale": np.array(scale, np.float32),
         f"{name}_zero": np.array(zero, target.activations),
         f"{name}_weight": rounded_weight(node, weights[w], target),
     }
     channel = 1 if node.op_type in ("Conv", "ConvTranspose") else -1
     rank = weights[w].ndim if channel == 1 else 2
-    constants[f"{name}_axes"] = np.array([a for a in range(rank) if a != channel % rank], np.int64)
-    twin = NodeProto()
-    twin.CopyFrom(node)
-    twin.name, twin.input[0], twin.input[1] = name, f"{name}_x", f"{name}_weight"
-    twin.output[0] = f"{name}_y"
+    added[f"{name}_axes"] = np.array([a for a in range(rank) if a != channel % rank], np.int64)
+    quantized = NodeProto()
+    quantized.CopyFrom(node)
+    quantized.name, quantized.input[0], quantized.input[1] = name, f"{name}_x", f"{name}_weight"
+    quantized.output[0] = f"{name}_y"
     parameters = [f"{name}_scale", f"{name}_zero"]
-    model.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in constants.items())
+    model.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in added.items())
     model.graph.node.extend(
         [
             make_node("QuantizeLinear", [x, *parameters], [f"{name}_q"]),
             make_node("DequantizeLinear", [f"{name}_q", *parameters], [f"{name}_x"]),
-            twin,
+            quantized,
             make_node("Sub", [y, f"{name}_y"], [f"{name}_difference"]),
             make_node("ReduceSumSquare", [y], [f"{name}_signal"], keepdims=0),
             make_node("ReduceSumSquare", [f"{name}_difference"], [f"{name}_noise"], keepdims=0),
@@ -137,7 +137,7 @@ def _add_twin(
 
 
 def activation_scale(low: float, high: float, target: Target) -> tuple[float, int]:
-    """Scale and zero point of an activation range, by the target's rules."""
+    """Scale and zero point of an activation with this range, by the target's rules."""
     low, high = min(low, 0.0), max(high, 0.0)
     if low == high:
         return 1.0, 0
@@ -149,9 +149,8 @@ def activation_scale(low: float, high: float, target: Target) -> tuple[float, in
 
 
 def rounded_weight(node: NodeProto, weight: np.ndarray, target: Target) -> np.ndarray:
-    """A weight after the target's symmetric rounding with one scale per output channel, back in float32."""
-    transposed = any(a.name == "transB" and a.i for a in node.attribute)
-    axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0 if transposed else 1}.get(node.op_type, weight.ndim - 1)
+    """A weight quantized by the target's rules (symmetric, one scale per output channel) and back to float32."""
+    axis = output_channel_axis(node) % weight.ndim
     others = tuple(a for a in range(weight.ndim) if a != axis)
     largest = target.weight_max
     scale = np.abs(weight).max(axis=others, keepdims=True) / largest
@@ -160,20 +159,15 @@ def rounded_weight(node: NodeProto, weight: np.ndarray, target: Target) -> np.nd
 
 
 def bias_corrected(graph: ModelProto, errors: Mapping[str, LayerError]) -> ModelProto:
-    """A copy whose biases cancel the mean error of quantization, channel by channel.
+    """A copy of the graph whose biases cancel the mean error of quantization, channel by channel.
 
-    Rounding shifts a channel's mean; the shift is measured on the calibration images and added back to the
-    bias (Nagel et al., ICCV 2019, §4.2).
+    Rounding shifts the mean of a channel. The shift, measured on the calibration images, is added back to the bias
+    (Nagel et al., ICCV 2019, §4.2).
     """
-    copy = ModelProto()
-    copy.CopyFrom(graph)
-    tensors = {t.name: t for t in copy.graph.initializer}
-    uses: dict[str, int] = {}
+    copy = copy_of(graph)
+    tensors, uses = constants(copy), use_counts(copy)
     for node in copy.graph.node:
-        for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
-    for node in copy.graph.node:
-        # A MatMul has no bias, and a shared one would correct two layers at once.
+        # A MatMul has no bias. Correcting a shared bias would change two layers at once.
         if node.name not in errors or node.op_type == "MatMul":
             continue
         mean = errors[node.name].mean.astype(np.float32)
@@ -191,7 +185,7 @@ def bias_corrected(graph: ModelProto, errors: Mapping[str, LayerError]) -> Model
 
 
 def most_sensitive_first(rows: Sequence[LayerSensitivity]) -> list[str]:
-    """Layers in the order of their return to float: worst agreement alone, then divergence, then SQNR."""
+    """Layers by sensitivity: lowest agreement alone first, then highest divergence, then lowest SQNR."""
 
     def key(row: LayerSensitivity) -> tuple[float, float, float]:
         if row.agreement is None:
@@ -201,22 +195,23 @@ def most_sensitive_first(rows: Sequence[LayerSensitivity]) -> list[str]:
     return [row.node for row in sorted(rows, key=key)]
 
 
-def fall_back(
+def search_mixed_precision(
     measure: Callable[[Collection[str]], Agreement], order: Sequence[str], floor: float
 ) -> tuple[list[str], Agreement, list[dict[str, Any]]]:
-    """The fewest layers of `order`, from its start, that must be float for the agreement to reach a floor.
+    """The shortest prefix of `order` that must be excluded from quantization for the agreement to reach a floor.
 
-    Doubling until it holds, then bisection: about 2·log₂(layers) measurements in the real runtime. Agreement
-        is taken to
-    grow with the number of float layers; the answer is one that was measured, so a floor that is met is met.
+    The number of excluded layers doubles until the floor is reached, then bisection: about 2·log₂(layers) measurements
+    in the real runtime. Agreement is assumed to grow with the number of excluded layers; the result itself was
+    measured, so it reaches the floor even if the assumption is wrong.
 
     Args:
-        measure: float layers → agreement of the resulting model with FP32.
+        measure: excluded layers → agreement of the resulting model with FP32.
         order: most sensitive first.
-        floor: least top-1 agreement.
+        floor: lowest acceptable top-1 agreement.
 
     Returns:
-        the layers to leave in float, the agreement measured with them, and every measurement made.
+        the layers to exclude (all of them if the floor is out of reach), the agreement measured with them, and every
+        measurement, as in quantization.json.
     """
     trail: list[dict[str, Any]] = []
 

@@ -1,20 +1,19 @@
-"""The targets in one table: what each device wants of an INT8 graph, and which operators are eligible.
+"""One table of targets: the INT8 graph that each device needs, and which operators it can run in INT8.
 
-One Q/DQ file cannot serve them all: x86 wants unsigned activations, TensorRT refuses zero points and INT32
-biases. docs/ARCHITECTURE.md ("Deployment") says what follows from the table.
+One Q/DQ file cannot serve all devices: x86 needs unsigned activations, TensorRT rejects zero points and INT32 biases.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from nayer_edge.errors import UsageError, nearest
 
 FP16_SCALES = 19
-"""the first opset whose QuantizeLinear takes scales in FP16"""
+"""first opset whose QuantizeLinear accepts FP16 scales"""
 Precision = Literal["fp32", "fp16", "int8"]
 
 
@@ -23,22 +22,22 @@ class Target:
     """A kind of device and the INT8 graph that it needs.
 
     Attributes:
-        name: as typed after --target.
-        runtime: what runs the artefact.
+        name: value of --target.
+        runtime: runs the artefact.
         activations: integer type of activations.
-        symmetric: activations have zero point 0 (a refusal by the parser otherwise, for TensorRT).
-        weights: integer type of weights; always symmetric, one scale per output channel.
-        weight_max: largest magnitude of a quantized weight: 127, or 64 (7 bits) where a processor adds two products in
-            16 bits.
-        bias: "int32" (scale = input scale × weight scale) or "float" (left as it is).
-        outputs: Q/DQ also on the outputs of quantized operators, so that they chain in INT8.
-        residual: which inputs of a residual Add get Q/DQ: "both", or "skip" (the other one fuses with its
+        symmetric: activations have zero point 0 (TensorRT's parser rejects any other).
+        weights: integer type of weights; always symmetric, with one scale per output channel.
+        weight_max: largest magnitude of a quantized weight: 127, or 64 (7 bits) for processors that add two products
+            in 16 bits.
+        bias: "int32" (scale = input scale × weight scale) or "float" (not quantized).
+        outputs: also put Q/DQ on the outputs of quantized operators, so that consecutive ones stay in INT8.
+        residual: inputs of a residual Add that get Q/DQ: "both", or "skip" (the other input fuses with its
             convolution).
-        rest: what everything else computes in.
-        precisions: artefacts worth making for this target.
+        rest: type of everything that is not quantized.
+        precisions: precisions that are useful on this target.
         engine: an engine is built from the ONNX file.
-        session_options: ONNX Runtime session configuration that stands for this device.
-        why: the reasons, for the report and for readers.
+        session_options: ONNX Runtime session options that emulate this device.
+        why: reasons, for the report and for readers.
     """
 
     name: str
@@ -74,9 +73,9 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "int8"),
             engine=False,
             session_options=(),
-            why="x86 multiplies unsigned by signed bytes; signed activations are not fused by ONNX Runtime there "
-            "and run no faster than FP32. Processors without VNNI (AVX2: Intel before 2019, AMD before Zen 4) add "
-            "two products in 16 bits, which 8-bit weights overflow: 7 bits give the same answers on both.",
+            why="x86 multiplies unsigned by signed bytes; ONNX Runtime does not fuse signed activations on x86, where "
+            "they run no faster than FP32. Processors without VNNI (AVX2: Intel before 2019, AMD before Zen 4) add two "
+            "products in 16 bits, which overflows with 8-bit weights; 7 bits give the same results on all x86.",
         ),
         Target(
             name="arm",
@@ -91,10 +90,10 @@ TARGETS: dict[str, Target] = {
             rest="float32",
             precisions=("fp32", "int8"),
             engine=False,
-            # The default of ONNX Runtime's ARM builds, needed to see on x86 what an ARM device would fuse.
+            # The default in ONNX Runtime's ARM builds; on x86 it shows what an ARM device would fuse.
             session_options=(("session.qdqisint8allowed", "1"),),
-            why="ARM multiplies signed by signed bytes (SDOT); a zero point keeps all 8 bits after a ReLU "
-            "and lets the ReLU disappear into the convolution's saturation.",
+            why="ARM multiplies signed by signed bytes (SDOT); a zero point uses all 8 bits after a ReLU and lets the "
+            "convolution's saturation replace the ReLU.",
         ),
         Target(
             name="tensorrt",
@@ -110,9 +109,8 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "fp16", "int8"),
             engine=True,
             session_options=(),
-            why="The parser rejects INT32 biases and zero points; Q/DQ between a convolution and the ReLU "
-            "or Add that follows it prevents their fusion; strongly typed engines run the rest in the type "
-            "that the graph states.",
+            why="The parser rejects INT32 biases and zero points; Q/DQ between a convolution and the ReLU or Add after "
+            "it prevents their fusion; strongly typed engines run everything else in the type given in the graph.",
         ),
         Target(
             name="tensorrt-rtx",
@@ -128,8 +126,8 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "fp16", "int8"),
             engine=True,
             session_options=(),
-            why="As tensorrt. Its support matrix lists INT8 as weight-only, so FP16 is offered beside it, "
-            "and what the layers really run in is read from the engine where a GPU lets it be loaded.",
+            why="As tensorrt. Its support matrix lists INT8 as weight-only, so FP16 is offered as well, and the actual "
+            "precision of the layers is read from the engine when a GPU is available to load it.",
         ),
     )
 }
@@ -149,23 +147,27 @@ def get_target(name: str) -> Target:
     return TARGETS[name]
 
 
+def is_arm() -> bool:
+    """Whether this machine has an ARM processor."""
+    return platform.machine().lower() in ("aarch64", "arm64")
+
+
 def is_native(target: Target) -> bool:
-    """What ONNX Runtime computes here for this target is what its device computes: the kernels are the same."""
-    machine = platform.machine().lower()
-    return target.name == "cpu" or (target.name == "arm" and machine in ("aarch64", "arm64"))
+    """Whether ONNX Runtime runs the same kernels on this machine as on the target device."""
+    return target.name == "cpu" or (target.name == "arm" and is_arm())
 
 
 @dataclass(frozen=True)
-class Product:
-    """What eligibility is judged by: one multiply-accumulate operator of a graph.
+class QuantizableOp:
+    """A multiply-accumulate operator, with the properties that decide whether a target can run it in INT8.
 
     Attributes:
         op_type: ONNX operator.
-        constant_weight: its second input is a constant of the model.
+        constant_weight: the second input is a constant of the model.
         groups: of a convolution, else 1.
-        channels_in: input channels per group (of Gemm and MatMul: rows of the weight).
-        channels_out: output channels per group (of Gemm and MatMul: columns).
-        matrix: its weight has the dimensions that the operator's INT8 form takes: of MatMul, two.
+        channels_in: input channels per group (Gemm and MatMul: rows of the weight).
+        channels_out: output channels per group (Gemm and MatMul: columns of the weight).
+        matrix: the weight has a rank that the INT8 form of the operator accepts (MatMul: two).
     """
 
     op_type: str
@@ -177,124 +179,128 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Exclusion:
-    """A multiply-accumulate operator that is not eligible for INT8, and why."""
+class IneligibleOp:
+    """A rule by which targets cannot, or should not, run a multiply-accumulate operator in INT8."""
 
     name: str
     targets: tuple[str, ...]
-    applies: Callable[[Product], bool]
+    applies: Callable[[QuantizableOp], bool]
     reason: str
 
 
-# Operators that multiply and accumulate: the ones that coverage counts.
-PRODUCTS: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-# They do, too, but are quantized nowhere: named as excluded, so that coverage does not pass over them in silence.
-FLOAT_PRODUCTS: tuple[str, ...] = ("Attention", "DeformConv", "Einsum", "GRU", "LSTM", "RNN")
+# Multiply-accumulate operators with an INT8 form. INT8 coverage counts these.
+QUANTIZABLE_OPS: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Multiply-accumulate operators without one. They are listed as ineligible, so that coverage does not ignore them.
+FLOAT_ONLY_OPS: tuple[str, ...] = ("Attention", "DeformConv", "Einsum", "GRU", "LSTM", "RNN")
 
 _TENSORRT = ("tensorrt", "tensorrt-rtx")
 
-EXCLUSIONS: tuple[Exclusion, ...] = (
-    Exclusion(
+INELIGIBLE_OPS: tuple[IneligibleOp, ...] = (
+    IneligibleOp(
         name="no quantized form",
         targets=tuple(TARGETS),
-        applies=lambda p: p.op_type in FLOAT_PRODUCTS,
-        reason="neither ONNX Runtime's kernels nor TensorRT's rules for Q/DQ have a static INT8 form of it",
+        applies=lambda op: op.op_type in FLOAT_ONLY_OPS,
+        reason="neither ONNX Runtime's kernels nor TensorRT's Q/DQ rules have a static INT8 form of it",
     ),
-    Exclusion(
+    IneligibleOp(
         name="two activations",
         targets=tuple(TARGETS),
-        applies=lambda p: not p.constant_weight,
-        reason="both factors are activations: there is no constant weight to quantize per channel",
+        applies=lambda op: not op.constant_weight,
+        reason="both factors are activations, so there is no constant weight to quantize per channel",
     ),
-    Exclusion(
-        name="weight is no matrix",
+    IneligibleOp(
+        name="weight is not a matrix",
         targets=tuple(TARGETS),
-        applies=lambda p: not p.matrix,
-        reason="a product with a vector or with a stack of matrices has no INT8 form with one scale per output channel",
+        applies=lambda op: not op.matrix,
+        reason="a product with a vector or a stack of matrices has no INT8 form with one scale per output channel",
     ),
-    Exclusion(
+    IneligibleOp(
         name="transposed convolution",
         targets=("cpu", "arm"),
-        applies=lambda p: p.op_type == "ConvTranspose",
+        applies=lambda op: op.op_type == "ConvTranspose",
         reason="ONNX Runtime has no INT8 kernel for ConvTranspose",
     ),
-    Exclusion(
+    IneligibleOp(
         name="depthwise convolution",
         targets=_TENSORRT,
-        applies=lambda p: p.groups > 1 and min(p.channels_in, p.channels_out) < 8,
+        applies=lambda op: op.groups > 1 and min(op.channels_in, op.channels_out) < 8,
         reason="TensorRT lacks INT8 tactics for some depthwise and narrow grouped convolutions, and the build "
-        "then fails (NVIDIA/TensorRT issues 3385 and 4060); bandwidth-bound, they gain nothing over FP16",
+        "then fails (NVIDIA/TensorRT issues 3385 and 4060); they are bandwidth-bound and gain nothing over FP16",
     ),
-    Exclusion(
+    IneligibleOp(
         name="narrow convolution",
         targets=_TENSORRT,
-        applies=lambda p: p.op_type.startswith("Conv") and p.groups == 1 and min(p.channels_in, p.channels_out) < 8,
-        reason="INT8 tensor cores pad channels to 16 or 32, so a convolution with fewer than 8 channels on one "
-        "side, such as the one that reads the image, is slower than in FP16 or has no tactic",
+        applies=lambda op: (
+            op.op_type.startswith("Conv") and op.groups == 1 and min(op.channels_in, op.channels_out) < 8
+        ),
+        reason="INT8 tensor cores pad channels to 16 or 32, so a convolution with fewer than 8 input or output "
+        "channels, such as the first one, is slower than in FP16 or has no tactic",
     ),
 )
 
 
-def exclusion(product: Product, target: Target) -> Exclusion | None:
-    """Why this product is not eligible for INT8 on the target; None where it is eligible.
+def why_ineligible(op: QuantizableOp, target: Target) -> IneligibleOp | None:
+    """The first rule by which the target does not run this operator in INT8; None if it is eligible.
 
     Raises:
-        UsageError: it is not an operator that multiplies and accumulates.
+        UsageError: it is not a multiply-accumulate operator.
     """
-    if product.op_type not in (*PRODUCTS, *FLOAT_PRODUCTS):
-        raise UsageError(f"'{product.op_type}' is not one of {', '.join((*PRODUCTS, *FLOAT_PRODUCTS))}.")
-    return next((e for e in EXCLUSIONS if target.name in e.targets and e.applies(product)), None)
+    if op.op_type not in (*QUANTIZABLE_OPS, *FLOAT_ONLY_OPS):
+        raise UsageError(f"'{op.op_type}' is not one of {', '.join((*QUANTIZABLE_OPS, *FLOAT_ONLY_OPS))}.")
+    return next((rule for rule in INELIGIBLE_OPS if target.name in rule.targets and rule.applies(op)), None)
 
 
 @dataclass(frozen=True)
-class Carrier:
-    """An operator without weights: quantized along (or not), so that two products chain in INT8."""
+class PassThroughOp:
+    """An operator without weights: quantized or not, so that the operators around it stay in INT8."""
 
     op_type: str
     quantized: bool
     reason: str
 
 
-# For targets whose operators chain in INT8 (Target.outputs).
-CARRIERS: tuple[Carrier, ...] = (
-    Carrier("Relu", True, "disappears into the saturation of the operator before it"),
-    Carrier("Clip", True, "disappears into the saturation of the operator before it"),
-    Carrier("Add", True, "QLinearAdd"),
-    Carrier("Mul", True, "QLinearMul"),
-    Carrier("Concat", True, "QLinearConcat"),
-    Carrier("MaxPool", True, "runs on bytes as it is"),
-    Carrier("AveragePool", True, "QLinearAveragePool"),
-    Carrier("GlobalAveragePool", True, "QLinearGlobalAveragePool"),
-    Carrier("Flatten", True, "moves bytes"),
-    Carrier("Reshape", True, "moves bytes"),
-    Carrier("Transpose", True, "moves bytes"),
-    Carrier("Squeeze", True, "moves bytes"),
-    Carrier("Unsqueeze", True, "moves bytes"),
-    Carrier("Slice", True, "moves bytes"),
-    Carrier("Split", True, "moves bytes"),
-    Carrier("Sub", False, "no INT8 kernel; here it normalises the float image"),
-    Carrier("Div", False, "no INT8 kernel; here it normalises the float image"),
-    Carrier("BatchNormalization", False, "no INT8 kernel; one that follows a convolution is folded into it"),
-    Carrier("ReduceMean", False, "no INT8 kernel; global means are exported as GlobalAveragePool"),
-    Carrier("HardSigmoid", False, "no INT8 kernel"),
-    Carrier("HardSwish", False, "no INT8 kernel; ONNX Runtime computes it as HardSigmoid and Mul"),
-    Carrier("Sigmoid", False, "8 bits of input range lose its slope; cheap in float"),
-    Carrier("Softmax", False, "exponentials need more than 8 bits"),
-    Carrier("LayerNormalization", False, "variances need more than 8 bits"),
-    Carrier("InstanceNormalization", False, "variances need more than 8 bits"),
-    Carrier("GroupNormalization", False, "variances need more than 8 bits"),
-    Carrier("Gelu", False, "no INT8 kernel"),
-    Carrier("Erf", False, "no INT8 kernel; a part of GELU"),
-    Carrier("Tanh", False, "8 bits of input range lose its slope; cheap in float"),
-    Carrier("LeakyRelu", False, "rare in students; the products around it stay in INT8"),
-    Carrier("Pad", False, "rare in students, whose convolutions pad themselves; the products around it stay in INT8"),
-    Carrier("Resize", False, "rare in classifiers; the products around it stay in INT8"),
-    Carrier("Identity", False, "gone after constant folding"),
-    Carrier("Cast", False, "here it turns the bytes of the image into floats"),
+# For targets on which consecutive operators stay in INT8 (Target.outputs).
+PASS_THROUGH_OPS: tuple[PassThroughOp, ...] = (
+    PassThroughOp("Relu", True, "replaced by the saturation of the operator before it"),
+    PassThroughOp("Clip", True, "replaced by the saturation of the operator before it"),
+    PassThroughOp("Add", True, "QLinearAdd"),
+    PassThroughOp("Mul", True, "QLinearMul"),
+    PassThroughOp("Concat", True, "QLinearConcat"),
+    PassThroughOp("MaxPool", True, "runs on bytes unchanged"),
+    PassThroughOp("AveragePool", True, "QLinearAveragePool"),
+    PassThroughOp("GlobalAveragePool", True, "QLinearGlobalAveragePool"),
+    PassThroughOp("Flatten", True, "moves bytes"),
+    PassThroughOp("Reshape", True, "moves bytes"),
+    PassThroughOp("Transpose", True, "moves bytes"),
+    PassThroughOp("Squeeze", True, "moves bytes"),
+    PassThroughOp("Unsqueeze", True, "moves bytes"),
+    PassThroughOp("Slice", True, "moves bytes"),
+    PassThroughOp("Split", True, "moves bytes"),
+    PassThroughOp("Sub", False, "no INT8 kernel; here it normalises the float image"),
+    PassThroughOp("Div", False, "no INT8 kernel; here it normalises the float image"),
+    PassThroughOp("BatchNormalization", False, "no INT8 kernel; one that follows a convolution is folded into it"),
+    PassThroughOp("ReduceMean", False, "no INT8 kernel; global means are exported as GlobalAveragePool"),
+    PassThroughOp("HardSigmoid", False, "no INT8 kernel"),
+    PassThroughOp("HardSwish", False, "no INT8 kernel; ONNX Runtime computes it as HardSigmoid and Mul"),
+    PassThroughOp("Sigmoid", False, "8 bits of input range lose its slope; cheap in float"),
+    PassThroughOp("Softmax", False, "exponentials need more than 8 bits"),
+    PassThroughOp("LayerNormalization", False, "variances need more than 8 bits"),
+    PassThroughOp("InstanceNormalization", False, "variances need more than 8 bits"),
+    PassThroughOp("GroupNormalization", False, "variances need more than 8 bits"),
+    PassThroughOp("Gelu", False, "no INT8 kernel"),
+    PassThroughOp("Erf", False, "no INT8 kernel; part of GELU"),
+    PassThroughOp("Tanh", False, "8 bits of input range lose its slope; cheap in float"),
+    PassThroughOp("LeakyRelu", False, "rare in students; the operators around it stay in INT8"),
+    PassThroughOp(
+        "Pad", False, "rare in students, whose convolutions do their own padding; the operators around it stay in INT8"
+    ),
+    PassThroughOp("Resize", False, "rare in classifiers; the operators around it stay in INT8"),
+    PassThroughOp("Identity", False, "removed by constant folding"),
+    PassThroughOp("Cast", False, "here it converts the bytes of the image to floats"),
 )
 
 
 def quantized_operators(target: Target) -> tuple[str, ...]:
-    """Operator types that get Q/DQ: the products, and the carriers where operators chain in INT8."""
-    carriers: Iterable[str] = (c.op_type for c in CARRIERS if c.quantized) if target.outputs else ()
-    return (*PRODUCTS, *carriers)
+    """Operator types that get Q/DQ on this target."""
+    pass_through = (op.op_type for op in PASS_THROUGH_OPS if op.quantized and target.outputs)
+    return (*QUANTIZABLE_OPS, *pass_through)

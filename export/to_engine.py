@@ -1,8 +1,8 @@
 """TensorRT engines from ONNX: one code path for `tensorrt` (10.12 and newer, 11.x) and `tensorrt_rtx`.
 
-The two share an API. Networks are strongly typed: every layer runs in the type that the graph states, and no
-builder flag can silently mean another. TensorRT-RTX builds ahead of time for a named compute capability, with
-no GPU in the machine; TensorRT builds on the GPU that the engine is for.
+The two share an API. Networks are strongly typed: every layer runs in the type given in the graph, and no builder flag
+can silently change it. TensorRT-RTX builds ahead of time for a named compute capability, without a GPU; TensorRT builds
+on the GPU that the engine is for.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import ModelProto, TensorProto
 
 from nayer_edge.errors import IntegrityError, MissingError, UsageError, nearest
 from nayer_edge.storage.files import sha256_of, write_bytes
 
-from .coverage import zero_points
 from .onnx_file import read_onnx
+from .plain_graph import constants
 from .runners import import_tensorrt
 from .targets import Target, get_target
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What was built.
+    """Description of a built engine.
 
     Attributes:
         path: the engine file.
         runtime: "tensorrt" or "tensorrt_rtx".
-        version: of that package; TensorRT loads an engine with the very same version.
+        version: of that package; TensorRT loads an engine only with the same version.
         compute_capability: "sm89", …: the GPUs that it runs on.
         batch: (smallest, best, largest) batch of the optimisation profile.
         network_types: type of layer outputs in the parsed, strongly typed network → number of layers.
-        layers: type that each layer of the finished engine computes in → number of layers; empty where no GPU
-            let it be loaded.
+        layers: type that the layers of the engine compute in → number of layers; empty without a GPU to load it.
         precision_verified: `layers` was read from the engine itself.
-        notes: what the user should know.
-        seconds: building took.
+        notes: for the user.
+        seconds: build time.
         size_bytes: of the file.
         sha256: of the file.
     """
@@ -63,7 +63,7 @@ class EngineInfo:
 
 
 def compute_capabilities(target: str | Target) -> tuple[str, ...]:
-    """Names that this target can be built for without such a GPU ("sm75", …); none for TensorRT.
+    """GPUs that this target can be built for without having one ("sm75", …); none for TensorRT.
 
     Raises:
         MissingError: the package is not installed.
@@ -77,7 +77,7 @@ def compute_capabilities(target: str | Target) -> tuple[str, ...]:
 
 @dataclass
 class _Log:
-    """What the builder says, kept instead of printed."""
+    """Collects the builder's messages instead of printing them."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -110,29 +110,26 @@ def to_engine(
     """Builds an engine.
 
     Args:
-        onnx_path: FP32, FP16 or symmetric INT8 Q/DQ; its types are the engine's.
+        onnx_path: FP32, FP16 or symmetric INT8 Q/DQ; the engine computes in its types.
         path: the engine file to write.
         target: "tensorrt" or "tensorrt-rtx".
         compute_capability: for TensorRT-RTX: "sm89", …; the GPU of this machine by default.
         batch: (smallest, best, largest) batch size of the optimisation profile.
         workspace_bytes: GPU memory that a layer may use while it runs.
-        timing_cache: file with measured kernel timings, read where it exists and written back (TensorRT
-            only).
+        timing_cache: file with measured kernel timings, read if it exists and written back (TensorRT only).
         version_compatible: the engine also loads in later versions (TensorRT only).
         hardware_compatible: the engine also runs on other GPUs from Ampere on (TensorRT only).
 
     Raises:
         MissingError: the package is not installed, or the target needs a GPU and there is none.
-        UsageError: the graph is refused (explained in one sentence), or an argument is wrong.
+        UsageError: TensorRT rejects the graph (the message says why), or an argument is wrong.
         IntegrityError: the ONNX file is damaged.
     """
     target = get_target(target) if isinstance(target, str) else target
     if not target.engine:
-        raise UsageError(f"Target '{target.name}' runs ONNX files: it has no engine.")
+        raise UsageError(f"Target '{target.name}' runs ONNX files and needs no engine.")
     if not 1 <= batch[0] <= batch[1] <= batch[2]:
-        raise UsageError(
-            f"The batch sizes {batch} are not a profile.", fix="Give smallest ≤ best ≤ largest, from 1 on."
-        )
+        raise UsageError(f"The batch sizes {batch} are not a valid profile.", fix="Use 1 ≤ smallest ≤ best ≤ largest.")
     trt = import_tensorrt(target.runtime)
     rtx = target.runtime == "tensorrt_rtx"
     capability, notes = _capability(trt, rtx, compute_capability), []
@@ -155,8 +152,8 @@ def to_engine(
         config.set_compute_capability(trt.ComputeCapability.__members__[capability.upper()], 0)
         if timing_cache or version_compatible or hardware_compatible:
             notes.append(
-                "TensorRT-RTX compiles kernels on the device: timing cache, version and hardware "
-                "compatibility do not apply and were ignored."
+                "TensorRT-RTX compiles kernels on the device, so timing cache, version and hardware compatibility do "
+                "not apply and were ignored."
             )
     else:
         if version_compatible:
@@ -183,11 +180,11 @@ def to_engine(
     layers = _inspected(trt, logger, path)
     if rtx and any(n.op_type == "QuantizeLinear" for n in model.graph.node):
         notes.append(
-            "TensorRT-RTX documents INT8 for weight-only matrix products: "
-            "that this graph builds does not show that its convolutions run in INT8."
+            "TensorRT-RTX documents INT8 only for the weights of matrix products: a successful build does not show "
+            "that convolutions run in INT8."
         )
     if not layers:
-        notes.append("No GPU here to load the engine: the precision of its layers is not verified.")
+        notes.append("The precision of the layers is not verified: there is no GPU here to load the engine.")
     return EngineInfo(
         path=path,
         runtime=target.runtime,
@@ -211,7 +208,7 @@ def _capability(trt: Any, rtx: bool, wanted: str | None) -> str:
         if here is None:
             raise MissingError(
                 "TensorRT builds an engine on the GPU that it is for, and there is none here.",
-                fix="Run this command on the device; --no-engine writes the ONNX file for it now.",
+                fix="Run this command on the device, or write only its ONNX file with --no-engine.",
             )
         if wanted and wanted.lower() != here:
             raise UsageError(f"TensorRT builds for the GPU of this machine, {here}, not for {wanted}.")
@@ -221,48 +218,49 @@ def _capability(trt: Any, rtx: bool, wanted: str | None) -> str:
     if not chosen:
         raise UsageError(
             "TensorRT-RTX needs to know which GPU to build for.",
-            why="There is none in this machine to look at.",
-            fix=f"Name its compute capability: {', '.join(known)}.",
+            why="This machine has no GPU to take as the default.",
+            fix=f"Pass a compute capability: {', '.join(known)}.",
         )
     if chosen not in known:
         raise UsageError(
             f"TensorRT-RTX {trt.__version__} does not build for '{chosen}'.{nearest(chosen, known)}",
-            why=f"It knows {', '.join(known)}.",
+            why=f"It builds for {', '.join(known)}.",
         )
     return chosen
 
 
-def _refuse_unsigned(model: Any, onnx_path: Path, target: Target) -> None:
-    # The parser only warns and reads UINT8 as INT8: with zero points of 0 everything above 127 would be cut
-    # off.
-    for node, zero_point in zero_points(model):
-        if str(zero_point.dtype) == "uint8":
+def _refuse_unsigned(model: ModelProto, onnx_path: Path, target: Target) -> None:
+    # The parser only warns, and reads UINT8 as INT8: with zero points of 0, values above 127 would be clipped.
+    known = constants(model)
+    for node in model.graph.node:
+        quantizes = node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
+        if quantizes and known[node.input[2]].data_type == TensorProto.UINT8:
             raise UsageError(
-                f"{target.name} refuses {onnx_path.name}: '{node.name}' is quantized to UINT8.",
-                why="TensorRT would read these bytes as signed and be silently wrong.",
+                f"{target.name} rejects {onnx_path.name}: '{node.name}' is quantized to UINT8.",
+                why="TensorRT would read these bytes as signed and silently compute wrong results.",
                 fix=f"Quantize for this target: nayer-edge export RUN --int8 --target {target.name}",
             )
 
 
-# What the parser or builder says → what it means → what to do. The first that matches explains.
-_OTHER_FILE = "Give it the file made for it: nayer-edge export RUN --int8 --target {target}"
+# (message of the parser or builder, what it means, what to do); the first match counts.
+_OTHER_FILE = "Use the file made for it: nayer-edge export RUN --int8 --target {target}"
 _FP16_FILE = "Build from the FP16 file instead: nayer-edge export RUN --fp16 --target {target}"
 _EXPLANATIONS = (
     (
         r"DequantizeLinear.*has type Int32",
-        "'{node}' is a bias quantized to INT32, which TensorRT does not take",
+        "'{node}' is a bias quantized to INT32, which TensorRT does not support",
         _OTHER_FILE,
     ),
     (
         r"shiftIsAllZeros|[Zz]ero.?point.*(?:zero|0)|non-zero",
-        "'{node}' has a zero point other than 0, and TensorRT quantizes symmetrically",
+        "'{node}' has a zero point other than 0, but TensorRT supports only symmetric quantization",
         _OTHER_FILE,
     ),
-    (r"(FP32 \w+) is not supported", "the GPU asked for has no {group} kernels", _FP16_FILE),
+    (r"(FP32 \w+) is not supported", "the requested GPU has no {group} kernels", _FP16_FILE),
     (
         r"[Nn]o importer registered|[Uu]nsupported operator|[Pp]lugin not found",
-        "it has no operator {operator} (node '{node}')",
-        "Replace that layer by one made of standard operators.",
+        "it does not support the operator {operator} (node '{node}')",
+        "Replace that layer with standard operators.",
     ),
     (r"[Cc]ould not find any implementation for node (\S+)", "it has no kernel for {group}", _FP16_FILE),
 )
@@ -280,8 +278,8 @@ def _refusal(onnx_path: Path, target: Target, errors: list[Any], log: _Log) -> U
             break
     says = next((line.strip() for line in text.splitlines() if "rror" in line), text.strip()[:300])
     return UsageError(
-        f"{target.name} refuses {onnx_path.name}: {meaning}.",
-        why=f"It says: {says}" if says else "",
+        f"{target.name} rejects {onnx_path.name}: {meaning}.",
+        why=f"Its message: {says}" if says else "",
         fix=fix.format(target=target.name),
     )
 
@@ -296,14 +294,14 @@ def _network_types(trt: Any, network: Any) -> dict[str, int]:
 
 
 def _inspected(trt: Any, logger: Any, path: Path) -> dict[str, int]:
-    """Type → layers, from the engine inspector; empty where this machine cannot load the engine."""
+    """Type → number of layers, from the engine inspector; empty if this machine cannot load the engine."""
     if not torch.cuda.is_available():
         return {}
     engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         return {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # names differ between 10.x and 11.x
+        warnings.simplefilter("ignore", DeprecationWarning)  # the names differ between 10.x and 11.x
         text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return layer_types(text)
 
@@ -323,5 +321,5 @@ def layer_types(inspector_json: str) -> dict[str, int]:
                 kind = re.search(r"(?i)\b(int8|half|fp16|bf16|float|fp32|int32|uint8|bool)\b", text)
                 found[kind.group(1).lower() if kind else "unknown"] += 1
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise IntegrityError("The engine inspector's answer is not readable.", why=f"{error}") from error
+        raise IntegrityError("The output of the engine inspector is not readable.", why=f"{error}") from error
     return dict(sorted(found.items()))

@@ -1,4 +1,4 @@
-"""From a torch module to one ONNX file that does not depend on where or when it was made."""
+"""Exports a torch module to one ONNX file, whose bytes do not depend on where or when it was made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from nayer_edge.errors import NayerEdgeError, UsageError
 from nayer_edge.storage.files import sha256_of
 
 from .onnx_file import opset_of, strip, write_onnx
-from .plain_graph import distinct
+from .plain_graph import attribute, constants, distinct
 
 INPUT = "images"
 OUTPUT = "logits"
@@ -31,7 +31,7 @@ BATCH = "batch"
 
 @dataclass(frozen=True)
 class OnnxInfo:
-    """What was written.
+    """Description of an exported file.
 
     Attributes:
         path: the file.
@@ -40,7 +40,7 @@ class OnnxInfo:
         input_shape: (channels, height, width); the batch is dynamic.
         input_dtype: "float32" in [0, 1], or "uint8" in 0 … 255.
         classes: number of logits.
-        operators: operator → how many.
+        operators: operator type → number of nodes.
         size_bytes: of the file.
         sha256: of the file.
     """
@@ -57,7 +57,7 @@ class OnnxInfo:
 
 
 class _FromBytes(nn.Module):
-    """Lets a device hand over its uint8 pixels as they are."""
+    """Takes uint8 pixels, as cameras deliver them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -76,22 +76,22 @@ def to_onnx(
     uint8_input: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> OnnxInfo:
-    """Exports a classifier through torch.export, with a dynamic batch, in one file.
+    """Exports a classifier through torch.export, with a dynamic batch, to one file.
 
-    Input "images" (batch, C, H, W), output "logits" (batch, classes). The module is copied: it keeps its
-    device, type and mode. Nodes are named after their layers, so that exclusions and reports can be read.
+    Input "images" (batch, C, H, W), output "logits" (batch, classes). The module itself is not changed: a copy is
+    exported. Nodes are named after their layers, for readable exclusions and reports.
 
     Args:
-        model: images (batch, C, H, W) → logits (batch, classes); normalisation inside.
+        model: images (batch, C, H, W) → logits (batch, classes); includes normalisation.
         input_shape: (C, H, W).
         path: the file to write.
-        opset: operator set asked for; the one that the exporter used is in the result.
+        opset: requested operator set; the result has the one that the exporter used.
         uint8_input: the graph takes uint8 pixels and divides by 255 itself.
         metadata: provenance to write into the file (class names, input specification, …).
 
     Raises:
-        UsageError: an operator has no ONNX form (named, with its layer), the batch size is fixed by the
-            model's code, the output is not (batch, classes), or the folder cannot be written to.
+        UsageError: an operator has no ONNX form (named, with its layer), the model's code fixes the batch size, the
+            output is not (batch, classes), or the folder cannot be written to.
     """
     network = _copy_for_export(model)
     if uint8_input:
@@ -107,7 +107,7 @@ def to_onnx(
                 (),
                 dynamo=True,
                 opset_version=opset,
-                dynamic_shapes=({0: torch.export.Dim(BATCH)},),  # for the name: the trace itself calls it s77
+                dynamic_shapes=({0: torch.export.Dim(BATCH)},),  # sets the name; the trace calls it s77
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 external_data=False,
@@ -115,8 +115,9 @@ def to_onnx(
             )
         except torch.onnx.OnnxExporterError as error:
             raise _unsupported(error, exported) from error
-    assert program is not None  # it is with dynamo=True
-    graph = _require_dynamic_batch(program.model_proto)
+    assert program is not None  # true with dynamo=True
+    graph = program.model_proto
+    _require_dynamic_batch(graph)
     _name_after_layers(graph)
     _use_global_average_pool(graph)
     strip(graph, metadata={**(metadata or {}), "nayer_edge.version": __version__})
@@ -140,7 +141,7 @@ def _copy_for_export(model: nn.Module) -> nn.Module:
     except (RuntimeError, TypeError) as error:
         raise UsageError("The model cannot be copied, so it cannot be exported.", why=f"{error}") from error
     network = network.cpu().float().eval().requires_grad_(False)
-    # Weights kept channels-last would otherwise enter the graph with a transpose.
+    # Channels-last weights would enter the graph with a transpose.
     return network.to(memory_format=torch.contiguous_format)
 
 
@@ -153,7 +154,7 @@ def _traced(network: nn.Module, example: torch.Tensor) -> torch.export.ExportedP
         raise UsageError(
             f"The model does not take images of shape {shape}.",
             why=f"{error}",
-            fix="Compare the input specification (channels, height, width) with what the model was trained on.",
+            fix="Set the input specification (channels, height, width) to what the model was trained on.",
         ) from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[0] != 2:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -173,23 +174,22 @@ def _traced(network: nn.Module, example: torch.Tensor) -> torch.export.ExportedP
             raise UsageError(
                 "The model cannot be traced by torch.export.",
                 why=str(error).strip().splitlines()[0],
-                fix="Python branches that depend on values of the images have to go.",
+                fix="Remove Python branches that depend on the values of images.",
             ) from error
 
 
 def _fixed_batch() -> UsageError:
     return UsageError(
         "The model fixes its batch size.",
-        why="Its code uses a constant where the number of images should be, so the export has no dynamic batch.",
-        fix="Write x.flatten(1) or x.reshape(x.shape[0], -1) in its forward.",
+        why="Its code uses a constant instead of the number of images, so the export has no dynamic batch.",
+        fix="In its forward method, write x.flatten(1) or x.reshape(x.shape[0], -1).",
     )
 
 
-def _require_dynamic_batch(model: ModelProto) -> ModelProto:
+def _require_dynamic_batch(model: ModelProto) -> None:
     for value in (model.graph.input[0], model.graph.output[0]):
         if value.type.tensor_type.shape.dim[0].dim_param != BATCH:
             raise _fixed_batch()
-    return model
 
 
 def _unsupported(error: Exception, exported: torch.export.ExportedProgram) -> NayerEdgeError:
@@ -207,7 +207,7 @@ def _unsupported(error: Exception, exported: torch.export.ExportedProgram) -> Na
     return UsageError(
         f"The operator {operator.group(1) if operator else 'used by the model'} has no ONNX form{where}.",
         why=(texts[-1].strip().splitlines() or ["The exporter gave no reason."])[0],
-        fix="Replace that layer by one made of standard operators; `nayer-edge students` lists students that export.",
+        fix="Replace that layer with standard operators; `nayer-edge students` lists students that can be exported.",
     )
 
 
@@ -224,7 +224,7 @@ def _layer_of(node_name: str, exported: torch.export.ExportedProgram) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's own advice to its developers is kept from our users."""
+    """Hides messages of the exporter that are meant for its developers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -240,16 +240,15 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_after_layers(model: ModelProto) -> None:
-    """Names every node after the layer that it came from: "layer1.0.conv1", "layer1.0.relu", … ."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    for node, name in zip(
-        model.graph.node, distinct(_layer_name(node, weights) for node in model.graph.node), strict=True
-    ):
+    """Names every node after its layer: "layer1.0.conv1", "layer1.0.relu", … ."""
+    weights = constants(model)
+    names = distinct(_layer_name(node, weights) for node in model.graph.node)
+    for node, name in zip(model.graph.node, names, strict=True):
         node.name = name
 
 
-def _layer_name(node: NodeProto, weights: set[str]) -> str:
-    # After folding, a convolution carries the scope of its BatchNorm; its weight still says whose it is.
+def _layer_name(node: NodeProto, weights: Collection[str]) -> str:
+    # A convolution with a folded BatchNorm has the BatchNorm's scope; its weight has the right name.
     for name in node.input[1:2]:
         if name in weights and name.endswith(".weight"):
             return _without_wrappers(name).removesuffix(".weight")
@@ -260,19 +259,18 @@ def _layer_name(node: NodeProto, weights: set[str]) -> str:
 
 
 def _without_wrappers(name: str) -> str:
-    """Layer names as the network's author wrote them: without our uint8 and normalisation wrappers."""
+    """The layer name in the network's own code, without our uint8 and normalisation wrappers."""
     return f"{name}.".removeprefix("model.").removeprefix("backbone.").removesuffix(".")
 
 
 def _use_global_average_pool(model: ModelProto) -> None:
-    """ReduceMean over the two spatial axes → GlobalAveragePool, which runtimes have INT8 kernels for."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    """Replaces ReduceMean over both spatial axes with GlobalAveragePool, for which runtimes have INT8 kernels."""
+    known = constants(model)
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.value_info}
     ranks[INPUT] = 4
     nodes: list[NodeProto] = []
     for node in model.graph.node:
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        axes = constants.get(node.input[1]) if node.op_type == "ReduceMean" and len(node.input) > 1 else None
+        axes = known.get(node.input[1]) if node.op_type == "ReduceMean" and len(node.input) > 1 else None
         if (
             axes is None
             or ranks.get(node.input[0]) != 4
@@ -280,7 +278,7 @@ def _use_global_average_pool(model: ModelProto) -> None:
         ):
             nodes.append(node)
             continue
-        keep, layer = attributes.get("keepdims", 1), node.name.removesuffix(".ReduceMean")
+        keep, layer = attribute(node, "keepdims", 1), node.name.removesuffix(".ReduceMean")
         pooled = node.output[0] if keep else f"{node.output[0]}_pooled"
         nodes.append(
             onnx.helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=f"{layer}.GlobalAveragePool")

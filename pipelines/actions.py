@@ -91,7 +91,7 @@ def export(
     *,
     int8: bool = False,
     fp16: bool | None = None,
-    finetune: bool | None = None,
+    qat: bool | None = None,
     targets: Iterable[str] = (),
     engines: bool | None = None,
     compute_capability: str | None = None,
@@ -111,13 +111,17 @@ def export(
         NayerEdgeError: see `make`.
     """
     from .recipes.checking import checked
+    from .recipes.renamed import with_current_keys
     from .recipes.schema import Export
 
-    if finetune and not int8:
-        raise UsageError("There is nothing to fine-tune without --int8.", fix="Add --int8.")
+    if qat and not int8:
+        raise UsageError("--qat trains the INT8 graph, which is not exported without --int8.", fix="Add --int8.")
     recipe = recipe_in(root)
-    asked = {"fp16": fp16, "engines": engines, "finetune": finetune, "compute_capability": compute_capability}
-    changes = {**(settings or {}), **{key: value for key, value in asked.items() if value is not None}}
+    asked = {"fp16": fp16, "engines": engines, "qat": qat, "compute_capability": compute_capability}
+    changes = {
+        **with_current_keys(dict(settings or {}), warn=True, prefix="export."),
+        **{key: value for key, value in asked.items() if value is not None},
+    }
     if names := [name.strip() for item in targets for name in item.split(",") if name.strip()]:
         from nayer_edge.export.targets import get_target
 

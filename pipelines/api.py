@@ -227,7 +227,7 @@ class Run:
         *,
         int8: bool = False,
         fp16: bool | None = None,
-        finetune: bool | None = None,
+        qat: bool | None = None,
         targets: Sequence[str] = (),
         engines: bool | None = None,
         compute_capability: str | None = None,
@@ -239,7 +239,7 @@ class Run:
         Args:
             int8: quantize, calibrating on images from the run's generator.
             fp16: also export an FP16 graph. Default, here and below: the run's recipe.
-            finetune: quantization-aware training (QAT) on synthetic images; requires `int8`.
+            qat: quantization-aware training (QAT) on synthetic images; requires `int8`.
             targets: deployment targets, such as "cpu", "arm", "tensorrt", "tensorrt-rtx".
             engines: build engines for the targets that use them.
             compute_capability: for TensorRT-RTX, such as "sm89".
@@ -257,7 +257,7 @@ class Run:
                 self.path,
                 int8=int8,
                 fp16=fp16,
-                finetune=finetune,
+                qat=qat,
                 targets=(targets,) if isinstance(targets, str) else targets,
                 engines=engines,
                 compute_capability=compute_capability,

@@ -1,4 +1,4 @@
-"""The steps of deployment: student → FP32 ONNX → one quantized ONNX per target, calibrated with synthetic images."""
+"""Deployment steps: student → FP32 ONNX → one INT8 ONNX per target, calibrated with synthetic images → engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nayer_edge.augment import crop_and_flip
 from nayer_edge.errors import IntegrityError, MissingError
 from nayer_edge.export.fp16 import to_fp16
 from nayer_edge.export.parity import compare, edge_cases
-from nayer_edge.export.qat.finetune import FineTuner, Schedule
+from nayer_edge.export.qat.train import QatTrainer, Schedule
 from nayer_edge.export.runners import OrtRunner, TorchRunner
 from nayer_edge.export.targets import TARGETS
 from nayer_edge.export.to_engine import to_engine
@@ -38,19 +38,19 @@ ENGINES = "export/engines.json"
 QUANTIZATION = "export/quantization.json"
 
 PARITY_TOLERANCE = 1e-3
-"""largest logit difference between torch and ONNX Runtime, both FP32, that is rounding and not an error"""
+"""largest difference of logits between torch and ONNX Runtime, both in FP32, that counts as rounding"""
 
 
 def int8_file(target: str) -> str:
-    """Where a target's quantized graph lies in the run folder."""
+    """Path of a target's quantized graph in the run folder."""
     return f"export/student.int8.{target}.onnx"
 
 
 def make_onnx(student: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
-    """Exports the student and compares ONNX Runtime with torch before anything is built on the file.
+    """Exports the student and checks that ONNX Runtime computes the same logits as torch.
 
     Raises:
-        IntegrityError: the exported graph computes something else than the student.
+        IntegrityError: it does not.
     """
     del progress
     network = load_classifier(out.path(student.files["student"]))
@@ -71,10 +71,10 @@ def make_onnx(student: Artifact, *, config: Recipe, out: RunFolder, progress: Pr
         parity = compare(torch_runner.infer(images), onnx_runner.infer(images), tolerance=PARITY_TOLERANCE)
     if parity.verdict != "match":
         raise IntegrityError(
-            f"The exported ONNX file does not compute what the student computes ({parity.verdict}).",
+            f"The exported ONNX file does not compute the same logits as the student ({parity.verdict}).",
             why=f"Largest difference {parity.max_abs_diff:.3g}, allowed {PARITY_TOLERANCE}; "
             f"{parity.not_finite} inputs with NaN or infinity.",
-            fix="Try another opset: --set export.opset=19. If it stays, please report it with the model's name.",
+            fix="Try another opset: --set export.opset=19. If that fails too, please report it with the model's name.",
         )
     files = {"fp32 onnx": FP32}
     if wants_fp16(config):
@@ -101,7 +101,7 @@ def make_int8(
     out: RunFolder,
     progress: Progress,
 ) -> Artifact:
-    """One calibration from the trained generator, then one quantized graph for each target."""
+    """Quantizes for each target, calibrated with images from the trained generator."""
     source = SyntheticSource.open(teacher, lte, student, config, out)
     wanted = config.export.calibration_images
     rounds = -(-wanted // config.synthesis.batch)
@@ -109,8 +109,8 @@ def make_int8(
     calibration = source.draw("calibration", wanted, progress)
     holdout = source.draw("calibration hold-out", wanted, progress)
     progress.finish()
-    tuner = _fine_tuner(source, student, config, out, progress) if config.export.finetune else None
-    teacher_logits = None if tuner is None else source.teacher_logits(holdout)
+    trainer = _qat_trainer(source, student, config, out, progress) if config.export.qat else None
+    teacher_logits = None if trainer is None else source.teacher_logits(holdout)
     files, records, numbers = {}, {}, {}
     for target in config.export.targets:
         result = to_int8(
@@ -122,23 +122,23 @@ def make_int8(
             holdout_images=holdout,
             max_drop=config.export.max_drop,
             sensitivity=config.export.sensitivity,
-            finetune=tuner,
+            qat=trainer,
             teacher_logits=teacher_logits,
         )
         files[f"int8 {target} onnx"] = int8_file(target)
         records[target] = result.record
         numbers[f"{target} method"] = result.method
-        if tuner is not None:
-            numbers[f"{target} fine-tuning gain"] = _short(result.record["finetune"]["gain"])
+        if trainer is not None:
+            numbers[f"{target} QAT gain"] = _short(result.record["finetune"]["gain"])
         numbers[f"{target} int8 coverage"] = _short(result.coverage.fraction)
     write_json(out.path(QUANTIZATION), records)
     return Artifact("int8", {**files, "quantization": QUANTIZATION}, numbers)
 
 
-def _fine_tuner(
+def _qat_trainer(
     source: SyntheticSource, student: Artifact, config: Recipe, out: RunFolder, progress: Progress
-) -> FineTuner:
-    """Fine-tunes on augmented images of the run's memory bank, against the teacher's logits."""
+) -> QatTrainer:
+    """QAT on augmented images of the run's memory bank, against the teacher's logits."""
     device, settings = source.compute.device, config.export
     bank = MemoryBank.load(out.path(student.files["bank"]), device)
 
@@ -148,26 +148,25 @@ def _fine_tuner(
             return images, source.teacher(images)
 
     def stream(epoch: int) -> torch.Generator:
+        # The stream's old name: with another one, the results would be others.
         return random_stream(config.seed, "finetune", epoch, device=device)
 
-    schedule = Schedule(
-        settings.finetune_epochs, settings.finetune_steps, settings.finetune_lr, config.distill.temperature
-    )
-    return FineTuner(draw, schedule, stream, device, progress)
+    schedule = Schedule(settings.qat_epochs, settings.qat_steps, settings.qat_lr, config.distill.temperature)
+    return QatTrainer(draw, schedule, stream, device, progress)
 
 
 def wants_fp16(config: Recipe) -> bool:
-    """An FP16 graph was asked for, or an engine needs it."""
+    """Whether an FP16 graph was requested or is needed for an engine."""
     return config.export.fp16 or (config.export.engines and any(TARGETS[t].engine for t in config.export.targets))
 
 
 def engine_file(precision: str, target: str, capability: str) -> str:
-    """Where an engine lies in the run folder."""
+    """Path of an engine in the run folder."""
     return f"export/student.{precision}.{target}.{capability}.engine"
 
 
 def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
-    """Builds FP16 and INT8 engines; what cannot be built here is recorded with the reason, and the rest is built."""
+    """Builds FP16 and INT8 engines. One that cannot be built here is recorded with the reason."""
     wanted = [name for name in config.export.targets if TARGETS[name].engine] if config.export.engines else []
     progress.start("build engines", 2 * len(wanted))
     files, records, numbers = {}, [], {}
@@ -210,7 +209,7 @@ def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFold
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """Draws fresh images from a run's trained generator; every purpose has its own random stream."""
+    """Draws new images from a run's trained generator, with a separate random stream for every purpose."""
 
     generator: generators.Generator
     memory: generators.Memory | None
@@ -238,7 +237,7 @@ class SyntheticSource:
         return self.draw_labelled(purpose, count, progress)[0]
 
     def draw_labelled(self, purpose: str, count: int, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
-        """Such images, and the class that each was made for."""
+        """Images as from `draw`, and the class that each was generated for, (count,)."""
 
         def stream(number: int) -> torch.Generator:
             return random_stream(self.config.seed, purpose, number, device=self.compute.device)

@@ -36,7 +36,7 @@ class Dataset(_Part):
     n: Annotated[int, Field(ge=1)]
     name: str
     sha256: Digest | None = None
-    """of the network input and the labels, in order; reports with equal digests can be paired image by image"""
+    """SHA-256 of the network input and the labels, in order; reports with equal digests can be paired image by image"""
 
 
 class Network(_Part):

@@ -15,6 +15,7 @@ from nayer_edge.models.names import parse, published_weights
 from nayer_edge.storage.run_folder import RunFolder, StepRecord
 
 from .recipes.loading import BUILT_IN_DATA, recipe_of
+from .recipes.renamed import with_current_keys
 from .recipes.schema import Recipe
 from .recipes.settings import is_default
 from .steps import STEPS, Step, settings_of
@@ -132,8 +133,8 @@ def _settings(step: Step, values: dict[str, Any], record: StepRecord | None, dig
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """ "key: old → new" for every difference between nested settings. A key that was added to recipes later does not
-    count while it has its default value."""
-    found = []
+    count while it has its default value, and neither does a renamed key."""
+    found, before = [], with_current_keys(before, prefix=prefix)
     for key in sorted(set(before) | set(now)):
         old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict):

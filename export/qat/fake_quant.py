@@ -1,13 +1,13 @@
-"""Fake quantization: values rounded to the grid of an integer type and back, in floats, with a gradient to learn by.
+"""Fake quantization: rounds floats to the grid of an integer type, differentiably.
 
 The formula is that of ONNX's QuantizeLinear and DequantizeLinear,
 
     level = clip(round(x / scale) + zero, smallest, largest),   value = (level − zero) · scale,
 
-halves rounded to even. Rounding passes its gradient straight through (Bengio et al. 2013, arXiv 1308.3432);
-everything else is differentiated as it stands, which gives the scale the gradient of LSQ (Esser et al., ICLR 2020,
-Eq. 3) and the zero point that of LSQ+ (Bhalgat et al. 2020, Eq. 4). Functions rather than torch's FakeQuantize
-modules: those decide by the values of buffers whether to observe, which torch.export cannot trace.
+halves rounded to even. Rounding uses the straight-through estimator (Bengio et al. 2013, arXiv 1308.3432). Everything
+else has its exact gradient, which for the scale is that of LSQ (Esser et al., ICLR 2020, Eq. 3) and for the zero point
+that of LSQ+ (Bhalgat et al. 2020, Eq. 4). torch's FakeQuantize modules are not used: whether they observe depends on
+the values of buffers, which torch.export cannot trace.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Grid:
 
     Attributes:
         bits: 2 to 8.
-        symmetric: levels −2^(b−1) … 2^(b−1)−1 around a zero point of 0; else 2^b levels between the ends of a range.
+        symmetric: levels −2^(b−1) … 2^(b−1)−1 with a zero point of 0; otherwise 2^b levels between the ends of a range.
             UINT8 and INT8 with a zero point are the same grid, shifted.
 
     Raises:
@@ -39,7 +39,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise UsageError(f"There are no grids of {self.bits} bits.", why="Fake quantization takes 2 to 8 bits.")
+            raise UsageError(f"Fake quantization to {self.bits} bits is not supported.", fix="Use 2 to 8 bits.")
 
     @property
     def smallest(self) -> int:
@@ -53,7 +53,7 @@ class Grid:
 
 
 class _Round(torch.autograd.Function):
-    """round(x), halves to even, whose gradient is taken to be 1."""
+    """round(x), halves to even, with a gradient of 1."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -67,29 +67,31 @@ class _Round(torch.autograd.Function):
 
 
 def round_straight_through(x: Tensor) -> Tensor:
-    """round(x), halves to even; the gradient passes as if it were x."""
+    """round(x), halves to even; its gradient is that of x."""
     return _Round.apply(x)  # pyright: ignore[reportReturnType]
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, smallest: int, largest: int) -> Tensor:
-    """x on the grid of the integers smallest … largest; differentiable in x, scale and zero.
+    """x rounded to the grid; differentiable in x, scale and zero.
 
     Args:
         x: any shape.
         scale: step of the grid, > 0; a scalar, or a shape that broadcasts to x's.
         zero: the level of 0.0, an integer in a float tensor of scale's shape.
-        smallest, largest: levels.
+        smallest: lowest level.
+        largest: highest level.
     """
     level = (round_straight_through(x / scale) + zero).clamp(smallest, largest)
     return (level - zero) * scale
 
 
 def scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that ONNX Runtime's quantizer gives a range; differentiable.
+    """Scale and zero point of a range, as ONNX Runtime's quantizer computes them; differentiable.
 
     Args:
-        low: lowest value to be represented, ≤ 0.
-        high: highest, ≥ 0. Where both are 0 the scale is 1.
+        low: lowest value to represent, ≤ 0.
+        high: highest value, ≥ 0. If both are 0, the scale is 1.
+        grid: levels.
     """
     if grid.symmetric:
         scale = torch.maximum(-low, high) / grid.largest
@@ -102,11 +104,16 @@ def scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tenso
 
 
 class LearntRange(nn.Module):
-    """Fake quantization of an activation whose range is learnt.
+    """Fake quantization of an activation with a learnt range.
 
-    Each end is its calibrated value times exp(growth): one step of the optimiser moves ranges of every size alike, no
-    end changes its sign, and one that is 0, as after a ReLU, stays 0 (thresholds are learnt in the logarithmic domain
-    after TQT, Jain et al., MLSys 2020).
+    Each end is its calibrated value times exp(growth), so an optimiser step changes ranges of any size by the same
+    factor. No end changes its sign, and an end at 0, as after a ReLU, stays there. (Learning thresholds in the
+    logarithmic domain follows TQT, Jain et al., MLSys 2020.)
+
+    Args:
+        low: lowest calibrated value.
+        high: highest calibrated value.
+        grid: levels.
     """
 
     ends: Tensor
@@ -118,14 +125,14 @@ class LearntRange(nn.Module):
         self.growth = nn.Parameter(torch.zeros(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x on the grid."""
+        """x rounded to the grid."""
         low, high = self.ends * self.growth.exp()
         scale, zero = scale_and_zero(low, high, self.grid)
         return fake_quantize(x, scale, zero, self.grid.smallest, self.grid.largest)
 
     @torch.no_grad()
     def range(self) -> tuple[float, float]:
-        """(lowest, highest) value of the grid: a quantizer that is given them finds this scale and zero point."""
+        """(lowest, highest) value of the grid. A quantizer computes the same scale and zero point from them."""
         low, high = self.ends * self.growth.exp()
         scale, zero = scale_and_zero(low, high, self.grid)
         if not bool(self.ends.any()):
@@ -136,7 +143,7 @@ class LearntRange(nn.Module):
 
 
 def weight_limit(weight: Tensor, axis: int | None) -> Tensor:
-    """Largest absolute value of each slice along `axis` (of all, without one), of a shape that broadcasts."""
+    """Largest absolute value of each slice along `axis` (without one, of the tensor), in a shape that broadcasts."""
     if axis is None:
         return weight.detach().abs().amax()
     others = [a for a in range(weight.ndim) if a != axis % weight.ndim]
@@ -144,12 +151,14 @@ def weight_limit(weight: Tensor, axis: int | None) -> Tensor:
 
 
 def fake_quantize_weight(weight: Tensor, axis: int | None, largest: int, limit: Tensor | None = None) -> Tensor:
-    """A weight on its symmetric grid of levels −largest … largest, with one scale for each slice along `axis`.
+    """A weight rounded to a symmetric grid of levels −largest … largest, with one scale per slice along `axis`.
 
     Args:
-        largest: highest level: 127 at 8 bits, 64 where a target wants it (targets.py), 7 at 4 bits.
-        limit: the value of the highest level, to be learnt; by default the largest absolute value of each slice, which
-            is what ONNX Runtime's quantizer takes.
+        weight: any shape.
+        axis: of the output channels; None for a single scale.
+        largest: highest level: 127 at 8 bits, or the target's (targets.py), 7 at 4 bits.
+        limit: value of the highest level, if it is learnt; by default the largest absolute value of each slice, as in
+            ONNX Runtime's quantizer.
     """
     limit = weight_limit(weight, axis) if limit is None else limit
     scale = torch.where(limit > 0, limit, torch.full_like(limit, float(largest))) / largest
@@ -158,7 +167,7 @@ def fake_quantize_weight(weight: Tensor, axis: int | None, largest: int, limit: 
 
 @torch.no_grad()
 def least_error_limit(weight: Tensor, axis: int | None, largest: int) -> Tensor:
-    """The limit of each slice, from its largest absolute value down to a third, with the least squared error."""
+    """The limit of each slice with the lowest squared error, from its largest absolute value down to a third of it."""
     whole = weight_limit(weight, axis)
     best, least = whole, torch.full_like(whole, float("inf"))
     others = [a for a in range(weight.ndim) if axis is None or a != axis % weight.ndim]

@@ -1,4 +1,4 @@
-"""ONNX operators as torch functions of their attributes and inputs: what a graph needs to be differentiated."""
+"""ONNX operators as differentiable torch functions of their attributes and inputs."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from torch.nn import functional as F
 
 Attributes = Mapping[str, Any]
 
-
 PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 """ONNX → torch"""
 
 
 def unsupported(operator: str, attributes: Attributes) -> str:
-    """Why a node has no form here; empty where it has one."""
+    """Why a node is not supported; empty if it is."""
     if operator not in OPERATORS:
-        return f"It computes {', '.join(sorted(OPERATORS))}."
+        return f"Supported are {', '.join(sorted(OPERATORS))}."
     if attributes.get("auto_pad", "NOTSET") != "NOTSET":
-        return f"Its padding is given as auto_pad={attributes['auto_pad']}."
+        return f"It pads with auto_pad={attributes['auto_pad']}."
     if operator == "Pad" and attributes.get("mode", "constant") not in PAD_MODES:
-        return f"Its padding is of the mode '{attributes['mode']}'."
+        return f"It pads with mode '{attributes['mode']}'."
     pads = list(attributes.get("pads", ()))
     if operator in ("AveragePool", "ConvTranspose") and pads[: len(pads) // 2] != pads[len(pads) // 2 :]:
-        return "Its padding differs from side to side."
+        return "Its padding is asymmetric."
     return ""
 
 
@@ -38,7 +37,7 @@ def _padding(attributes: Attributes, rank: int) -> tuple[list[int], list[int]]:
 
 
 def _padded(x: Tensor, attributes: Attributes, value: float) -> tuple[Tensor, list[int]]:
-    """Equal padding is left to the operator that follows; other padding is done here."""
+    """x after asymmetric padding, and the symmetric padding that is left to the operator itself."""
     before, after = _padding(attributes, x.ndim - 2)
     if before == after:
         return x, before
@@ -103,7 +102,7 @@ def _slice(
         axis = i if axes is None else int(axes[i])
         step = 1 if steps is None else int(steps[i])
         if step < 0:
-            # torch has no step backwards: the places are taken one by one.
+            # torch has no negative steps, so the elements are selected by index.
             places = range(x.shape[axis])[slice(start, end if end >= -x.shape[axis] else None, step)]
             x = x.index_select(axis, torch.tensor(list(places), device=x.device))
         else:
@@ -117,7 +116,7 @@ def _pad(a: Attributes, x: Tensor, pads: Tensor, value: Tensor | None = None, ax
     pairs = {axis: (ends[i], ends[i + len(ends) // 2]) for i, axis in enumerate(chosen)}
     flat = [side for axis in reversed(range(x.ndim)) for side in pairs.get(axis, (0, 0))]
     while flat[-2:] == [0, 0]:
-        # Reflection is defined for the last axes alone, and those before it have no padding.
+        # torch reflects only the last axes; the axes before them have no padding.
         del flat[-2:]
     mode = PAD_MODES[a.get("mode", "constant")]
     return F.pad(x, flat, mode=mode, value=0.0 if value is None or mode != "constant" else float(value))

@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from typing import Annotated, NoReturn
+import warnings
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -26,6 +27,8 @@ from nayer_edge.errors import (
 )
 from nayer_edge.runtime.process import launched
 from nayer_edge.text import inert
+
+from ..recipes.renamed import RenamedWarning
 
 # Importing a module registers its commands; the order is that of the help.
 from . import training, deployment, judging, trust, setup, starting, embeddings  # noqa: F401  isort:skip
@@ -88,6 +91,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="replace")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    warnings.showwarning = _show_warning
     # ONNX Runtime also logs the tracebacks of the errors that it raises.
     logging.getLogger("onnxruntime").addHandler(logging.NullHandler())
     logging.getLogger("onnxruntime").propagate = bool(os.environ.get("NAYER_EDGE_DEBUG"))
@@ -108,8 +112,22 @@ def _unexpected(error: Exception) -> NayerEdgeError:
     )
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """As Python shows warnings, without the line of source for those that are meant for the user."""
+    own = issubclass(category, RenamedWarning)
+    text = f"Warning: {message}\n" if own else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
+
+
 def _helps() -> bool:
-    """Whether this is a torchrun process other than rank 0, which prints."""
+    """Whether torchrun started this process and it is not rank 0, the only one that prints."""
     return "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0"
 
 

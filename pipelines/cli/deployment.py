@@ -1,4 +1,4 @@
-"""The commands that make what runs on a device: export, calibration-data, bench."""
+"""The commands for deployment: export, calibration-data, bench."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from rich.table import Table
 from nayer_edge.errors import UsageError
 
 from .. import actions
+from ..recipes.renamed import warn_renamed
 from .shared import Json, Run, TrustCode, app, example, print_json, show_result, stdout, watched
 
-RESTLESS = 3.0
-"""95th percentile over median above which a benchmark's figures are doubtful"""
+NOISY = 3.0
+"""p95 / median latency above which timings are reported as noisy"""
 
 
 @app.command(
     epilog=example(
         "nayer-edge export runs/digits --int8 --target cpu,tensorrt-rtx",
-        "nayer-edge export runs/digits --int8 --finetune",
+        "nayer-edge export runs/digits --int8 --qat",
     )
 )
 def export(
     run_folder: Run,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize, with images from the generator.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize, calibrated with images from the generator.")] = False,
     fp16: Annotated[
         bool | None,
         typer.Option(
-            "--fp16/--no-fp16", help="Also write an FP16 graph. By default as the recipe says.", show_default=False
+            "--fp16/--no-fp16", help="Also write an FP16 graph. Default: as the recipe says.", show_default=False
         ),
     ] = None,
-    finetune: Annotated[
+    qat: Annotated[
         bool | None,
         typer.Option(
-            "--finetune/--no-finetune",
-            help="With --int8: train the quantized network on synthetic images; kept where it agrees better with FP32 "
-            "than calibration alone. By default as the run's recipe says.",
+            "--qat/--no-qat",
+            help="With --int8: quantization-aware training on synthetic images; its result is kept if it agrees better "
+            "with FP32 than calibration alone. Default: as the recipe says.",
             show_default=False,
         ),
     ] = None,
+    finetune: Annotated[bool | None, typer.Option("--finetune/--no-finetune", hidden=True)] = None,
     target: Annotated[
         list[str] | None,
         typer.Option("--target", help="cpu, arm, tensorrt, tensorrt-rtx; comma-separated or repeated."),
@@ -49,7 +51,7 @@ def export(
         bool | None,
         typer.Option(
             "--engine/--no-engine",
-            help="Build engines for the targets that have them. By default as the recipe says.",
+            help="Build engines for the targets that need one. Default: as the recipe says.",
             show_default=False,
         ),
     ] = None,
@@ -59,16 +61,19 @@ def export(
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Writes ONNX: FP32, with --int8 one quantized graph per target, and their engines.
+    """Exports ONNX files: FP32, with --int8 a quantized graph per target, and their engines.
 
-    What this machine cannot build is marked, everything else is finished, and the exit code is 3.
+    If this machine cannot build an engine, everything else is still exported and the exit code is 3.
     """
+    if finetune is not None:
+        warn_renamed("--finetune" if finetune else "--no-finetune", "--qat" if finetune else "--no-qat")
+        qat = finetune if qat is None else qat
     display = watched(as_json)
     done = actions.export(
         run_folder,
         int8=int8,
         fp16=fp16,
-        finetune=finetune,
+        qat=qat,
         targets=target or (),
         engines=engine,
         compute_capability=compute_capability,
@@ -94,13 +99,14 @@ def calibration_data(
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Draws class-balanced synthetic images from the trained generator, for our own and other tools."""
+    """Draws class-balanced synthetic images from the trained generator, in formats that other quantizers read."""
     from nayer_edge.export.calibration_data import write_calibration_data
 
     opened = actions.open_run(run_folder)
     if out.resolve().is_relative_to(run_folder.resolve()):
         raise UsageError(
-            f"{out} lies inside the run folder, whose files its manifest states.", fix="Choose another folder."
+            f"{out} is inside the run folder, which holds only files listed in its manifest.",
+            fix="Choose another folder.",
         )
     display = watched(as_json)
     images, labels = actions.draw(run_folder, count, display=display)
@@ -122,13 +128,13 @@ def bench(
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Latency and throughput of every artefact that this machine can run, measured in turns in one process."""
+    """Latency and throughput of every artifact that this machine can run, measured in turn in one process."""
     from ..costs.bench import measure
 
     try:
         batches = [int(part) for part in batch.split(",")]
     except ValueError as error:
-        raise UsageError(f"'{batch}' is no list of batch sizes.", fix="For example: --batch 1,8,64") from error
+        raise UsageError(f"'{batch}' is not a list of batch sizes.", fix="For example: --batch 1,8,64") from error
     timings = measure(actions.open_run(run_folder), actions.recipe_in(run_folder), batches, runs, threads)
     if as_json:
         print_json([vars(timing) for timing in timings])
@@ -149,11 +155,11 @@ def bench(
             f"{timing.ratio:.2f}",
         )
     stdout().print(table)
-    if restless := [timing for timing in timings if timing.p95 > RESTLESS * timing.p50]:
-        worst = max(restless, key=lambda timing: timing.p95 / timing.p50)
+    if noisy := [timing for timing in timings if timing.p95 > NOISY * timing.p50]:
+        worst = max(noisy, key=lambda timing: timing.p95 / timing.p50)
         stdout().print(
-            f"\nThis machine was not quiet: the slowest calls of {worst.runner} at batch {worst.batch} took "
-            f"{worst.p95 / worst.p50:.0f} times the median. Repeat it where nothing else runs.",
+            f"\nTimings are noisy: the p95 latency of {worst.runner} at batch {worst.batch} is "
+            f"{worst.p95 / worst.p50:.0f} times its median. Repeat on an idle machine.",
             style="yellow",
             highlight=False,
         )

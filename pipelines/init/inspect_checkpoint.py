@@ -114,8 +114,8 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
 
 
 def _network(path: Path, shapes: Shapes, model: str | None, channels: int, classes: int) -> tuple[int, list[Match]]:
-    """The matching networks and their image channels: the given number, or, if no network fits with it, the number read
-    from the tensors, provided that one fits with that."""
+    """The image channels and the matching networks. If no network fits with the given channels, tries the number of
+    channels read from the tensors."""
 
     def matches(channels: int) -> list[Match]:
         if model is None:

@@ -16,6 +16,7 @@ from nayer_edge.models.names import located, parse, published_weights
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 from .checking import checked, parse_toml
+from .renamed import with_current_keys
 from .schema import Recipe
 from .settings import apply_settings, make_recipe
 
@@ -57,7 +58,7 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
         IntegrityError: the run folder's manifest is damaged.
     """
     if root := run_folder(name_or_path):
-        values, folder = RunFolder.open(root).manifest.recipe, root.resolve()
+        values, folder = with_current_keys(RunFolder.open(root).manifest.recipe), root.resolve()
     else:
         path = _find(name_or_path)
         values, folder = _extended(path), path.parent
@@ -93,7 +94,7 @@ def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
     Raises:
         UsageError: the other recipe is missing, or they extend each other in a circle.
     """
-    values = parse_toml(path, "a recipe")
+    values = with_current_keys(parse_toml(path, "a recipe"), warn=True)
     base = values.pop("extends", None)
     if base is None:
         return values
@@ -147,7 +148,7 @@ def recipe_of(values: dict[str, Any], root: Path, source: str = "in the manifest
     Raises:
         UsageError: it is invalid.
     """
-    return _resolve(make_recipe(values, source), lambda _key: root.resolve())
+    return _resolve(make_recipe(with_current_keys(values), source), lambda _key: root.resolve())
 
 
 def portable(recipe: Recipe, root: Path) -> dict[str, Any]:

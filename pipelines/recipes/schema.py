@@ -35,23 +35,23 @@ class Export(Section):
     calibration_images: Annotated[int, Field(ge=1, le=65536)] = 512
     """number of synthetic images, drawn from the trained generator"""
     calibration_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
-    """auto: the method whose INT8 model agrees best with FP32 on the synthetic hold-out"""
+    """auto: the method whose INT8 model agrees best with FP32 on a synthetic hold-out"""
     max_drop: Fraction | None = 0.02
     """largest fraction of the synthetic hold-out on which INT8 may predict another class than FP32; the most sensitive
-    layers stay in float until this limit is met"""
+    layers are excluded from quantization until the limit holds (mixed precision)"""
     sensitivity: bool = False
-    """measure the sensitivity of every layer, even if none has to stay in float"""
-    finetune: bool = False
-    """quantization-aware training (QAT) on images of the memory bank; its result is used if it agrees better with FP32
-    on the synthetic hold-out than calibration alone"""
-    finetune_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    """measure the sensitivity of every layer, even if no layer has to be excluded"""
+    qat: bool = False
+    """quantization-aware training on images of the memory bank; its result is kept if it agrees better with FP32 on the
+    synthetic hold-out than calibration alone"""
+    qat_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
     """epochs of QAT"""
-    finetune_steps: Annotated[int, Field(ge=1, le=100_000)] = 100
-    """QAT steps per epoch, with distill.batch images each"""
-    finetune_lr: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
-    """peak learning rate of Adam in QAT, relative to the root mean square weight of each channel"""
+    qat_steps: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """optimiser steps per epoch, each on distill.batch images"""
+    qat_lr: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
+    """peak learning rate of Adam, relative to the root mean square weight of each channel"""
     fp16: bool = False
-    """also write an FP16 graph (always written if an engine is built)"""
+    """also write an FP16 graph (always written if an engine is to be built)"""
     engines: bool = True
     """build engines for targets that use one"""
     compute_capability: str = "sm89"

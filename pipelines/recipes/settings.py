@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter
 from nayer_edge.errors import UsageError
 
 from .checking import checked, field_of, section_of
+from .renamed import current_key
 from .schema import Recipe
 
 
@@ -70,6 +71,7 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
         parts = [part.strip() for part in key.split(".")]
         if not equals or not all(parts):
             raise UsageError(f"'{setting}' is not of the form a.b=c.", fix="For example: --set distill.epochs=40")
+        parts = current_key(".".join(parts)).split(".")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

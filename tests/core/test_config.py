@@ -34,7 +34,7 @@ def test_the_defaults_are_the_papers_numbers() -> None:
         (InputSpec, {"std": [0.0]}, "greater than 0"),
         (InputSpec, {"height": 3}, "greater than or equal to 4"),
         (LTE, {"prompt": "a photo"}, "must contain {label}"),
-        (LTE, {"prompt": "a\n{label}"}, "a prompt must be one line"),
+        (LTE, {"prompt": "a\n{label}"}, "a prompt must be a single line"),
         (LTE, {"encoders": "onehot"}, "Extra inputs are not permitted"),
     ],
 )

@@ -85,8 +85,8 @@ def test_all_formats_are_written_and_the_same_every_time(tmp_path: Path) -> None
     ("images", "labels", "formats", "why"),
     [
         (IMAGES, LABELS, ["pgn"], "Did you mean 'png'"),
-        (IMAGES, LABELS[:3], ["npz"], "do not fit"),
-        (IMAGES[:0], LABELS[:0], ["npz"], "do not fit"),
+        (IMAGES, LABELS[:3], ["npz"], "do not match"),
+        (IMAGES[:0], LABELS[:0], ["npz"], "do not match"),
         (IMAGES, LABELS + 1, ["npz"], "outside the 3 classes"),
         (IMAGES[:, :2], LABELS, ["png"], "1, 3 or 4 channels"),
     ],

@@ -13,8 +13,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from nayer_edge.config import InputSpec
-from nayer_edge.export.coverage import eligible_products, int8_coverage
-from nayer_edge.export.targets import CARRIERS, FLOAT_PRODUCTS, PRODUCTS, get_target
+from nayer_edge.export.coverage import eligible_nodes, int8_coverage
+from nayer_edge.export.targets import FLOAT_ONLY_OPS, PASS_THROUGH_OPS, QUANTIZABLE_OPS, get_target
 from nayer_edge.export.to_int8 import prepared, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models.load import build_classifier
@@ -37,7 +37,7 @@ def test_everything_eligible_runs_in_int8(fp32: Path, tmp_path: Path, target: st
     assert found.fraction == 1.0, found.not_int8
     assert found.eligible == found.int8 == (10 if target in ("cpu", "arm") else 9)
     assert found.not_int8 == []
-    assert len(found.excluded) == (0 if target in ("cpu", "arm") else 1)
+    assert len(found.ineligible) == (0 if target in ("cpu", "arm") else 1)
     assert found.verified == (target == "cpu")
 
 
@@ -54,29 +54,29 @@ def test_the_wrong_graph_for_the_processor_is_seen(fp32: Path, tmp_path: Path) -
     assert int8_coverage(tmp_path / "m.onnx", "cpu").fraction < 0.2
 
 
-def test_layers_in_float_are_named_with_the_reason(fp32: Path, tmp_path: Path) -> None:
+def test_excluded_layers_are_named_with_the_reason(fp32: Path, tmp_path: Path) -> None:
     layer = next(n.name for n in onnx.load(fp32).graph.node if n.op_type == "Conv")
-    to_int8(fp32, tmp_path / "m.onnx", IMAGES, "cpu", method="minmax", float_nodes=[layer])
+    to_int8(fp32, tmp_path / "m.onnx", IMAGES, "cpu", method="minmax", nodes_to_exclude=[layer])
     found = int8_coverage(tmp_path / "m.onnx", "cpu")
-    assert found.not_int8 == [(layer, "left in float by the accuracy fall-back")]
+    assert found.not_int8 == [(layer, "excluded from quantization (mixed precision)")]
     assert found.int8 == found.eligible - 1
 
 
 @pytest.mark.parametrize("target", ["cpu", "arm"])
-def test_every_layer_can_be_left_in_float(fp32: Path, tmp_path: Path, target: str) -> None:
-    """In the graph that ONNX Runtime executes, wherever the layer stands: it quantizes weights on its own account."""
-    layers = [n.name for n in eligible_products(onnx.load(fp32), get_target(target))[0]]
+def test_every_layer_can_be_excluded(fp32: Path, tmp_path: Path, target: str) -> None:
+    """In the graph that ONNX Runtime executes, which quantizes some weights that the file does not."""
+    layers = [n.name for n in eligible_nodes(onnx.load(fp32), get_target(target))[0]]
     layers = layers if target == "cpu" else layers[3:4]
     kept = []
     for layer in layers:
-        to_int8(fp32, tmp_path / "m.onnx", IMAGES, target, method="minmax", float_nodes=[layer])
+        to_int8(fp32, tmp_path / "m.onnx", IMAGES, target, method="minmax", nodes_to_exclude=[layer])
         kept.append(int8_coverage(tmp_path / "m.onnx", target).not_int8)
-    assert kept == [[(layer, "left in float by the accuracy fall-back")] for layer in layers]
+    assert kept == [[(layer, "excluded from quantization (mixed precision)")] for layer in layers]
 
 
-def test_what_keeps_a_layer_in_float_changes_no_value(fp32: Path, tmp_path: Path) -> None:
-    layers = [n.name for n in eligible_products(onnx.load(fp32), get_target("cpu"))[0]]
-    to_int8(fp32, tmp_path / "m.onnx", IMAGES, "cpu", method="minmax", float_nodes=layers[1::2])
+def test_what_keeps_an_excluded_layer_in_float_changes_no_value(fp32: Path, tmp_path: Path) -> None:
+    layers = [n.name for n in eligible_nodes(onnx.load(fp32), get_target("cpu"))[0]]
+    to_int8(fp32, tmp_path / "m.onnx", IMAGES, "cpu", method="minmax", nodes_to_exclude=layers[1::2])
     graph = onnx.load(tmp_path / "m.onnx")
     without = onnx.ModelProto()
     without.CopyFrom(graph)
@@ -93,7 +93,7 @@ def test_what_keeps_a_layer_in_float_changes_no_value(fp32: Path, tmp_path: Path
     np.testing.assert_array_equal(found, plain)
 
 
-def test_products_of_two_activations_are_excluded_with_a_reason(tmp_path: Path) -> None:
+def test_products_of_two_activations_are_ineligible_with_a_reason(tmp_path: Path) -> None:
     graph = helper.make_graph(
         [
             helper.make_node("MatMul", ["x", "x"], ["xx"], name="attention"),
@@ -106,12 +106,12 @@ def test_products_of_two_activations_are_excluded_with_a_reason(tmp_path: Path) 
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
     found = int8_coverage(tmp_path / "m.onnx")
-    assert [name for name, _ in found.excluded] == ["attention"]
-    assert "no constant weight" in found.excluded[0][1]
+    assert [name for name, _ in found.ineligible] == ["attention"]
+    assert "no constant weight" in found.ineligible[0][1]
     assert found.eligible == 1
 
 
-def test_products_without_an_int8_form_are_excluded_and_not_passed_over(tmp_path: Path) -> None:
+def test_operators_without_an_int8_form_are_ineligible_and_not_ignored(tmp_path: Path) -> None:
     graph = helper.make_graph(
         [
             helper.make_node("Einsum", ["x", "w"], ["xw"], name="mixing", equation="ij,jk->ik"),
@@ -125,7 +125,7 @@ def test_products_without_an_int8_form_are_excluded_and_not_passed_over(tmp_path
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
     found = int8_coverage(tmp_path / "m.onnx")
     assert found.eligible == 1
-    ((name, reason),) = found.excluded
+    ((name, reason),) = found.ineligible
     assert name == "mixing"
     assert reason.startswith("no quantized form")
 
@@ -147,7 +147,7 @@ def test_the_table_decides_about_every_operator_of_a_student(model: str, tmp_pat
     network = build_classifier(model, InputSpec(height=size, width=size), ["a", "b"])
     to_onnx(network, (3, size, size), tmp_path / "fp32.onnx")
     found = {node.op_type for node in prepared(tmp_path / "fp32.onnx", tmp_path / "prepared.onnx").graph.node}
-    assert found <= {*PRODUCTS, *FLOAT_PRODUCTS, *(carrier.op_type for carrier in CARRIERS)}
+    assert found <= {*QUANTIZABLE_OPS, *FLOAT_ONLY_OPS, *(op.op_type for op in PASS_THROUGH_OPS)}
 
 
 def test_nothing_eligible_is_a_coverage_of_zero(tmp_path: Path) -> None:

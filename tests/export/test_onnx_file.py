@@ -94,7 +94,7 @@ def test_a_shape_that_the_bytes_do_not_have_is_refused(tmp_path: Path, dims: lis
     del tensor.dims[:]
     tensor.dims.extend(dims)
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(IntegrityError, match=f"the weight '{tensor.name}' that its"):
+    with pytest.raises(IntegrityError, match=f"a weight '{tensor.name}' whose"):
         read_onnx(path)
 
 

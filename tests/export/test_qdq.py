@@ -161,7 +161,7 @@ def test_onnx_runtime_gets_int32_biases_at_input_times_weight_scale(
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("target", TENSORRT)
-def test_tensorrt_has_q_only_before_products_and_on_skip_inputs(
+def test_tensorrt_has_q_only_before_quantized_operators_and_on_skip_inputs(
     graphs: dict[tuple[str, str], ModelProto], name: str, target: str
 ) -> None:
     graph = Graph(graphs[name, target])
@@ -261,14 +261,16 @@ def test_the_rest_is_fp16_with_float32_inputs_and_outputs(fp32: dict[str, Path],
     assert all(s.dtype == np.float16 and s > 0 for s in scales)
 
 
-def test_float_nodes_and_what_hangs_on_them_stay_float(fp32: dict[str, Path], tmp_path: Path) -> None:
+def test_excluded_nodes_and_pass_through_nodes_between_them_stay_float(fp32: dict[str, Path], tmp_path: Path) -> None:
     source = read_onnx(fp32["nayer:resnet8"])
     everything = [n.name for n in source.graph.node if n.op_type in ("Conv", "Gemm")]
-    to_int8(fp32["nayer:resnet8"], tmp_path / "m.onnx", smooth(8, 9), "cpu", method="minmax", float_nodes=everything)
+    to_int8(
+        fp32["nayer:resnet8"], tmp_path / "m.onnx", smooth(8, 9), "cpu", method="minmax", nodes_to_exclude=everything
+    )
     graph = Graph(read_onnx(tmp_path / "m.onnx"))
     assert not graph.quantizers(), "an Add in INT8 between float convolutions would only lose accuracy"
     first = everything[1]
-    to_int8(fp32["nayer:resnet8"], tmp_path / "n.onnx", smooth(8, 9), "cpu", method="minmax", float_nodes=[first])
+    to_int8(fp32["nayer:resnet8"], tmp_path / "n.onnx", smooth(8, 9), "cpu", method="minmax", nodes_to_exclude=[first])
     graph = Graph(read_onnx(tmp_path / "n.onnx"))
     floats = [n.name for n in graph.all("Conv", "Gemm") if not graph.is_dequantized(n.input[1])]
     assert floats == [first]
@@ -289,7 +291,7 @@ class TwoReaders(nn.Module):
 
 
 @pytest.mark.parametrize("target", TENSORRT)
-def test_tensorrt_reads_the_tensor_itself_where_no_product_reads_it(tmp_path: Path, target: str) -> None:
+def test_tensorrt_reads_the_float_tensor_in_operators_that_are_not_quantized(tmp_path: Path, target: str) -> None:
     torch.manual_seed(0)
     to_onnx(TwoReaders(), SHAPE, tmp_path / "fp32.onnx")
     to_int8(tmp_path / "fp32.onnx", tmp_path / "m.onnx", smooth(8, 9), target, method="minmax", rest="float32")

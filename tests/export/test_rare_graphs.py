@@ -180,7 +180,7 @@ def test_products_that_are_none_with_a_matrix_are_named(
     fp32: dict[str, Path], tmp_path: Path, name: str, excluded: int
 ) -> None:
     result = int8(fp32[name], "cpu", tmp_path)
-    assert sum("weight is no matrix" in reason for _, reason in result.coverage.excluded) == excluded
+    assert sum("weight is not a matrix" in reason for _, reason in result.coverage.ineligible) == excluded
 
 
 def test_a_clip_is_removed_only_where_saturation_does_the_same(fp32: dict[str, Path], tmp_path: Path) -> None:

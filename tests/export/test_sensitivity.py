@@ -1,4 +1,4 @@
-"""Noise per layer, bias correction and the search for the fewest float layers."""
+"""Noise per layer, bias correction, and the search for mixed precision."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from nayer_edge.export.sensitivity import (
     LayerSensitivity,
     activation_scale,
     bias_corrected,
-    fall_back,
     layer_errors,
     most_sensitive_first,
     rounded_weight,
+    search_mixed_precision,
 )
 from nayer_edge.export.targets import get_target
 from nayer_edge.export.to_int8 import prepared
@@ -64,12 +64,12 @@ def test_noise_and_mean_error_are_those_of_a_plain_computation(
     low, high = (0, 255) if device.activations == "uint8" else (-128, 127)
     quantized = (np.clip(np.rint(x / np.float32(scale)) + zero, low, high) - zero) * np.float32(scale)
     weight = numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == node.input[1]))
-    twin = torch.nn.functional.conv2d(
+    rounded = torch.nn.functional.conv2d(
         torch.from_numpy(quantized.astype(np.float32)), torch.from_numpy(rounded_weight(node, weight, device).copy())
     ).numpy()
-    expected = 10 * np.log10((y.astype(np.float64) ** 2).sum() / ((y - twin).astype(np.float64) ** 2).sum())
+    expected = 10 * np.log10((y.astype(np.float64) ** 2).sum() / ((y - rounded).astype(np.float64) ** 2).sum())
     assert found["2"].sqnr_db == pytest.approx(float(expected), abs=0.1)
-    np.testing.assert_allclose(found["2"].mean, (y - twin).mean(axis=(0, 2, 3)), atol=2e-5)
+    np.testing.assert_allclose(found["2"].mean, (y - rounded).mean(axis=(0, 2, 3)), atol=2e-5)
 
 
 @pytest.mark.parametrize(("target", "steps"), [("cpu", 64), ("arm", 127), ("tensorrt", 127)])
@@ -109,20 +109,20 @@ def test_the_worst_layer_comes_first() -> None:
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2, 3, 5, 8, 13])
-def test_the_fewest_float_layers_are_found(needed: int) -> None:
+def test_as_few_layers_as_possible_are_excluded(needed: int) -> None:
     order, asked = [str(i) for i in range(13)], []
 
     def measure(chosen: Collection[str]) -> Agreement:
         asked.append(len(chosen))
         return Agreement(100, 0.999 if len(chosen) >= needed else 0.9, 0.0)
 
-    chosen, best, trail = fall_back(measure, order, 0.99)
+    chosen, best, trail = search_mixed_precision(measure, order, 0.99)
     assert chosen == order[:needed]
     assert best.top1 == 0.999
     assert [entry["float_layers"] for entry in trail] == asked
     assert len(asked) <= 9
 
 
-def test_an_unreachable_floor_ends_with_everything_in_float() -> None:
-    chosen, best, _ = fall_back(lambda _: Agreement(100, 0.5, 1.0), ["a", "b", "c"], 0.99)
+def test_all_layers_are_excluded_if_the_floor_is_out_of_reach() -> None:
+    chosen, best, _ = search_mixed_precision(lambda _: Agreement(100, 0.5, 1.0), ["a", "b", "c"], 0.99)
     assert (chosen, best.top1) == (["a", "b", "c"], 0.5)

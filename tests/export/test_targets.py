@@ -1,4 +1,4 @@
-"""The table of targets and of operators eligible for INT8."""
+"""The tables of targets and of operators."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 
 from nayer_edge.errors import UsageError
 from nayer_edge.export.targets import (
-    CARRIERS,
-    EXCLUSIONS,
-    FLOAT_PRODUCTS,
-    PRODUCTS,
+    FLOAT_ONLY_OPS,
+    INELIGIBLE_OPS,
+    PASS_THROUGH_OPS,
+    QUANTIZABLE_OPS,
     TARGETS,
-    Product,
-    exclusion,
+    QuantizableOp,
     get_target,
     quantized_operators,
+    why_ineligible,
 )
 
 
@@ -46,44 +46,43 @@ def test_x86_multiplies_unsigned_by_signed_and_tensorrt_is_symmetric() -> None:
 
 
 @pytest.mark.parametrize(
-    ("product", "target", "expected"),
+    ("op", "target", "expected"),
     [
-        (Product("Conv", True, 1, 64, 64), "cpu", None),
-        (Product("Conv", True, 1, 3, 64), "cpu", None),
-        (Product("Conv", True, 64, 1, 1), "cpu", None),
-        (Product("Gemm", True, 1, 64, 10), "cpu", None),
-        (Product("MatMul", False), "cpu", "two activations"),
-        (Product("Einsum", False), "cpu", "no quantized form"),
-        (Product("LSTM", False), "tensorrt", "no quantized form"),
-        (Product("ConvTranspose", True, 1, 64, 64), "cpu", "transposed convolution"),
-        (Product("ConvTranspose", True, 1, 64, 64), "tensorrt", None),
-        (Product("Conv", True, 1, 64, 64), "tensorrt", None),
-        (Product("Conv", True, 1, 3, 64), "tensorrt", "narrow convolution"),
-        (Product("Conv", True, 64, 1, 1), "tensorrt-rtx", "depthwise convolution"),
-        (Product("Conv", True, 4, 16, 16), "tensorrt-rtx", None),
-        (Product("Gemm", True, 1, 64, 2), "tensorrt", None),
+        (QuantizableOp("Conv", True, 1, 64, 64), "cpu", None),
+        (QuantizableOp("Conv", True, 1, 3, 64), "cpu", None),
+        (QuantizableOp("Conv", True, 64, 1, 1), "cpu", None),
+        (QuantizableOp("Gemm", True, 1, 64, 10), "cpu", None),
+        (QuantizableOp("MatMul", False), "cpu", "two activations"),
+        (QuantizableOp("Einsum", False), "cpu", "no quantized form"),
+        (QuantizableOp("LSTM", False), "tensorrt", "no quantized form"),
+        (QuantizableOp("ConvTranspose", True, 1, 64, 64), "cpu", "transposed convolution"),
+        (QuantizableOp("ConvTranspose", True, 1, 64, 64), "tensorrt", None),
+        (QuantizableOp("Conv", True, 1, 64, 64), "tensorrt", None),
+        (QuantizableOp("Conv", True, 1, 3, 64), "tensorrt", "narrow convolution"),
+        (QuantizableOp("Conv", True, 64, 1, 1), "tensorrt-rtx", "depthwise convolution"),
+        (QuantizableOp("Conv", True, 4, 16, 16), "tensorrt-rtx", None),
+        (QuantizableOp("Gemm", True, 1, 64, 2), "tensorrt", None),
     ],
 )
-def test_which_products_are_eligible(product: Product, target: str, expected: str | None) -> None:
-    found = exclusion(product, get_target(target))
+def test_which_operators_are_eligible(op: QuantizableOp, target: str, expected: str | None) -> None:
+    found = why_ineligible(op, get_target(target))
     assert (found.name if found else None) == expected
 
 
-def test_every_exclusion_and_carrier_states_its_reason_once() -> None:
-    assert all(len(e.reason) > 20 and set(e.targets) <= set(TARGETS) for e in EXCLUSIONS)
-    assert all(c.reason for c in CARRIERS)
-    assert len({c.op_type for c in CARRIERS}) == len(CARRIERS)
-    assert len({*PRODUCTS, *FLOAT_PRODUCTS}) == len(PRODUCTS) + len(FLOAT_PRODUCTS)
-    assert not {c.op_type for c in CARRIERS} & {*PRODUCTS, *FLOAT_PRODUCTS}
-    assert not set(quantized_operators(get_target("cpu"))) & set(FLOAT_PRODUCTS)
+def test_every_rule_has_a_reason_and_every_operator_one_rule() -> None:
+    assert all(len(rule.reason) > 20 and set(rule.targets) <= set(TARGETS) for rule in INELIGIBLE_OPS)
+    assert all(op.reason for op in PASS_THROUGH_OPS)
+    listed = [*QUANTIZABLE_OPS, *FLOAT_ONLY_OPS, *(op.op_type for op in PASS_THROUGH_OPS)]
+    assert len(set(listed)) == len(listed)
+    assert not set(quantized_operators(get_target("cpu"))) & set(FLOAT_ONLY_OPS)
 
 
-def test_only_products_can_be_asked_about() -> None:
+def test_other_operators_are_refused() -> None:
     with pytest.raises(UsageError, match="Softmax"):
-        exclusion(Product("Softmax", True), get_target("cpu"))
+        why_ineligible(QuantizableOp("Softmax", True), get_target("cpu"))
 
 
-def test_operators_chain_only_where_outputs_are_quantized() -> None:
-    assert set(quantized_operators(get_target("tensorrt"))) == set(PRODUCTS)
+def test_pass_through_operators_are_quantized_only_where_outputs_are() -> None:
+    assert set(quantized_operators(get_target("tensorrt"))) == set(QUANTIZABLE_OPS)
     assert {"Add", "Relu", "GlobalAveragePool"} <= set(quantized_operators(get_target("cpu")))
     assert "Softmax" not in quantized_operators(get_target("cpu"))

@@ -176,9 +176,9 @@ def test_the_gpu_to_build_for_must_be_known(files: dict[str, Path], tmp_path: Pa
     ("change", "why"),
     [
         ({"compute_capability": "sm98"}, "Did you mean 'sm89'"),
-        ({"target": "cpu"}, "has no engine"),
-        ({"batch": (4, 2, 8)}, "are not a profile"),
-        ({"batch": (0, 1, 1)}, "are not a profile"),
+        ({"target": "cpu"}, "needs no engine"),
+        ({"batch": (4, 2, 8)}, "are not a valid profile"),
+        ({"batch": (0, 1, 1)}, "are not a valid profile"),
     ],
 )
 def test_wrong_arguments_are_refused(

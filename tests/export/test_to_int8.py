@@ -1,9 +1,10 @@
-"""Quantization end to end: agreement, the choice of method, fall-back, determinism, refusals."""
+"""Quantization end to end: agreement, the choice of method, mixed precision, determinism, refusals."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -103,7 +104,7 @@ def test_the_record_is_json_and_says_what_was_done(trained: Path, tmp_path: Path
     assert record["calibration"]["provenance"] == "synthetic"
     assert record["calibration"]["sha256"] != record["holdout"]["sha256"]
     assert len(record["sensitivity"]) == result.coverage.eligible
-    assert record["bias_correction"]["applied"] in (True, False)
+    assert record["bias_correction"].keys() == {"applied", "before", "after"}
     assert record["file_sha256"] == result.sha256
     assert record["coverage"]["verified"] is True
 
@@ -135,8 +136,8 @@ def test_metadata_is_ours_and_kept(trained: Path, tmp_path: Path) -> None:
     assert [e.domain for e in onnx.load(tmp_path / "m.onnx").opset_import] == [""]
 
 
-def test_layers_return_to_float_until_the_drop_holds(trained: Path, tmp_path: Path) -> None:
-    """Calibrated on near-black images, INT8 saturates; the fall-back must notice and mend it."""
+def test_layers_are_excluded_until_the_drop_holds(trained: Path, tmp_path: Path) -> None:
+    """INT8 calibrated on near-black images saturates; mixed precision must notice and repair it."""
     dark = CALIBRATION[:32] * 0.1
     spoilt = to_int8(
         trained, tmp_path / "a.onnx", dark, "cpu", method="minmax", holdout_images=HOLDOUT, bias_correction="off"
@@ -147,15 +148,19 @@ def test_layers_return_to_float_until_the_drop_holds(trained: Path, tmp_path: Pa
         bias_correction="off", max_drop=0.02,
     )  # fmt: skip
     assert mended.record["drop_held"]
-    assert mended.float_nodes
+    assert mended.excluded_nodes
     assert mended.record["fall_back"][0]["float_layers"] == 0
     assert agreement(run_onnx(trained, HOLDOUT), run_onnx(mended.path, HOLDOUT)).top1 >= 0.98
-    assert {name for name, _ in mended.coverage.not_int8} == set(mended.float_nodes)
+    assert (
+        {name for name, _ in mended.coverage.not_int8}
+        == set(mended.excluded_nodes)
+        == set(mended.record["float_nodes"])
+    )
 
 
-def test_no_layer_is_given_up_where_the_drop_holds_anyway(trained: Path, tmp_path: Path) -> None:
+def test_no_layer_is_excluded_where_the_drop_holds_anyway(trained: Path, tmp_path: Path) -> None:
     result = to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", holdout_images=HOLDOUT, max_drop=0.02)
-    assert result.float_nodes == ()
+    assert result.excluded_nodes == ()
     assert result.record["drop_held"]
 
 
@@ -167,12 +172,26 @@ def test_bias_correction_is_kept_only_where_it_helps(trained: Path, tmp_path: Pa
     assert result.record["final"]["top1"] == max(before, after)[0]
 
 
-def test_layers_in_float_keep_their_own_bias(trained: Path, tmp_path: Path) -> None:
+def test_the_record_says_whether_biases_were_corrected(trained: Path, tmp_path: Path) -> None:
+    modes: tuple[Literal["off", "on", "auto"], ...] = ("off", "on", "auto")
+    results = {
+        mode: to_int8(
+            trained, tmp_path / f"{mode}.onnx", CALIBRATION, "cpu", method="minmax", holdout_images=HOLDOUT,
+            bias_correction=mode,
+        )
+        for mode in modes
+    }  # fmt: skip
+    corrected = {mode: result.sha256 != results["off"].sha256 for mode, result in results.items()}
+    assert corrected["on"]
+    assert {mode: r.record["bias_correction"]["applied"] for mode, r in results.items()} == corrected
+
+
+def test_excluded_layers_keep_their_own_bias(trained: Path, tmp_path: Path) -> None:
     """A correction for rounding that does not take place would be an error of its own."""
     layers = [n.name for n in onnx.load(trained).graph.node if n.op_type in ("Conv", "Gemm")]
     result = to_int8(
         trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax", holdout_images=HOLDOUT,
-        bias_correction="on", float_nodes=layers,
+        bias_correction="on", nodes_to_exclude=layers,
     )  # fmt: skip
     np.testing.assert_allclose(run_onnx(result.path, HOLDOUT), run_onnx(trained, HOLDOUT), atol=1e-4)
 
@@ -204,7 +223,7 @@ def test_wrong_calibration_is_refused_before_any_work(
 def test_what_needs_a_holdout_says_so(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'auto' needs hold-out images"):
         to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu")
-    with pytest.raises(UsageError, match="can only be held where it is measured"):
+    with pytest.raises(UsageError, match="max_drop needs hold-out images"):
         to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax", max_drop=0.01)
 
 

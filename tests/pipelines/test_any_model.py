@@ -213,7 +213,7 @@ def test_a_library_teacher_with_its_auxiliary_heads(tmp_path: Path) -> None:
         ('model = "timm:test_vit"\nweights = "w.pt"', 2, ("has no BatchNorm layers", "Nothing was started")),
         ('model = "timm:resnet81"\nweights = "w.pt"', 2, ("timm has no network 'resnet81'", "Did you mean")),
         ('model = "python:nets.py:Net"\nweights = "w.pt"', 4, ("runs only with --trust-code",)),
-        ('model = "torchvision:resnet18"\nweights = "w.pt"', 2, ("how the images of the teacher", "[teacher.input]")),
+        ('model = "torchvision:resnet18"\nweights = "w.pt"', 2, ("No normalisation", "[teacher.input]")),
         (
             'model = "torchvision:inception_v3"\nweights = "w.pt"\n'
             "input = { height = 32, width = 32, mean = [0.5], std = [0.5] }",

@@ -74,8 +74,8 @@ def test_what_is_typed_counts_more_than_the_recipe(here: Path, invoke: Invoke) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "neither a recipe nor a file of class names"),
-        (["--set", "lte.encoder=onehot"], "no recipe is named"),
+        ([], "either a recipe nor a file of class names"),
+        (["--set", "lte.encoder=onehot"], "no recipe is given"),
         (["digits", "--prompt", "no label"], "must contain {label}"),
         (["digits", "--synonyms", "second"], "synonyms"),
         (["--labels", "absent.txt"], "no file of class names"),

@@ -250,18 +250,18 @@ def test_keys_that_are_none(root: Path, keys: Path, tmp_path: Path) -> None:
     (tmp_path / "noise").write_bytes(b"\x00noise")
     openssl("genpkey", "-algorithm", "ed25519", "-out", tmp_path / "ed.pem")
     for bad in (tmp_path / "noise", tmp_path / "nowhere", keys / "key.pub", tmp_path, tmp_path / "ed.pem"):
-        with pytest.raises(UsageError, match="not a private key"):
+        with pytest.raises(UsageError, match="not a usable private key"):
             sign(run, bad)
     sign(run, keys / "key.pem")
     for bad in (tmp_path / "noise", tmp_path / "nowhere", keys / "key.pem", tmp_path):
-        with pytest.raises(UsageError, match="not a public key"):
+        with pytest.raises(UsageError, match="not a usable public key"):
             require_signed(run, bad)
 
 
 def test_an_encrypted_key(root: Path, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     locked = tmp_path / "locked.pem"
     openssl("pkcs8", "-topk8", "-in", keys / "key.pem", "-out", locked, "-passout", "pass:sesame")
-    with pytest.raises(UsageError, match="not a private key") as caught:
+    with pytest.raises(UsageError, match="not a usable private key") as caught:
         sign(RunFolder.open(root), locked)
     assert PASSWORD_VARIABLE in caught.value.fix
     monkeypatch.setenv(PASSWORD_VARIABLE, "sesame")

@@ -185,7 +185,7 @@ def test_an_operator_without_a_gradient_is_named_with_its_layer() -> None:
         [helper.make_tensor_value_info("y", TensorProto.INT64, [2, None])],
     )
     model = helper.make_model(graph)
-    with pytest.raises(UsageError, match=r"NonZero \(layer 'head.NonZero'\)[\s\S]*without --finetune"):
+    with pytest.raises(UsageError, match=r"NonZero \(layer 'head.NonZero'\)[\s\S]*without --qat"):
         GraphNetwork(model, model, {}, TARGETS["cpu"])
 
 
@@ -307,10 +307,10 @@ def test_split(sizes: dict[str, np.ndarray], attributes: dict[str, int]) -> None
     ("operator", "attributes", "why"),
     [
         ("Conv", {"auto_pad": "SAME_UPPER"}, "auto_pad"),
-        ("AveragePool", {"kernel_shape": [2, 2], "pads": [0, 0, 1, 1]}, "side to side"),
+        ("AveragePool", {"kernel_shape": [2, 2], "pads": [0, 0, 1, 1]}, "asymmetric"),
     ],
 )
-def test_forms_that_are_not_known_are_refused(operator: str, attributes: dict[str, object], why: str) -> None:
+def test_unsupported_attributes_are_refused(operator: str, attributes: dict[str, object], why: str) -> None:
     inputs = {"x": X} | ({"w": X[:, :4, :3, :3]} if operator == "Conv" else {})
     model = single(operator, inputs, **attributes)
     with pytest.raises(UsageError, match=why):

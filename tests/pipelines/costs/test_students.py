@@ -129,8 +129,8 @@ def test_sizes_are_spelt_as_for_init(size: str, channels: int, invoke: Invoke) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--input", "1x2x3x4"), "no image size"),
-        (("--input", "3x32xwide"), "no image size"),
+        (("--input", "1x2x3x4"), "not an image size"),
+        (("--input", "3x32xwide"), "not an image size"),
         (("--input", "3x2x2"), "Invalid input specification --input 3x2x2"),
         (("--classes", "1"), "at least 2 classes"),
         (("nayer:resnet9",), "Did you mean 'resnet8'"),

@@ -1,4 +1,4 @@
-"""Fine-tuning with fake quantization: what is learnt is what ships, and it ships only where it is measured to help."""
+"""QAT: what is learnt is what ships, and it ships only if it is measured to help."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from nayer_edge.errors import TrainingError, UsageError
 from nayer_edge.export.onnx_file import metadata_of
-from nayer_edge.export.qat.finetune import FineTuner, Schedule, train
 from nayer_edge.export.qat.graph_network import GraphNetwork
+from nayer_edge.export.qat.train import QatTrainer, Schedule, train
 from nayer_edge.export.qdq import with_qdq
 from nayer_edge.export.targets import TARGETS
-from nayer_edge.export.to_int8 import FINETUNED, Int8Result, prepared, run_onnx, to_int8
+from nayer_edge.export.to_int8 import QAT, Int8Result, prepared, run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.runtime.progress import Silent
 
@@ -69,54 +69,54 @@ def student() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def fp32(student: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("finetune") / "fp32.onnx"
+    path = tmp_path_factory.mktemp("qat") / "fp32.onnx"
     to_onnx(student, SHAPE, path)
     return path
 
 
-def tuner(teacher: nn.Module, **changes: float) -> FineTuner:
+def trainer(teacher: nn.Module, **changes: float) -> QatTrainer:
     def images_and_logits(random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         images, _ = draw(32, random)
         with torch.no_grad():
             return images, teacher(images)
 
     schedule = Schedule(**{"epochs": 2, "steps": 30, "lr": 5e-3, "temperature": 2.0, "range_lr": 2e-2} | changes)
-    return FineTuner(images_and_logits, schedule, stream, CPU, Silent())
+    return QatTrainer(images_and_logits, schedule, stream, CPU, Silent())
 
 
 def stream(epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(100 + epoch)
 
 
-def quantize(fp32: Path, path: Path, fine_tuner: FineTuner | None, target: str = "cpu") -> Int8Result:
+def quantize(fp32: Path, path: Path, qat: QatTrainer | None, target: str = "cpu") -> Int8Result:
     return to_int8(
-        fp32, path, CALIBRATION, target, method="minmax", holdout_images=HOLDOUT, finetune=fine_tuner,
+        fp32, path, CALIBRATION, target, method="minmax", holdout_images=HOLDOUT, qat=qat,
         bias_correction="off",
     )  # fmt: skip
 
 
-def test_it_mends_what_calibration_cannot(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+def test_it_repairs_what_calibration_cannot(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
     plain = quantize(fp32, tmp_path / "plain.onnx", None)
-    tuned = quantize(fp32, tmp_path / "tuned.onnx", tuner(student))
+    tuned = quantize(fp32, tmp_path / "tuned.onnx", trainer(student))
     record = tuned.record["finetune"]
-    assert (tuned.method, record["chosen"], record["start"]) == (FINETUNED, True, "minmax")
+    assert (tuned.method, record["chosen"], record["start"]) == (QAT, True, "minmax")
     assert plain.record["finetune"] is None
     assert record["calibrated"] == plain.record["final"], "beside exactly what would ship otherwise"
-    assert record["finetuned"] == tuned.record["final"] == tuned.record["methods"][FINETUNED]
-    assert record["finetuned"]["top1"] > record["calibrated"]["top1"] + 0.02, "a loss that is worth mending"
+    assert record["finetuned"] == tuned.record["final"] == tuned.record["methods"][QAT]
+    assert record["finetuned"]["top1"] > record["calibrated"]["top1"] + 0.02, "a loss worth repairing"
     assert record["gain"] == pytest.approx(record["finetuned"]["top1"] - record["calibrated"]["top1"])
     assert record["loss"][-1] < record["loss"][0]
     fp32_classes = run_onnx(fp32, HOLDOUT).argmax(1)
     measured = (run_onnx(tmp_path / "tuned.onnx", HOLDOUT).argmax(1) == fp32_classes).mean()
     assert measured == pytest.approx(record["finetuned"]["top1"]), "the file is what was measured"
-    assert metadata_of(onnx.load(tmp_path / "tuned.onnx"))["nayer_edge.calibration"].startswith(FINETUNED)
+    assert metadata_of(onnx.load(tmp_path / "tuned.onnx"))["nayer_edge.calibration"].startswith(QAT)
     assert tuned.coverage.fraction == 1.0
 
 
 def test_without_it_not_a_bit_changes(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
-    """Where fine-tuning loses, the file is that of calibration alone."""
+    """If QAT lowers the agreement, the file is that of calibration alone."""
     plain = quantize(fp32, tmp_path / "plain.onnx", None)
-    lost = quantize(fp32, tmp_path / "lost.onnx", tuner(nn.Sequential(student, Wrong()), lr=0.05))
+    lost = quantize(fp32, tmp_path / "lost.onnx", trainer(nn.Sequential(student, Wrong()), lr=0.05))
     assert lost.record["finetune"]["chosen"] is False
     assert lost.record["finetune"]["gain"] < 0
     assert lost.method == "minmax"
@@ -125,7 +125,7 @@ def test_without_it_not_a_bit_changes(fp32: Path, student: nn.Module, tmp_path: 
     assert {k: v for k, v in lost.record.items() if k not in ignored} == {
         k: v for k, v in plain.record.items() if k not in ignored
     }
-    assert lost.record["methods"].keys() - plain.record["methods"].keys() == {FINETUNED}
+    assert lost.record["methods"].keys() - plain.record["methods"].keys() == {QAT}
 
 
 class Wrong(nn.Module):
@@ -139,8 +139,8 @@ def test_the_file_is_the_network_that_was_trained(fp32: Path, student: nn.Module
     """torch's fake quantization against the exported file in ONNX Runtime, on images that neither has seen."""
     images = HOLDOUT[:100]
     for target in ("cpu", "arm"):
-        result = quantize(fp32, tmp_path / f"{target}.onnx", tuner(student), target)
-        assert result.method == FINETUNED
+        result = quantize(fp32, tmp_path / f"{target}.onnx", trainer(student), target)
+        assert result.method == QAT
         graph = prepared(fp32, tmp_path / "prepared.onnx")
         for tensor in graph.graph.initializer:
             tensor.CopyFrom(numpy_helper.from_array(tuned_value(result, tensor.name, graph), tensor.name))
@@ -167,7 +167,7 @@ def tuned_value(result: Int8Result, name: str, graph: ModelProto) -> np.ndarray:
 
 
 def test_the_same_images_give_the_same_bits(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
-    first, second = (quantize(fp32, tmp_path / f"{i}.onnx", tuner(student, steps=3)) for i in range(2))
+    first, second = (quantize(fp32, tmp_path / f"{i}.onnx", trainer(student, steps=3)) for i in range(2))
     assert first.sha256 == second.sha256
     assert first.record == second.record
 
@@ -180,23 +180,23 @@ def test_targets_of_one_scheme_share_a_network(fp32: Path, student: nn.Module, t
             assert total == 2
             trained.append(what)
 
-    shared = tuner(student, epochs=1, steps=2)
+    shared = trainer(student, epochs=1, steps=2)
     shared.progress = Listener()
     results = {name: quantize(fp32, tmp_path / f"{name}.onnx", shared, name) for name in TARGETS}
-    assert trained == ["fine-tune for cpu", "fine-tune for arm", "fine-tune for tensorrt"]
+    assert trained == ["QAT for cpu", "QAT for arm", "QAT for tensorrt"]
     assert results["tensorrt-rtx"].record["finetune"]["first"] == "tensorrt"
     learnt = [results[name].record["finetune"]["loss"] for name in ("tensorrt", "tensorrt-rtx")]
     assert learnt[0] == learnt[1]
 
 
-def test_layers_that_stay_in_float_are_not_rounded(fp32: Path, student: nn.Module) -> None:
-    """The same graph without a single Q/DQ: fine-tuning then starts at a loss of zero."""
+def test_excluded_layers_are_not_rounded(fp32: Path, student: nn.Module) -> None:
+    """The same graph without a single Q/DQ: QAT then starts at a loss of zero."""
     graph = onnx.load(fp32)
     everything = [n.name for n in graph.graph.node if n.op_type in ("Conv", "Gemm")]
-    fine_tuner = tuner(student, epochs=1, steps=1)
-    found = fine_tuner(graph, {}, TARGETS["cpu"], everything)
+    qat = trainer(student, epochs=1, steps=1)
+    found = qat(graph, {}, TARGETS["cpu"], everything)
     assert found.record["loss"] == [pytest.approx(0.0, abs=1e-6)]
-    rounded = tuner(student, epochs=1, steps=1)
+    rounded = trainer(student, epochs=1, steps=1)
     ranges = {name: (0.0, 2.0) for node in graph.graph.node for name in (*node.input, *node.output)}
     assert rounded(graph, ranges, TARGETS["cpu"], ()).record["loss"][0] > 1e-4
 
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_ends_with_the_epoch_and_advice(student: nn.Mo
         return draw(8, random)[0], torch.full((8, 4), float("nan"))
 
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    with pytest.raises(TrainingError, match=r"epoch 0[\s\S]*export.finetune_lr"):
+    with pytest.raises(TrainingError, match=r"epoch 0[\s\S]*export.qat_lr"):
         train(network, list(network.parameters()), [], broken, Schedule(1, 1, 1e-3, 4.0), stream)
 
 
@@ -232,31 +232,31 @@ def test_the_schedule_decays_to_nothing() -> None:
 
 
 def test_every_epoch_draws_from_its_own_stream(student: nn.Module) -> None:
-    fine_tuner = tuner(student, epochs=3, steps=2)
+    qat = trainer(student, epochs=3, steps=2)
     seen: list[torch.Tensor] = []
-    inner: Callable[..., tuple[torch.Tensor, torch.Tensor]] = fine_tuner.draw
+    inner: Callable[..., tuple[torch.Tensor, torch.Tensor]] = qat.draw
 
     def spy(random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(inner(random)[0])
         return seen[-1], torch.zeros(32, 4)
 
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    train(network, list(network.parameters()), [], spy, fine_tuner.schedule, stream)
+    train(network, list(network.parameters()), [], spy, qat.schedule, stream)
     assert len(seen) == 6
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
 
 
 def test_it_needs_a_hold_out(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="measured to help"):
-        to_int8(fp32, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax", finetune=tuner(student))
+    with pytest.raises(UsageError, match="QAT needs hold-out images"):
+        to_int8(fp32, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax", qat=trainer(student))
     assert not (tmp_path / "m.onnx").exists()
 
 
-def test_the_teachers_opinion_is_recorded(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+def test_agreement_with_the_teacher_is_recorded(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
     teacher_logits = run_onnx(fp32, HOLDOUT)
     result = to_int8(
         fp32, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax", holdout_images=HOLDOUT,
-        finetune=tuner(student, steps=2), teacher_logits=teacher_logits,
+        qat=trainer(student, steps=2), teacher_logits=teacher_logits,
     )  # fmt: skip
     record = result.record["finetune"]["vs_teacher"]
     assert record["fp32"]["top1"] == 1.0
