@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import json
 import os
-from importlib.util import find_spec
+from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
-from nayer_edge.runtime.provenance import usable_cores
+# One thread here and in what tests start: workers share the cores, and sums are added in one order on every machine.
+# Before torch is imported, which reads this once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Workers, and their child processes, share the cores. Set before torch is imported, which reads it once.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    share = usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ["OMP_NUM_THREADS"] = str(max(1, share))
+# `make test` draws the same examples every time; `--hypothesis-profile random` draws others, and says how to draw a
+# failing one again.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("random", database=None, print_blob=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
-# In tests, the shape annotations of these modules are checked at run time.
-SHAPED = ("losses", "augment", "batchnorm", "generator", "memory_bank", "synthesis", "evaluate", "cached_views")
-SHAPED_MODULES = [f"nayer_edge.{module}" for module in SHAPED]
-# The hook ignores modules that do not exist.
-assert all(map(find_spec, SHAPED_MODULES)), "a module with shape annotations was renamed"
-install_import_hook(SHAPED_MODULES, "beartype.beartype")
+# The shapes in these modules' signatures are executed, in tests only. (A name that is not there is ignored silently.)
+SHAPED = ("augment", "batchnorm", "cached_views", "evaluate", "generator", "losses", "memory_bank", "optimizers",
+          "synthesis")  # fmt: skip
+CORE = Path(__file__).resolve().parents[1] / "nayer_edge"
+assert all((CORE / f"{module}.py").is_file() for module in SHAPED), SHAPED
+install_import_hook([f"nayer_edge.{module}" for module in SHAPED], "beartype.beartype")
 
 # A terminal of 80 columns without colours, whatever the CI server sets.
 os.environ["COLUMNS"] = "80"
 os.environ.pop("FORCE_COLOR", None)
 
+# In float32, and with steps enough for the student to tell classes apart: what it answers then hangs neither on the
+# processor nor on luck, and what the tests compare is not one class everywhere.
 TINY = (
+    "precision=fp32",
     "distill.epochs=3",
     "distill.warmup_epochs=1",
-    "distill.steps=4",
+    "distill.steps=20",
     "distill.batch=32",
     "distill.holdout_rounds=1",
     "synthesis.batch=20",
@@ -41,6 +51,7 @@ TINY = (
     "export.calibration_images=20",
     "export.calibration_method=minmax",
     "export.sensitivity=false",
+    "export.max_drop=1.0",
 )
 """the digits recipe, small enough to run in seconds; its student is not meant to be accurate"""
 
@@ -62,14 +73,24 @@ def tiny_settings() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the tiny digits recipe. Read only: copy it before changing anything."""
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A finished run of the tiny digits recipe, one for all workers. Read only: copy it before changing anything."""
     from nayer_edge.pipelines.recipes.loading import load_recipe
     from nayer_edge.pipelines.run import run_recipe
+    from nayer_edge.storage.run_folder import RunFolder
 
-    root = tmp_path_factory.mktemp("runs") / "digits"
-    run_recipe(load_recipe("digits", list(TINY)), root)
-    return root
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-run"
+    folder.mkdir(exist_ok=True)
+    root, finished = folder / "digits", folder / "finished"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            run_recipe(load_recipe("digits", list(TINY)), root)
+            finished.touch()
+    yield root
+    run = RunFolder.open(root)
+    assert (run.problems(), run.unexpected_files()) == ([], []), "a test changed the run that all share"
 
 
 @pytest.fixture
@@ -130,8 +151,36 @@ def clip_encoder(tmp_path: Path) -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives slow tests a timeout of an hour, and skips GPU tests if there is no GPU."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--slow-part`."""
+    parser.addoption(
+        "--slow-part",
+        metavar="K/N",
+        type=_part,
+        help="of the slow tests, which must be asked for with -m, the K-th of N parts; K counts on from any number, "
+        "so that the number of a day takes them in turn",
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    """`9/4` → (1, 4)."""
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and int(parts) > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not of the form K/N, for example 0/4")
+    return int(number) % int(parts), int(parts)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Chooses a part of the slow tests, gives each an hour, and skips GPU tests with the reason where there is no
+    GPU."""
+    if config.option.slow_part:
+        part, parts = config.option.slow_part
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        # In one piece each: neighbours share what takes long to make.
+        chosen = slow[len(slow) * part // parts : len(slow) * (part + 1) // parts]
+        left = {item.nodeid for item in slow} - {item.nodeid for item in chosen}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left])
+        items[:] = [item for item in items if item.nodeid not in left]
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))

@@ -113,14 +113,20 @@ def test_sources_are_found() -> None:
     assert {layer_of(module) for module in MODULES} == set(LAYERS)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module: str) -> None:
-    if module in ENTRY_POINTS:
-        return
-    height = LAYERS.index(layer_of(module))
-    for found in imports_of(module):
-        for target in project_modules(found) - set(parents(module)):
-            assert LAYERS.index(layer_of(target)) <= height, f"line {found.line} imports {target}"
+def at(module: str, line: int) -> str:
+    """Where something was found, as editors understand it."""
+    return f"{SOURCES[module].relative_to(ROOT)}:{line}"
+
+
+def test_imports_point_one_way() -> None:
+    assert not [
+        f"{at(module, found.line)} imports {target}"
+        for module in MODULES
+        if module not in ENTRY_POINTS
+        for found in imports_of(module)
+        for target in sorted(project_modules(found) - set(parents(module)))
+        if LAYERS.index(layer_of(target)) > LAYERS.index(layer_of(module))
+    ]
 
 
 @pytest.mark.parametrize("module", ENTRY_POINTS)
@@ -135,19 +141,25 @@ def test_the_entry_points_are_the_only_exceptions(module: str) -> None:
     assert all(found.lazy for found, _ in above)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_siblings_relatively_and_the_core_absolutely(module: str) -> None:
-    """The only form that editors and type checkers follow despite the mapped folders."""
-    layer = layer_of(module)
-    for found in imports_of(module):
-        if not project_modules(found) and found.level == 0:
-            continue
-        here = f"line {found.line}"
-        if found.level == 0:
-            assert layer == "nayer_edge" or layer_of(found.module) != layer, f"{here}: a sibling, write it relatively"
-        else:
-            assert project_modules(found), f"{here} imports {found.module}, which does not exist"
-            assert layer_of(found.module) != "nayer_edge" or layer == "nayer_edge", f"{here}: the core, absolutely"
+def wrongly_written(module: str, found: Import) -> str:
+    """What is wrong with the form of an import of the project's own; empty where nothing is."""
+    within, of_core = layer_of(module), layer_of(module) == "nayer_edge"
+    if found.level == 0:
+        sibling = project_modules(found) and not of_core and layer_of(found.module) == within
+        return "a sibling, write it relatively" if sibling else ""
+    if not project_modules(found):
+        return f"{found.module} does not exist"
+    return "the core, absolutely" if layer_of(found.module) == "nayer_edge" and not of_core else ""
+
+
+def test_siblings_relatively_and_the_core_absolutely() -> None:
+    """The one form that editors and type checkers follow although the folders are mapped."""
+    assert not [
+        f"{at(module, found.line)}: {wrong}"
+        for module in MODULES
+        for found in imports_of(module)
+        if (wrong := wrongly_written(module, found))
+    ]
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
@@ -274,48 +286,88 @@ def keywords(call: ast.Call) -> dict[str, str]:
     return {keyword.arg or "**": ast.unparse(keyword.value) for keyword in call.keywords}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_nothing_is_unpickled_or_handed_to_a_shell(module: str) -> None:
-    forbidden = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load", "joblib.load"}
-    for name, call in calls(module):
-        here = f"line {call.lineno}: {ast.unparse(call)[:80]}"
-        given = keywords(call)
-        assert name not in forbidden, here
-        if name == "torch.load":
-            assert given.get("weights_only") == "True", here
-        if name.endswith("np.load") or name == "numpy.load":
-            assert given.get("allow_pickle") == "False", here
-        assert given.get("shell", "False") == "False", here
-        assert given.get("trust_remote_code", "False") == "False", here
-        assert given.get("allow_pickle", "False") == "False", here
-        assert given.get("weights_only", "True") == "True", here
-    modules = {found.module.partition(".")[0] for found in imports_of(module)}
-    assert not modules & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+FORBIDDEN = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load", "joblib.load"}
+PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_options_in_dictionaries_trust_no_remote_code(module: str) -> None:
-    for node in ast.walk(TREES[module]):
-        if isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value in ("trust_remote_code", "shell", "allow_pickle"):
-                    assert ast.unparse(value) == "False", f"line {node.lineno}"
+def unsafe(name: str, call: ast.Call) -> bool:
+    """Whether a call runs what it reads, or hands it to a shell."""
+    given = keywords(call)
+    return (
+        name in FORBIDDEN
+        or (name == "torch.load" and given.get("weights_only") != "True")
+        or ((name.endswith("np.load") or name == "numpy.load") and given.get("allow_pickle") != "False")
+        or any(given.get(key, "False") != "False" for key in ("shell", "trust_remote_code", "allow_pickle"))
+        or given.get("weights_only", "True") != "True"
+    )
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_a_docstring(module: str) -> None:
-    text = ast.get_docstring(TREES[module])
-    if SOURCES[module].name == "__init__.py" and not TREES[module].body:
-        return
-    assert text, "a module needs a docstring"
-    assert text.split("\n\n")[0].rstrip().endswith((".", ":")), "a docstring ends with a full stop"
+def test_nothing_is_unpickled_or_handed_to_a_shell() -> None:
+    assert not [
+        f"{at(module, call.lineno)}: {ast.unparse(call)[:80]}"
+        for module in MODULES
+        for name, call in calls(module)
+        if unsafe(name, call)
+    ]
+    assert not [
+        f"{at(module, found.line)} imports {found.module}"
+        for module in MODULES
+        for found in imports_of(module)
+        if found.module.partition(".")[0] in PICKLING
+    ]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_public_functions_have_docstrings(module: str) -> None:
-    for node in TREES[module].body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"line {node.lineno}: {node.name}"
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval(text)",
+        "pickle.load(file)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "subprocess.run(command, shell=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=trusted)",
+    ],
+)
+def test_the_audit_sees_an_unsafe_call(line: str) -> None:
+    call = ast.parse(line, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert unsafe(ast.unparse(call.func), call)
+
+
+def test_options_in_dictionaries_trust_no_remote_code() -> None:
+    assert not [
+        f"{at(module, node.lineno)}: {key.value} = {ast.unparse(value)}"
+        for module in MODULES
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant)
+        and key.value in ("trust_remote_code", "shell", "allow_pickle")
+        and ast.unparse(value) != "False"
+    ]
+
+
+def test_every_module_says_what_it_is() -> None:
+    """It begins with a docstring whose first paragraph is a sentence."""
+    assert not [
+        at(module, 1)
+        for module in MODULES
+        if (TREES[module].body or SOURCES[module].name != "__init__.py")
+        and not (ast.get_docstring(TREES[module]) or "").split("\n\n")[0].rstrip().endswith((".", ":"))
+    ]
+
+
+def test_public_functions_have_docstrings() -> None:
+    assert not [
+        f"{at(module, node.lineno)}: {node.name}"
+        for module in MODULES
+        for node in TREES[module].body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
 
 
 def test_no_vague_module_names() -> None:

@@ -24,6 +24,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+VERSION = PROJECT["project"]["version"]
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 FOLDERS = {"nayer_edge": "nayer_edge", "export": "nayer_edge/export", "pipelines": "nayer_edge/pipelines"}
 JUNK = shutil.ignore_patterns("__pycache__", "*.pyc")
@@ -119,7 +120,7 @@ def test_package_data_is_complete(wheel: Path) -> None:
 
 
 def test_the_wheels_metadata(wheel: Path) -> None:
-    assert wheel.name == "nayer_edge-0.1.0-py3-none-any.whl"
+    assert wheel.name == f"nayer_edge-{VERSION}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         held = {name.partition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
         assert "licenses/LICENSE" in held
@@ -145,7 +146,7 @@ def test_the_base_install_outside_the_checkout(base: Path, tiny_run: Path, tmp_p
     assert (done.returncode, done.stderr) == (0, "")
     assert "quickstart" in done.stdout
     done = outside(base, "--version", cwd=tmp_path)
-    assert done.stdout == "0.1.0\n"
+    assert done.stdout == f"{VERSION}\n"
     done = outside(base, "recipes", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     shipped = {path.stem for path in (ROOT / "pipelines" / "recipes").glob("[!_]*.toml")}
@@ -302,7 +303,7 @@ def test_what_git_ignores(name: str) -> None:
 def test_the_version_is_one(run_version: Callable[[], str]) -> None:
     import nayer_edge
 
-    assert nayer_edge.__version__ == PROJECT["project"]["version"] == run_version()
+    assert nayer_edge.__version__ == VERSION == run_version()
 
 
 @pytest.fixture

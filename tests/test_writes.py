@@ -75,13 +75,13 @@ def unsanctioned(path: Path) -> list[str]:
             for node in ast.walk(f)
         )
         if writes(call) and where not in SANCTIONED and not scratch and not into_memory_or_temporary(call, around):
-            found.append(f"line {call.lineno}: {ast.unparse(call)[:90]}")
+            found.append(f"{where[0]}:{call.lineno}: {ast.unparse(call)[:90]}")
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_write_is_atomic(path: Path) -> None:
-    assert unsanctioned(path) == []
+def test_every_write_is_atomic() -> None:
+    assert len(SOURCES) > 40
+    assert not [write for path in SOURCES for write in unsanctioned(path)]
 
 
 @pytest.mark.parametrize(

@@ -74,15 +74,22 @@ def beta_tails(x: float, a: float, b: float) -> tuple[float, float]:
 
 def _log_front(x: float, a: float, b: float) -> float:
     """ln(xᵃ (1 − x)ᵇ / B(a, b)), arranged so that nothing large cancels (after Loader's binomial density)."""
-    excess = x * (a + b) - a
+    # 1 − x is exact from ½ upwards, and the difference loses nothing however unequal a and b are.
+    rest = 1 - x
+    excess = b * x - a * rest
     return (
-        a * math.log(x * (a + b) / a)
-        + b * math.log1p(-excess / b)
+        a * _log_of_ratio(x * (a + b) / a, excess / a)
+        + b * _log_of_ratio(rest * (a + b) / b, -excess / b)
         + 0.5 * math.log(a / (a + b) * b / (2 * math.pi))
         + _stirling_error(a + b)
         - _stirling_error(a)
         - _stirling_error(b)
     )
+
+
+def _log_of_ratio(ratio: float, excess: float) -> float:
+    """ln(ratio), where excess = ratio − 1: from whichever of the two is known with more digits."""
+    return math.log1p(excess) if abs(excess) < 0.5 else math.log(ratio)
 
 
 def _stirling_error(x: float) -> float:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import typer
 
+import nayer_edge
 from nayer_edge.errors import UsageError
 from nayer_edge.pipelines.cli import app
 from nayer_edge.pipelines.recipes.loading import recipe_of, shipped
@@ -125,12 +126,12 @@ def test_every_command_has_json(name: str) -> None:
 
 
 def test_version(invoke: Invoke) -> None:
-    assert invoke("--version").out == "0.1.0\n"
+    assert invoke("--version").out == f"{nayer_edge.__version__}\n"
 
 
 def test_no_command_shows_help(invoke: Invoke) -> None:
     assert "Usage: nayer-edge" in invoke().out
-    assert "lte show" in invoke("lte").out or "show" in invoke("lte").out
+    assert "show" in invoke("lte").out
 
 
 # The base install
@@ -639,7 +640,7 @@ def test_any_class_names_from_recipe_to_gate(invoke: Invoke, named: Path, monkey
     assert all(line.startswith("::error ") for line in answer.out.splitlines() if line.startswith("::"))
     junit = (named / "j.xml").read_text(encoding="utf-8")
     assert_inert(junit)
-    assert "script" in ET.parse(named / "j.xml").getroot().findtext(".//failure[@type='fail']", "") or "script" in junit
+    assert "script" in junit
     assert_inert((named / "s.md").read_text(encoding="utf-8"))
     assert "\\u001b" not in (named / "v.json").read_text(encoding="utf-8")
 

@@ -91,7 +91,8 @@ def test_a_second_run_keeps_every_step(finished: Path) -> None:
 
 def test_a_changed_limit_makes_only_gate_and_page_anew(finished: Path) -> None:
     before = manifest(finished)
-    assert made(again(finished, "gate.accuracy.max_drop_vs_teacher=1.0")) == ["gate", "report"]
+    limits = [f"gate.accuracy.max_drop_vs_{reference}=1.0" for reference in ("fp32", "teacher")]
+    assert made(again(finished, *limits)) == ["gate", "report"]
     assert json.loads((finished / "gate" / "verdict.json").read_text())["verdict"] == "pass"
     after = manifest(finished)
     assert after.recipe["gate"]["accuracy"]["max_drop_vs_teacher"] == 1.0
@@ -175,7 +176,7 @@ def test_changed_training_is_refused(finished: Path, setting: str, named: str) -
 
 @pytest.mark.parametrize(
     ("setting", "named"),
-    [("distill.steps=3", "distill.steps: 4 → 3"), ("lte.encoder=onehot", "→ onehot")],
+    [("distill.steps=3", "distill.steps: 20 → 3"), ("lte.encoder=onehot", "→ onehot")],
 )
 def test_what_was_begun_with_other_settings_is_not_thrown_away(
     setting: str, named: str, tiny_run: Path, tmp_path: Path
@@ -234,6 +235,7 @@ def start(tiny_run: Path, root: Path) -> subprocess.Popen[bytes]:
 
 def leaves(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
     """The settings that make the digits recipe the tiny one."""
+    yield "precision", values["precision"]
     for section in ("teach", "synthesis", "distill", "export"):
         for key, value in values[section].items():
             if isinstance(value, int | float | str):

@@ -1,4 +1,4 @@
-"""The gate's statistics: against SciPy and statsmodels, by exact enumeration, and over simulated releases."""
+"""The gate's statistics: against SciPy and statsmodels, and by exact enumeration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special, stats
 from statsmodels.stats.multitest import multipletests
@@ -27,8 +27,6 @@ from nayer_edge.pipelines.gate.statistics import (
     images_to_decide_rate,
     score_upper,
 )
-
-RELEASES = 20_000
 
 
 def counts_of(n: int) -> list[int]:
@@ -57,16 +55,13 @@ def test_clopper_pearson_is_binomtests_and_statsmodels(k: int, n: int) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.floats(1e-9, 1 - 1e-9),
-    st.floats(0.05, 1e6),
-    st.floats(0.05, 1e6),
-)
+@example(0.9999999989999999, 318455.5, 1.0)
+@given(st.floats(1e-9, 1 - 1e-9), st.floats(0.05, 1e6), st.floats(0.05, 1e6))
 def test_incomplete_beta_function(x: float, a: float, b: float) -> None:
-    # Ill-conditioned where x is within 1e-9 of an end and a or b is large: there both sides are good to about 1e-8.
+    """The smaller tail, too, although the other one is 1 in floating point. Below 1e-200 SciPy loses digits."""
     lower, upper = beta_tails(x, a, b)
-    assert lower == pytest.approx(special.betainc(a, b, x), rel=1e-7, abs=1e-12)
-    assert upper == pytest.approx(special.betaincc(a, b, x), rel=1e-7, abs=1e-12)
+    assert lower == pytest.approx(special.betainc(a, b, x), rel=1e-9, abs=1e-200)
+    assert upper == pytest.approx(special.betaincc(a, b, x), rel=1e-9, abs=1e-200)
 
 
 def test_beta_tails_at_the_ends() -> None:
@@ -211,14 +206,22 @@ def fewest_lost_that_fail(gained: int, n: int, limit: float, alpha: float) -> in
     return high
 
 
-def chance_of_passing(n: int, gained_rate: float, drop: float, limit: float, alpha: float) -> float:
-    """Exact probability of a pass: a sum over gained of binomial probabilities; the trinomial, factored."""
+def chances(n: int, gained_rate: float, drop: float, limit: float, alpha: float) -> tuple[float, float]:
+    """Exact probabilities of a pass and of a fail: sums over gained of binomial ones; the trinomial, factored."""
     spread = 9 * math.sqrt(n * gained_rate) + 12
     gained = np.arange(max(0, int(n * gained_rate - spread)), min(n, int(n * gained_rate + spread)) + 1)
     most = np.array([most_lost_that_pass(int(g), n, limit, alpha) for g in gained])
+    fewest = np.array([fewest_lost_that_fail(int(g), n, limit, alpha) for g in gained])
+    assert (most < fewest).all(), "never both"
     rest = min(1.0, (gained_rate + drop) / (1 - gained_rate))
-    chances = stats.binom.pmf(gained, n, gained_rate) * stats.binom.cdf(most, n - gained, rest)
-    return float(chances.sum())
+    weights = stats.binom.pmf(gained, n, gained_rate)
+    passing = weights * stats.binom.cdf(most, n - gained, rest)
+    failing = weights * stats.binom.sf(fewest - 1, n - gained, rest)
+    return float(passing.sum()), float(failing.sum())
+
+
+def chance_of_passing(n: int, gained_rate: float, drop: float, limit: float, alpha: float) -> float:
+    return chances(n, gained_rate, drop, limit, alpha)[0]
 
 
 @pytest.mark.parametrize(
@@ -231,12 +234,12 @@ def chance_of_passing(n: int, gained_rate: float, drop: float, limit: float, alp
         (600, 0.015, 0.2),
     ],
 )
-def test_false_passes_enumerated(n: int, limit: float, alpha: float) -> None:
-    """The drop equals the limit: whatever is gained beside it, a pass is at most alpha likely (exactly)."""
+def test_false_verdicts_enumerated(n: int, limit: float, alpha: float) -> None:
+    """The drop equals the limit: whatever is gained beside it, a pass and a fail are at most alpha likely (exactly)."""
     largest = (1 - limit) / 2
     rates = [0.0, *np.geomspace(0.05 / n, largest if n <= 100 else 30 / n, 14)]
-    worst = max(chance_of_passing(n, rate, limit, limit, alpha) for rate in rates)
-    assert worst <= alpha * (1 + 1e-9)
+    for rate in rates:
+        assert max(chances(n, rate, limit, limit, alpha)) <= alpha * (1 + 1e-9), rate
 
 
 def test_enumeration_is_exact_where_it_can_be_checked() -> None:
@@ -250,47 +253,14 @@ def test_enumeration_is_exact_where_it_can_be_checked() -> None:
     assert chance_of_passing(n, gained_rate, drop, 0.1, 0.1) == pytest.approx(total, rel=1e-10)
 
 
-@pytest.mark.parametrize(("n", "limit"), [(100, 0.05), (600, 0.015), (1000, 0.015), (10_000, 0.005)])
-@pytest.mark.parametrize("gained_rate", [0.0, 0.001, 0.01, 0.05])
-def test_simulated_releases(n: int, limit: float, gained_rate: float) -> None:
-    """20,000 releases per setting, alpha 5 %; tolerance of a rate: 4 standard errors of 5 %, 0.62 points.
-
-    `pytest -s` shows the power.
-    """
-    alpha = 0.05
-    tolerance = 4 * math.sqrt(alpha * (1 - alpha) / RELEASES)
-    random = np.random.default_rng([n, int(1e6 * gained_rate)])
-    rates = {}
-    for share in (0.0, 0.2, 0.95, 1.0, 1.05, 2.0):
-        lost_rate = gained_rate + share * limit
-        draws = random.multinomial(n, [lost_rate, gained_rate, 1 - lost_rate - gained_rate], size=RELEASES)
-        gained_seen = np.unique(draws[:, 1])
-        most = np.zeros(n + 1, dtype=int)
-        fewest = np.zeros(n + 1, dtype=int)
-        for gained in gained_seen:
-            most[gained] = most_lost_that_pass(int(gained), n, limit, alpha)
-            fewest[gained] = fewest_lost_that_fail(int(gained), n, limit, alpha)
-        passed = float((draws[:, 0] <= most[draws[:, 1]]).mean())
-        failed = float((draws[:, 0] >= fewest[draws[:, 1]]).mean())
-        rates[share] = passed, failed
-        assert not (draws[:, 0] <= most[draws[:, 1]])[draws[:, 0] >= fewest[draws[:, 1]]].any()
-    shown = ", ".join(f"{share:g}×: {100 * p:.1f} % / {100 * f:.1f} %" for share, (p, f) in rates.items())
-    print(f"n={n} limit={limit} gained={gained_rate}: pass/fail at true drop of limit {shown}")
-    for share, (passed, failed) in rates.items():
-        if share >= 1:
-            assert passed <= alpha + tolerance, "a model that is too bad must not pass"
-        if share <= 1:
-            assert failed <= alpha + tolerance, "a model that is good enough must rarely fail"
-    assert rates[0.2][1] <= rates[1.0][1] + tolerance
-    assert rates[0.0][0] >= rates[0.2][0] - tolerance >= rates[1.0][0] - 3 * tolerance
-
-
 def test_power_where_it_matters() -> None:
-    """A release without any true drop: exact chances to pass, so that a blunter bound is noticed."""
+    """Exact chances to pass without any true drop, and to fail with a large one, so that a blunter bound is noticed."""
     assert chance_of_passing(600, 0.0, 0.0, 0.015, 0.05) == pytest.approx(1)
     assert chance_of_passing(600, 0.002, 0.0, 0.015, 0.05) > 0.97
     assert chance_of_passing(10_000, 0.01, 0.0, 0.005, 0.05) > 0.9
     assert chance_of_passing(10_000, 0.01, 0.001, 0.005, 0.05) > 0.7
+    assert chances(600, 0.002, 0.045, 0.015, 0.05)[1] > 0.8
+    assert chances(10_000, 0.001, 0.01, 0.005, 0.05)[1] > 0.98
 
 
 @pytest.mark.parametrize(
