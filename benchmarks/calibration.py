@@ -4,7 +4,7 @@
     NAYER_EDGE_DATA=… python benchmarks/calibration.py runs/cifar10-… --sizes 512 --json …
 
 For each seed, images are drawn once: fresh rounds of the run's generator, the real training images (for this comparison
-only; no artefact is made from them), and uniform noise, which is what tools without images suggest. The first n of them
+only; no artifact is made from them), and uniform noise, which is what tools without images suggest. The first n of them
 calibrate; everything else, the choice among the four methods by agreement on one synthetic hold-out included, is what
 `export --int8` does. Accuracy is measured on the run's real hold-out. A default may be chosen from the column
 `synthetic agreement` alone.

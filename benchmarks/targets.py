@@ -48,11 +48,11 @@ def of_run(run: RunFolder) -> dict[str, Any]:
         "teacher_top1": report["teacher"]["top1"],
         "engine_seconds": steps["engine"].seconds if "engine" in steps else None,
         "settings": {key: run.manifest.recipe[key] for key in ("synthesis", "distill")},
-        "artefacts": [of_artefact(found) for found in report["artifacts"]],
+        "artefacts": [of_artifact(found) for found in report["artifacts"]],
     }
 
 
-def of_artefact(found: dict[str, Any]) -> dict[str, Any]:
+def of_artifact(found: dict[str, Any]) -> dict[str, Any]:
     """Its figures, and the drop against FP32 in points with both one-sided bounds."""
     keys = (
         "name", "status", "reason", "precision_verified", "top1", "agreement", "int8_coverage", "speedup_vs_fp32",
@@ -73,11 +73,11 @@ def of_artefact(found: dict[str, Any]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Markdown; what was not measured stays empty, with the reason in the JSON."""
     lines = [
-        "| student | artefact | status | top-1, % | drop, points (95 % bounds) | INT8 coverage, % | speed-up | kB |",
+        "| student | artifact | status | top-1, % | drop, points (95 % bounds) | INT8 coverage, % | speed-up | kB |",
         "|---|---|---|--:|--:|--:|--:|--:|",
     ]
     for run in result["runs"]:
-        for found in run["artefacts"]:
+        for found in run["artifacts"]:
             drop = found["drop_points"]
             bounds = (
                 f" ({found['drop_lower_points']:+.2f} … {found['drop_upper_points']:+.2f})" if drop is not None else ""

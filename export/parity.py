@@ -1,4 +1,4 @@
-"""Compares the outputs that two artefacts gave for the same images."""
+"""Compares the outputs that two artifacts gave for the same images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from nayer_edge.errors import UsageError
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of an artefact's predictions with those of a reference.
+    """Agreement of an artifact's predictions with those of a reference.
 
     Attributes:
         n: number of images.
         top1: fraction of images with the same class; an image with a NaN or infinite logit never agrees.
-        mean_kl: mean KL(reference ‖ artefact) of softmax outputs, nats; infinite if a logit is not finite.
+        mean_kl: mean KL(reference ‖ artifact) of softmax outputs, nats; infinite if a logit is not finite.
     """
 
     n: int

@@ -1,4 +1,4 @@
-"""Runs an artefact on images: torch, ONNX Runtime with a named provider, TensorRT."""
+"""Runs an artifact on images: torch, ONNX Runtime with a named provider, TensorRT."""
 
 from __future__ import annotations
 

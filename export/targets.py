@@ -23,7 +23,7 @@ class Target:
 
     Attributes:
         name: value of --target.
-        runtime: runs the artefact.
+        runtime: runs the artifact.
         activations: integer type of activations.
         symmetric: activations have zero point 0 (TensorRT's parser rejects any other).
         weights: integer type of weights; always symmetric, with one scale per output channel.

@@ -320,14 +320,14 @@ def _timed(report: ArtifactReport, timing: Timing) -> ArtifactReport:
     )
 
 
-def count_pairs(reference: np.ndarray, artefact: np.ndarray) -> Paired:
+def count_pairs(reference: np.ndarray, artifact: np.ndarray) -> Paired:
     """The four paired counts of two boolean arrays "correct per image"."""
     return Paired(
         n=len(reference),
-        both_right=int((reference & artefact).sum()),
-        lost=int((reference & ~artefact).sum()),
-        gained=int((~reference & artefact).sum()),
-        both_wrong=int((~reference & ~artefact).sum()),
+        both_right=int((reference & artifact).sum()),
+        lost=int((reference & ~artifact).sum()),
+        gained=int((~reference & artifact).sum()),
+        both_wrong=int((~reference & ~artifact).sum()),
     )
 
 
@@ -357,8 +357,8 @@ def _numbers(report: Report) -> dict[str, float | int | str | None]:
     numbers: dict[str, float | int | str | None] = {"images": report.dataset.n, "kind": report.dataset.kind}
     if report.teacher.top1 is not None:
         numbers["teacher top-1"] = round(report.teacher.top1, 4)
-    for artefact in report.artifacts:
-        value = artefact.top1 if artefact.top1 is not None else artefact.agreement
-        what = "top-1" if artefact.top1 is not None else "synthetic agreement"
-        numbers[f"{artefact.name} {what}"] = None if value is None else round(value, 4)
+    for artifact in report.artifacts:
+        value = artifact.top1 if artifact.top1 is not None else artifact.agreement
+        what = "top-1" if artifact.top1 is not None else "synthetic agreement"
+        numbers[f"{artifact.name} {what}"] = None if value is None else round(value, 4)
     return numbers

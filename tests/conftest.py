@@ -24,7 +24,7 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.register_profile("random", database=None, print_blob=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
-# The shapes in these modules' signatures are executed, in tests only. (A name that is not there is ignored silently.)
+# In tests, the shape annotations of these modules are checked at run time. The hook ignores modules that do not exist.
 SHAPED = ("augment", "batchnorm", "cached_views", "evaluate", "generator", "losses", "memory_bank", "optimizers",
           "synthesis")  # fmt: skip
 CORE = Path(__file__).resolve().parents[1] / "nayer_edge"
@@ -35,8 +35,8 @@ install_import_hook([f"nayer_edge.{module}" for module in SHAPED], "beartype.bea
 os.environ["COLUMNS"] = "80"
 os.environ.pop("FORCE_COLOR", None)
 
-# In float32, and with steps enough for the student to tell classes apart: what it answers then hangs neither on the
-# processor nor on luck, and what the tests compare is not one class everywhere.
+# In float32, and with enough steps for the student to tell classes apart: its outputs then depend neither on the
+# processor nor on chance, and are not one class everywhere.
 TINY = (
     "precision=fp32",
     "distill.epochs=3",

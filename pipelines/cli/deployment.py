@@ -140,7 +140,7 @@ def bench(
         print_json([vars(timing) for timing in timings])
         return
     table = Table(box=None, pad_edge=False)
-    table.add_column("artefact")
+    table.add_column("artifact")
     for heading in ("batch", "threads", "p50 ms", "p95 ms", "p99 ms", "images/s", "× FP32"):
         table.add_column(heading, justify="right")
     for timing in timings:

@@ -1,7 +1,7 @@
 """The release before: pairs a run with it image by image.
 
 Two reports whose hold-outs have the same digest saw the same images in the same order, and each states which of them
-its artefacts classified correctly, one bit per image. Reports of different images are refused rather than compared
+its artifacts classified correctly, one bit per image. Reports of different images are refused rather than compared
 loosely: no bound computed from their counts says how much harder one set of images is than another.
 """
 
@@ -23,7 +23,7 @@ from .policy import make_references
 
 
 def load_baseline(references: Path, run: RunFolder, report: Report, artifacts: Iterable[str]) -> Baseline:
-    """Pairs artefacts of a run with those of the run that a references file names.
+    """Pairs artifacts of a run with those of the run that a references file names.
 
     Args:
         references: `references.toml`.
@@ -114,7 +114,7 @@ def _measured(report: Report) -> dict[str, ArtifactReport]:
 
 
 def _correct(artifact: ArtifactReport, report: Report, folder: Path) -> int:
-    """The images that an artefact classified correctly, as the bits of one number; the first image is the highest.
+    """The images that an artifact classified correctly, as the bits of one number; the first image is the highest.
 
     Raises:
         UsageError: an older version wrote the report, without them.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 FP32 = "fp32"
-"""name of the artefact that parity is checked on, and that speed and accuracy are compared with"""
+"""name of the artifact that parity is checked on, and that speed and accuracy are compared with"""
 
 _NAMED_CLASSES = 3
 
@@ -70,7 +70,7 @@ class Baseline:
     Attributes:
         name: of its folder.
         report_sha256: of its report.json.
-        paired: artefact → counts, the baseline's artefact of the same name being the reference.
+        paired: artifact → counts, the baseline's artifact of the same name being the reference.
     """
 
     name: str
@@ -114,11 +114,11 @@ def judge(report: Report, policy: Policy, baseline: Baseline | None = None) -> V
 
     Args:
         report: what `validate` measured.
-        policy: what an artefact must satisfy.
+        policy: what an artifact must satisfy.
         baseline: the release before; where the policy limits the drop against it and there is none, that check fails.
 
     Returns:
-        The verdict, with the checks in the order of the policy's artefacts.
+        The verdict, with the checks in the order of the policy's artifacts.
     """
     names = dict.fromkeys(policy.artifacts)
     checks = [check for name in names for check in _judge_artifact(report, policy, baseline, name)]
@@ -167,13 +167,13 @@ def _judge_artifact(report: Report, policy: Policy, baseline: Baseline | None, n
 
 
 def _find(report: Report, name: str) -> ArtifactReport | str:
-    """The artefact of this name, or a sentence that says why there is none."""
+    """The artifact of this name, or a sentence that says why there is none."""
     known = [artifact.name for artifact in report.artifacts]
     if name not in known:
         held = f"it has {', '.join(known)}" if known else "it has none"
-        return f"The report has no artefact '{name}' ({held}).{nearest(name, known)}"
+        return f"The report has no artifact '{name}' ({held}).{nearest(name, known)}"
     if known.count(name) > 1:
-        return f"The report has {known.count(name)} artefacts named '{name}', so none of them can be checked."
+        return f"The report has {known.count(name)} artifacts named '{name}', so none of them can be checked."
     return report.artifacts[known.index(name)]
 
 
@@ -230,7 +230,7 @@ def _drop_vs_baseline(baseline: Baseline | None, artifact: ArtifactReport, limit
         )
         return Check(name, artifact.name, None, None, limit, "fail", detail)
     if artifact.name not in baseline.paired:
-        detail = f"The baseline '{baseline.name}' has no measured artefact '{artifact.name}' to compare with."
+        detail = f"The baseline '{baseline.name}' has no measured artifact '{artifact.name}' to compare with."
         return Check(name, artifact.name, None, None, limit, "fail", detail)
     return _drop(name, f"the baseline '{baseline.name}'", artifact, baseline.paired[artifact.name], limit, alpha)
 

@@ -1,7 +1,7 @@
 """Paired non-inferiority statistics of the gate, in the standard library.
 
-A reference and an artefact classify the same n images. *Lost* are the images that the reference gets right
-and the artefact wrong, *gained* the opposite, and
+A reference and an artifact classify the same n images. *Lost* are the images that the reference gets right
+and the artifact wrong, *gained* the opposite, and
 
     drop = (lost − gained) / n.
 

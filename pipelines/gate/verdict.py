@@ -99,7 +99,7 @@ def load_report(run: RunFolder) -> Report:
     path = run.path(REPORT_PATH)
     again = f"Type: nayer-edge validate {shlex.quote(str(run.root))}"
     if not path.exists() and not run.manifest.steps.keys() >= {"student", "int8"}:
-        missing = "student" if "student" not in run.manifest.steps else "INT8 artefact"
+        missing = "student" if "student" not in run.manifest.steps else "INT8 artifact"
         raise UsageError(
             f"{run.root} has not been validated.", f"It has no {missing} yet.", f"Type: nayer-edge run {run.typed}"
         )
@@ -241,7 +241,7 @@ def summary_markdown(verdict: Verdict) -> str:
     lines = [
         f"### nayer-edge gate: {wording.MARK[verdict.verdict]} {verdict.verdict}",
         "",
-        "| | Check | Artefact | Observed | Bound | Limit | |",
+        "| | Check | Artifact | Observed | Bound | Limit | |",
         "|---|---|---|--:|--:|--:|---|",
     ]
     for check in verdict.checks:
@@ -314,7 +314,7 @@ def verdict_table(verdict: Verdict) -> Group:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     table.add_column("Check", overflow="fold")
-    table.add_column("Artefact", overflow="fold")
+    table.add_column("Artifact", overflow="fold")
     for heading in ("Observed", "Bound", "Limit"):
         table.add_column(heading, justify="right", no_wrap=True)
     sentences = Table.grid(padding=(0, 1, 0, 0))

@@ -100,16 +100,16 @@ def promise(dataset: Dataset) -> tuple[str, ...]:
     """What measurements on these images can and cannot show; one sentence or two each."""
     if dataset.kind == "holdout":
         return (
-            "Teacher, student and all artefacts were evaluated on the same labelled images. These were used for "
+            "Teacher, student and all artifacts were evaluated on the same labelled images. These were used for "
             "nothing else: not for training the student, calibration or model selection.",
             "The bounds hold for images like these. They say nothing about other cameras, sites or classes.",
         )
     return (
         "These images are synthetic: newly drawn from the trained generator, and in neither the memory bank nor the "
         "calibration set. They have no true class, so the teacher's answer is used instead.",
-        "What this verdict can promise: on images like these, the artefact answers as its teacher does, and shows no "
+        "What this verdict can promise: on images like these, the artifact answers as its teacher does, and shows no "
         "damage from export or quantization.",
-        "What it cannot promise: any accuracy on real images. Teacher and artefact may make the same mistakes, and "
+        "What it cannot promise: any accuracy on real images. Teacher and artifact may make the same mistakes, and "
         "real images may be harder than these. Even a few hundred labelled real images would show it.",
     )
 

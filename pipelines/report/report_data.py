@@ -38,40 +38,40 @@ COMPARED_CLASSES = 4096
 
 
 def focus_of(config: Recipe, report: Report) -> ArtifactReport | None:
-    """The artefact that the page shows in detail: the first in the policy that was measured, else the last measured."""
-    measured = [artefact for artefact in report.artifacts if artefact.status == "measured"]
-    judged = [artefact for name in config.gate.artifacts for artefact in measured if artefact.name == name]
+    """The artifact that the page shows in detail: the first in the policy that was measured, else the last measured."""
+    measured = [artifact for artifact in report.artifacts if artifact.status == "measured"]
+    judged = [artifact for name in config.gate.artifacts for artifact in measured if artifact.name == name]
     return next(iter(judged), measured[-1] if measured else None)
 
 
 def headline(config: Recipe, report: Report) -> list[dict[str, Any]]:
-    """A few figures of each measured artefact in the policy; each names its place in report.json."""
+    """A few figures of each measured artifact in the policy; each names its place in report.json."""
     found = []
-    for number, artefact in enumerate(report.artifacts):
-        if artefact.name in config.gate.artifacts and artefact.status == "measured":
-            found.append({"name": artefact.name, "tiles": list(_tiles(f"/artifacts/{number}", artefact, report))})
+    for number, artifact in enumerate(report.artifacts):
+        if artifact.name in config.gate.artifacts and artifact.status == "measured":
+            found.append({"name": artifact.name, "tiles": list(_tiles(f"/artifacts/{number}", artifact, report))})
     return found[:3]
 
 
-def _tiles(at: str, artefact: ArtifactReport, report: Report) -> Any:
-    if artefact.top1 is not None:
+def _tiles(at: str, artifact: ArtifactReport, report: Report) -> Any:
+    if artifact.top1 is not None:
         teacher = f"teacher {wording.percent(report.teacher.top1)}"
-        yield {"what": "Top-1", "at": f"{at}/top1", "value": artefact.top1, "note": teacher} | _shown(artefact.top1)
-    if artefact.agreement is not None:
+        yield {"what": "Top-1", "at": f"{at}/top1", "value": artifact.top1, "note": teacher} | _shown(artifact.top1)
+    if artifact.agreement is not None:
         n = f"{report.dataset.n:,}"
         on = f"on {n} synthetic images" if report.dataset.kind == "synthetic" else f"on the same {n} images"
-        tile = {"what": "Agrees with the teacher", "at": f"{at}/agreement", "value": artefact.agreement}
-        yield tile | {"note": on} | _shown(artefact.agreement)
-    if artefact.latency_ms is not None:
-        speed = f"{artefact.speedup_vs_fp32:.2f} × the speed of FP32" if artefact.speedup_vs_fp32 else "at batch 1"
-        text = f"{wording.milliseconds(artefact.latency_ms.p50)} ms"
-        p50 = {"at": f"{at}/latency_ms/p50", "value": artefact.latency_ms.p50}
+        tile = {"what": "Agrees with the teacher", "at": f"{at}/agreement", "value": artifact.agreement}
+        yield tile | {"note": on} | _shown(artifact.agreement)
+    if artifact.latency_ms is not None:
+        speed = f"{artifact.speedup_vs_fp32:.2f} × the speed of FP32" if artifact.speedup_vs_fp32 else "at batch 1"
+        text = f"{wording.milliseconds(artifact.latency_ms.p50)} ms"
+        p50 = {"at": f"{at}/latency_ms/p50", "value": artifact.latency_ms.p50}
         yield {"what": "Median latency", **p50, "text": text, "note": speed}
-    if artefact.size_bytes is not None:
+    if artifact.size_bytes is not None:
         fp32 = next((a.size_bytes for a in report.artifacts if a.name == "fp32" and a.size_bytes), None)
-        smaller = f"{fp32 / artefact.size_bytes:.1f} × smaller than FP32" if fp32 else "on disk"
-        place = {"at": f"{at}/size_bytes", "value": artefact.size_bytes}
-        yield {"what": "Size", **place, "text": wording.size(artefact.size_bytes), "note": smaller}
+        smaller = f"{fp32 / artifact.size_bytes:.1f} × smaller than FP32" if fp32 else "on disk"
+        place = {"at": f"{at}/size_bytes", "value": artifact.size_bytes}
+        yield {"what": "Size", **place, "text": wording.size(artifact.size_bytes), "note": smaller}
 
 
 def _shown(rate: float) -> dict[str, str]:
@@ -79,16 +79,16 @@ def _shown(rate: float) -> dict[str, str]:
 
 
 def drops(config: Recipe, report: Report) -> dict[str, dict[str, str]]:
-    """Per artefact: the bounds of its drops against FP32 and teacher and of its agreement, as text."""
+    """Per artifact: the bounds of its drops against FP32 and teacher and of its agreement, as text."""
     alpha = round(1 - config.gate.accuracy.confidence, 12)
     found = {}
-    for artefact in report.artifacts:
-        mine = {"vs_fp32": artefact.paired.vs_fp32, "vs_teacher": artefact.paired.vs_teacher}
-        found[artefact.name] = {key: _drop_bounds(paired, alpha) for key, paired in mine.items()}
-        if artefact.agreement is not None:
-            n, same = report.dataset.n, round(artefact.agreement * report.dataset.n)
+    for artifact in report.artifacts:
+        mine = {"vs_fp32": artifact.paired.vs_fp32, "vs_teacher": artifact.paired.vs_teacher}
+        found[artifact.name] = {key: _drop_bounds(paired, alpha) for key, paired in mine.items()}
+        if artifact.agreement is not None:
+            n, same = report.dataset.n, round(artifact.agreement * report.dataset.n)
             low, high = binomial_lower(same, n, alpha), binomial_upper(same, n, alpha)
-            found[artefact.name]["agreement"] = f"{100 * low:.2f} … {100 * high:.2f}"
+            found[artifact.name]["agreement"] = f"{100 * low:.2f} … {100 * high:.2f}"
     return found
 
 
@@ -102,12 +102,12 @@ def _drop_bounds(paired: Paired | None, alpha: float) -> str:
 def comparison(report: Report) -> dict[str, list[dict[str, Any]]]:
     """Bars of wrong answers in %, latency in ms and size; empty where nothing was measured."""
     synthetic = report.dataset.kind == "synthetic"
-    measured = [artefact for artefact in report.artifacts if artefact.status == "measured"]
+    measured = [artifact for artifact in report.artifacts if artifact.status == "measured"]
     rates = [("student", report.student.agreement if synthetic else report.student.top1, 2)]
     if not synthetic:
         rates.insert(0, ("teacher", report.teacher.top1, 3))
-    rates += [(artefact.name, artefact.agreement if synthetic else artefact.top1, 1) for artefact in measured]
-    timed = [(artefact.name, artefact.latency_ms) for artefact in measured if artefact.latency_ms is not None]
+    rates += [(artifact.name, artifact.agreement if synthetic else artifact.top1, 1) for artifact in measured]
+    timed = [(artifact.name, artifact.latency_ms) for artifact in measured if artifact.latency_ms is not None]
     return {
         "errors": charts.bars(
             [
@@ -178,10 +178,10 @@ def _members(pairs: Sequence[tuple[int, int]], most: int) -> list[int]:
 
 
 def predictions_of(run: RunFolder, config: Recipe, report: Report, focus: ArtifactReport | None) -> dict[str, Any]:
-    """Confusion of student and artefact, their most frequent mistakes, and every class from teacher to artefact."""
+    """Confusion of student and artifact, their most frequent mistakes, and every class from teacher to artifact."""
     found = read_predictions(run.path(PREDICTIONS_PATH), config.teacher.classes)
-    artefact = focus.name if focus is not None and focus.name in found.answers else None
-    models = ["student", *([artefact] if artefact else [])]
+    artifact = focus.name if focus is not None and focus.name in found.answers else None
+    models = ["student", *([artifact] if artifact else [])]
     truth = "label" if found.labelled else "teacher's answer"
     few = len(found.classes) <= MATRIX
     on = "synthetic images" if report.dataset.kind == "synthetic" else "hold-out images"

@@ -1,4 +1,4 @@
-"""Any teacher, any student, any labels: foreign checkpoints under foreign keys, through to a gated INT8 artefact."""
+"""Any teacher, any student, any labels: foreign checkpoints under foreign keys, through to a gated INT8 artifact."""
 
 from __future__ import annotations
 
@@ -353,7 +353,7 @@ def test_a_foreign_checkpoint_goes_through_to_the_gate(invoke: Invoke, tmp_path:
     root = tmp_path / "run"
     assert "--trust-code" in invoke("distill", path, "--out", root).err
     report = through(invoke, path, root, "--trust-code")
-    assert {artefact["name"]: artefact["status"] for artefact in report["artifacts"]} == {
+    assert {artifact["name"]: artifact["status"] for artifact in report["artifacts"]} == {
         "fp32": "measured",
         "int8.cpu": "measured",
     }
@@ -370,7 +370,7 @@ def test_a_foreign_checkpoint_goes_through_to_the_gate(invoke: Invoke, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["torchvision:resnet18", "timm:resnet18", "hf", "python"])
-def test_a_foreign_checkpoint_becomes_a_gated_artefact(source: str, invoke: Invoke, tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_becomes_a_gated_artifact(source: str, invoke: Invoke, tmp_path: Path) -> None:
     """Digits at 32 pixels in three channels → MobileNetV3-small, in INT8."""
     lines, logits = checkpoint(source, tmp_path, epochs=10)
     spec = InputSpec(height=32, width=32)
@@ -379,7 +379,7 @@ def test_a_foreign_checkpoint_becomes_a_gated_artefact(source: str, invoke: Invo
     gate = '[gate]\nartifacts = ["int8.cpu"]\naccuracy = { max_drop_vs_fp32 = 0.03, max_drop_vs_teacher = 0.15 }\n'
     path = recipe_at(tmp_path / "mine.toml", lines, DIGITS, "torchvision:mobilenet_v3_small@32", SHORT + gate)
     report = through(invoke, path, tmp_path / "run", *(("--trust-code",) if source == "python" else ()))
-    measured = {artefact["name"]: artefact for artefact in report["artifacts"]}
+    measured = {artifact["name"]: artifact for artifact in report["artifacts"]}
     print(source, report["teacher"]["top1"], report["student"]["top1"], measured["int8.cpu"]["top1"])
     assert report["teacher"]["top1"] == pytest.approx(accuracy, abs=0.005)
     answer = invoke("gate", tmp_path / "run")

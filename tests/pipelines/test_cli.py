@@ -318,7 +318,7 @@ def test_gate_without_a_report(invoke: Invoke, tiny_run: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("command", ["gate", "report"])
-def test_a_report_older_than_the_artefacts(invoke: Invoke, finished: Path, command: str) -> None:
+def test_a_report_older_than_the_artifacts(invoke: Invoke, finished: Path, command: str) -> None:
     with (finished / ONNX).open("ab") as file:
         file.write(b"\0")
     record_again(finished, ONNX)

@@ -39,10 +39,10 @@ def with_engines(finished: Path, tiny_settings: list[str]) -> Path:
 
 
 def validated(root: Path) -> dict[str, dict[str, Any]]:
-    """The report's artefacts by name, made anew."""
+    """The report's artifacts by name, made anew."""
     run = run_recipe(recipe_of(RunFolder.open(root).manifest.recipe, root), root, last="validate")
     report = json.loads((run.root / "validate" / "report.json").read_text())
-    return {artefact["name"]: artefact for artefact in report["artifacts"]}
+    return {artifact["name"]: artifact for artifact in report["artifacts"]}
 
 
 def test_without_their_gpu_engines_are_named(with_engines: Path) -> None:

@@ -291,8 +291,8 @@ def test_ranks_break_ties_by_class() -> None:
 
 def test_pairs() -> None:
     reference = np.array([True, True, True, False, False, False])
-    artefact = np.array([True, False, False, True, False, False])
-    counts = count_pairs(reference, artefact)
+    artifact = np.array([True, False, False, True, False, False])
+    counts = count_pairs(reference, artifact)
     assert (counts.n, counts.both_right, counts.lost, counts.gained, counts.both_wrong) == (6, 1, 2, 1, 2)
 
 

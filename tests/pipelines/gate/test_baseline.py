@@ -287,11 +287,11 @@ def test_other_images_are_refused(release: Release, invoke: Invoke, policy: Path
     assert "synthetic images" in refused(invoke, root, policy, references(tmp_path, "0.9"), EXIT_USAGE)
 
 
-def test_an_artefact_that_the_baseline_lacks_fails(release: Release, policy: Path, tmp_path: Path) -> None:
+def test_an_artifact_that_the_baseline_lacks_fails(release: Release, policy: Path, tmp_path: Path) -> None:
     release("1.0", range(9), status="unavailable", sha256=None)
     verdict = run_gate(release("1.1", range(9)), policy, references(tmp_path, "1.0"))
     assert verdict.verdict == "fail"
-    assert "no measured artefact 'int8.cpu'" in verdict.checks[-1].detail
+    assert "no measured artifact 'int8.cpu'" in verdict.checks[-1].detail
 
 
 def test_a_limit_without_references_fails_and_references_without_a_limit_are_refused(

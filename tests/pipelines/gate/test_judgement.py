@@ -210,19 +210,19 @@ def test_counts_that_do_not_add_up_fail() -> None:
 
 
 @pytest.mark.parametrize(("name", "suggested"), [("int8.arm", True), ("zzz", False)])
-def test_missing_artefact_fails(name: str, suggested: bool) -> None:
+def test_missing_artifact_fails(name: str, suggested: bool) -> None:
     verdict = judge(report_of(), policy_of(artifacts=[name]))
     assert verdict.verdict == "fail"
     assert ("Did you mean 'int8.cpu'?" in the(verdict, "runtime").detail) == suggested
 
 
-def test_artefact_named_twice_fails() -> None:
+def test_artifact_named_twice_fails() -> None:
     verdict = judge(report_of(measured("int8.cpu"), measured("int8.cpu", agreement=0.1)), policy_of())
     assert verdict.verdict == "fail"
     assert [check.name for check in verdict.checks] == ["runtime"]
 
 
-def test_artefact_asked_for_twice_is_judged_once() -> None:
+def test_artifact_asked_for_twice_is_judged_once() -> None:
     assert len(judge(report_of(), policy_of(artifacts=["int8.cpu", "int8.cpu"])).checks) == 1
 
 
@@ -502,8 +502,8 @@ def scenarios() -> dict[str, tuple[Report, Policy, Baseline | None]]:
         "not run": (one(status="not_run", reason="The device is elsewhere."), Policy(), None),
         "unavailable": (one(status="unavailable", reason="no GPU"), Policy(), None),
         "precision not confirmed": (one(precision_verified=False), policy_of(), None),
-        "no such artefact": (report_of(), policy_of(artifacts=["int8.gpu"]), None),
-        "an artefact twice": (report_of(measured("int8.cpu"), measured("int8.cpu")), policy_of(), None),
+        "no such artifact": (report_of(), policy_of(artifacts=["int8.gpu"]), None),
+        "an artifact twice": (report_of(measured("int8.cpu"), measured("int8.cpu")), policy_of(), None),
         "agreement, kept": (report_of(), agree, None),
         "agreement, missed": (one(agreement=0.9), agree, None),
         "agreement, open": (one(agreement=0.96), agree, None),
@@ -520,7 +520,7 @@ def scenarios() -> dict[str, tuple[Report, Policy, Baseline | None]]:
         "synthetic, open": (synthetic(fp32=0.98, int8=0.965), on_synthetic, None),
         "a baseline": (report_of(), last, baseline),
         "a baseline is required": (report_of(), last, None),
-        "a baseline without the artefact": (report_of(), last, Baseline("1.4", DIGEST, {})),
+        "a baseline without the artifact": (report_of(), last, Baseline("1.4", DIGEST, {})),
     }  # fmt: skip
     return found
 

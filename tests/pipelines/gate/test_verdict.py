@@ -234,7 +234,7 @@ def test_measured_file_outside_the_manifest_is_hashed(root: Path) -> None:
     assert INT8 in refused(root).why
 
 
-def test_measured_artefact_without_a_hash(root: Path) -> None:
+def test_measured_artifact_without_a_hash(root: Path) -> None:
     values = report_values(root)["artifacts"]
     values[1]["sha256"] = None
     write_report(root, artifacts=values)
@@ -243,7 +243,7 @@ def test_measured_artefact_without_a_hash(root: Path) -> None:
     assert "int8.cpu" in error.why
 
 
-def test_artefact_that_was_not_run_needs_no_file(root: Path) -> None:
+def test_artifact_that_was_not_run_needs_no_file(root: Path) -> None:
     values = report_values(root)["artifacts"]
     absent = {**values[1], "name": "int8.tensorrt", "file": "export/none.engine", "status": "unavailable"}
     absent |= {"sha256": None, "reason": "no GPU"}

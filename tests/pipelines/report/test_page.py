@@ -339,7 +339,7 @@ def test_the_verdict_comes_first_with_its_reason(page: Page, tiny_run: Path) -> 
 def test_sections_stand_in_the_promised_order(page: Page) -> None:
     wanted = [
         "checks",
-        "artefacts",
+        "artifacts",
         "lineage",
         "images",
         "training",
