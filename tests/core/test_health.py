@@ -164,7 +164,7 @@ def test_a_checkpoint_that_fits_by_its_digest_and_not_by_its_content(start: Star
     state = run.state()
 
     def spoilt(tensors: dict[str, torch.Tensor], facts: dict[str, object]) -> None:
-        run.state = lambda: (tensors, facts)  # pyright: ignore[reportAttributeAccessIssue]
+        run.state = lambda _images=True: (tensors, facts)  # pyright: ignore[reportAttributeAccessIssue]
         save_checkpoint(run, path)
         with pytest.raises(IntegrityError, match="not a checkpoint of this run") as caught:
             resume(start(), path)

@@ -31,7 +31,7 @@ HEAVY = (
     ),
     *(
         f"nayer_edge.pipelines.{name}"
-        for name in ("bench", "report.charts", "image_grid", "trust.signing", "trust.sbom")
+        for name in ("costs.bench", "report.charts", "image_grid", "trust.signing", "trust.sbom")
     ),
     *("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnxscript.function_libs.torch_lib.ops"),
     *("onnxruntime.quantization", "networkx", "jinja2"),

@@ -303,7 +303,7 @@ def test_images_to_decide_rate(same: int, n: int, minimum: float) -> None:
     assert images_to_decide_rate(95, 100, 0.95, 0.05) is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.floats(1e-6, 0.2), min_size=1, max_size=30))
 def test_holm_is_statsmodels(p_values: list[float]) -> None:
     expected, *_ = multipletests(p_values, alpha=0.05, method="holm")
