@@ -538,7 +538,7 @@ def distill(
             on_epoch(epoch)
             progress.figures(
                 epoch=f"{epoch.epoch}/{distillation.settings.distill.epochs}",
-                loss=epoch.loss_bn if epoch.loss_kd is None else epoch.loss_kd,
+                loss=next(loss for loss in (epoch.loss_kd, epoch.loss_bn) if loss is not None),
                 agreement=epoch.agreement,
                 **{"images/s": epoch.images_per_s},
             )

@@ -339,7 +339,7 @@ def test_the_folder_of_another_recipe(finished: Path) -> None:
 def test_a_foreign_folder(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     for fresh in (False, True):
-        with pytest.raises(UsageError, match="(nor|not) a run folder"):
+        with pytest.raises(UsageError, match=r"(nor|not) a run folder"):
             run_recipe(load_recipe("digits"), tmp_path, fresh=fresh)
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
