@@ -492,8 +492,8 @@ def test_sensitivity_is_shown_where_it_was_measured(altered: Altered) -> None:
     assert "Not measured" not in page.text
 
 
-def test_fine_tuning_is_shown_where_it_was_done(page: Page, altered: Altered) -> None:
-    assert "Fine-tuning" not in page.text
+def test_qat_is_shown_if_it_was_run(page: Page, altered: Altered) -> None:
+    assert "Quantization-aware training" not in page.text
     path = altered.root / "export" / "quantization.json"
     records = json.loads(path.read_text())
     before, after = ({"n": 20, "top1": top1, "mean_kl": 0.1} for top1 in (0.9, 0.95))
