@@ -130,7 +130,7 @@ def test_which_weight_is_treated_how() -> None:
 
 @pytest.mark.parametrize("kind", ["sgd", "muon"])
 def test_a_rate_is_a_share_of_every_groups_peak(kind: str) -> None:
-    optimizer = make_optimizer(kind, Small(), lr=0.2, muon_lr=0.05, momentum=0.9, weight_decay=0)  # pyright: ignore[reportArgumentType]
+    optimizer = make_optimizer(kind, Small(), lr=0.2, muon_lr=0.05, momentum=0.9, weight_decay=0.0)  # pyright: ignore[reportArgumentType]
     set_rate(optimizer, 0.5)
     set_rate(optimizer, 0.25)
     assert {group["lr"] for group in optimizer.param_groups} == ({0.05} if kind == "sgd" else {0.05, 0.0125})
