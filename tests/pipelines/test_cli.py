@@ -54,10 +54,13 @@ def settings_of(root: Path) -> list[str]:
     """What makes the digits recipe the one of a finished run."""
     values = json.loads((root / MANIFEST).read_text())["recipe"]
     return [
-        f"--set={section}.{key}={str(value).lower() if isinstance(value, bool) else value}"
-        for section in ("teach", "synthesis", "distill", "export")
-        for key, value in values[section].items()
-        if isinstance(value, int | float | str)
+        f"--set=precision={values['precision']}",
+        *(
+            f"--set={section}.{key}={str(value).lower() if isinstance(value, bool) else value}"
+            for section in ("teach", "synthesis", "distill", "export")
+            for key, value in values[section].items()
+            if isinstance(value, int | float | str)
+        ),
     ]
 
 
