@@ -213,8 +213,8 @@ class Synthesis(Section):
     bn_momentum: Fraction = 0.9
     """weight of earlier rounds' BatchNorm statistics in L_bn (published: bn_mmt); 0 disables it"""
     reserve: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """share of the rounds whose images never enter the memory bank, spread over the whole run; export and validation do
-    not read them yet; published: 0"""
+    """share of the rounds whose images never enter the memory bank, spread over the whole run; they calibrate INT8 and
+    serve as a synthetic hold-out; published: 0"""
     discard_rounds: Annotated[int, Field(ge=0)] = 0
     """number of first rounds whose images are discarded, because the generator is still untrained; published: 0"""
     augment: Augment = Augment()

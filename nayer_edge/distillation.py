@@ -12,8 +12,8 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,20 @@ from nayer_edge.synthesis import Round, synthesize_round
 
 
 @dataclass(frozen=True)
+class Length:
+    """The length of a run in epochs. With a constant schedule it may change while the run goes on."""
+
+    epochs: int
+    warmup_epochs: int
+    decay_epochs: int
+
+    @classmethod
+    def of(cls, config: Distill) -> Length:
+        """The length that a recipe asks for."""
+        return cls(config.epochs, config.warmup_epochs, config.decay_epochs)
+
+
+@dataclass(frozen=True)
 class Settings:
     """The parts of a recipe that the loop reads."""
 
@@ -59,7 +73,7 @@ class Settings:
 
         It excludes the length of a run with a constant schedule, which can be extended or shortened.
         """
-        length = {"epochs", "decay_epochs"} if self.distill.schedule == "constant" else set()
+        length = set(vars(Length.of(self.distill))) if self.distill.schedule == "constant" else set()
         return digest_of(
             {
                 "generator": self.generator.model_dump(mode="json"),
@@ -92,6 +106,8 @@ class Epoch:
     seconds: float
     memory_mib: float
     """peak device memory, or peak resident memory of the process on a CPU"""
+    synthesis_seconds: float = 0.0
+    """the part of `seconds` that the rounds took"""
     synthetic_classes: int = 0
     """number of classes that the teacher predicts on the newest images"""
     distinct: float = 1.0
@@ -127,6 +143,8 @@ class Distillation:
         _check_fit(teacher, embeddings, student)
         _check_shares(settings, len(teacher.classes), world)
         self.settings, self.compute, self.world = settings, compute, world
+        self.asked = Length.of(settings.distill)
+        """the length in the recipe; `settings` has the present one"""
         self.share = settings.synthesis.batch // world.size
         """images per round made by this rank"""
         self.digest = settings.digest(teacher, embeddings, student.identity)
@@ -183,6 +201,17 @@ class Distillation:
         images = bank.capacity // batch * self.share
         return MemoryBank(shape, images * math.prod(shape), self.compute.device)
 
+    def set_length(self, length: Length) -> None:
+        """Makes a run with a constant schedule longer or shorter.
+
+        Raises:
+            ValueError: the schedule is not constant, or the length is impossible.
+        """
+        if self.settings.distill.schedule != "constant":
+            raise ValueError("only a run with a constant schedule can change its length")
+        distill = Distill.model_validate({**self.settings.distill.model_dump(), **vars(length)})
+        self.settings = replace(self.settings, distill=distill)
+
     @property
     def decay_start(self) -> int:
         """The epoch in which the constant schedule starts to decay the rate; after the last epoch with a cosine."""
@@ -227,12 +256,13 @@ class Distillation:
             self.world.broadcast(generators.common_state(self.generator))
         rounds = [self._round(self._stream("round", epoch, number), warm, on_step) for number in range(count)]
         parts = torch.stack([made.losses for made in rounds]).mean(dim=0).tolist() if rounds else [None] * 3
+        synthesised = time.perf_counter()
         for made in rounds:
             self._keep(made)
         newest = rounds[-1].images if rounds else self.bank.newest(health.SAMPLE)[0]
         signs = health.inspect_images(self.teacher, newest, self.compute)
         shares, distinct = map(self.world.mean, signs)
-        if epoch == max(distill.warmup_epochs - 1, 0):
+        if not len(self.holdout) and epoch >= distill.warmup_epochs - 1:
             self._make_holdout()
         loss_kd, lr = (None, None) if warm else self._train_student(epoch - distill.warmup_epochs, on_step)
         agreed, spread = self._compare() if len(self.holdout) else (0.0, 0.0)
@@ -253,6 +283,7 @@ class Distillation:
             images_per_s=images / seconds,
             seconds=seconds,
             memory_mib=peak_memory_mib(self.compute),
+            synthesis_seconds=max(synthesised - began, 0.0),
             synthetic_classes=int((shares > 0).sum()),
             distinct=float(distinct),
             student_spread=None if warm else spread,
@@ -403,6 +434,8 @@ class Distillation:
             "ranks": self.world.size,
             "epoch": self.epoch,
             "rounds_made": self.rounds_made,
+            "asked": vars(self.asked),
+            "length": vars(Length.of(self.settings.distill)),
             "best_agreement": self.best_agreement,
             "history": [vars(epoch) for epoch in self.history],
         }
@@ -447,7 +480,8 @@ class Distillation:
         self.best_student = {name: tensor.to(device) for name, tensor in under("best.").items()}
         generators.load_whole_state(self.generator, under("generator."))
         self.bank.restore({name: own(tensor) for name, tensor in under("bank.").items()})
-        self.reserve.restore({name: own(tensor) for name, tensor in under("reserve.").items()})
+        if reserve := under("reserve."):
+            self.reserve.restore({name: own(tensor) for name, tensor in reserve.items()})
         if self.views is not None:
             self.views.restore({name: own(tensor) for name, tensor in under("views.").items()})
         self.holdout = own(tensors["holdout"]).to(device)
@@ -458,6 +492,8 @@ class Distillation:
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
         memory = generators.memory_of(tensors)
         self.statistics.memory = memory and [(mean.to(device), variance.to(device)) for mean, variance in memory]
+        if facts.get("asked") == vars(self.asked) != facts["length"]:
+            self.set_length(Length(**facts["length"]))
         self.epoch = int(facts["epoch"])
         self.best_agreement = float(facts["best_agreement"])
         self.history = [Epoch(**line) for line in facts["history"]]
@@ -469,12 +505,13 @@ class Before:
 
     Attributes:
         state: the state of the loop, without images.
-        bank, reserve: the images of the run.
+        bank: the images of the run.
+        reserve: the images put aside; None if the recipe has none.
     """
 
     state: Path
     bank: Path
-    reserve: Path
+    reserve: Path | None
 
 
 def distill(
@@ -484,6 +521,7 @@ def distill(
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
     on_epoch: Callable[[Epoch], None] = lambda _epoch: None,
+    adapt: Callable[[Sequence[Epoch], Length], Length | None] = lambda _history, _length: None,
 ) -> Classifier:
     """Runs all epochs, continuing from a checkpoint of the same run if there is one.
 
@@ -493,6 +531,8 @@ def distill(
             schedule writes its own state next to it when its decay starts; see `next_state`.
         checkpoint_seconds: minimum seconds between two checkpoints, by rank 0's clock; 0 writes one every epoch.
         on_epoch: called after each epoch with its metrics, and first with the earlier epochs of a continued run.
+        adapt: called after each epoch with all metrics and the present length; returns another length if this machine
+            is slower or faster than planned, else None. Needs a constant schedule.
 
     Returns:
         The student to ship.
@@ -514,9 +554,13 @@ def distill(
     world.require_same(distillation.epoch, "the checkpoint that they read")
     for epoch in distillation.history:
         on_epoch(epoch)
-    steps = [distillation.steps_of(epoch) for epoch in range(distillation.settings.distill.epochs)]
-    progress.start("distill", sum(steps))
-    progress.advance(sum(steps[: distillation.epoch]))
+
+    def show_length() -> None:
+        steps = [distillation.steps_of(epoch) for epoch in range(distillation.settings.distill.epochs)]
+        progress.start("distill", sum(steps))
+        progress.advance(sum(steps[: distillation.epoch]))
+
+    show_length()
     # Always save after the first epoch: failures often occur in the next one.
     written, saved = -math.inf, distillation.epoch
     with Deferred(lambda: checkpoint is not None and world.size == 1 and distillation.epoch > saved) as interrupt:
@@ -542,6 +586,10 @@ def distill(
                 agreement=epoch.agreement,
                 **{"images/s": epoch.images_per_s},
             )
+            length = adapt(distillation.history, Length.of(distillation.settings.distill))
+            if (agreed := world.from_first(length and vars(length))) is not None:
+                distillation.set_length(Length(**agreed))
+                show_length()
             if notice := health.check_health(distillation.history, distillation.finished):
                 progress.notice(notice)
             # Save after the last epoch too: writing the results may be interrupted.
@@ -589,14 +637,15 @@ def resume_before_decay(distillation: Distillation, before: Before) -> bool:
     Raises:
         IntegrityError: it is damaged.
     """
-    if not all(path.is_file() for path in (before.state, before.bank, before.reserve)):
+    images = {"bank": before.bank, **({"reserve": before.reserve} if before.reserve else {})}
+    if not all(path.is_file() for path in (before.state, *images.values())):
         return False
-    images = {
+    tensors = {
         f"{name}.{key}": tensor
-        for name, path in (("bank", before.bank), ("reserve", before.reserve))
+        for name, path in images.items()
         for key, tensor in load_tensors(path, "synthetic images").items()
     }
-    return _restore_from(distillation, before.state, images)
+    return _restore_from(distillation, before.state, tensors)
 
 
 def _restore_from(distillation: Distillation, path: Path, images: Mapping[str, Tensor]) -> bool:

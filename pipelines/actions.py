@@ -7,6 +7,7 @@ They take paths and values, print nothing, and raise on errors. Heavy modules ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,89 @@ def default_out(name: str, recipe: Recipe) -> Path:
     from .recipes.loading import run_folder
 
     return run_folder(name) or Path("runs") / recipe.name
+
+
+@dataclass(frozen=True)
+class Time:
+    """The time that a run gets, in seconds; None if not given.
+
+    Attributes:
+        budget: for the whole run.
+        more: for further training of a run's student.
+        finish: until an interrupted run ends.
+    """
+
+    budget: float | None = None
+    more: float | None = None
+    finish: float | None = None
+
+    @classmethod
+    def typed(cls, budget: str | None, more: str | None = None, finish: str | None = None) -> Time:
+        """Of durations such as "20m".
+
+        Raises:
+            UsageError: not a duration, or more than one is given.
+        """
+        from .costs.durations import parse_duration
+
+        typed = {"--budget": budget, "--more": more, "--finish": finish}
+        given = {option: text for option, text in typed.items() if text is not None}
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} exclude each other.", fix="Give one of them.")
+        return cls(**{option[2:]: parse_duration(text, option) for option, text in given.items()})
+
+
+def timed(
+    recipe: Recipe, name: str | None, root: Path, time: Time, *, fresh: bool = False
+) -> tuple[Recipe, list[tuple[str, str]]]:
+    """The recipe with the sizes or the length that fit the given time, and the plan in words (heading, text).
+
+    Args:
+        name: the recipe as typed: a name, a file, or a run folder to continue; None if it comes from a program.
+        root: the run folder.
+        fresh: the folder will be emptied first.
+
+    Raises:
+        UsageError: too little time, or the run cannot change its length.
+    """
+    from .recipes.loading import run_folder
+
+    is_run = name is not None and run_folder(name) is not None and not fresh
+    if is_run and recipe.distill.schedule == "constant":
+        from .costs.planning import continued
+
+        recipe = continued(recipe, root)
+    if time.budget is not None:
+        from .costs.planning import with_budget
+
+        if is_run and (recipe.budget is None or recipe.budget.seconds != time.budget):
+            run = open_run(root)
+            raise UsageError(
+                f"{root} was planned already.",
+                fix=f"To give it more time: nayer-edge run {run.typed} --more 1h\n"
+                f"To end it early: nayer-edge run {run.typed} --finish 5m",
+            )
+        return with_budget(recipe, time.budget, root) if not fresh else with_budget(recipe, time.budget, Path())
+    if time.more is None and time.finish is None:
+        return recipe, []
+    option = "--more" if time.more is not None else "--finish"
+    if not is_run:
+        raise UsageError(
+            f"{option} continues a run, and '{name}' is not a run folder.",
+            fix=f"For example: nayer-edge run runs/{recipe.name} {option} 1h",
+        )
+    from .costs import planning
+
+    run = open_run(root)
+    run.require_intact()
+    before = recipe.distill
+    if time.more is not None:
+        recipe = planning.with_more(recipe, run, time.more)
+    elif time.finish is not None:
+        recipe = planning.with_finish(recipe, run, time.finish)
+    after = recipe.distill
+    length = f"{after.epochs} epochs instead of {before.epochs}"
+    return recipe, [("length", f"{length}; the learning rate falls in the last {after.decay_epochs}")]
 
 
 def make(
@@ -266,8 +350,7 @@ def draw(root: Path, count: int, *, display: Display | None = None) -> tuple[np.
     progress = Silent() if display is None else display.progress
     teacher, embeddings, student = (run.artifact(name) for name in ("teacher", "lte", "student"))
     source = SyntheticSource.open(teacher, embeddings, student, recipe, run)
-    rounds = -(-count // recipe.synthesis.batch)
-    progress.start("draw calibration images", rounds * recipe.synthesis.g_steps)
+    progress.start("draw calibration images", source.steps("calibration", count))
     try:
         return source.draw_labelled("calibration", count, progress)
     finally:

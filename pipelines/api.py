@@ -378,6 +378,7 @@ def distill(
     student: str,
     out: FilePath,
     *,
+    budget: str | None = None,
     fresh: bool = False,
     progress: bool = False,
     trust_code: bool = False,
@@ -391,6 +392,8 @@ def distill(
     Args:
         student: the compact network, such as "nayer:wrn_16_1" or "torchvision:mobilenet_v3_small@32".
         out: the run folder.
+        budget: plan the run for so much time on this machine, such as "20m" or "1h". It replaces the sizes in
+            `settings`.
         fresh: empty the folder and start over.
         progress: show the command line's progress display.
         trust_code: allow the code of a python: model to run.
@@ -414,6 +417,7 @@ def distill(
             )
         recipe = recipe_of(_values(teacher, student, path, settings), Path.cwd(), "given to distill()")
         require_typed(recipe, ["validate.data"])
+        recipe, _ = actions.timed(recipe, None, path, actions.Time.typed(budget), fresh=fresh)
         actions.make(recipe, path, last="student", fresh=fresh, display=_display(progress))
     return Run(path, teacher, trust_code=trust_code)
 
@@ -424,6 +428,9 @@ def run(
     out: FilePath | None = None,
     until: str | None = None,
     settings: Sequence[str] = (),
+    budget: str | None = None,
+    more: str | None = None,
+    finish: str | None = None,
     fresh: bool = False,
     progress: bool = False,
     trust_code: bool = False,
@@ -435,6 +442,9 @@ def run(
         out: the run folder; default: runs/<recipe>.
         until: the last step to run: teacher, lte, student, onnx, int8, engine, validate, gate or report.
         settings: overrides of the recipe, such as ["distill.epochs=4"].
+        budget: see `distill`.
+        more: continue training the student of a run folder for so much time, such as "1h".
+        finish: end the interrupted training of a run folder within so much time.
         fresh, progress, trust_code: see `distill`.
 
     Raises:
@@ -444,6 +454,8 @@ def run(
     with _at_work(trust_code=trust_code):
         chosen = actions.read_recipe(os.fspath(recipe), list(settings))
         path = actions.default_out(os.fspath(recipe), chosen) if out is None else Path(out)
+        time = actions.Time.typed(budget, more, finish)
+        chosen, _ = actions.timed(chosen, os.fspath(recipe), path, time, fresh=fresh)
         actions.make(chosen, path, last=until, fresh=fresh, display=_display(progress))
     return Run(path, trust_code=trust_code)
 

@@ -37,6 +37,10 @@ FP16 = "export/student.fp16.onnx"
 ENGINES = "export/engines.json"
 QUANTIZATION = "export/quantization.json"
 
+PERIOD = 4
+SHARES = {"calibration": (0,), "calibration hold-out": (2,), "validate": (1, 3)}
+"""which of every four rounds put aside serves which purpose"""
+
 PARITY_TOLERANCE = 1e-3
 """largest difference of logits between torch and ONNX Runtime, both in FP32, that counts as rounding"""
 
@@ -104,8 +108,8 @@ def make_int8(
     """Quantizes for each target, calibrated with images from the trained generator."""
     source = SyntheticSource.open(teacher, lte, student, config, out)
     wanted = config.export.calibration_images
-    rounds = -(-wanted // config.synthesis.batch)
-    progress.start("draw calibration images", 2 * rounds * config.synthesis.g_steps)
+    purposes = ("calibration", "calibration hold-out")
+    progress.start("draw calibration images", sum(source.steps(purpose, wanted) for purpose in purposes))
     calibration = source.draw("calibration", wanted, progress)
     holdout = source.draw("calibration hold-out", wanted, progress)
     progress.finish()
@@ -209,8 +213,13 @@ def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFold
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """Draws new images from a run's trained generator, with a separate random stream for every purpose."""
+    """Images for calibration and validation that the student was not trained on.
 
+    Those that were put aside during distillation come first: they stem from all of training. The rest is drawn from
+    the trained generator, with a separate random stream for every purpose.
+    """
+
+    put_aside: MemoryBank | None
     generator: generators.Generator
     memory: generators.Memory | None
     embeddings: torch.Tensor
@@ -230,7 +239,9 @@ class SyntheticSource:
         compute.place(generator)
         compute.place(network)
         moved = [(mean.to(compute.device), variance.to(compute.device)) for mean, variance in memory or []]
-        return cls(generator, moved or None, embeddings, network, config, compute)
+        kept = student.files.get("images put aside")
+        put_aside = MemoryBank.load(out.path(kept), compute.device) if kept else None
+        return cls(put_aside, generator, moved or None, embeddings, network, config, compute)
 
     def draw(self, purpose: str, count: int, progress: Progress) -> np.ndarray:
         """Class-balanced images, (count, C, H, W), float32 in [0, 1]; exactly representable as uint8."""
@@ -238,11 +249,36 @@ class SyntheticSource:
 
     def draw_labelled(self, purpose: str, count: int, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
         """Images as from `draw`, and the class that each was generated for, (count,)."""
+        parts = [self._put_aside(purpose, count)]
+        if (missing := count - len(parts[0][1])) > 0:
+            parts.append(self._drawn(purpose, missing, progress))
+        images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return to_unit(images).cpu().numpy(), labels.cpu().numpy()
 
+    def steps(self, purpose: str, count: int) -> int:
+        """Optimisation steps that `draw` needs for so many images."""
+        missing = count - len(self._put_aside(purpose, count)[1])
+        return -(-missing // self.config.synthesis.batch) * self.config.synthesis.g_steps
+
+    def _put_aside(self, purpose: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Up to `count` images from the rounds put aside for a purpose, spread evenly over training."""
+        batch, device = self.config.synthesis.batch, self.compute.device
+        if self.put_aside is None or purpose not in SHARES:
+            empty = torch.empty(0, *self.teacher.spec.shape, dtype=torch.uint8, device=device)
+            return empty, torch.empty(0, dtype=torch.long, device=device)
+        images, labels = self.put_aside.newest(len(self.put_aside))
+        rounds = [number for number in range(len(images) // batch) if number % PERIOD in SHARES[purpose]]
+        wanted = min(-(-count // batch), len(rounds))
+        chosen = [rounds[number * len(rounds) // wanted] for number in range(wanted)]
+        places = [torch.arange(number * batch, (number + 1) * batch, device=device) for number in chosen]
+        kept = torch.cat([torch.empty(0, dtype=torch.long, device=device), *places])[:count]
+        return images[kept], labels[kept]
+
+    def _drawn(self, purpose: str, count: int, progress: Progress) -> tuple[torch.Tensor, torch.Tensor]:
         def stream(number: int) -> torch.Generator:
             return random_stream(self.config.seed, purpose, number, device=self.compute.device)
 
-        images, labels = draw_images(
+        return draw_images(
             self.generator,
             self.embeddings,
             self.teacher,
@@ -253,7 +289,6 @@ class SyntheticSource:
             count,
             progress.advance,
         )
-        return to_unit(images).cpu().numpy(), labels.cpu().numpy()
 
     def teacher_logits(self, images: np.ndarray) -> np.ndarray:
         """The teacher's logits (n, classes) for images (n, C, H, W) in [0, 1]."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nayer_edge import generator as generators
 from nayer_edge import train_teacher as teaching
 from nayer_edge.batchnorm import raise_bn_momentum
 from nayer_edge.data import datasets as data
-from nayer_edge.distillation import Distillation, Epoch, Settings, distill
+from nayer_edge.distillation import Before, Distillation, Epoch, Length, Settings, distill
 from nayer_edge.errors import TrainingError
 from nayer_edge.generator import Generator
 from nayer_edge.labels import embeddings as embeddings_of_labels
@@ -24,8 +24,11 @@ from nayer_edge.runtime.progress import Progress, Silent
 from nayer_edge.storage.files import write_bytes
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 
+from .costs.budget import adapted
+from .costs.durations import duration
 from .image_grid import write_grid
 from .recipes.schema import Recipe
+from .steps import CHECKPOINT, DECAY_STATE, NEXT_DECAY_STATE, NEXT_METRICS
 from .tracking import TensorBoard
 
 TEACHER = "teacher/teacher.safetensors"
@@ -33,9 +36,9 @@ STUDENT = "student/student.safetensors"
 GENERATOR = "generator/generator.safetensors"
 EMBEDDINGS = "lte.safetensors"
 BANK = "bank.safetensors"
+RESERVE = "reserve.safetensors"
 METRICS = "metrics.jsonl"
 PICTURE = "generator/synthetic.png"
-CHECKPOINT = "student/checkpoint.safetensors"
 
 
 def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
@@ -59,6 +62,7 @@ def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artif
         teacher, facts = load_teacher(config.teacher, teacher)
     if config.teacher.input_from:
         facts["input_from"] = config.teacher.input_from
+    out.forget("teacher")
     save_classifier(teacher, out.path(TEACHER), facts)
     return Artifact(
         "teacher",
@@ -90,10 +94,16 @@ def make_lte(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
 
 
 def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
-    """Distils the student; saves checkpoints, and resumes from the last one."""
+    """Distils the student; saves checkpoints, and resumes from the last one.
+
+    The files of a finished student that is being improved are replaced after the last epoch.
+    """
     world = distributed.current()
+    extends = "student" in out.manifest.steps
     files = {"teacher": out.path(teacher.files["teacher"]), "lte": out.path(lte.files["lte"])}
-    files["checkpoint"] = out.path(CHECKPOINT)
+    names = {"checkpoint": CHECKPOINT, "state": DECAY_STATE, "bank": BANK, "reserve": RESERVE}
+    files |= {role: out.path(name) for role, name in names.items()}
+    metrics = out.path(NEXT_METRICS if extends else METRICS)
     lines: list[str] = []
     board = TensorBoard(out.root) if config.tracking == "tensorboard" else None
 
@@ -101,19 +111,31 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
         if board is not None:
             board.log(epoch)
         lines.append(json.dumps({key: _rounded(value) for key, value in vars(epoch).items()}))
-        write_bytes(out.path(METRICS), ("\n".join(lines) + "\n").encode())
+        write_bytes(metrics, ("\n".join(lines) + "\n").encode())
 
     # The other ranks receive this in `take_part`.
     paths = {role: str(path.resolve()) for role, path in files.items()}
     world.from_first({"recipe": config.model_dump(mode="json", by_alias=True), "files": paths})
-    run, generator, bank = _distil(config, files, progress, log)
+    run, generator, bank, reserve = _distil(config, files, progress, log)
     if board is not None:
         board.close()
     student = run.result()
     facts = {"distilled_from": run.teacher.model, "select": config.distill.select}
+    out.forget("student")
     save_classifier(student, out.path(STUDENT), facts)
     generators.save(generator, run.statistics.memory, out.path(GENERATOR))
     bank.save(out.path(BANK))
+    made = {"bank": BANK}
+    if len(reserve):
+        reserve.save(out.path(RESERVE))
+        made["images put aside"] = RESERVE
+    if (state := out.path(NEXT_DECAY_STATE)).is_file():
+        state.replace(out.path(DECAY_STATE))
+    if out.path(DECAY_STATE).is_file():
+        made["state before decay"] = DECAY_STATE
+    if extends:
+        metrics.replace(out.path(METRICS))
+    length = run.settings.distill
     images, labels = bank.newest(config.synthesis.batch * config.synthesis.rounds)
     write_grid(images.cpu().numpy(), labels.tolist(), student.classes, out.path(PICTURE))
     return Artifact(
@@ -123,7 +145,7 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
             "student card": card_of(STUDENT),
             "generator": GENERATOR,
             "generator card": card_of(GENERATOR),
-            "bank": BANK,
+            **made,
             "metrics": METRICS,
             "picture": PICTURE,
         },
@@ -132,6 +154,8 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
             "parameters": student.parameter_count,
             "synthetic agreement": round(run.history[-1].agreement, 4),
             "bank images": len(bank),
+            **({"images put aside": len(reserve)} if len(reserve) else {}),
+            **({"epochs": length.epochs} if Length.of(length) != run.asked else {}),
             **({"processes": world.size} if world.size > 1 else {}),
         },
     )
@@ -153,12 +177,25 @@ def take_part(world: World) -> None:
 
 def _distil(
     config: Recipe, files: Mapping[str, Path], progress: Progress, on_epoch: Callable[[Epoch], None]
-) -> tuple[Distillation, Generator, MemoryBank]:
-    """The part of the student step that runs on every rank. Returns the finished run and, on rank 0, the generator and
-    memory bank of all ranks."""
+) -> tuple[Distillation, Generator, MemoryBank, MemoryBank]:
+    """The part of the student step that runs on every rank. Returns the finished run and, on rank 0, the generator, the
+    memory bank and the images put aside of all ranks."""
     run = open_distillation(config, files["teacher"], files["lte"])
-    distill(run, files["checkpoint"], progress=progress, on_epoch=on_epoch)
-    return run, run.whole_generator(), run.whole_bank()
+    reserve = files["reserve"] if config.synthesis.reserve else None
+    # Only a constant schedule can be continued from before its decay.
+    before = Before(files["state"], files["bank"], reserve) if config.distill.schedule == "constant" else None
+
+    def adapt(history: Sequence[Epoch], length: Length) -> Length | None:
+        found = None if config.budget is None else adapted(history, length, config.budget)
+        if found is not None:
+            progress.notice(
+                f"This machine is not as fast as planned, or faster: {found.epochs} epochs instead of "
+                f"{length.epochs}, to keep the budget of {duration(config.budget.seconds)}."
+            )
+        return found
+
+    distill(run, files["checkpoint"], before, progress=progress, on_epoch=on_epoch, adapt=adapt)
+    return run, run.whole_generator(), run.whole_bank(), run.whole_reserve()
 
 
 def open_distillation(config: Recipe, teacher: Path, lte: Path) -> Distillation:

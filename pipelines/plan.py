@@ -18,11 +18,14 @@ from .recipes.loading import BUILT_IN_DATA, recipe_of
 from .recipes.renamed import with_current_keys
 from .recipes.schema import Recipe
 from .recipes.settings import is_default
-from .steps import STEPS, Step, settings_of
+from .steps import DECAY_STATE, STEPS, Step, settings_of
 
 NAMED_FILES = {"teacher.weights": True, "teach.data": False, "validate.data": True}
 """recipe keys that name the user's files, and whether to hash the contents of a folder (training images may be too many
 to read every time)"""
+
+LENGTH = ("epochs", "warmup_epochs", "decay_epochs")
+"""keys of [distill] that a run with a constant schedule may change"""
 
 Digest: TypeAlias = Callable[[Path, bool], str | None]
 """(path, whether to hash the contents of a folder) → SHA-256; None if there is no such file"""
@@ -37,12 +40,14 @@ class Plan:
         settings: the recipe values that it reads, as they will be recorded.
         record: the record of its finished result; None if there is none.
         changes: "key: old → new" for each setting that has changed since its result or checkpoint was made.
+        extends: the only change is that the distillation becomes longer; its finished result is continued.
     """
 
     step: Step
     settings: dict[str, Any]
     record: StepRecord | None
     changes: tuple[str, ...]
+    extends: bool = False
 
     @property
     def stale(self) -> bool:
@@ -76,13 +81,16 @@ def plan_steps(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, d
         record = run.manifest.steps.get(step.name) if run else None
         settings = _settings(step, values, record, digest)
         changes: list[str] = []
+        extends = False
         if record is not None:
             # If nothing changed, keep the recorded settings: they may lack a key that was added later.
             changes = _changes(record.settings, settings)
+            continuable = run is not None and DECAY_STATE in run.manifest.files
+            extends = bool(changes) and step.trains and continuable and _only_longer(record.settings, settings)
             settings = settings if changes else record.settings
         elif run is not None and any(run.path(name).is_file() for name in step.scratch):
             changes = _changes_since_begun(step, values, run, digest)
-        plans.append(Plan(step, settings, record, tuple(changes)))
+        plans.append(Plan(step, settings, record, tuple(changes), extends))
     return tuple(plans)
 
 
@@ -94,12 +102,27 @@ def _changes_since_begun(step: Step, values: dict[str, Any], run: RunFolder, dig
     """The changes since an interrupted step started that make its checkpoint unusable."""
     before = _values(recipe_of(run.manifest.recipe, run.root))
     decisive = [part for part in STEPS if part.name in (*step.inputs, step.name)]
-    changed = [
-        change
-        for part in decisive
-        for change in _changes(_settings(part, before, None, digest), _settings(part, values, None, digest))
-    ]
+    changed = []
+    for part in decisive:
+        old, new = _settings(part, before, None, digest), _settings(part, values, None, digest)
+        # A run with a constant schedule can be made longer or shorter at any time.
+        changed += [] if _without_length(old) == _without_length(new) else _changes(old, new)
     return list(dict.fromkeys(changed))
+
+
+def _only_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    if _without_length(before) != _without_length(now) or "distill" not in now:
+        return False
+    trained = [part["distill"]["epochs"] - part["distill"]["decay_epochs"] for part in (before, now)]
+    return trained[1] > trained[0]
+
+
+def _without_length(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the length of a distillation with a constant schedule."""
+    distill = settings.get("distill")
+    if not distill or distill.get("schedule") != "constant":
+        return settings
+    return {**settings, "distill": {key: value for key, value in distill.items() if key not in LENGTH}}
 
 
 def _settings(step: Step, values: dict[str, Any], record: StepRecord | None, digest: Digest) -> dict[str, Any]:

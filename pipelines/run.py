@@ -13,7 +13,7 @@ from typing import Any, Literal
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.runtime import provenance
 from nayer_edge.runtime.progress import Progress, Silent
-from nayer_edge.storage.files import digest_of
+from nayer_edge.storage.files import digest_of, read_json, write_json
 from nayer_edge.storage.run_folder import (
     MANIFEST,
     Artifact,
@@ -28,7 +28,7 @@ from .plan import Digest, Plan, plan_steps, read_once
 from .recipes import preflight
 from .recipes.loading import portable
 from .recipes.schema import Recipe
-from .steps import Step, until
+from .steps import PENDING, Step, until
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,15 @@ def run_recipe(
         # Check again, now that no other process can write here.
         run = _found(root)
         plans = _checked(recipe, steps, run, digest)
-        run, former = _take_over(run, portable(recipe, root), root)
+        values = portable(recipe, root)
+        run, former = _take_over(run, values, root, extends=any(plan.extends for plan in plans))
         remove_temporaries(root)
         for plan in plans:
             _run_step(plan, recipe, run, former, progress or Silent(), on_event)
+            if plan.step.name == "student" and _extension(run) == _length_of(values):
+                # Only now does the longer run replace the finished one.
+                _adopt(run, values)
+                _discard_scratch(plan.step, run)
     return run
 
 
@@ -101,7 +106,7 @@ def _checked(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, dig
         )
     plans = plan_steps(recipe, steps, run, digest)
     for plan in plans:
-        if run is not None and plan.changes:
+        if run is not None and plan.changes and not plan.extends:
             _refuse_to_discard(plan, run)
     return plans
 
@@ -123,13 +128,33 @@ def _refuse_to_discard(plan: Plan, run: RunFolder) -> None:
         )
 
 
-def _take_over(run: RunFolder | None, values: dict[str, Any], root: Path) -> tuple[RunFolder, dict[str, Any]]:
-    """The run with the recipe's values, created if there is none, and the values that it had before."""
+def _take_over(
+    run: RunFolder | None, values: dict[str, Any], root: Path, *, extends: bool
+) -> tuple[RunFolder, dict[str, Any]]:
+    """The run with the recipe's values, created if there is none, and the values that it had before.
+
+    Args:
+        extends: the student is being improved. The manifest keeps the recipe of the finished student until it is
+            replaced; the new length is kept in a file, so that an interrupted extension can be continued.
+    """
     if run is None:
         return RunFolder.create(root, values, values["seed"], provenance.versions(), provenance.hardware()), values
     former = run.manifest.recipe
-    _adopt(run, values)
+    if extends:
+        write_json(root / PENDING, _length_of(values))
+    else:
+        _adopt(run, values)
     return run, former
+
+
+def _length_of(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in ("distill", "budget")}
+
+
+def _extension(run: RunFolder) -> object:
+    """The length of an unfinished extension of the student; None if there is none."""
+    path = run.path(PENDING)
+    return read_json(path, "the length of an extension") if path.is_file() else None
 
 
 def _adopt(run: RunFolder, values: dict[str, Any]) -> None:
@@ -162,13 +187,16 @@ def _run_step(
                 fix="Restore the file, or start over with --fresh.",
             )
         if record.digest == digest:
-            _discard_scratch(step, run)
+            # The files of an extension that is not asked for now are kept for later.
+            if _extension(run) is None:
+                _discard_scratch(step, run)
             on_event(StepEvent(step, "kept", "already finished", record.seconds, dict(record.numbers)))
             return
         reason = "; ".join(plan.changes) or "its inputs changed"
     run.require_intact(list(input_hashes))
     on_event(StepEvent(step, "started", reason, 0.0, {}))
-    before = run.forget(step.name)
+    # A step that trains forgets its former result itself, when the new one is complete.
+    before = run.remember(step.name) if step.trains else run.forget(step.name)
     began = time.perf_counter()
     try:
         artifact: Artifact = step.load()(*inputs, config=recipe, out=run, progress=progress)
@@ -193,7 +221,8 @@ def _run_step(
     for name in step.retires:
         if name in run.manifest.steps:
             run.remove_leftovers(run.forget(name))
-    _discard_scratch(step, run)
+    if not plan.extends:
+        _discard_scratch(step, run)
     on_event(StepEvent(step, "finished", reason, seconds, dict(artifact.numbers)))
 
 

@@ -52,6 +52,15 @@ class Step:
         return getattr(importlib.import_module(f"nayer_edge.pipelines.{module}"), name)
 
 
+CHECKPOINT = "student/checkpoint.safetensors"
+DECAY_STATE = "student/before_decay.safetensors"
+"""the state before the learning rate decayed, from which `--more` continues"""
+NEXT_DECAY_STATE = "student/before_decay.next.safetensors"
+PENDING = "student/extension.json"
+"""length of an extension of a finished student, while it is being trained"""
+NEXT_METRICS = "student/extension.jsonl"
+"""metrics of such an extension; the finished student's stay until it is replaced"""
+
 _TRAINING = ("seed", "device", "precision")
 
 STEPS = (
@@ -80,17 +89,19 @@ STEPS = (
         "distill:make_student",
         ("teacher", "lte"),
         ("student", "generator", "synthesis", "distill", *_TRAINING),
-        "student/ generator/ bank.safetensors metrics.jsonl",
+        "student/ generator/ bank.safetensors reserve.safetensors metrics.jsonl",
         (
             "student/student.safetensors",
             "student/student.json",
+            DECAY_STATE,
             "generator/generator.safetensors",
             "generator/generator.json",
             "generator/synthetic.png",
             "bank.safetensors",
+            "reserve.safetensors",
             "metrics.jsonl",
         ),
-        scratch=("student/checkpoint.safetensors",),
+        scratch=(CHECKPOINT, NEXT_DECAY_STATE, PENDING, NEXT_METRICS),
         trains=True,
     ),
     Step(
@@ -159,7 +170,8 @@ STEPS = (
         ("teacher", "lte", "student", "onnx", "int8", "engine", "validate", "gate"),
         # The page shows the whole recipe.
         (
-            *("name", "description", "measured", "teacher", "teach", "lte", "student", "generator", "synthesis"),
+            *("name", "description", "measured", "budget", "teacher", "teach", "lte", "student", "generator"),
+            "synthesis",
             *("distill", "export", "validate", "gate", "tracking", *_TRAINING),
         ),
         "report.html",

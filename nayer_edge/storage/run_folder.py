@@ -243,11 +243,16 @@ class RunFolder:
         )
         self.save()
 
-    def forget(self, step: str) -> Forgotten:
-        """Removes a step and its files from the manifest; the files themselves stay until they are overwritten."""
+    def remember(self, step: str) -> Forgotten:
+        """A step's entries, which `restore` can put back later."""
         files = {name: entry for name, entry in self.manifest.files.items() if entry.step == step}
         before = dict(self.manifest.steps), dict(self.manifest.files)
-        forgotten = Forgotten(step, self.manifest.steps.pop(step, None), files, before)
+        return Forgotten(step, self.manifest.steps.get(step), files, before)
+
+    def forget(self, step: str) -> Forgotten:
+        """Removes a step and its files from the manifest; the files themselves stay until they are overwritten."""
+        forgotten = self.remember(step)
+        self.manifest.steps.pop(step, None)
         self.manifest.files = {n: f for n, f in self.manifest.files.items() if f.step != step}
         self.save()
         return forgotten

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from nayer_edge.errors import EXIT_FAILED
+from nayer_edge.text import inert
 
 from .. import actions
 
@@ -70,6 +72,14 @@ def run_steps(
     """Runs steps, shows their progress, and exits with the code of the verdict if there is one."""
     display = watched(as_json)
     show_result(actions.make(recipe, root, last=last, fresh=fresh, display=display), last, display, as_json=as_json)
+
+
+def show_lines(lines: list[tuple[str, str]], *, as_json: bool = False) -> None:
+    """Shows lines with a heading each; nothing with --json."""
+    if as_json:
+        return
+    for head, text in lines:
+        stdout().print(Text(f"{head:<12}", style="dim").append(inert(text), style="default"), soft_wrap=True)
 
 
 def show_result(

@@ -78,6 +78,12 @@ def init(
     effort: Annotated[
         Effort, typer.Option("--effort", help="trial: a run of minutes, to check the setup.")
     ] = Effort.NORMAL,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", metavar="TIME", help="Time for the run on this machine.", show_default="1h; on a GPU 20m"
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The recipe's name.", show_default="the file's")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The recipe to write.", show_default="<name>.toml")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing recipe.")] = False,
@@ -89,8 +95,12 @@ def init(
 
     On a terminal it asks for missing values; elsewhere it lists the options that set them.
     """
+    from ..costs.durations import parse_duration
     from ..init.parsing import checked_name, named_after, parse_shape, require_files
 
+    seconds = None if budget is None else parse_duration(budget)
+    if seconds is not None and effort is Effort.TRIAL:
+        raise UsageError("A trial has no budget.", fix="Leave out --effort trial, or --budget.")
     # By default, the recipe, its file and the run folder have the same name.
     name = checked_name(name or named_after(out or checkpoint))
     target = out or Path(f"{name}.toml")
@@ -104,7 +114,9 @@ def init(
     from ..init import starter_recipe
     from ..init.inspect_checkpoint import look
 
-    given = recipes.Given(model, labels, size, mean, std, student, key, data, flip, name, device.value, effort.value)
+    given = recipes.Given(
+        model, labels, size, mean, std, student, key, data, flip, name, device.value, effort.value, seconds
+    )
     found = look(checkpoint, model, key, channels)
     if not as_json:
         _show_findings(found, given)
@@ -148,8 +160,6 @@ def _show_findings(found: Findings, given: Given) -> None:
 
 
 def _show_plan(plan: Proposal, target: Path) -> None:
-    from ..init.sizes import duration
-
     spec = plan.spec
     pixels = f"{spec.channels}×{spec.height}×{spec.width}"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
@@ -162,8 +172,8 @@ def _show_plan(plan: Proposal, target: Path) -> None:
     if student.flop > teacher.flop or student.parameters > teacher.parameters:
         _line("", "larger or slower than the teacher: choose another with --student (see nayer-edge students)")
     _line("device", f"{plan.device.name}, {plan.device.free_bytes / 2**30:.0f} GiB free")
-    if plan.sizes.seconds:
-        _line("time", f"{duration(plan.sizes.seconds)}, estimated from the teacher's speed on this machine")
+    for head, text in plan.words:
+        _line(head, text)
     _line("recipe", str(target))
     stdout().print(f"\nNext: nayer-edge run {inert(str(target))}", style="bold", highlight=False, soft_wrap=True)
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nayer_edge.errors import UsageError
 from nayer_edge.runtime.process import launched
 
-from ..actions import default_out, read_recipe
-from .shared import Fresh, Json, Out, RecipeName, Settings, TrustCode, app, example, run_steps
+from ..actions import Time, default_out, read_recipe, timed
+from ..steps import CHECKPOINT
+from .shared import Fresh, Json, Out, RecipeName, Settings, TrustCode, app, example, run_steps, show_lines
+
+if TYPE_CHECKING:
+    from ..recipes.schema import Recipe
+
+Budget = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="TIME", help="Plan the run for so much time on this machine, for example 1h."),
+]
+More = Annotated[
+    str | None,
+    typer.Option("--more", metavar="TIME", help="Continue training a run's student for so much time."),
+]
+Finish = Annotated[
+    str | None,
+    typer.Option("--finish", metavar="TIME", help="End an interrupted training within so much time."),
+]
 
 
 @app.command(epilog=example("nayer-edge quickstart"))
@@ -25,19 +46,54 @@ def quickstart(
     run_steps(read_recipe("digits", settings), out, fresh=fresh, as_json=as_json)
 
 
-@app.command(epilog=example("nayer-edge run digits --set seed=1 --out runs/mine", "nayer-edge run runs/mine"))
+@app.command(
+    epilog=example(
+        "nayer-edge run digits --set seed=1 --out runs/mine",
+        "nayer-edge run runs/mine",
+        "nayer-edge run mine.toml --budget 20m",
+        "nayer-edge run runs/mine --more 1h",
+    )
+)
 def run(
     recipe: RecipeName,
     until: Annotated[str | None, typer.Option("--until", metavar="STEP", help="Stop after this step.")] = None,
     settings: Settings = None,
     out: Out = None,
+    budget: Budget = None,
+    more: More = None,
+    finish: Finish = None,
     fresh: Fresh = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Runs a recipe, or continues where it stopped. A run folder continues with its own recipe."""
+    time = Time.typed(budget, more, finish)
     chosen = read_recipe(recipe, settings)
-    run_steps(chosen, out or default_out(recipe, chosen), last=until, fresh=fresh, as_json=as_json)
+    root = out or default_out(recipe, chosen)
+    chosen, words = timed(chosen, recipe, root, time, fresh=fresh)
+    show_lines(words, as_json=as_json)
+    with _ways_on(chosen, root):
+        run_steps(chosen, root, last=until, fresh=fresh, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _ways_on(recipe: Recipe, root: Path) -> Iterator[None]:
+    """Says how an interrupted distillation can be continued or ended early."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        if recipe.distill.schedule == "constant" and (root / CHECKPOINT).is_file():
+            where = shlex.quote(str(root))
+            lines = (
+                "",
+                f"To continue:            nayer-edge run {where}",
+                f"To end it early:        nayer-edge run {where} --finish 5m",
+                f"To give it more time:   nayer-edge run {where} --more 1h",
+            )
+            print("\n".join(lines), file=sys.stderr)  # noqa: T201
+        raise
 
 
 @app.command(epilog=example("nayer-edge teach digits --out runs/teacher"))
@@ -59,6 +115,7 @@ def distill(
     recipe: RecipeName,
     settings: Settings = None,
     out: Out = None,
+    budget: Budget = None,
     fresh: Fresh = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
@@ -69,8 +126,13 @@ def distill(
     """
 
     def work() -> None:
+        time = Time.typed(budget, None, None)
         chosen = read_recipe(recipe, settings)
-        run_steps(chosen, out or default_out(recipe, chosen), last="student", fresh=fresh, as_json=as_json)
+        root = out or default_out(recipe, chosen)
+        chosen, words = timed(chosen, recipe, root, time, fresh=fresh)
+        show_lines(words, as_json=as_json)
+        with _ways_on(chosen, root):
+            run_steps(chosen, root, last="student", fresh=fresh, as_json=as_json)
 
     if launched()[1] == 1:
         work()

@@ -1,4 +1,4 @@
-"""Plans a run for a time budget: a pure function of the measured cost of each step on this machine.
+"""Plans runs for a time budget: pure functions of the measured cost of each step on this machine.
 
 A run with schedule `fast` has three phases: it fills the memory bank, trains the student at a constant learning rate
 while it makes more images, and then decays the rate. The split between images and student steps was fitted to
@@ -8,14 +8,19 @@ measurements (`benchmarks/search.py`, docs/LOG.md); the constants below are the 
 from __future__ import annotations
 
 import math
-import re
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nayer_edge.distillation import Epoch, Length
 from nayer_edge.errors import UsageError
 
+from ..recipes.schema import Budget
+from .durations import duration
+
 IMAGES_PER_STEP = 15.0
-"""synthetic images per student step of BATCH images"""
+"""synthetic images per student step of BATCH images; proportionally fewer for a smaller batch"""
 FILLED = 0.2
 """fraction of the images made before student training starts"""
 DECAY = 0.25
@@ -36,7 +41,10 @@ MARGIN = 0.05
 """fraction of the budget left unplanned, for metrics, checkpoints and other load on the machine"""
 LEAST_STEPS = 100
 """minimum student steps for a useful student"""
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+TOLERANCE = 0.05
+"""deviation from the budget above which a run is planned again after its second student epoch"""
+OTHER_MACHINE = 2.0
+"""ratio of measured to planned time of the first epoch above which, or below whose inverse, all phases are rescaled"""
 
 
 @dataclass(frozen=True)
@@ -87,30 +95,6 @@ class BudgetPlan:
         return sum(self.seconds.values())
 
 
-def parse_budget(text: str) -> float:
-    """Parses a duration into seconds: "90s", "20m", "1h", "1h30m", "1.5h" or "2d".
-
-    Raises:
-        UsageError: not such a duration, zero, or 366 days and more.
-    """
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip().lower())
-    whole = "".join(number + unit for number, unit in parts)
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
-    if not parts or whole != re.sub(r"\s", "", text.strip().lower()) or not 0 < seconds < 366 * _UNITS["d"]:
-        raise UsageError(f"'{text}' is not a time budget.", fix="For example: --budget 20m, --budget 1h30m")
-    return seconds
-
-
-def duration(seconds: float) -> str:
-    """A rounded, readable duration: "50 s", "12 min", "1 h 30 min"."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 and minutes < 600 else f"{round(minutes / 60)} h"
-
-
 def g_steps_for(classes: int) -> int:
     """Optimisation steps per round: with more classes, images need more steps to show their class."""
     return next(steps for most, steps in G_STEPS if classes <= most)
@@ -129,8 +113,9 @@ def plan(budget: float, costs: Costs, classes: int) -> BudgetPlan:
     g_steps = g_steps_for(classes)
     image = g_steps * costs.synthesis_step / costs.batch
     later_image = g_steps * (costs.synthesis_step + costs.adversary) / costs.batch
-    views = min(VIEWS * IMAGES_PER_STEP * (1 - RESERVE), costs.student_batch) / costs.student_batch
-    images = IMAGES_PER_STEP * (FILLED * image + (1 - FILLED) * later_image)
+    per_step = IMAGES_PER_STEP * costs.student_batch / BATCH
+    views = min(VIEWS * per_step * (1 - RESERVE), costs.student_batch) / costs.student_batch
+    images = per_step * (FILLED * image + (1 - FILLED) * later_image)
     step = costs.student_step + views * costs.teacher_batch + images
     available = budget * (1 - MARGIN) - costs.rest
     wanted = available / step
@@ -144,9 +129,9 @@ def plan(budget: float, costs: Costs, classes: int) -> BudgetPlan:
         )
     student_step = costs.student_step + views * costs.teacher_batch
     # Enough steps per epoch to match at least one full round of images.
-    steps = max(math.ceil(costs.batch / IMAGES_PER_STEP), round(wanted / EPOCHS))
-    rounds = max(1, round((1 - FILLED) / (1 - DECAY) * IMAGES_PER_STEP * steps / costs.batch))
-    fill = max(2, round(FILLED * IMAGES_PER_STEP * wanted / costs.batch))
+    steps = max(math.ceil(costs.batch / per_step), round(wanted / EPOCHS))
+    rounds = max(1, round((1 - FILLED) / (1 - DECAY) * per_step * steps / costs.batch))
+    fill = max(2, round(FILLED * per_step * wanted / costs.batch))
     warmup_epochs = min(10, fill // 2)
     warmup_rounds = round(fill / warmup_epochs)
     fill_seconds = warmup_epochs * warmup_rounds * costs.batch * image
@@ -177,10 +162,19 @@ def plan(budget: float, costs: Costs, classes: int) -> BudgetPlan:
     )
 
 
-def settings(made: BudgetPlan, costs: Costs, image_bytes: int) -> dict[str, dict[str, Any]]:
-    """The plan as recipe sections: schedule `fast` with the planned sizes."""
-    bank = made.images * image_bytes
+def settings(budget: float, made: BudgetPlan, costs: Costs, bank_mib: int) -> dict[str, dict[str, Any]]:
+    """The plan as recipe sections: schedule `fast` with the planned sizes.
+
+    Args:
+        budget: seconds for the whole run.
+        bank_mib: limit of the memory bank; larger than the run needs, so that it can be continued.
+    """
     return {
+        "budget": {
+            "seconds": budget,
+            "fill_seconds": round(made.seconds["fill"], 1),
+            "rest_seconds": round(made.seconds["rest"], 1),
+        },
         "synthesis": {
             "batch": costs.batch,
             "g_steps": made.g_steps,
@@ -202,7 +196,142 @@ def settings(made: BudgetPlan, costs: Costs, image_bytes: int) -> dict[str, dict
             "decay_epochs": made.decay_epochs,
             "weight_decay": 5e-4,
             "views": VIEWS,
-            "bank_mib": max(1, math.ceil(bank / 2**20)),
+            "bank_mib": bank_mib,
             "holdout_rounds": 1,
         },
     }
+
+
+def described(made: BudgetPlan, costs: Costs, image_bytes: int) -> list[tuple[str, str]]:
+    """The plan in words, as (heading, text)."""
+    phases = {"fill": "of images", "train": "of training", "decay": "of learning-rate decay"}
+    parts = [f"{duration(made.seconds[name])} {what}" for name, what in phases.items()]
+    bank = made.images * image_bytes / 2**20
+    return [
+        (
+            "time",
+            f"{duration(made.total)}: {', '.join(parts)}, {duration(made.seconds['rest'])} of export and validation",
+        ),
+        ("images", f"{made.images:,} from rounds of {costs.batch} with {made.g_steps} steps each; {bank:,.0f} MiB"),
+        ("student", f"{made.steps_in_all:,} steps of {costs.student_batch} images"),
+    ]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds per student epoch of a run, measured while it ran.
+
+    Attributes:
+        train: an epoch with synthesis rounds.
+        decay: an epoch of the learning-rate decay, which has none.
+    """
+
+    train: float
+    decay: float
+
+    @classmethod
+    def of(cls, history: Sequence[Epoch]) -> Pace:
+        """Medians over the student epochs with synthesis rounds.
+
+        Raises:
+            ValueError: there is no such epoch.
+        """
+        epochs = [epoch for epoch in history if epoch.phase == "distill" and epoch.loss_bn is not None]
+        if not epochs:
+            raise ValueError("no student epoch has been trained")
+        return cls(
+            statistics.median(epoch.seconds for epoch in epochs),
+            statistics.median(max(epoch.seconds - epoch.synthesis_seconds, 1e-3) for epoch in epochs),
+        )
+
+
+def extended(length: Length, seconds: float, pace: Pace, rest: float, finished: bool = True) -> Length:
+    """The length of a run that gets so much more time.
+
+    Args:
+        length: of the run so far.
+        rest: seconds of export and validation.
+        finished: its learning rate has decayed and must decay again, and the export is repeated; otherwise both are
+            still to come and planned already.
+
+    Raises:
+        UsageError: the time is too short for a single further epoch; the message gives the minimum.
+    """
+    trained = length.epochs - length.warmup_epochs - length.decay_epochs
+    share = DECAY / (1 - DECAY)
+    again = rest + share * trained * pace.decay if finished else 0.0
+    further = math.floor((seconds - again) / (pace.train + share * pace.decay))
+    if further < 1:
+        least = again + share * pace.decay + pace.train
+        raise UsageError(
+            f"{duration(seconds)} is too short to improve this run.",
+            why=f"The learning rate has to decay again and the student is exported again, which takes "
+            f"{duration(again)}; an epoch takes {duration(pace.train)}.",
+            fix=f"Use at least: --more {math.ceil(least * 1.1 / 60)}m",
+        )
+    decay = max(1, round(share * (trained + further)))
+    return Length(length.warmup_epochs + trained + further + decay, length.warmup_epochs, decay)
+
+
+def finishing(length: Length, done: int, seconds: float, pace: Pace, rest: float) -> Length:
+    """The length of a run that decays its learning rate from now on and ends within so much time.
+
+    Args:
+        done: epochs that the run has finished.
+
+    Raises:
+        UsageError: there is no student to finish, or the time is too short for one epoch.
+    """
+    trained = done - length.warmup_epochs
+    if trained < 1:
+        raise UsageError(
+            "This run has not begun to train its student.",
+            fix="Let it train at least one epoch after warm-up, then use --finish.",
+        )
+    if done > length.epochs - length.decay_epochs:
+        raise UsageError(
+            "This run's learning rate is decaying already.",
+            fix=f"Continue without --finish; {length.epochs - done} epochs are left, about "
+            f"{duration((length.epochs - done) * pace.decay)}.",
+        )
+    affordable = math.floor((seconds - rest) / pace.decay)
+    if affordable < 1:
+        raise UsageError(
+            f"{duration(seconds)} is too short: export and validation alone take about {duration(rest)}.",
+            fix=f"Use at least: --finish {math.ceil((rest + pace.decay) * 1.1 / 60)}m",
+        )
+    decay = min(affordable, max(1, trained))
+    return Length(done + decay, length.warmup_epochs, decay)
+
+
+def adapted(history: Sequence[Epoch], length: Length, budget: Budget) -> Length | None:
+    """Another length for a run that is slower or faster than planned; None if it keeps its budget.
+
+    The run is checked twice: after its first epoch, for a machine of another kind than planned, and after its second
+    student epoch, when the cost of all phases is known.
+
+    Args:
+        history: metrics of all finished epochs.
+    """
+    done = len(history)
+    if done == 1 and length.warmup_epochs > 1 and budget.fill_seconds > 0:
+        ratio = history[0].seconds * length.warmup_epochs / budget.fill_seconds
+        if 1 / OTHER_MACHINE < ratio < OTHER_MACHINE:
+            return None
+        warmup = max(1, round(length.warmup_epochs / ratio))
+        student = max(3, round((length.epochs - length.warmup_epochs) / ratio))
+        decay = max(1, round(DECAY * student))
+        return Length(warmup + student, warmup, decay)
+    if done != length.warmup_epochs + 2 or done > length.epochs - length.decay_epochs:
+        return None
+    pace, elapsed = Pace.of(history), sum(epoch.seconds for epoch in history)
+    training = length.epochs - length.decay_epochs - done
+    projected = elapsed + training * pace.train + length.decay_epochs * pace.decay + budget.rest_seconds
+    if abs(projected / budget.seconds - (1 - MARGIN)) <= TOLERANCE:
+        return None
+    share = DECAY / (1 - DECAY)
+    left = budget.seconds * (1 - MARGIN) - elapsed - budget.rest_seconds
+    further = max(0, math.floor((left - 2 * share * pace.decay) / (pace.train + share * pace.decay)))
+    decay = max(1, round(share * (2 + further)))
+    found = Length(done + further + decay, length.warmup_epochs, decay)
+    return None if found == length else found

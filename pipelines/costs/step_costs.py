@@ -13,10 +13,8 @@ from nayer_edge.config import Augment, Distill, Generator, Synthesis
 from nayer_edge.distillation import Distillation, Settings
 from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.models.load import build_classifier, load_teacher, untrained_teacher
-from nayer_edge.runtime.compute import Compute, choose, random_stream, seeded
+from nayer_edge.runtime.compute import Compute, random_stream, seeded
 
-from ..recipes.schema import Recipe
 from .budget import BATCH, ROUND, Costs
 
 DIMENSIONS = 384
@@ -24,34 +22,38 @@ DIMENSIONS = 384
 REPEATS = 5
 LONGEST = 60.0
 """maximum seconds to measure one kind of step"""
-
-
-def measure(recipe: Recipe, rest: float) -> Costs:
-    """Times the steps of a recipe's networks on its device.
-
-    The teacher need not be trained: the cost of a step does not depend on the weights.
-
-    Args:
-        rest: expected seconds for export, validation and report.
-
-    Raises:
-        UsageError, MissingError: the networks cannot be built or do not accept such images.
-    """
-    compute = choose(recipe.device, recipe.precision)
-    with seeded(0):
-        teacher = untrained_teacher(recipe.teacher)
-        student = build_classifier(recipe.student.model, teacher.spec, teacher.classes, recipe.student.arguments)
-    if recipe.teacher.weights is None and recipe.teach is None:
-        teacher, _ = load_teacher(recipe.teacher, teacher)
-    return time_steps(teacher, student, recipe.generator, recipe.synthesis.augment, compute, rest)
+BACKWARD = 3
+"""cost of a training step in forward passes"""
+REST_SECONDS = 20.0
+"""export, quantization, report and start-up, which hardly depend on the networks"""
+REST_IMAGES = 10_000
+"""images of an assumed hold-out"""
+REST_STUDENTS = 6
+"""forward passes of the student per hold-out image: float and INT8, in torch and ONNX Runtime, and calibration"""
 
 
 def time_steps(
-    teacher: Classifier, student: Classifier, generator: Generator, augment: Augment, compute: Compute, rest: float
+    teacher: Classifier,
+    student: Classifier,
+    generator: Generator,
+    augment: Augment,
+    compute: Compute,
+    batch: int = ROUND,
+    student_batch: int = BATCH,
 ) -> Costs:
-    """As `measure`, for given networks. Both stay on the device; training steps change the student."""
+    """Times the steps of these networks, which need not be trained: the cost of a step does not depend on the weights.
+
+    Both networks stay on the device; training steps change the student.
+
+    Args:
+        batch: images per synthesis round; at least one per class up to 2 × `ROUND` classes.
+        student_batch: images per student step.
+
+    Raises:
+        UsageError: the teacher cannot be distilled from, or the networks do not fit each other.
+    """
     classes = len(teacher.classes)
-    batch, student_batch = max(ROUND, min(classes, 2 * ROUND)), BATCH
+    batch = max(batch, min(classes, 2 * batch))
     steps = 2
     with seeded(0):
         embeddings = LabelEmbeddings(torch.randn(classes, DIMENSIONS), "random", "", "{label}", tuple(teacher.classes))
@@ -83,15 +85,22 @@ def time_steps(
 
     alone = _median(lambda: a_round(False), compute) / steps
     both = _median(lambda: a_round(True), compute) / steps
+    one_step, one_answer = _median(student_step, compute), _median(answer, compute)
     return Costs(
         synthesis_step=alone,
         adversary=max(both - alone, 0.0),
-        student_step=_median(student_step, compute),
-        teacher_batch=_median(answer, compute),
-        rest=rest,
+        student_step=one_step,
+        teacher_batch=one_answer,
+        rest=expected_rest(one_step, one_answer, student_batch),
         batch=batch,
         student_batch=student_batch,
     )
+
+
+def expected_rest(student_step: float, teacher_batch: float, student_batch: int) -> float:
+    """Expected seconds of export, quantization, validation and report, from the steps' seconds."""
+    step, answer = (seconds / student_batch for seconds in (student_step, teacher_batch))
+    return REST_SECONDS + REST_IMAGES * (answer + REST_STUDENTS * step / BACKWARD)
 
 
 def _median(work: Callable[[], object], compute: Compute) -> float:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nayer_edge.config import InputSpec, Teacher
+from nayer_edge.config import Augment, InputSpec, Teacher
 from nayer_edge.errors import UsageError
 from nayer_edge.labels.class_names import read_labels
-from nayer_edge.models.load import load_teacher, untrained_teacher
+from nayer_edge.models.load import build_classifier, load_teacher, untrained_teacher
 from nayer_edge.models.names import parse
 
+from ..costs.fitting import device_at_hand
 from ..costs.model_cost import cost_of
+from ..costs.planning import plan_for
 from ..recipes.checking import checked
 from .inspect_checkpoint import Findings, Guess
 from .parsing import checked_name, named_after, parse_shape, parse_values
-from .sizes import Effort, choose, device_at_hand, speed_of, student_for
+from .sizes import TRIAL, Effort, pad_for, student_for
 from .starter_recipe import Proposal
+
+DEFAULT_BUDGET = {"cpu": 3600.0, "cuda": 1200.0}
+"""seconds for a run, by kind of device"""
+IMAGES = {"export": {"calibration_images": 512}, "validate": {"synthetic_images": 2000}}
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Given:
     name: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     effort: Effort = "normal"
+    budget: float | None = None
 
 
 # ------------------------------------------------------------------ open questions
@@ -146,12 +152,16 @@ def settle(found: Findings, given: Given) -> Proposal:
     network, _ = load_teacher(teacher, untrained_teacher(teacher))
     cost = cost_of(model, spec, len(classes))
     device = device_at_hand(given.device)
-    if device.kind == "cpu" and given.effort == "normal":
-        device = dataclasses.replace(device, flop_per_s=speed_of(network, cost))
     student = given.student or student_for(spec, len(classes), cost, model)
     if student == model:
         raise UsageError(f"Teacher and student are both {model}.", fix="Name a smaller network with --student.")
     student_cost = cost_of(student, spec, len(classes))
+    sections, words = TRIAL, []
+    if given.effort == "normal":
+        seconds = given.budget or DEFAULT_BUDGET[device.kind]
+        augment = Augment(pad=pad_for(spec), flip=given.flip)
+        planned = plan_for(seconds, network, build_classifier(student, spec, classes), augment, device)
+        sections, words = {**planned.sections, **IMAGES}, planned.words
     return Proposal(
         name=checked_name(given.name or named_after(found.path)),
         checkpoint=found.path.resolve(),
@@ -165,7 +175,8 @@ def settle(found: Findings, given: Given) -> Proposal:
         flip=given.flip,
         device=device,
         effort=given.effort,
-        sizes=choose(spec, len(classes), cost, student_cost, device, given.effort),
+        sections=sections,
+        words=words,
         costs=(cost, student_cost),
         batch_norms=found.batch_norms,
         origins={"input": spec_origin, "labels": labels_origin},

@@ -8,18 +8,20 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.models.names import parse
 from nayer_edge.storage.files import write_bytes
 
+from ..costs.fitting import Device
 from ..costs.model_cost import Cost
 from ..recipes import preflight
 from ..recipes.as_toml import to_toml
 from ..recipes.loading import BUILT_IN_DATA, SUFFIX, load_recipe
 from ..steps import until
-from .sizes import Device, Effort, Sizes
+from .sizes import Effort, pad_for
 
 INLINE = 40
 """up to this many class names are written into the recipe; more go into a file beside it"""
@@ -30,6 +32,8 @@ class Proposal:
     """The values of a proposed recipe.
 
     Attributes:
+        sections: values of the recipe's other sections.
+        words: the plan for a time budget, as (heading, text); empty for a trial.
         origins: where input and class names come from, for comments.
         labels: the user's file of class names; None if they did not name one.
     """
@@ -46,7 +50,8 @@ class Proposal:
     flip: bool
     device: Device
     effort: Effort
-    sizes: Sizes
+    sections: Mapping[str, Mapping[str, Any]]
+    words: Sequence[tuple[str, str]]
     costs: tuple[Cost, Cost]
     batch_norms: int
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -86,8 +91,7 @@ def write(proposal: Proposal, out: Path, *, force: bool = False) -> list[Path]:
 
 def recipe_text(proposal: Proposal, out: Path, labels: Path | None) -> str:
     """The recipe as TOML, with comments."""
-    sizes, spec, (teacher, student) = proposal.sizes, proposal.spec, proposal.costs
-    why = sizes.reasons
+    sections, spec, (teacher, student) = proposal.sections, proposal.spec, proposal.costs
     folder = out.resolve().parent
     weights = {} if proposal.checkpoint.is_dir() else {"weights": _near(proposal.checkpoint, folder)}
     if proposal.key:
@@ -100,7 +104,8 @@ def recipe_text(proposal: Proposal, out: Path, labels: Path | None) -> str:
     at_hand = proposal.data is None or proposal.data in BUILT_IN_DATA or proposal.data.startswith("$")
     holdout = proposal.data if at_hand or proposal.data is None else _near(Path(proposal.data).expanduser(), folder)
     data = _entries(data=holdout) if holdout else '# data = "holdout"'
-    trial, flip = proposal.effort == "trial", str(proposal.flip).lower()
+    trial = proposal.effort == "trial"
+    augment = f"{{ pad = {pad_for(spec)}, flip = {str(proposal.flip).lower()} }}"
     described = f"{proposal.model} → {proposal.student}, without data" + (" (a trial)" if trial else "")
     return f"""\
 # Written by `nayer-edge init` for {where}.
@@ -133,40 +138,24 @@ std = {_numbers(spec.std)}
 encoder = "all-MiniLM-L6-v2"
 prompt = "a photo of a {{label}}"
 
-{_generator(sizes)}[synthesis]
-# Images per round: {why.get("batch", "")}.
-batch = {sizes.batch}
-# Optimisation steps per round, rounds per epoch, and rounds per warm-up epoch.
-g_steps = {sizes.g_steps}
-rounds = {sizes.rounds}
-warmup_rounds = {sizes.warmup_rounds}
+{_section("budget", sections, _BUDGET, proposal.words)}{_section("generator", sections)}\
+{_section("synthesis", sections, _SYNTHESIS)}\
 # Random crop and flip inside the loss. For digits and text, set flip = false here and in [distill].
-augment = {{ pad = {sizes.pad}, flip = {flip} }}
+augment = {augment}
 
-[distill]
-# {_sentence(why.get("epochs", "Few, for a trial"))}.
-epochs = {sizes.epochs}
-warmup_epochs = {sizes.warmup_epochs}
-# Student steps per epoch{_because(why.get("student_batch"))}.
-steps = {sizes.steps}
-batch = {sizes.student_batch}
-lr = {sizes.lr}
-augment = {{ pad = {sizes.pad}, flip = {flip} }}
-# MiB of synthetic images in the memory bank: {why.get("bank_mib", "a few rounds")}.
-bank_mib = {sizes.bank_mib}
-# Rounds of images held out to measure agreement with the teacher.
-holdout_rounds = {sizes.holdout_rounds}
+{_section("distill", sections, _DISTILL)}\
+augment = {augment}
 
 [export]
 # One or more of cpu, arm, tensorrt, tensorrt-rtx.
 targets = ["cpu"]
-calibration_images = {sizes.calibration_images}
+calibration_images = {sections["export"]["calibration_images"]}
 
 [validate]
 # Real labelled images, if you have some: a folder of class folders, a parquet or npz file.
 # They only measure. Without them, artifacts and teacher are compared on synthetic images, which every number states.
 {data}
-synthetic_images = {sizes.synthetic_images}
+synthetic_images = {sections["validate"]["synthetic_images"]}
 
 [gate]
 artifacts = ["int8.cpu"]
@@ -175,15 +164,39 @@ accuracy = {{ max_drop_vs_fp32 = 0.015, max_drop_vs_teacher = 0.04 }}
 """
 
 
-def _generator(sizes: Sizes) -> str:
-    if sizes.generator_channels is None:
-        return ""
-    return f"""\
-[generator]
-# Width of the last convolutions: {sizes.reasons["generator"]}.
-channels = {sizes.generator_channels}
+_BUDGET = {"seconds": "Planned for this time on this machine; `nayer-edge run … --budget 2h` plans again"}
+_SYNTHESIS = {
+    "batch": "Images per round, optimisation steps per round, rounds per epoch, and rounds per warm-up epoch",
+    "g_life": "Epochs after which the generator starts anew: never, because its first rounds are poor",
+    "reserve": "Share of the rounds put aside for calibration and as a synthetic hold-out",
+}
+_DISTILL = {
+    "epochs": "Warm-up epochs only make images",
+    "steps": "Student steps per epoch",
+    "schedule": "The learning rate is constant, then falls; so the run can be continued with --more",
+    "views": "Augmented views per image, for which the teacher's logits are computed once",
+    "bank_mib": "Limit of the memory bank of synthetic images, MiB",
+    "holdout_rounds": "Rounds of images held out to measure agreement with the teacher",
+}
+"""a comment above each of these keys"""
 
-"""
+
+def _section(
+    name: str,
+    sections: Mapping[str, Mapping[str, Any]],
+    comments: Mapping[str, str] | None = None,
+    words: Sequence[tuple[str, str]] = (),
+) -> str:
+    """A section as TOML with comments; empty if there is none."""
+    if name not in sections:
+        return ""
+    lines = [f"[{name}]", *(f"# {_sentence(text)}." for _, text in words)]
+    for key, value in sections[name].items():
+        if text := (comments or {}).get(key):
+            lines.append(f"# {text}.")
+        lines.append(_entries(**{key: value}))
+    end = "" if name in ("synthesis", "distill") else "\n"
+    return "\n".join(lines) + "\n" + end
 
 
 def _model(name: str, folder: Path) -> str:
@@ -204,7 +217,7 @@ def _near(path: Path, folder: Path) -> str:
     return str(absolute)
 
 
-def _entries(**values: str | Sequence[str]) -> str:
+def _entries(**values: Any) -> str:
     """Keys and values as TOML lines, without the last line break."""
     return to_toml(values).removesuffix("\n")
 
@@ -220,10 +233,6 @@ def _comment(text: str) -> str:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _because(reason: str | None) -> str:
-    return f"; the batch is {reason}" if reason else ""
 
 
 def _macs(cost: Cost) -> str:

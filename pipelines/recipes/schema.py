@@ -70,6 +70,17 @@ class Validate(Section):
     """number of synthetic images, if there is no hold-out"""
 
 
+class Budget(Section):
+    """The time that the run was planned for (`--budget`); a run that turns out slower or faster changes its length."""
+
+    seconds: Positive
+    """seconds for the whole run, without training a teacher"""
+    fill_seconds: Annotated[float, Field(ge=0)]
+    """expected seconds of the warm-up epochs"""
+    rest_seconds: Annotated[float, Field(ge=0)]
+    """expected seconds after distillation: export, quantization, validation, report"""
+
+
 class Measured(Section):
     """Results measured by the recipe's author, so that users know what to expect."""
 
@@ -105,6 +116,7 @@ class Recipe(Section):
     tracking: Literal["none", "tensorboard"] = "none"
     """tensorboard: also write metrics to <run>.tensorboard/ (extra: tracking)"""
     measured: Measured = Measured()
+    budget: Budget | None = None
     teacher: Teacher
     teach: Teach | None = None
     lte: LTE = LTE()
@@ -122,4 +134,10 @@ class Recipe(Section):
         none = self.teacher.weights is None and self.teach is None
         if (self.teacher.weights is not None and self.teach is not None) or (none and not brings_its_own):
             raise ValueError("give either teacher.weights or a [teach] section that trains the teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_can_be_kept(self) -> Recipe:
+        if self.budget is not None and self.distill.schedule != "constant":
+            raise ValueError('a [budget] needs distill.schedule = "constant", whose length can be adapted')
         return self

@@ -7,9 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nayer_edge.config import Distill, Synthesis
+from nayer_edge.distillation import Epoch, Length
 from nayer_edge.errors import UsageError
 from nayer_edge.pipelines.costs import budget
-from nayer_edge.pipelines.costs.budget import Costs, duration, parse_budget, plan
+from nayer_edge.pipelines.costs.budget import Costs, Pace, adapted, extended, finishing, plan
+from nayer_edge.pipelines.costs.durations import duration, parse_duration
+from nayer_edge.pipelines.recipes.schema import Budget
 
 SMALL = Costs(synthesis_step=0.08, adversary=0.03, student_step=0.2, teacher_batch=0.1, rest=60)
 
@@ -19,13 +22,13 @@ SMALL = Costs(synthesis_step=0.08, adversary=0.03, student_step=0.2, teacher_bat
     [("90s", 90), ("20m", 1200), ("1h", 3600), ("1h30m", 5400), ("1.5h", 5400), ("2d", 172800), (" 8 H ", 28800)],
 )
 def test_a_budget_is_read(text: str, seconds: float) -> None:
-    assert parse_budget(text) == seconds
+    assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "1", "h", "-1h", "0m", "1h 2", "1x", "nan", "inf h", "1e9h", "9999d"])
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a time budget") as caught:
-        parse_budget(text)
+    with pytest.raises(UsageError, match="is not a duration") as caught:
+        parse_duration(text)
     assert "--budget" in caught.value.fix
 
 
@@ -93,13 +96,139 @@ def test_more_time_makes_more_of_both() -> None:
 def test_too_little_says_what_would_do() -> None:
     with pytest.raises(UsageError, match="too small") as caught:
         plan(30, SMALL, 10)
-    least = parse_budget(caught.value.fix.rpartition("--budget ")[2])
+    least = parse_duration(caught.value.fix.rpartition("--budget ")[2])
     assert plan(least, SMALL, 10).steps_in_all >= 0.9 * budget.LEAST_STEPS
 
 
 def test_the_plan_is_a_recipe() -> None:
     found = plan(3600, SMALL, 10)
-    sections = budget.settings(found, SMALL, 3072)
+    sections = budget.settings(3600, found, SMALL, 1000)
     distill, synthesis = Distill(**sections["distill"]), Synthesis(**sections["synthesis"])
-    assert distill.bank_mib * 2**20 >= found.images * 3072
+    assert (distill.epochs, distill.bank_mib) == (found.epochs, 1000)
     assert synthesis.reserve == budget.RESERVE
+    assert Budget(**sections["budget"]).seconds == 3600
+
+
+def test_a_smaller_batch_gets_as_many_images_for_each_sample() -> None:
+    """Images per student sample, whatever the batch."""
+    half = Costs(synthesis_step=0.08, adversary=0.03, student_step=0.1, teacher_batch=0.05, rest=60, student_batch=128)
+    whole, halved = plan(7200, SMALL, 10), plan(7200, half, 10)
+    ratio = [found.images / (found.steps_in_all * batch) for found, batch in ((whole, 256), (halved, 128))]
+    assert ratio[1] == pytest.approx(ratio[0], rel=0.03)
+
+
+# ------------------------------------------------------------------ more time, less time
+
+
+def seconds_of(length: Length, pace: Pace, done: int = 0) -> float:
+    """Seconds from epoch `done` to the end, by walking through the student epochs."""
+    return sum(
+        pace.decay if epoch >= length.epochs - length.decay_epochs else pace.train
+        for epoch in range(max(done, length.warmup_epochs), length.epochs)
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 10), st.integers(1, 400), st.integers(1, 100), st.floats(60, 1e5), st.floats(1, 200),
+    st.floats(0.1, 1.0), st.floats(0, 300), st.booleans(),
+)  # fmt: skip
+def test_more_time_is_what_the_longer_run_takes(
+    warm: int, trained: int, decay: int, more: float, train: float, share: float, rest: float, finished: bool
+) -> None:
+    length, pace = Length(warm + trained + decay, warm, decay), Pace(train, train * share)
+    try:
+        found = extended(length, more, pace, rest, finished)
+    except UsageError as error:
+        least = parse_duration(error.fix.rpartition("--more ")[2])
+        assert least > more or least <= 60
+        enough = extended(length, 1.2 * least + 60, pace, rest, finished)
+        assert enough.epochs - enough.decay_epochs > warm + trained
+        return
+    trained_now = found.epochs - found.decay_epochs
+    assert trained_now > warm + trained
+    # A finished run has to decay again and is exported again; for an unfinished one both are still to come.
+    takes = seconds_of(found, pace, warm + trained) + (rest if finished else 0)
+    takes -= 0 if finished else pace.decay * budget.DECAY / (1 - budget.DECAY) * trained
+    assert takes <= more + pace.decay
+    assert takes >= more - 2 * (pace.train + pace.decay)
+    assert found.decay_epochs == pytest.approx(budget.DECAY * (found.epochs - warm), abs=1)
+
+
+def test_a_longer_run_is_as_one_of_the_whole_time() -> None:
+    """Twice 30 epochs, or one of 60: the same number of epochs with and without decay."""
+    pace = Pace(10.0, 5.0)
+    once = extended(Length(4 + 3 + 1, 4, 1), 600.0, pace, 0.0)
+    whole = extended(Length(4 + 3 + 1, 4, 1), 1200.0, pace, 0.0)
+    again = extended(once, 600.0 + once.decay_epochs * pace.decay, pace, 0.0)
+    assert again.epochs == pytest.approx(whole.epochs, abs=2)
+    assert again.decay_epochs == pytest.approx(whole.decay_epochs, abs=1)
+
+
+def test_an_early_end_decays_from_here() -> None:
+    length, pace = Length(50, 10, 10), Pace(20.0, 10.0)
+    found = finishing(length, 25, 125.0, pace, rest=60.0)
+    assert found == Length(25 + 6, 10, 6)
+    # Never longer than the training before it.
+    assert finishing(length, 12, 3600.0, pace, rest=60.0) == Length(14, 10, 2)
+    for done, message in ((10, "not begun"), (41, "decaying already")):
+        with pytest.raises(UsageError, match=message):
+            finishing(length, done, 300.0, pace, rest=60.0)
+    with pytest.raises(UsageError, match="too short") as caught:
+        finishing(length, 25, 62.0, pace, rest=60.0)
+    least = parse_duration(caught.value.fix.rpartition("--finish ")[2])
+    assert finishing(length, 25, least, pace, rest=60.0).decay_epochs >= 1
+
+
+def history(length: Length, warm: float, train: float, synthesis: float, done: int) -> list[Epoch]:
+    """Metrics of `done` epochs with these seconds."""
+    return [
+        Epoch(
+            epoch=number + 1, phase="warmup" if number < length.warmup_epochs else "distill", loss_bn=1.0, loss_ce=1.0,
+            loss_adv=None, loss_kd=None, agreement=0.5, lr=None, bank_images=0, images_per_s=1.0, memory_mib=1.0,
+            seconds=warm if number < length.warmup_epochs else train,
+            synthesis_seconds=warm if number < length.warmup_epochs else synthesis,
+        )
+        for number in range(done)
+    ]  # fmt: skip
+
+
+PLANNED = Budget(seconds=3600, fill_seconds=500, rest_seconds=100)
+LENGTH = Length(50, 10, 10)
+"""10 × 50 s, 30 × 80 s, 10 × 42 s and 100 s: 3,420 s, 95 % of the budget"""
+
+
+def test_a_run_that_keeps_its_budget_is_not_changed() -> None:
+    for done in range(1, 50):
+        assert adapted(history(LENGTH, 50, 80, 38, done), LENGTH, PLANNED) is None
+    # Nor by a single slow or fast epoch of images.
+    assert adapted(history(LENGTH, 80, 80, 38, 1), LENGTH, PLANNED) is None
+
+
+@pytest.mark.parametrize("times", [0.1, 0.3, 2.5, 10])
+def test_another_machine_gets_another_length(times: float) -> None:
+    """It is noticed after the first epoch, and the whole run then takes about as long as planned."""
+    found = adapted(history(LENGTH, 50 * times, 0, 0, 1), LENGTH, PLANNED)
+    assert found is not None
+    takes = times * (50 * found.warmup_epochs + seconds_of(found, Pace(80, 42))) + 100
+    assert takes == pytest.approx(3420, rel=0.15)
+
+
+@pytest.mark.parametrize("times", [0.6, 0.8, 1.2, 1.7])
+def test_a_slower_student_is_noticed_after_two_epochs(times: float) -> None:
+    """The images cost what was planned, the student's steps do not."""
+    train, synthesis = 38 + 42 * times, 38
+    done = history(LENGTH, 50, train, synthesis, 12)
+    found = adapted(done, LENGTH, PLANNED)
+    assert found is not None
+    takes = sum(epoch.seconds for epoch in done) + seconds_of(found, Pace(train, 42 * times), 12) + 100
+    assert takes == pytest.approx(3600 * (1 - budget.MARGIN), rel=0.04)
+
+
+def test_a_clock_that_jumps_does_not_stop_a_run() -> None:
+    """One epoch of a day: the rest of the run becomes short, but it ends with a decay."""
+    done = history(LENGTH, 50, 80, 38, 12)
+    done[5].seconds = 86400.0
+    found = adapted(done, LENGTH, PLANNED)
+    assert found is not None
+    assert found.epochs == 12 + found.decay_epochs

@@ -1,0 +1,202 @@
+"""Gives runs their time: plans a recipe for a budget, and makes an existing run longer or shorter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nayer_edge.config import Augment, Generator
+from nayer_edge.distillation import Epoch, Length
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import build_classifier, load_teacher, untrained_teacher
+from nayer_edge.runtime.compute import choose, seeded
+from nayer_edge.storage.files import read_json
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder
+
+from ..recipes.schema import Recipe
+from ..steps import CHECKPOINT, DECAY_STATE, PENDING
+from . import budget
+from .fitting import Device, device_at_hand, fit, generator_channels
+from .model_cost import cost_of_network
+from .step_costs import time_steps
+
+AFTER = ("onnx", "int8", "engine", "validate", "gate", "report")
+"""the steps after the student"""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run for a budget.
+
+    Attributes:
+        sections: recipe sections with the planned numbers.
+        words: the plan for people, as (heading, text).
+    """
+
+    sections: dict[str, dict[str, Any]]
+    words: list[tuple[str, str]]
+
+
+def plan_for(
+    seconds: float, teacher: Classifier, student: Classifier, augment: Augment, device: Device, precision: str = "auto"
+) -> Planned:
+    """Measures the steps of these networks on the device and plans a run for so many seconds.
+
+    Raises:
+        UsageError: the budget is too small, or the networks do not fit each other.
+    """
+    compute = choose(device.kind, precision)
+    spec, classes = teacher.spec, len(teacher.classes)
+    costs = cost_of_network(teacher.to("cpu")), cost_of_network(student.to("cpu"))
+    sizes, channels = fit(spec, *costs, device), generator_channels(spec, classes, costs[0], device)
+    generator = Generator(channels=channels)
+    measured = time_steps(teacher, student, generator, augment, compute, sizes.batch, sizes.student_batch)
+    made = budget.plan(seconds, measured, classes)
+    sections = budget.settings(seconds, made, measured, sizes.bank_mib)
+    image_bytes = spec.channels * spec.height * spec.width
+    words = [*budget.described(made, measured, image_bytes), *(("", why) for why in sizes.reasons.values())]
+    return Planned({**sections, "generator": {"channels": channels}}, words)
+
+
+def with_budget(recipe: Recipe, seconds: float, root: Path) -> tuple[Recipe, list[tuple[str, str]]]:
+    """The recipe with sizes for a budget, and the plan in words.
+
+    A run in the folder that was planned for the same budget keeps its numbers.
+
+    Raises:
+        UsageError: the budget is too small, or the folder holds a run with other numbers.
+    """
+    if (root / MANIFEST).is_file():
+        former = RunFolder.open(root).manifest.recipe
+        if former.get("name") == recipe.name and (former.get("budget") or {}).get("seconds") == seconds:
+            sections = {name: former[name] for name in ("budget", "generator", "synthesis", "distill")}
+            return with_sections(recipe, sections), [("time", "as planned when this run started")]
+    with seeded(0):
+        teacher = untrained_teacher(recipe.teacher)
+        if recipe.teach is None:
+            teacher, _ = load_teacher(recipe.teacher, teacher)
+        student = build_classifier(recipe.student.model, teacher.spec, teacher.classes, recipe.student.arguments)
+    device = device_at_hand(recipe.device)
+    planned = plan_for(seconds, teacher, student, recipe.synthesis.augment, device, recipe.precision)
+    return with_sections(recipe, planned.sections), planned.words
+
+
+def with_sections(recipe: Recipe, sections: dict[str, dict[str, Any]]) -> Recipe:
+    """The recipe with other values in some sections."""
+    values = recipe.model_dump(by_alias=True)
+    for name, changes in sections.items():
+        values[name] = {**(values[name] or {}), **changes}
+    return Recipe.model_validate(values)
+
+
+def with_more(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
+    """The recipe of a run that gets so much more time.
+
+    Raises:
+        UsageError: the run cannot be continued, or the time is too short.
+    """
+    state = _state_of(recipe, run)
+    if state.decaying:
+        raise UsageError(
+            "This run's learning rate is decaying, and it will be finished soon.",
+            fix=f"Let it finish, then give it more time:\n  nayer-edge run {run.typed}\n"
+            f"  nayer-edge run {run.typed} --more {_minutes(seconds)}",
+        )
+    length = budget.extended(state.length, seconds, state.pace, state.rest, state.finished)
+    return _with_length(recipe, length, seconds)
+
+
+def with_finish(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
+    """The recipe of an interrupted run that decays its learning rate and ends within so many seconds.
+
+    Raises:
+        UsageError: the run is finished, has not begun to train its student, or the time is too short.
+    """
+    state = _state_of(recipe, run)
+    if state.finished:
+        raise UsageError(
+            "This run's student is finished.",
+            fix=f"To go on with export and validation: nayer-edge run {run.typed}\n"
+            f"To improve it: nayer-edge run {run.typed} --more 1h",
+        )
+    return _with_length(recipe, budget.finishing(state.length, state.done, seconds, state.pace, state.rest), 0.0)
+
+
+def continued(recipe: Recipe, root: Path) -> Recipe:
+    """The recipe of a run folder, with the length of an extension that was interrupted."""
+    path = root / PENDING
+    if not path.is_file():
+        return recipe
+    values = read_json(path, "the length of an extension")
+    return with_sections(recipe, {name: section for name, section in values.items() if section is not None})
+
+
+def _with_length(recipe: Recipe, length: Length, seconds: float) -> Recipe:
+    sections: dict[str, dict[str, Any]] = {"distill": vars(length)}
+    if recipe.budget is not None:
+        sections["budget"] = {"seconds": recipe.budget.seconds + seconds}
+    return with_sections(recipe, sections)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where a run stands: finished epochs, its present length, and what its epochs cost."""
+
+    done: int
+    length: Length
+    pace: budget.Pace
+    rest: float
+    finished: bool
+
+    @property
+    def decaying(self) -> bool:
+        return not self.finished and self.done > self.length.epochs - self.length.decay_epochs
+
+
+def _state_of(recipe: Recipe, run: RunFolder) -> _State:
+    """Reads the facts of the newest saved state of a run."""
+    if recipe.distill.schedule != "constant":
+        raise UsageError(
+            "This run cannot change its length.",
+            why="Its learning rate follows a cosine over the whole run, as published; it ends at the last epoch.",
+            fix="Start a run that can: nayer-edge run RECIPE --budget 1h --out DIR",
+        )
+    interrupted = run.path(CHECKPOINT).is_file()
+    path = run.path(CHECKPOINT if interrupted else DECAY_STATE)
+    if not path.is_file():
+        raise UsageError(
+            f"{run.root} has no state to continue from.",
+            why="It has not trained its student yet, or its student was made by an earlier version.",
+            fix=f"Type: nayer-edge run {run.typed}",
+        )
+    facts = _facts(path)
+    history = [Epoch(**line) for line in facts["history"]]
+    try:
+        pace = budget.Pace.of(history)
+    except ValueError:
+        raise UsageError(
+            "This run has not begun to train its student.",
+            why=f"It has finished {len(history)} epochs, in which it only made images.",
+            fix=f"Continue it: nayer-edge run {run.typed}",
+        ) from None
+    measured = sum(record.seconds for name, record in run.manifest.steps.items() if name in AFTER)
+    planned = recipe.budget.rest_seconds if recipe.budget else 0.0
+    rest = measured if "validate" in run.manifest.steps else planned
+    return _State(len(history), Length(**facts["length"]), pace, rest, finished=not interrupted)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})["facts"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise IntegrityError(f"{path} is not a saved state of a distillation.", why=f"{error}.") from error
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(1, round(seconds / 60))}m"
