@@ -39,6 +39,8 @@ EPOCHS = 40
 """student epochs per run; sets the granularity of metrics, checkpoints and `--more` to 1 to 3 % of the run"""
 MARGIN = 0.05
 """fraction of the budget left unplanned, for metrics, checkpoints and other load on the machine"""
+NEVER = 1_000_000
+"""epochs after which the generator starts anew"""
 LEAST_STEPS = 100
 """minimum student steps for a useful student"""
 TOLERANCE = 0.05
@@ -180,8 +182,8 @@ def settings(budget: float, made: BudgetPlan, costs: Costs, bank_mib: int) -> di
             "g_steps": made.g_steps,
             "rounds": made.rounds,
             "warmup_rounds": made.warmup_rounds,
-            # One generator for the whole run: after each re-initialisation about forty rounds are poor.
-            "g_life": made.epochs,
+            # After each re-initialisation about forty rounds are poor.
+            "g_life": NEVER,
             "reserve": RESERVE,
         },
         "distill": {

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
-from nayer_edge.pipelines.distill import CHECKPOINT
-from nayer_edge.pipelines.steps import STEPS
+from nayer_edge.pipelines.steps import CHECKPOINT, STEPS
 from nayer_edge.pipelines.trust.signing import PASSWORD_VARIABLE, require_signed, sign
 from nayer_edge.pipelines.trust.verification import examine
 from nayer_edge.storage.files import sha256_of, write_bytes
@@ -143,7 +142,7 @@ def test_the_table_knows_every_file_that_a_step_writes(tiny_run: Path) -> None:
     written = {step.name: step.writes for step in STEPS}
     for name, record in RunFolder.open(tiny_run).manifest.files.items():
         assert any(fnmatchcase(name, pattern) for pattern in written[record.step]), name
-    assert next(step.scratch for step in STEPS if step.name == "student") == (CHECKPOINT,)
+    assert CHECKPOINT in next(step.scratch for step in STEPS if step.name == "student")
 
 
 # ------------------------------------------------------------------ signatures
