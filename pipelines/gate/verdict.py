@@ -75,7 +75,8 @@ def run_gate(
 
 
 def _judged(report: Report, policy: Policy, baseline: Baseline | None = None) -> Verdict:
-    return replace(judge(report, policy, baseline), notes=wording.notes(report.dataset, policy, baseline))
+    verdict = judge(report, policy, baseline)
+    return replace(verdict, notes=(*wording.notes(report.dataset, policy, baseline), *wording.advice(verdict)))
 
 
 def load_policy(run: RunFolder, policy_file: Path | None = None) -> Policy:

@@ -33,6 +33,10 @@ _TITLES = {
     "parity": "ONNX vs PyTorch logits",
 }
 _AT_LEAST = {"agreement", "int8_coverage", "speedup_vs_fp32"}
+_STUDENT = {"accuracy_drop_vs_teacher", "agreement"}
+"""checks that fail if the student is too far from its teacher"""
+_DEPLOYMENT = {"accuracy_drop_vs_fp32", "parity", "runtime"}
+"""checks that fail if export or quantization changed the student's answers"""
 _SHOWN_REASONS = 3
 
 
@@ -94,6 +98,17 @@ def notes(dataset: Dataset, policy: Policy, baseline: Baseline | None = None) ->
             f"{baseline.report_sha256[:12]}…) on the same {dataset.n:,} images."
         )
     return tuple(found)
+
+
+def advice(verdict: Verdict) -> tuple[str, ...]:
+    """What to do if the student is too far from its teacher and quantization is not the cause."""
+    failed = {check.name for check in verdict.checks if check.verdict == "fail" and not check.advisory}
+    if not failed & _STUDENT or failed & _DEPLOYMENT:
+        return ()
+    return (
+        "The student is too far from its teacher; quantization is not the cause. Give it more training time: "
+        "nayer-edge run RUN --more 1h. Or choose a larger student.",
+    )
 
 
 def promise(dataset: Dataset) -> tuple[str, ...]:

@@ -107,12 +107,13 @@ def confusion(counts: np.ndarray, classes: Sequence[str], of: str) -> Matrix:
 
 
 class Curves(NamedTuple):
-    """Lines over the epochs: label and points of each, ticks as places and texts, and all of it in a sentence."""
+    """Lines over epochs or time: label and points of each, ticks as places and texts, and all of it in a sentence."""
 
     lines: list[tuple[str, list[tuple[float, float]]]]
     across: list[tuple[float, str]]
     up: list[tuple[float, str]]
     summary: str
+    unit: str = "epoch"
     width: int = 400
     height: int = 200
     left: int = 44  # of the plot, as right, top and bottom
@@ -144,39 +145,55 @@ def losses(metrics: Sequence[Mapping[str, Any]]) -> Curves | None:
 
 
 def agreement(metrics: Sequence[Mapping[str, Any]]) -> Curves | None:
-    """Agreement with the teacher on the synthetic hold-out over the epochs, %; None where it was not measured."""
-    points = [(line["epoch"], 100 * line["agreement"]) for line in metrics if line.get("phase") == "distill"]
+    """Agreement with the teacher on the synthetic hold-out over time, %; None where it was not measured."""
+    seconds, points = 0.0, []
+    for line in metrics:
+        seconds += line.get("seconds", 0.0)
+        if line.get("phase") == "distill":
+            points.append((seconds, 100 * line["agreement"]))
     if not points:
         return None
+    unit, per = next((time for time in _TIMES if seconds >= 2 * time[1]), _TIMES[-1])
+    points = [(round(time / per, 3), value) for time, value in points]
     values = [value for _, value in points]
     high = max(math.ceil(max(values)), 1)
     low = min(math.floor(min(values)), high - 1)
     summary = (
-        f"Agreement of student and teacher on synthetic hold-out images over the epochs, from {values[0]:.1f} % "
-        f"to {values[-1]:.1f} %."
+        f"Agreement of student and teacher on synthetic hold-out images over {seconds / per:.3g} {unit} of "
+        f"distillation, from {values[0]:.1f} % to {values[-1]:.1f} %."
     )
-    return _curves({"agreement": points}, [low, (low + high) / 2, high], float, summary)
+    return _curves({"agreement": points}, [low, (low + high) / 2, high], float, summary, unit)
+
+
+_TIMES = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+"""units of the time axis in seconds, longest first; the first that the run took twice is used"""
 
 
 def _curves(
-    series: Mapping[str, list[tuple[float, float]]], up: list[float], scale: Callable[[float], float], summary: str
+    series: Mapping[str, list[tuple[float, float]]],
+    up: list[float],
+    scale: Callable[[float], float],
+    summary: str,
+    unit: str = "epoch",
 ) -> Curves:
     epochs = [epoch for points in series.values() for epoch, _ in points]
     first, last = min(epochs), max(epochs)
+    middle = (first + last) // 2 if unit == "epoch" else (first + last) / 2
     low, high = scale(up[0]), scale(up[-1])
     box = Curves._field_defaults
 
     def x(epoch: float) -> float:
-        return round(box["left"] + (box["right"] - box["left"]) * (epoch - first) / max(last - first, 1), 1)
+        return round(box["left"] + (box["right"] - box["left"]) * (epoch - first) / (last - first or 1), 1)
 
     def y(value: float) -> float:
         return round(box["bottom"] - (box["bottom"] - box["top"]) * (scale(value) - low) / (high - low), 1)
 
     return Curves(
         [(label, [(x(epoch), y(value)) for epoch, value in points]) for label, points in series.items()],
-        [(x(epoch), f"{epoch}") for epoch in sorted({first, (first + last) // 2, last})],
+        [(x(epoch), f"{epoch:.3g}" if unit != "epoch" else f"{epoch}") for epoch in sorted({first, middle, last})],
         [(y(tick), f"{tick:g}") for tick in up],
         summary,
+        unit,
     )
 
 

@@ -62,7 +62,8 @@ def test_the_closest_classes_are_the_fullest() -> None:
 def epochs(**values: list[float | None]) -> list[dict[str, object]]:
     count = len(next(iter(values.values())))
     return [
-        {"epoch": n + 1, "phase": "distill", **{key: found[n] for key, found in values.items()}} for n in range(count)
+        {"epoch": n + 1, "phase": "distill", "seconds": 1.0, **{key: found[n] for key, found in values.items()}}
+        for n in range(count)
     ]
 
 
@@ -79,9 +80,12 @@ def test_losses_are_drawn_on_a_logarithmic_scale() -> None:
 
 def test_agreement_is_drawn_where_it_was_measured() -> None:
     metrics = [{"epoch": 1, "phase": "warmup", "agreement": 0.0}, *epochs(agreement=[0.5, 0.75, 1.0])[1:]]
+    for line, seconds in zip(metrics, (100, 50, 90), strict=True):
+        line["seconds"] = seconds
     found = charts.agreement(metrics)
     assert found is not None
-    assert [text for _, text in found.across] == ["2", "3"]
+    assert found.unit == "minutes"
+    assert [text for _, text in found.across] == ["2.5", "3.25", "4"]
     assert [text for _, text in found.up] == ["75", "87.5", "100"]
     assert "from 75.0 % to 100.0 %" in found.summary
     assert charts.agreement(metrics[:1]) is charts.agreement([]) is charts.losses([]) is None
