@@ -27,6 +27,7 @@ SHARE = 0.4
 BANK_SHARE = 0.25
 """fraction of the free memory that the memory bank may use"""
 MIB = 2**20
+_WHAT = {"batch": "round", "student_batch": "student step"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Fit:
         batch: images per synthesis round.
         student_batch: images per student step.
         bank_mib: limit of the memory bank.
-        reasons: reason for each number that is not the default, by its name.
+        reasons: a sentence for each batch that is not the default, by its name.
     """
 
     batch: int
@@ -90,8 +91,10 @@ def _fitting(wanted: int, bytes_each: float, device: Device, name: str, reasons:
     most = int(SHARE * device.free_bytes / max(bytes_each, 1.0))
     if most >= wanted:
         return wanted
-    reasons[name] = f"what fits into {SHARE:.0%} of the {device.free_bytes / 2**30:.0f} GiB of free memory"
-    return max(8, 2 ** int(math.log2(max(most, 8))))
+    size = max(8, 2 ** int(math.log2(max(most, 8))))
+    free = f"{SHARE:.0%} of the {device.free_bytes / 2**30:.0f} GiB of free memory"
+    reasons[name] = f"{size} images per {_WHAT[name]} instead of {wanted}: what fits into {free}"
+    return size
 
 
 def generator_channels(spec: InputSpec, classes: int, teacher: Cost, device: Device) -> int:

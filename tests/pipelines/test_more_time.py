@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from nayer_edge.storage.run_folder import RunFolder
 Invoke = Callable[..., Any]
 SETTINGS = (
     *("device=cpu", "precision=fp32", "teach.epochs=1"),
-    *("synthesis.batch=20", "synthesis.g_steps=2", "synthesis.warmup_rounds=2", "synthesis.rounds=2"),
+    *("synthesis.batch=20", "synthesis.g_steps=2", "synthesis.warmup_rounds=4", "synthesis.rounds=2"),
     *("synthesis.reserve=0.4", "synthesis.g_life=1000"),
     *("distill.warmup_epochs=1", "distill.steps=3", "distill.batch=16", "distill.views=2", "distill.holdout_rounds=1"),
     *("distill.optimizer=muon", "distill.schedule=constant"),
@@ -62,15 +64,17 @@ def run(short: Path, tmp_path: Path) -> RunFolder:
 
 
 class StopsAfter(Silent):
-    """A listener that interrupts as a second Ctrl-C does, after so many steps."""
+    """A listener that interrupts after so many steps: as Ctrl-C does, or at once as a second one does."""
 
-    def __init__(self, steps: int) -> None:
-        self.left = steps
+    def __init__(self, steps: int, *, at_once: bool = False) -> None:
+        self.left, self.at_once = steps, at_once
 
     def advance(self, count: int = 1) -> None:
         self.left -= count
-        if self.left < 0:
+        if self.left < 0 and self.at_once:
             raise KeyboardInterrupt
+        if self.left < 0 <= self.left + count:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_an_extended_run_is_one_long_run(run: RunFolder, long: Path) -> None:
@@ -82,14 +86,14 @@ def test_an_extended_run_is_one_long_run(run: RunFolder, long: Path) -> None:
     assert done.manifest.recipe["distill"]["epochs"] == 8
     assert (done.problems(), done.unexpected_files()) == ([], [])
     # And once more.
-    assert run_recipe(recipe(10, 2), run.root, last="student").manifest.steps["student"].numbers["bank images"] == 200
+    assert run_recipe(recipe(10, 2), run.root, last="student").manifest.steps["student"].numbers["bank images"] == 220
 
 
 def test_the_finished_student_stays_until_the_better_one_is_whole(run: RunFolder, long: Path) -> None:
     before = sha256_of(run.path(STUDENT))
     # Interrupted in its second epoch; the first one is saved.
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe(8, 2), run.root, last="student", progress=StopsAfter(40))
+        run_recipe(recipe(8, 2), run.root, last="student", progress=StopsAfter(40, at_once=True))
     kept = RunFolder.open(run.root)
     assert kept.path(CHECKPOINT).is_file()
     assert sha256_of(kept.path(STUDENT)) == before
@@ -142,7 +146,7 @@ def test_more_and_finish_by_the_command_line(run: RunFolder, invoke: Invoke) -> 
 def test_an_interrupted_run_ends_early(tmp_path: Path, invoke: Invoke) -> None:
     root = tmp_path / "digits"
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe(1000, 200), root, last="student", progress=StopsAfter(60 * 7 + 3))
+        run_recipe(recipe(1000, 200), root, last="student", progress=StopsAfter(60))
     epochs = len((root / "metrics.jsonl").read_text().splitlines())
     answer = invoke("run", root, "--finish", "30s", "--until", "student")
     assert answer.code == 0, answer.err
