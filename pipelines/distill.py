@@ -189,8 +189,8 @@ def _distil(
         found = None if config.budget is None else adapted(history, length, config.budget)
         if found is not None:
             progress.notice(
-                f"This machine is not as fast as planned, or faster: {found.epochs} epochs instead of "
-                f"{length.epochs}, to keep the budget of {duration(config.budget.seconds)}."
+                f"{'Slower' if found.epochs < length.epochs else 'Faster'} than planned: {found.epochs} epochs instead "
+                f"of {length.epochs}, to keep the budget of {duration(config.budget.seconds)}."
             )
         return found
 
