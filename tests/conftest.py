@@ -185,8 +185,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def pytest_collection_finish() -> None:
-    """Takes what was imported out of garbage collection: some million objects that no collection would free, and that
-    each full one would visit."""
+    """Takes what was imported out of garbage collection, which would visit it again and again and free none of it."""
     gc.collect()
     gc.freeze()
 
