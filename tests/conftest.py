@@ -190,6 +190,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Puts it back: at the interpreter's end, extensions report as leaked what is still frozen."""
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Chooses a part of the slow tests, gives each an hour, and skips GPU tests with the reason where there is no
     GPU."""
