@@ -74,8 +74,9 @@ quickstart: install  ## the whole pipeline on real handwritten digits, into runs
 test: install-dev  ## the test suite, under 15 minutes on two cores
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
-test-slow: install-dev  ## the tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+test-slow: install-dev  ## the slow tests, or with PART=K/N the K-th of N parts, and other random examples
+	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile random $(if $(PART),--slow-part $(PART)) \
+		-n auto --maxprocesses 8 --dist worksteal
 
 faults: install-dev  ## does every kind of fault many times, and counts what was lost (nothing), under ten minutes
 	$(BIN)/python -m tests.faults

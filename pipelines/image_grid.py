@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -77,9 +78,23 @@ def png_of(picture: Image.Image) -> bytes:
 
 
 def plain_name(label: str, number: int, longest: int = 18) -> str:
-    """A class name that Pillow's own font can write (it has ASCII only), or "class 7"; cut to `longest` characters."""
+    """A class name as Pillow's built-in font can write it, cut to `longest` characters.
+
+    The font has ASCII and some punctuation, but no accented letters: "Käfer" becomes "Kafer", and "猫" "class 7".
+    """
     text = inert(label)
-    return shortened(text, longest) if text.isascii() else f"class {number}"
+    if not _writable(text):
+        text = "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
+    return shortened(text, longest) if _writable(text) else f"class {number}"
+
+
+def _writable(text: str) -> bool:
+    """Whether the built-in font has a glyph for every character."""
+    if text.isascii():
+        return True
+    font = ImageFont.load_default(32)
+    no_glyph = bytes(font.getmask("\uffff"))
+    return all(c.isascii() or bytes(font.getmask(c)) not in (no_glyph, b"") for c in text)
 
 
 def shortened(text: str, longest: int) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -52,6 +53,7 @@ TINY = (
     "export.calibration_method=minmax",
     "export.sensitivity=false",
     "export.max_drop=1.0",
+    "validate.synthetic_images=40",
 )
 """the digits recipe, small enough to run in seconds; its student is not meant to be accurate"""
 
@@ -73,21 +75,33 @@ def tiny_settings() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A finished run of the tiny digits recipe, one for all workers. Read only: copy it before changing anything."""
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)`: a folder that `make` has filled, one for all workers. Read only."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        folder.mkdir(exist_ok=True)
+        finished = folder / "finished"
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not finished.exists():
+                make(folder)
+                finished.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_run(once: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[Path]:
+    """A finished run of the tiny digits recipe. Read only: copy it before changing anything."""
     from nayer_edge.pipelines.recipes.loading import load_recipe
     from nayer_edge.pipelines.run import run_recipe
     from nayer_edge.storage.run_folder import RunFolder
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-run"
-    folder.mkdir(exist_ok=True)
-    root, finished = folder / "digits", folder / "finished"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not finished.exists():
-            run_recipe(load_recipe("digits", list(TINY)), root)
-            finished.touch()
+    root = once("tiny-run", lambda folder: run_recipe(load_recipe("digits", list(TINY)), folder / "digits")) / "digits"
     yield root
     run = RunFolder.open(root)
     assert (run.problems(), run.unexpected_files()) == ([], []), "a test changed the run that all share"
@@ -170,14 +184,25 @@ def _part(text: str) -> tuple[int, int]:
     return int(number) % int(parts), int(parts)
 
 
+def pytest_collection_finish() -> None:
+    """Takes what was imported out of garbage collection, which would visit it again and again and free none of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Puts it back: at the interpreter's end, extensions report as leaked what is still frozen."""
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Chooses a part of the slow tests, gives each an hour, and skips GPU tests with the reason where there is no
     GPU."""
     if config.option.slow_part:
         part, parts = config.option.slow_part
         slow = [item for item in items if item.get_closest_marker("slow")]
-        # In one piece each: neighbours share what takes long to make.
-        chosen = slow[len(slow) * part // parts : len(slow) * (part + 1) // parts]
+        # Every N-th: neighbours take about as long as each other, files do not.
+        chosen = slow[part::parts]
         left = {item.nodeid for item in slow} - {item.nodeid for item in chosen}
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left])
         items[:] = [item for item in items if item.nodeid not in left]

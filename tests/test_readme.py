@@ -156,7 +156,6 @@ def checkout(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = shutil.copytree(tiny_run, folder / "runs" / "digits")
     values = json.loads((root / MANIFEST).read_text())
     values["recipe"]["gate"]["accuracy"].update(max_drop_vs_teacher=1.0, max_drop_vs_fp32=1.0)
-    values["recipe"]["validate"]["synthetic_images"] = 40
     (root / MANIFEST).write_text(json.dumps(values))
     return folder
 

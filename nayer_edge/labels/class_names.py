@@ -171,7 +171,7 @@ def _from_lines(path: Path, text: str) -> list[str]:
     if empty := [number for number, line in enumerate(lines, start=1) if not line.strip()]:
         raise UsageError(
             f"Line {empty[0]} of {path} is empty.",
-            why="Names are assigned to the classifier's outputs in order, so an empty line may be a lost name.",
+            why="Names are assigned to the classifier's outputs in order, so an empty line may mean a missing name.",
             fix="Remove the line, or add the missing name.",
         )
     cells = [line.split("\t", 1) for line in lines]

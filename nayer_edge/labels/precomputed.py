@@ -186,7 +186,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 def _matrix_of(path: Path, arrays: dict[str, Any]) -> np.ndarray:
     found = arrays[_matrix(path, {name: array.ndim for name, array in arrays.items()})]
     if found.dtype.kind != "f":
-        raise ValueError(f"its embeddings have the type {found.dtype}")
+        raise ValueError(f"its embeddings are of type {found.dtype}, not floating-point")
     return found
 
 

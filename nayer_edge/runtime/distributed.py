@@ -137,7 +137,7 @@ class World:
         others = [str(rank) for rank, other in enumerate(found) if not torch.equal(other, found[0])]
         if others:
             raise UsageError(
-                f"The processes of this run differ in {what}: rank {', '.join(others)} from rank 0.",
+                f"The processes of this run differ in {what}: rank {', '.join(others)} does not match rank 0.",
                 why=f"Rank {self.rank} has {facts}.",
                 fix="Give every machine the same package, the same kind of device, and the same run folder.",
             )

@@ -247,7 +247,7 @@ def _synthetic_drop_vs_teacher(report: Report, artifact: ArtifactReport, limit: 
     bound_text, limit_text = _apart(bound, limit)
     side = "at least" if verdict == "fail" else "at most"
     detail = (
-        f"On synthetic images, whose true class is the teacher's answer, {artifact.name} differs from it on "
+        f"On synthetic images, {artifact.name} disagrees with the teacher, whose answers count as the true classes, on "
         f"{_percent(wrong / n)} % ({wrong} of {n:,}); the share is {side} {bound_text} % at {_confidence(alpha)} "
         f"confidence, the limit is {limit_text} %"
     )

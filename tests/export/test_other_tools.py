@@ -30,7 +30,7 @@ from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models.load import build_classifier
 from nayer_edge.pipelines.deploy import FP32
 
-STUDENTS = ("digits", "nayer:resnet8", "torchvision:mobilenet_v3_small")
+STUDENTS = ("digits", pytest.param("nayer:resnet8", marks=pytest.mark.slow), "torchvision:mobilenet_v3_small")
 PRECISIONS = ("fp32", *TARGETS)
 
 
@@ -43,19 +43,22 @@ class Exported:
 
 
 @pytest.fixture(scope="module", params=STUDENTS)
-def exported(request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The run's own FP32 file, or a network of the zoo with random weights, and the INT8 file of every target."""
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The run's own FP32 file (a ResNet-8), or a network with random weights, and the INT8 file of every target."""
     folder = tmp_path_factory.mktemp("exported")
     if request.param == "digits":
-        fp32 = tiny_run / FP32
+        fp32 = request.getfixturevalue("tiny_run") / FP32
         images = digits("holdout", InputSpec(channels=1, height=16, width=16)).images[:64].numpy() / np.float32(255)
     else:
-        fp32 = folder / "fp32.onnx"
         size = 32 if "mobilenet" in request.param else 16
         images = np.random.default_rng(0).random((64, 3, size, size), np.float32)
-        torch.manual_seed(0)
-        network = build_classifier(request.param, InputSpec(height=size, width=size), [str(i) for i in range(10)])
-        to_onnx(alive(network, images), (3, size, size), fp32)
+        if "mobilenet" in request.param:
+            fp32 = request.getfixturevalue("mobilenet_onnx")
+        else:
+            fp32 = folder / "fp32.onnx"
+            torch.manual_seed(0)
+            network = build_classifier(request.param, InputSpec(height=size, width=size), [str(i) for i in range(10)])
+            to_onnx(alive(network, images), (3, size, size), fp32)
     files = {"fp32": fp32}
     for target in TARGETS:
         files[target] = folder / f"{target}.onnx"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from nayer_edge.models.load import build_classifier
 
 SHAPE = (3, 16, 16)
 TENSORRT = ("tensorrt", "tensorrt-rtx")
-MODELS = ("nayer:resnet8", "nayer:wrn_10_1", "torchvision:mobilenet_v3_small")
+OURS = ("nayer:resnet8", "nayer:wrn_10_1")
+MODELS = (*OURS, "torchvision:mobilenet_v3_small")
 
 
 def smooth(n: int, seed: int) -> np.ndarray:
@@ -37,11 +39,12 @@ def classifier(name: str) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def fp32(mobilenet_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("fp32")
     paths = {name: folder / f"{index}.onnx" for index, name in enumerate(MODELS)}
-    for name, path in paths.items():
-        to_onnx(classifier(name), SHAPE, path)
+    for name in OURS:
+        to_onnx(classifier(name), SHAPE, paths[name])
+    shutil.copy(mobilenet_onnx, paths["torchvision:mobilenet_v3_small"])
     return paths
 
 
@@ -52,7 +55,8 @@ def graphs(fp32: dict[str, Path]) -> dict[tuple[str, str], ModelProto]:
     for name, path in fp32.items():
         for target in ("cpu", "arm", "tensorrt", "tensorrt-rtx"):
             out = path.with_suffix(f".{target}.onnx")
-            to_int8(path, out, smooth(8, 9), target, method="minmax", rest="float32")
+            images = smooth(8, 9) if name in OURS else smooth(8, 9).repeat(2, axis=2).repeat(2, axis=3)
+            to_int8(path, out, images, target, method="minmax", rest="float32")
             found[name, target] = read_onnx(out)
     return found
 

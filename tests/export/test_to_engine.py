@@ -65,16 +65,16 @@ def test_engines_are_built_in_the_types_that_the_graph_states(
     assert any("does not show" in note for note in info.notes) == (precision == "int8")
 
 
-@pytest.mark.parametrize("name", ["wrn_16_1", "resnet20", "vgg11_bn", "resnet18"])
-def test_every_kind_of_zoo_student_builds_in_int8(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["wrn_16_1", "vgg11_bn"])
+def test_other_kinds_of_zoo_students_build_in_int8(tmp_path: Path, name: str) -> None:
+    """Beside the ResNet-8 above; the slow tests build every one."""
     path = export(f"nayer:{name}", tmp_path)
     to_int8(path, tmp_path / "int8.onnx", IMAGES, RTX, method="minmax")
     assert to_engine(tmp_path / "int8.onnx", tmp_path / "e.engine", RTX, compute_capability="sm89").size_bytes
 
 
-def test_depthwise_models_build_too(tmp_path: Path) -> None:
-    path = export("torchvision:mobilenet_v3_small", tmp_path)
-    to_int8(path, tmp_path / "int8.onnx", IMAGES, RTX, method="minmax")
+def test_depthwise_models_build_too(mobilenet_onnx: Path, tmp_path: Path) -> None:
+    to_int8(mobilenet_onnx, tmp_path / "int8.onnx", IMAGES, RTX, method="minmax")
     to_engine(tmp_path / "int8.onnx", tmp_path / "e.engine", RTX, compute_capability="sm120")
 
 

@@ -32,10 +32,10 @@ from . import fuzz, hostile, interruptions, lies, processes, scarcity, tampering
 from .kit import Kit, Tally
 
 KINDS: dict[str, tuple[Callable[[Kit, int], Tally], int, int]] = {
-    "killed": (interruptions.killed, 20, 1),
+    "killed": (interruptions.killed, 20, 0),
     "again": (interruptions.killed_again_and_again, 20, 2),
     "writing": (interruptions.killed_while_writing, 10, 1),
-    "asked": (interruptions.asked_to_end, 10, 1),
+    "asked": (interruptions.asked_to_end, 10, 0),
     "clock": (interruptions.clock_jumps, 2, 0),
     "lock": (interruptions.two_at_once, 4, 1),
     "cache": (interruptions.one_cache, 20, 2),

@@ -131,7 +131,7 @@ def main(group: str, folder: Path, arguments: list[str]) -> None:
     with atheris.instrument_imports(include=["nayer_edge"]):
         import nayer_edge.config
         import nayer_edge.pipelines.measurements
-        import nayer_edge.pipelines.verification
+        import nayer_edge.pipelines.trust.verification
         import nayer_edge.storage.run_folder
 
         if group == "torch":

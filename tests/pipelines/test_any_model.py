@@ -118,7 +118,13 @@ def seen(network: Classifier) -> None:
 
 @pytest.mark.parametrize(
     ("channels", "height", "width", "classes"),
-    [(1, 16, 24, 2), (2, 20, 12, 3), (4, 9, 17, 5), (13, 12, 12, 7), (3, 16, 16, 1000)],
+    [
+        (1, 16, 24, 2),
+        pytest.param(2, 20, 12, 3, marks=pytest.mark.slow),
+        (4, 9, 17, 5),
+        (13, 12, 12, 7),
+        (3, 16, 16, 1000),
+    ],
 )
 def test_images_and_class_numbers_of_all_kinds(
     channels: int, height: int, width: int, classes: int, tmp_path: Path

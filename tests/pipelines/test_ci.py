@@ -267,9 +267,12 @@ def run_pipeline(server: str, folder: Path, settings: list[str]) -> None:
     assert "nayer-edge gate: ✓ pass" in summary.read_text()
 
 
-@pytest.mark.parametrize("server", ["github", "gitlab"])
+@pytest.mark.parametrize("server", ["github", pytest.param("gitlab", marks=pytest.mark.slow)])
 def test_a_fetched_run(server: str, tiny_run: Path, tiny_settings: list[str], tmp_path: Path) -> None:
-    """The run is in the cache, finished: its steps are kept, and every command is executed."""
+    """The run is in the cache, finished: its steps are kept, and every command is executed.
+
+    Both servers run the same commands: see test_both_pipelines_run_the_same_commands.
+    """
     shutil.copytree(tiny_run, tmp_path / "runs" / "release")
     run_pipeline(server, tmp_path, tiny_settings)
     kept = json.loads((tmp_path / "runs" / "release" / "manifest.json").read_text())["steps"]

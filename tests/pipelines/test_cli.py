@@ -57,7 +57,7 @@ def settings_of(root: Path) -> list[str]:
         f"--set=precision={values['precision']}",
         *(
             f"--set={section}.{key}={str(value).lower() if isinstance(value, bool) else value}"
-            for section in ("teach", "synthesis", "distill", "export")
+            for section in ("teach", "synthesis", "distill", "export", "validate")
             for key, value in values[section].items()
             if isinstance(value, int | float | str)
         ),

@@ -70,7 +70,11 @@ def test_equal_pictures_are_equal_bytes(tmp_path: Path) -> None:
     ("name", "plain"),
     [
         ("猫", "class 7"),
-        ("zwölf", "class 7"),
+        ("Käfer", "Kafer"),
+        ("Ka\u0308fer", "Kafer"),
+        ("Żółw", "class 7"),
+        ("sea lion’s", "sea lion’s"),
+        ("é" * 19, "e" * 17 + "…"),
         ("\ud800", "class 7"),
         ("\x1b[2J", "class 7"),
         ("$x_2$", "$x_2$"),

@@ -2,7 +2,7 @@
 
 A run with a good student is exported, validated and gated; then one layer of its INT8 model is damaged, with and
 without the hashes brought up to date, and then it is exported anew. The student is trained on labelled images, which
-takes seconds where distilling takes a minute; `make test-slow` repeats it all with the real digits recipe.
+takes seconds where distilling takes a minute; a slow test repeats it all with the real digits recipe.
 """
 
 from __future__ import annotations
@@ -56,14 +56,11 @@ def teach_the_student(root: Path) -> None:
     bring_manifest_up_to_date(root, "student/student.safetensors", "student/student.json")
 
 
-@pytest.fixture(scope="module", params=["taught", pytest.param("distilled", marks=pytest.mark.slow)])
-def good(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def good(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose student is good, exported and validated. Read only: copy it before changing anything."""
     root = tmp_path_factory.mktemp("release") / "digits"
-    if request.param == "distilled":
-        run_recipe(load_recipe("digits"), root, last="validate")
-        return root
-    shutil.copytree(request.getfixturevalue("tiny_run"), root)
+    shutil.copytree(tiny_run, root)
     teach_the_student(root)
     held = RunFolder.open(root).manifest.recipe
     # The tiny run's generator draws poor images to calibrate with; every layer is quantized all the same.
@@ -141,3 +138,17 @@ def test_a_harmless_export_passes(invoke: Invoke, run: Path) -> None:
     assert invoke("validate", run).code == EXIT_OK
     answer = invoke("gate", run)
     assert answer.code == EXIT_OK, answer.out + answer.err
+
+
+@pytest.mark.slow
+def test_the_same_of_a_distilled_student(invoke: Invoke, tmp_path: Path) -> None:
+    """All of the above, in one test: the run takes minutes to make."""
+    run_recipe(load_recipe("digits"), tmp_path / "digits", last="validate")
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(tmp_path / "digits", tmp_path / name / "digits"))
+
+    test_a_good_release_passes(invoke, copy("good"), tmp_path)
+    test_a_damaged_model_is_measured_and_fails(invoke, copy("damaged"), tmp_path)
+    test_the_same_file_under_the_old_manifest_is_tampering(invoke, copy("tampered"))
+    test_a_harmless_export_passes(invoke, copy("exported"))

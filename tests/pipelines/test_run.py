@@ -236,7 +236,7 @@ def start(tiny_run: Path, root: Path) -> subprocess.Popen[bytes]:
 def leaves(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
     """The settings that make the digits recipe the tiny one."""
     yield "precision", values["precision"]
-    for section in ("teach", "synthesis", "distill", "export"):
+    for section in ("teach", "synthesis", "distill", "export", "validate"):
         for key, value in values[section].items():
             if isinstance(value, int | float | str):
                 yield f"{section}.{key}", value
@@ -266,7 +266,9 @@ def test_killed_inside_a_step_and_continued(tiny_run: Path, tmp_path: Path) -> N
     assert_same_results(root, tiny_run)
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment_and_continued(tiny_run: Path, tmp_path: Path) -> None:
+    """In test_faults.py, smaller runs are killed so in every `make test`."""
     root = tmp_path / "run"
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")

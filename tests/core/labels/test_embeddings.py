@@ -187,8 +187,12 @@ print(found.numbers_digest, "transformers" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_share_the_work(sentence_encoder: Path, tmp_path: Path) -> None:
-    """Both start at the same moment; one computes the embeddings, the other waits and reads them from the cache."""
+    """Both start at the same moment; one computes the embeddings, the other waits and reads them from the cache.
+
+    In test_faults.py, three processes do so in every `make test`, with a stand-in for the encoder.
+    """
     start = tmp_path / "start"
     command = [sys.executable, "-c", TWO_AT_ONCE, str(sentence_encoder), str(start)]
     both = [subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True) for number in range(2)]
@@ -443,7 +447,7 @@ def test_a_folder_without_safetensors_and_a_damaged_encoder(sentence_encoder: Pa
         build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
 
 
-@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("offline", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_unreachable_hub(offline: bool) -> None:
     script = """
 from nayer_edge.config import LTE

@@ -532,7 +532,7 @@ def test_an_error_on_one_rank_ends_both(launch: Launch) -> None:
 
 
 def test_differences_between_ranks_are_named_on_all(two: list[dict[str, Any]]) -> None:
-    assert all("rank 1 from rank 0" in found["mismatch"] for found in two)
+    assert all("rank 1 does not match rank 0" in found["mismatch"] for found in two)
     assert all(found["said"] == {"what": "é", "rank": 0} for found in two)
 
 
