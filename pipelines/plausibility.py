@@ -6,10 +6,10 @@ signs of it, each by exact one-sided binomial bounds (Clopper & Pearson 1934) at
 - **Near chance.** Answers that have nothing to do with the labels are right at the rate Σ p(c) q(c), where p are the
   shares of the labels and q those of the answers (the expected agreement of Cohen's kappa, 1960). A teacher is near
   chance if its accuracy cannot be told from that rate and lies below the middle between it and 1.
-- **Another order.** On one half of the images, each label's most frequent answer is looked up; a label whose answer no
-  other label shares is renamed to it. If the new names are right more often than the old ones on the other half, by the
-  exact McNemar test, the labels stand in another order than the teacher's classes. This also finds orders in which some
-  classes have the right place.
+- **Another order.** On one half of the images, each label's most frequent answer is looked up; labels that exchange
+  places by it (cat → dog, dog → cat) are renamed. If the new names are right more often than the old ones on the other
+  half, by the exact McNemar test, the labels stand in another order than the teacher's classes. This also finds orders
+  in which some classes have the right place.
 - **Far below the card.** More than `CARD_MARGIN` below the accuracy that the teacher's card states.
 - **Nearly one answer.** More than `ONE_ANSWER` of the images of all other classes get one and the same answer.
 """
@@ -119,13 +119,16 @@ def _another_order(answers: np.ndarray, labels: np.ndarray, classes: Sequence[st
 
 
 def _renaming(answers: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Label → its most frequent answer, where no other label has the same one; else the label itself."""
+    """Label → its most frequent answer, where this exchanges labels among themselves; else the label itself."""
     renamed = np.arange(classes)
     usual = {int(label): int(np.bincount(answers[labels == label]).argmax()) for label in np.unique(labels)}
-    taken = list(usual.values())
-    for label, answer in usual.items():
-        if taken.count(answer) == 1:
-            renamed[label] = answer
+    for label in usual:
+        # On a cycle: a teacher that takes eights for threes, and threes for threes, is no other order.
+        step, place = 0, label
+        while step < len(usual) and (place := usual.get(place, -1)) not in (label, -1):
+            step += 1
+        if place == label:
+            renamed[label] = usual[label]
     return renamed
 
 
