@@ -4,8 +4,9 @@ Paired drops cannot see labels that belong to other images: teacher, student and
 signs of it, each by exact one-sided binomial bounds (Clopper & Pearson 1934) at `ALPHA`:
 
 - **Near chance.** Answers that have nothing to do with the labels are right at the rate Σ p(c) q(c), where p are the
-  shares of the labels and q those of the answers (the expected agreement of Cohen's kappa, 1960). A teacher is near
-  chance if its accuracy cannot be told from that rate and lies below the middle between it and 1.
+  shares of the labels and q those of the answers (the expected agreement of Cohen's kappa, 1960); if all labels are the
+  same, at the rate 1/classes. A teacher is near chance if its accuracy cannot be told from that rate and lies below the
+  middle between it and 1.
 - **Another order.** On one half of the images, each label's most frequent answer is looked up; labels that exchange
   places by it (cat → dog, dog → cat) are renamed. If the new names are right more often than the old ones on the other
   half, by the exact McNemar test, the labels stand in another order than the teacher's classes. This also finds orders
@@ -93,16 +94,17 @@ def require_plausible(found: Sequence[str], name: str) -> None:
 def _near_chance(answers: np.ndarray, labels: np.ndarray, classes: int) -> str:
     n, right = len(labels), int((answers == labels).sum())
     shares = [np.bincount(numbers, minlength=classes) / n for numbers in (labels, answers)]
-    chance = min(1.0, float(shares[0] @ shares[1]))
+    # One label alone agrees with the answers at the rate at which they name it, right or wrong.
+    chance = min(1.0, float(shares[0] @ shares[1])) if len(np.unique(labels)) > 1 else 1 / classes
     if binomial_lower(right, n, ALPHA) > chance or binomial_upper(right, n, ALPHA) >= (1 + chance) / 2:
         return ""
     return f"It is right on {right:,} of {n:,} images ({right / n:.1%}); by chance it would be on {chance:.1%}."
 
 
 def _another_order(answers: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> str:
-    even = np.arange(len(labels)) % 2 == 0
+    half = _every_second(labels)
     renamed = labels.copy()
-    for learned, judged in ((even, ~even), (~even, even)):
+    for learned, judged in ((half, ~half), (~half, half)):
         renamed[judged] = _renaming(answers[learned], labels[learned], len(classes))[labels[judged]]
     better = int(((answers == renamed) & (answers != labels)).sum())
     worse = int(((answers != renamed) & (answers == labels)).sum())
@@ -116,6 +118,14 @@ def _another_order(answers: np.ndarray, labels: np.ndarray, classes: Sequence[st
         f"{(answers == labels).mean():.1%} if {len(changed)} classes were renamed "
         f"({shown}{', …' if len(changed) > 3 else ''})."
     )
+
+
+def _every_second(labels: np.ndarray) -> np.ndarray:
+    """Half of the images of each label, so that both halves have the same labels whatever their order; (n,), bool."""
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        chosen[np.flatnonzero(labels == label)[::2]] = True
+    return chosen
 
 
 def _renaming(answers: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

@@ -64,9 +64,7 @@ def open_folder(
             yield np.stack([_decode_file(file, spec, fit) for file, _ in files[start : start + size]])
 
     labels = np.array([label for _, label in files], dtype=np.int64)
-    return ImageStream(
-        path.name, labels, batches, matched_by=matched.by, split=split, left_out=left_out.found()
-    )  # fmt: skip
+    return ImageStream(path.name, labels, batches, matched_by=matched.by, split=split, left_out=left_out.found())
 
 
 def _split_folder(
@@ -75,7 +73,10 @@ def _split_folder(
     """The folder that holds the class folders, and the split that its name states."""
     folders = [entry for entry in visible(path, LeftOutFiles(path)) if entry.is_dir()]
     splits = {folder: split for folder in folders if (split := split_in(folder.name)) != NO_SPLIT}
-    if not splits or all(folder.name in classes for folder in splits):
+    others = [folder.name for folder in folders if folder not in splits]
+    sure = asked is not None or not others or len(set(splits.values())) > 1
+    classes_here = all(folder.name in classes for folder in splits) or any(name in classes for name in others)
+    if not splits or classes_here or not sure:
         own = split_in(path.name)
         if asked is not None:
             choose({own}, purpose, asked, path)

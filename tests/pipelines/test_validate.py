@@ -254,6 +254,7 @@ def test_labels_in_another_order_stop_the_measurement(invoke: Invoke, finished: 
     (doubt,) = facts_of(finished)["doubts"]
     assert "'zero' → 'one'" in doubt
     assert "another order" in answer.out
+    assert "The hold-out is doubtful" in " ".join(invoke("gate", finished).out.split())
     assert invoke("validate", finished).code == 0, "the choice stays while the images do"
     write_digits(tmp_path / "right.npz")
     assert invoke("validate", finished, "--data", tmp_path / "right.npz").code == 0
@@ -293,6 +294,10 @@ def test_copies_and_files_left_out_are_counted(invoke: Invoke, finished: Path, t
     }
     assert "zero/.hidden/a.png" in answer.out
     assert "exact copies 2" in answer.out
+    assert invoke("report", finished).code == 0
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "zero/.hidden/a.png" in page
+    assert "assigned to classes by <bdi>name</bdi>" in page
 
 
 # Hold-outs of the user

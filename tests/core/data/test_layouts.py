@@ -235,6 +235,16 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert "has no splits" in refused(tmp_path / "held", "test", classes).what
 
 
+def test_a_folder_called_test_among_class_folders_is_no_split(tmp_path: Path) -> None:
+    for name in ("cat", "test"):
+        write_png(tmp_path / name / "x.png")
+    assert "Only in the data (1): test." in refused(tmp_path).why
+    write_png(tmp_path / "held" / "val" / "cat" / "x.png", 5)
+    write_png(tmp_path / "held" / "annotations" / "x.png")
+    assert "annotations, val" in refused(tmp_path / "held").why
+    assert values(opened(tmp_path / "held", "val")) == [5]
+
+
 def test_digits_and_published_sets_have_a_test_split() -> None:
     spec, names = InputSpec(channels=1, height=8, width=8), [str(number) for number in range(10)]
     assert len(open_images("digits", "holdout", spec, names, "exact")) == 600
