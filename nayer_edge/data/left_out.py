@@ -46,7 +46,8 @@ class LeftOutFiles:
         if not path.is_dir():
             self.add(reason, path)
             return
-        for place, _, names in os.walk(path):
+        for place, folders, names in os.walk(path):
+            folders.sort()
             for name in sorted(names):
                 self.add(reason, Path(place) / name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -165,10 +165,10 @@ def _pairs(left: Sequence[_Keys], right: Sequence[_Keys]) -> dict[int, int]:
     return pairs
 
 
-def _places(entries: Sequence[_Keys], level: int, without: object) -> dict[str, list[int]]:
+def _places(entries: Sequence[_Keys], level: int, without: Container[int]) -> dict[str, list[int]]:
     places: dict[str, list[int]] = {}
     for place, keys in enumerate(entries):
-        if place not in without:  # type: ignore[operator]
+        if place not in without:
             for key in keys[level]:
                 places.setdefault(key, []).append(place)
     return places
