@@ -85,7 +85,7 @@ class Seen:
     max_abs_diff: Mapping[str, float | None]
     not_finite: Mapping[str, int]
     sha256: str
-    repeats: Repeats
+    repeats: Repeats = Repeats(0, 0)
 
 
 def make_report(
