@@ -47,6 +47,9 @@ class Repeats:
     contradictory: int
 
 
+NO_REPEATS = Repeats(0, 0)
+
+
 def repeats(digests: np.ndarray, labels: np.ndarray) -> Repeats:
     """Counts exact copies.
 

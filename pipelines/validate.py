@@ -44,7 +44,7 @@ from .measurements import (
     PairedCounts,
     Report,
 )
-from .plausibility import Repeats, doubts, repeats, require_plausible
+from .plausibility import NO_REPEATS, Repeats, doubts, repeats, require_plausible
 from .recipes.schema import Recipe
 from .runnable import Candidate, engines, graphs, open_all
 
@@ -85,7 +85,7 @@ class Seen:
     max_abs_diff: Mapping[str, float | None]
     not_finite: Mapping[str, int]
     sha256: str
-    repeats: Repeats = Repeats(0, 0)
+    repeats: Repeats = NO_REPEATS
 
 
 def make_report(
