@@ -248,6 +248,8 @@ def validate(
     data: str | EllipsisType | None = ...,
     *,
     fit: Fit | None = None,
+    split: str | None = None,
+    allow_implausible: bool = False,
     display: Display | None = None,
 ) -> RunFolder:
     """Compares every artifact with the teacher; writes predictions.npz and report.json.
@@ -255,16 +257,21 @@ def validate(
     Args:
         data: labelled hold-out images, or None for fresh synthetic ones; default: the run's recipe.
         fit: how images of another size are handled.
+        split: which part of the hold-out, if it has several.
+        allow_implausible: measure although the teacher's answers do not fit the labels.
 
     Raises:
-        UsageError: the images do not exist or do not match the model.
+        UsageError: the images do not exist or do not match the model, or their labels do not fit the teacher's answers.
         NayerEdgeError: see `make`.
     """
     from .recipes.loading import BUILT_IN_DATA
     from .recipes.preflight import require_typed
 
     recipe = recipe_in(root)
-    changes: dict[str, Any] = {} if fit is None else {"fit": fit}
+    # A choice made for other images does not hold for new ones.
+    changes: dict[str, Any] = {} if data is ... else {"split": None, "allow_implausible": False}
+    asked = {"fit": fit, "split": split, "allow_implausible": allow_implausible or None}
+    changes |= {key: value for key, value in asked.items() if value is not None}
     if data is None or data in BUILT_IN_DATA:
         changes["data"] = data
     elif isinstance(data, str):

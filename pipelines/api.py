@@ -269,7 +269,13 @@ class Run:
             return _exported(run)
 
     def validate(
-        self, data: FilePath | EllipsisType | None = ..., *, fit: config.Fit | None = None, progress: bool = False
+        self,
+        data: FilePath | EllipsisType | None = ...,
+        *,
+        fit: config.Fit | None = None,
+        split: str | None = None,
+        allow_implausible: bool = False,
+        progress: bool = False,
     ) -> Report:
         """Compares every artifact with the teacher on the same images.
 
@@ -278,18 +284,29 @@ class Run:
                 or "digits". None: fresh synthetic images, which measure agreement with the teacher instead of accuracy.
                 Default: the run's recipe.
             fit: how images of another size are handled: "exact" (refused), "stretch" or "center-crop".
+            split: which part of the hold-out, if it has several: "train", "validation", "test" or its own word.
+            allow_implausible: measure although the teacher's answers do not fit the labels.
 
         Returns:
             The contents of validate/report.json: measurements, no verdict.
 
         Raises:
-            UsageError: the images do not exist or do not match the model.
+            UsageError: the images do not exist or do not match the model, or their labels do not fit the teacher's
+                answers.
         """
         with self._at_work():
             from .gate.verdict import load_report
 
             chosen = data if data is None or isinstance(data, EllipsisType) else os.fspath(data)
-            return load_report(actions.validate(self.path, chosen, fit=fit, display=_display(progress)))
+            run = actions.validate(
+                self.path,
+                chosen,
+                fit=fit,
+                split=split,
+                allow_implausible=allow_implausible,
+                display=_display(progress),
+            )
+            return load_report(run)
 
     def gate(
         self,

@@ -29,6 +29,15 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
 
+class LeftOut(_Part):
+    """Files of the hold-out that were not read, for one reason."""
+
+    reason: str
+    count: Annotated[int, Field(ge=1)]
+    first: str
+    """path of the first one, relative to the hold-out"""
+
+
 class Dataset(_Part):
     """The images that every artifact was measured on."""
 
@@ -37,6 +46,18 @@ class Dataset(_Part):
     name: str
     sha256: Digest | None = None
     """SHA-256 of the network input and the labels, in order; reports with equal digests can be paired image by image"""
+    split: str | None = None
+    """which part of the data set: "train", "validation", "test" or its own word; null if it has no parts"""
+    matched_by: Literal["name", "WordNet id", "number"] | None = None
+    """how labels were assigned to the teacher's classes. number: the hold-out has no class names, and its numbers were
+    taken in the order of the teacher's classes; null for synthetic images"""
+    left_out: tuple[LeftOut, ...] = ()
+    duplicates: Annotated[int, Field(ge=0)] | None = None
+    """images that are exact copies of others, as the network sees them; null for synthetic images"""
+    contradictory: Annotated[int, Field(ge=0)] | None = None
+    """images that have an exact copy with another label; null for synthetic images"""
+    doubts: tuple[str, ...] = ()
+    """signs that labels and images do not belong together, which the user overrode"""
 
 
 class Network(_Part):

@@ -38,16 +38,20 @@ from .measurements import (
     ClassCounts,
     Dataset,
     Latency,
+    LeftOut,
     Network,
     Paired,
     PairedCounts,
     Report,
 )
+from .plausibility import NO_REPEATS, Repeats, doubts, repeats, require_plausible
 from .recipes.schema import Recipe
 from .runnable import Candidate, engines, graphs, open_all
 
 TOP = 5
 LATENCY_RUNS = 200
+FINGERPRINT_BYTES = 16
+"""of an image, to find exact copies"""
 BATCH_VALUES = 2**23
 """maximum pixel values per batch, 32 MiB as float32; small images use batches of `BATCH`"""
 
@@ -74,12 +78,14 @@ class Seen:
         max_abs_diff: network → largest absolute logit difference from "student"; None if not finite.
         not_finite: network → number of images with NaN or infinite logits.
         sha256: SHA-256 of the pixels and labels, in order.
+        repeats: exact copies among the images.
     """
 
     ranks: Mapping[str, np.ndarray]
     max_abs_diff: Mapping[str, float | None]
     not_finite: Mapping[str, int]
     sha256: str
+    repeats: Repeats = NO_REPEATS
 
 
 def make_report(
@@ -110,6 +116,9 @@ def make_report(
             runners: dict[str, Runner] = {"teacher": teacher_runner, "student": student_runner, **opened}
             seen = run_over(runners, images.stream, shape, len(classes), progress)
         require_answers(seen, images.stream.name)
+        found = _doubts(seen, images, out.path(teacher.files["teacher card"]), config) if images.truth else ()
+        if not config.validate_.allow_implausible:
+            require_plausible(found, images.stream.name)
         here = [c.name for c in candidates if c.name in opened and c.timed]
         timings = benchmark({name: opened[name] for name in here}, shape, runs=LATENCY_RUNS) if here else []
     labels = images.stream.labels if images.truth else None
@@ -120,12 +129,7 @@ def make_report(
     _save_predictions(out.path(PREDICTIONS_PATH), {**arrays, **seen.ranks})
     report = Report(
         run=config.name,
-        dataset=Dataset(
-            kind="synthetic" if labels is None else "holdout",
-            n=len(images.stream),
-            name=images.stream.name,
-            sha256=seen.sha256,
-        ),
+        dataset=_dataset(images, seen, found),
         teacher=Network(top1=_top1(seen.ranks["teacher"], labels), params=networks["teacher"].parameter_count),
         student=Network(
             top1=_top1(seen.ranks["student"], labels),
@@ -141,13 +145,40 @@ def make_report(
     return Artifact("validate", {"report": REPORT_PATH, "predictions": PREDICTIONS_PATH}, _numbers(report))
 
 
+def _doubts(seen: Seen, images: Images, card: Path, config: Recipe) -> tuple[str, ...]:
+    """See `plausibility.doubts`; the accuracy to expect is that of published weights, or the recipe's own figure."""
+    published = read_json(card, "a model card").get("published_top1")
+    if published is None and config.teach is None:
+        published = config.measured.teacher_top1
+    return doubts(seen.ranks["teacher"][:, 0], images.stream.labels, config.teacher.classes, published)
+
+
+def _dataset(images: Images, seen: Seen, found: Sequence[str]) -> Dataset:
+    stream = images.stream
+    if not images.truth:
+        return Dataset(kind="synthetic", n=len(stream), name=stream.name, sha256=seen.sha256)
+    return Dataset(
+        kind="holdout",
+        n=len(stream),
+        name=stream.name,
+        sha256=seen.sha256,
+        split=stream.split,
+        matched_by=stream.matched_by,
+        left_out=tuple(LeftOut(reason=each.reason, count=each.count, first=each.first) for each in stream.left_out),
+        duplicates=seen.repeats.copies,
+        contradictory=seen.repeats.contradictory,
+        doubts=tuple(found),
+    )
+
+
 def _images(
     teacher: Artifact, lte: Artifact, student: Artifact, config: Recipe, out: RunFolder, progress: Progress
 ) -> Images:
     """The recipe's labelled hold-out, or fresh generator images, not used in training or calibration."""
     chosen = config.validate_
     if chosen.data is not None:
-        found = data.open_images(chosen.data, "holdout", config.teacher.input, config.teacher.classes, chosen.fit)
+        spec, classes = config.teacher.input, config.teacher.classes
+        found = data.open_images(chosen.data, "holdout", spec, classes, chosen.fit, chosen.split)
         return Images(found, truth=True)
     source = SyntheticSource.open(teacher, lte, student, config, out)
     progress.start("draw hold-out images", source.steps("validate", chosen.synthetic_images))
@@ -184,6 +215,7 @@ def run_over(
     ranks = {name: np.empty((count, min(TOP, classes)), np.int32) for name in runners}
     furthest, not_finite = dict.fromkeys(runners, 0.0), dict.fromkeys(runners, 0)
     digest = hashlib.sha256(repr((count, *shape)).encode())
+    prints = np.empty(count, f"S{FINGERPRINT_BYTES}")
     progress.start("validate", count)
     for pixels in images.batches(batch_size(shape)):
         place = slice(done, done + len(pixels))
@@ -191,6 +223,7 @@ def run_over(
         if done > count:
             break
         digest.update(pixels.tobytes())
+        prints[place] = [hashlib.blake2b(image.tobytes(), digest_size=FINGERPRINT_BYTES).digest() for image in pixels]
         unit = pixels.astype(np.float32) / 255
         logits = {name: runner.infer(unit) for name, runner in runners.items()}
         for name, found in logits.items():
@@ -208,7 +241,7 @@ def run_over(
         )
     digest.update(images.labels.astype("<i8").tobytes())
     differences = {name: value if math.isfinite(value) else None for name, value in furthest.items()}
-    return Seen(ranks, differences, not_finite, digest.hexdigest())
+    return Seen(ranks, differences, not_finite, digest.hexdigest(), repeats(prints, images.labels))
 
 
 def require_answers(seen: Seen, name: str) -> None:
@@ -354,6 +387,14 @@ def _save_predictions(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _numbers(report: Report) -> dict[str, float | int | str | None]:
     numbers: dict[str, float | int | str | None] = {"images": report.dataset.n, "kind": report.dataset.kind}
+    dataset = report.dataset
+    numbers |= {"split": dataset.split, "labels by": dataset.matched_by}
+    if dataset.left_out:
+        numbers["left out"] = "; ".join(f"{each.count:,} {each.reason} ({each.first}, …)" for each in dataset.left_out)
+    if dataset.duplicates:
+        numbers |= {"exact copies": dataset.duplicates, "of them labelled otherwise": dataset.contradictory or None}
+    if dataset.doubts:
+        numbers["doubts"] = " ".join(dataset.doubts)
     if report.teacher.top1 is not None:
         numbers["teacher top-1"] = round(report.teacher.top1, 4)
     for artifact in report.artifacts:

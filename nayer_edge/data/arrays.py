@@ -34,6 +34,7 @@ class StoredImages:
         labels: class numbers, (N,), int64.
         shape: of all images, (N, C, H, W).
         batches: batches(size) yields uint8 arrays (at most `size` images, C, H, W) in the order of the labels.
+        names, split: see `ImageStream`.
     """
 
     name: str
@@ -41,6 +42,8 @@ class StoredImages:
     labels: np.ndarray
     shape: tuple[int, ...]
     batches: Callable[[int], Iterator[np.ndarray]]
+    names: tuple[str, ...] | None = None
+    split: str | None = None
 
     def stream(self, spec: InputSpec, fit: Fit) -> ImageStream:
         """Streams them in the model's shape.
@@ -67,7 +70,7 @@ class StoredImages:
             for images in self.batches(size):
                 yield images if image == spec.shape else _resized(images, spec, fit)
 
-        return ImageStream(self.name, self.labels, batches)
+        return ImageStream(self.name, self.labels, batches, names=self.names, split=self.split)
 
 
 def _resized(images: np.ndarray, spec: InputSpec, fit: Fit) -> np.ndarray:

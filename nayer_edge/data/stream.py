@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nayer_edge.config import Fit, InputSpec
+from nayer_edge.data.left_out import LeftOut
+from nayer_edge.labels.matching import MatchedBy
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Split = Literal["train", "holdout"]
 
 CROP_SHARE = 0.875
 """fraction of each side that a centre crop keeps: 224 of 256, the usual evaluation of ImageNet classifiers"""
@@ -34,11 +34,20 @@ class ImageStream:
         name: what reports call them.
         labels: class numbers in the model's order, (N,), int64; known before any image is decoded.
         batches: batches(size) yields uint8 arrays (at most `size` images, C, H, W) in the order of the labels.
+        names: the data set's own class names, if it has any. The labels are then numbers in their order, until
+            `open_images` has put them into the model's.
+        matched_by: how the labels were assigned to the model's classes; None until `open_images` has done so.
+        split: which part of the data set this is, if it says so.
+        left_out: files of the data set that are not read.
     """
 
     name: str
     labels: np.ndarray
     batches: Callable[[int], Iterator[np.ndarray]]
+    names: tuple[str, ...] | None = None
+    matched_by: MatchedBy | None = None
+    split: str | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

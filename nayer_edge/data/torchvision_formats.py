@@ -15,25 +15,29 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from nayer_edge.data.arrays import StoredImages, in_memory, in_records
-from nayer_edge.data.stream import MAX_IMAGES, Split
+from nayer_edge.data.splits import Purpose, canonical, choose
+from nayer_edge.data.stream import MAX_IMAGES
 from nayer_edge.errors import UsageError, missing_extra
 
-PART: dict[Split, str] = {"holdout": "test", "train": "train"}
-IDX_PREFIX: dict[Split, str] = {"holdout": "t10k", "train": "train"}
+SPLITS = ("test", "train")
+IDX_PREFIX = {"test": "t10k", "train": "train"}
 IDX_IMAGES = "-images-idx3-ubyte"
 SVHN_FILE = "_32x32.mat"
-CIFAR_FILES: dict[str, dict[Split, tuple[str, ...]]] = {
+CIFAR_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "cifar-10-batches-bin": {
-        "holdout": ("test_batch.bin",),
+        "test": ("test_batch.bin",),
         "train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
     },
-    "cifar-100-binary": {"holdout": ("test.bin",), "train": ("train.bin",)},
+    "cifar-100-binary": {"test": ("test.bin",), "train": ("train.bin",)},
 }
+CIFAR_NAMES = {"cifar-10-batches-bin": "batches.meta.txt", "cifar-100-binary": "fine_label_names.txt"}
+"""the data set's own class names, if they were unpacked, too"""
 CIFAR_LABEL_BYTES = {"cifar-10-batches-bin": 1, "cifar-100-binary": 2}
 PICKLED = {
     "cifar-10-batches-py": "cifar-10-binary.tar.gz",
@@ -44,39 +48,47 @@ MAX_IDX_BYTES = 2 * 2**30
 """of a file that is read whole"""
 
 
-def open_torchvision(path: Path, split: Split) -> StoredImages | None:
+def open_torchvision(path: Path, purpose: Purpose = "holdout", asked: str | None = None) -> StoredImages | None:
     """One of the formats of torchvision's data sets, at its folder, at its parent (torchvision's `root`) or at its file
     of images; None where there is none.
 
+    These sets were published with a test part, which is the hold-out unless `asked` names another.
+
     Raises:
-        UsageError: it is one, and is pickled or damaged.
+        UsageError: it is one, and is pickled or damaged, or has no such split.
     """
     if path.is_dir():
         folders = (path, *sorted(entry for entry in path.iterdir() if entry.is_dir()))
+        usual = "train" if purpose == "train" else "test"
+        split = usual if asked is None else canonical(asked)
         # A set may be seen from its folder and from the one above.
-        found = dict(known for folder in folders if (known := _known(folder, split)) is not None)
-        if len(found) > 1:
+        found = {held: dict(at for folder in folders if (at := _known(folder, held)) is not None) for held in SPLITS}
+        if asked is not None and any(found.values()):
+            choose([held for held in SPLITS if found[held]], purpose, asked, path)
+        known = found.get(split, {})
+        if len(known) > 1:
             raise UsageError(
-                f"{path} holds {len(found)} data sets.", fix="Name the folder of one of them, for example MNIST/raw."
+                f"{path} holds {len(known)} data sets.", fix="Name the folder of one of them, for example MNIST/raw."
             )
-        if not found:
+        if not known:
             _refuse_pickled(path)
-        return next(iter(found.values()))() if found else None
-    if IDX_IMAGES in path.name:
-        return _idx(path)
-    if path.name.endswith(SVHN_FILE):
-        return _svhn(path)
+        return replace(next(iter(known.values()))(), split=split) if known else None
+    if IDX_IMAGES in path.name or path.name.endswith(SVHN_FILE):
+        split = "train" if path.name.startswith("train") else "test"
+        if asked is not None:
+            choose([split], purpose, asked, path)
+        return replace(_idx(path) if IDX_IMAGES in path.name else _svhn(path), split=split)
     _refuse_pickled(path)
     return None
 
 
-def _known(folder: Path, split: Split) -> tuple[Path, Callable[[], StoredImages]] | None:
+def _known(folder: Path, split: str) -> tuple[Path, Callable[[], StoredImages]] | None:
     """Where the data set of this folder lies and how to open it; None where there is none."""
     if folder.name in CIFAR_FILES and (folder / CIFAR_FILES[folder.name][split][0]).is_file():
         return folder, lambda: _cifar(folder, split)
-    if (folder / f"{PART[split]}_X.bin").is_file():
-        return folder, lambda: _stl10(folder, PART[split])
-    if (mat := folder / f"{PART[split]}{SVHN_FILE}").is_file():
+    if (folder / f"{split}_X.bin").is_file():
+        return folder, lambda: _stl10(folder, split)
+    if (mat := folder / f"{split}{SVHN_FILE}").is_file():
         return mat, lambda: _svhn(mat)
     for raw in (folder, folder / "raw"):
         for ending in ("", ".gz"):
@@ -142,7 +154,7 @@ def _svhn(path: Path) -> StoredImages:
     return in_memory(held.data, held.labels, path)
 
 
-def _cifar(folder: Path, split: Split) -> StoredImages:
+def _cifar(folder: Path, split: str) -> StoredImages:
     lead = CIFAR_LABEL_BYTES[folder.name]
     files, labels = [], []
     for path in (folder / name for name in CIFAR_FILES[folder.name][split]):
@@ -152,7 +164,8 @@ def _cifar(folder: Path, split: Split) -> StoredImages:
         column = np.memmap(path, np.uint8, mode="r").reshape(count, lead + 3072)[:, lead - 1]
         labels.append(np.array(column))
     name = f"{folder.name} ({split})"
-    return in_records(files, np.concatenate(labels), name, folder, shape=(3, 32, 32), axes=(0, 1, 2), lead=lead)
+    found = in_records(files, np.concatenate(labels), name, folder, shape=(3, 32, 32), axes=(0, 1, 2), lead=lead)
+    return replace(found, names=_names(folder / CIFAR_NAMES[folder.name]))
 
 
 def _stl10(folder: Path, part: str) -> StoredImages:
@@ -161,7 +174,16 @@ def _stl10(folder: Path, part: str) -> StoredImages:
     with _damage_named(labels):
         numbers = np.fromfile(labels, np.uint8, MAX_IMAGES).astype(np.int64) - 1
     files = [(lambda: images.open("rb"), count)]
-    return in_records(files, numbers, f"stl10 ({part})", folder, shape=(3, 96, 96), axes=(0, 2, 1))
+    found = in_records(files, numbers, f"stl10 ({part})", folder, shape=(3, 96, 96), axes=(0, 2, 1))
+    return replace(found, names=_names(folder / "class_names.txt"))
+
+
+def _names(path: Path) -> tuple[str, ...] | None:
+    """The class names in a text file that belongs to a data set, one per line; None if there is no such file."""
+    if not path.is_file():
+        return None
+    with _damage_named(path):
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def _record_count(path: Path, record: int) -> int:

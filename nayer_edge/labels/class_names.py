@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nayer_edge.errors import UsageError, missing_extra
+from nayer_edge.errors import UsageError
+from nayer_edge.labels import wordnet
 
 Synonyms = Literal["first", "all", "average"]
 
@@ -24,7 +25,6 @@ MAX_BYTES = 16 * 2**20
 MAX_LABELS = 100_000
 BESIDE = (".labels.txt", ".labels.json", ".labels.csv")
 """suffixes of the label file beside an embedding file: clip.npy has clip.labels.txt"""
-_WORDNET = re.compile(r"n\d{8}")
 _ID_HEADINGS = ("id", "index", "idx", "class_id", "label_id", "class_index", "number")
 _NAME_HEADINGS = ("name", "class_name", "label_name", "label", "class", "classes", "labels", "title", "category")
 _COMMA = re.compile(r",(?![^(]*\))")
@@ -178,7 +178,7 @@ def _from_lines(path: Path, text: str) -> list[str]:
     if all(len(row) == 2 and row[0].strip().isdecimal() for row in cells):
         return _ordered(path, [(int(number), name) for number, name in cells])
     parts = [line.strip().split(None, 1) for line in lines]
-    if all(len(part) == 2 and _WORDNET.fullmatch(part[0]) for part in parts):
+    if all(len(part) == 2 and wordnet.is_id(part[0]) for part in parts):
         return [name for _, name in parts]
     return lines
 
@@ -285,20 +285,15 @@ def _ordered(path: Path, entries: Sequence[tuple[int, str]]) -> list[str]:
 
 def _named(path: Path, names: list[str]) -> list[str]:
     """Translates WordNet ids if all names are such ids; else returns the names unchanged."""
-    ids = [name for name in names if _WORDNET.fullmatch(name)]
-    if not ids or len(ids) < len(names):
+    if not names or not all(map(wordnet.is_id, names)):
         return names
-    try:
-        from timm.data.imagenet_info import ImageNetInfo
-    except ImportError as error:
-        raise missing_extra("timm", "timm", f"Translating the {len(ids)} WordNet ids in {path}") from error
-    table = ImageNetInfo()
-    try:
-        found = [table.label_name_to_description(name) for name in ids]
-        # Two synsets may share a name ("crane"); their definitions distinguish them.
-        shared = {name for name, times in Counter(found).items() if times > 1}
-        definitions = [table.label_name_to_description(name, detailed=True).partition(": ")[2] for name in ids]
-    except KeyError as error:
-        raise UsageError(f"{path} contains the WordNet id {error.args[0]}, which is not an ImageNet class.") from error
-    details = [re.split(r"[;,]", text)[0] for text in definitions]
-    return [f"{name} ({detail})" if name in shared else name for name, detail in zip(found, details, strict=True)]
+    table = wordnet.synsets(names, f"Translating the {len(names)} WordNet ids in {path}")
+    if unknown := next((number for number, synset in table.items() if synset is None), None):
+        raise UsageError(f"{path} contains the WordNet id {unknown}, which is not an ImageNet class.")
+    found = [synset for name in names if (synset := table[name]) is not None]
+    # Two synsets may share a name ("crane"); their definitions distinguish them.
+    shared = {name for name, times in Counter(synset.names for synset in found).items() if times > 1}
+    return [
+        f"{synset.names} ({re.split(r'[;,]', synset.definition)[0]})" if synset.names in shared else synset.names
+        for synset in found
+    ]

@@ -170,6 +170,8 @@ def load_teacher(config: Teacher, random_weights: Classifier) -> tuple[Classifie
         facts = {"source": path.name, "source_sha256": sha256_of(path)}
         if key := key_taken(path, config.weights_key):
             facts["key"] = key
+        if (top1 := published.top1_of(config.model, config.weights)) is not None:
+            facts["published_top1"] = top1
     require_batch_norms(teacher, f"The teacher {teacher.model}")
     check_forward(teacher)
     return teacher.eval(), {**facts, **_left_out(loaded)}

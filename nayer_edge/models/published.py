@@ -49,6 +49,14 @@ def input_of(model: str, weights: str | None) -> tuple[dict[str, Any], str]:
     return {}, ""
 
 
+def top1_of(model: str, weights: str | None) -> float | None:
+    """The top-1 accuracy that torchvision publishes for weights, as a fraction; None for other weights."""
+    parsed = parse(model)
+    entry = _torchvision_entry(parsed, weights) if parsed.source == "torchvision" else None
+    metrics = {} if entry is None else entry.meta.get("_metrics", {}).get("ImageNet-1K", {})
+    return round(metrics["acc@1"] / 100, 5) if "acc@1" in metrics else None
+
+
 def arguments_of(model: str, weights: str | None) -> dict[str, Any]:
     """Arguments that the network needs for these published weights."""
     parsed = parse(model)

@@ -27,6 +27,13 @@ def validate(
         Literal["exact", "stretch", "center-crop"] | None,
         typer.Option("--fit", metavar="HOW", help="Images of another size: exact (refused), stretch, or center-crop."),
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="NAME", help="Which part of --data: train, validation, test, or its own word."),
+    ] = None,
+    allow_implausible: Annotated[
+        bool, typer.Option("--allow-implausible", help="Measure although the teacher's answers do not fit the labels.")
+    ] = False,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Use fresh synthetic images instead.")] = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
@@ -34,9 +41,13 @@ def validate(
     """Compares every artifact with the teacher; writes predictions.npz and report.json."""
     if data is not None and synthetic:
         raise UsageError("--data and --synthetic are mutually exclusive.")
+    if split is not None and synthetic:
+        raise UsageError("--split and --synthetic are mutually exclusive.")
     before, display = actions.open_run(run_folder).manifest.steps, watched(as_json)
     chosen = data if data is not None or synthetic else ...
-    done = actions.validate(run_folder, chosen, fit=fit, display=display)
+    done = actions.validate(
+        run_folder, chosen, fit=fit, split=split, allow_implausible=allow_implausible, display=display
+    )
     show_result(done, "validate", display, as_json=as_json)
     if not as_json and (gone := before.keys() - done.manifest.steps.keys()):
         text = f"Removed outdated results ({', '.join(sorted(gone))})."

@@ -86,6 +86,7 @@ def reason(verdict: Verdict) -> Reason:
 def notes(dataset: Dataset, policy: Policy, baseline: Baseline | None = None) -> tuple[str, ...]:
     """What goes with the checks of a verdict: limits of what it can promise, and the release it was compared with."""
     found = list(promise(dataset)) if dataset.kind == "synthetic" else []
+    found += [f"The hold-out is doubtful, and was measured all the same: {doubt}" for doubt in dataset.doubts]
     accuracy = policy.accuracy
     limits = (accuracy.max_drop_vs_fp32, accuracy.max_drop_vs_teacher, policy.baseline.max_drop, policy.agreement.min)
     if all(limit is None for limit in limits):

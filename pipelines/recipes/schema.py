@@ -66,6 +66,10 @@ class Validate(Section):
     fit: Fit = "exact"
     """handling of images whose size or colour mode differs from the model's: exact: error with their count; stretch:
     resize; center-crop: resize the shorter side to 8/7 of the model's size and crop the centre"""
+    split: str | None = None
+    """which part of the hold-out, if it has several: train, validation, test, or its own word"""
+    allow_implausible: bool = False
+    """measure although the teacher's answers do not fit the labels: near chance, far below its card, or one answer"""
     synthetic_images: Count = 2000
     """number of synthetic images, if there is no hold-out"""
 

@@ -362,8 +362,11 @@ def test_what_a_run_gives(mine: Path, teacher: ne.Teacher, capfd: pytest.Capture
     assert np.bincount(made_for).tolist() == [5, 5, 5, 5]
     labels = np.arange(20) % 4
     np.savez(mine.parent / "holdout.npz", images=np.round(images * 255).astype(np.uint8), labels=labels)
-    report = run.validate(mine.parent / "holdout.npz")
+    # The teacher is untrained.
+    report = run.validate(mine.parent / "holdout.npz", allow_implausible=True)
     assert (report.dataset.kind, report.dataset.n, report.teacher.top1 is None) == ("holdout", 20, False)
+    with pytest.raises(ne.UsageError, match="has no splits"):
+        run.validate(mine.parent / "holdout.npz", split="test")
     student = run.student()
     assert not student.training
     with torch.no_grad():

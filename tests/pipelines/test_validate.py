@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from nayer_edge.config import InputSpec
 from nayer_edge.data.datasets import digits
 from nayer_edge.data.stream import ImageStream
 from nayer_edge.errors import EXIT_USAGE, UsageError
-from nayer_edge.pipelines.measurements import PREDICTIONS_PATH, REPORT_PATH
+from nayer_edge.pipelines.measurements import PREDICTIONS_PATH, REPORT_PATH, Dataset
 from nayer_edge.pipelines.recipes.loading import recipe_of
 from nayer_edge.pipelines.run import StepEvent, run_recipe
 from nayer_edge.pipelines.schemas import load
@@ -37,10 +37,10 @@ def report_of(root: Path) -> dict[str, Any]:
 
 
 def described(root: Path) -> dict[str, Any]:
-    """The report's data set without its digest."""
+    """What the report's data set is called, and how many images it has."""
     found = report_of(root)["dataset"]
-    assert len(found.pop("sha256")) == 64
-    return found
+    assert len(found["sha256"]) == 64
+    return {key: found[key] for key in ("kind", "n", "name")}
 
 
 def predictions_of(root: Path) -> dict[str, np.ndarray]:
@@ -211,6 +211,94 @@ def test_synthetic_images_are_drawn_alike_every_time(finished: Path, tmp_path: P
     assert sha256_of(finished / PREDICTIONS_PATH) == sha256_of(other / PREDICTIONS_PATH)
 
 
+# What the hold-out is
+
+
+def facts_of(root: Path) -> dict[str, Any]:
+    """What the report says about the hold-out, beside its name and size."""
+    keys = ("split", "matched_by", "left_out", "duplicates", "contradictory", "doubts")
+    return {key: report_of(root)["dataset"][key] for key in keys}
+
+
+def write_digits(path: Path, order: Sequence[int] = range(10), count: int = 600) -> None:
+    """The digits' hold-out as an npz whose label numbers stand in another order."""
+    found = digits("holdout", InputSpec(channels=1, height=16, width=16))
+    labels = np.array(order)[found.labels.numpy()]
+    np.savez(path, images=found.images.numpy()[:count], labels=labels[:count])
+
+
+def test_the_report_says_how_labels_were_assigned(tiny_run: Path) -> None:
+    assert facts_of(tiny_run) == {
+        "split": "test", "matched_by": "number", "left_out": [], "duplicates": 0, "contradictory": 0, "doubts": [],
+    }  # fmt: skip
+
+
+def test_a_report_of_an_earlier_version_is_read() -> None:
+    old = {"kind": "holdout", "n": 600, "name": "digits (holdout)", "sha256": "0" * 64}
+    assert Dataset.model_validate(old).matched_by is None
+
+
+def test_labels_in_another_order_stop_the_measurement(invoke: Invoke, finished: Path, tmp_path: Path) -> None:
+    before = (finished / MANIFEST).read_bytes()
+    alphabetical = [sorted(CLASSES).index(name) for name in CLASSES]
+    for name, order in (("alphabetical", alphabetical), ("two", [1, 0, *range(2, 10)]), ("shift", [*range(1, 10), 0])):
+        write_digits(tmp_path / f"{name}.npz", order)
+        answer = invoke("validate", finished, "--data", tmp_path / f"{name}.npz")
+        assert answer.code == EXIT_USAGE, name
+        for words in (f"do not fit the labels of {name}.npz", "normalisation", "channels", "--allow-implausible"):
+            assert words in " ".join(answer.err.split()), name
+        assert (finished / MANIFEST).read_bytes() == before
+    answer = invoke("validate", finished, "--data", tmp_path / "two.npz", "--allow-implausible")
+    assert answer.code == 0, answer.err
+    (doubt,) = facts_of(finished)["doubts"]
+    assert "'zero' → 'one'" in doubt
+    assert "another order" in answer.out
+    assert "The hold-out is doubtful" in " ".join(invoke("gate", finished).out.split())
+    assert invoke("validate", finished).code == 0, "the choice stays while the images do"
+    write_digits(tmp_path / "right.npz")
+    assert invoke("validate", finished, "--data", tmp_path / "right.npz").code == 0
+    write_digits(tmp_path / "two.npz", [1, 0, *range(2, 10)])
+    assert invoke("validate", finished, "--data", tmp_path / "two.npz").code == EXIT_USAGE, "and not beyond them"
+
+
+def test_a_split_is_chosen(invoke: Invoke, finished: Path) -> None:
+    assert invoke("validate", finished, "--data", "digits", "--split", "train").code == 0
+    assert (described(finished)["n"], facts_of(finished)["split"]) == (1197, "train")
+    answer = invoke("validate", finished, "--data", "digits", "--split", "validation")
+    assert answer.code == EXIT_USAGE
+    assert "test, train" in answer.err
+    assert invoke("validate", finished, "--synthetic", "--split", "test").code == EXIT_USAGE
+    assert invoke("validate", finished, "--data", "digits").code == 0
+    assert facts_of(finished)["split"] == "test"
+
+
+def test_copies_and_files_left_out_are_counted(invoke: Invoke, finished: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("zero/a", "zero/b", "nine/c", "zero/.hidden/a", "zero/notes.txt")):
+        path = tmp_path / "held" / f"{name}.png" if "txt" not in name else tmp_path / "held" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # a, b and c are the same picture, c under another label; what is not read is another one.
+        Image.fromarray(pixels(2)[number // 3]).save(path, "PNG")
+    answer = invoke("validate", finished, "--data", tmp_path / "held")
+    assert answer.code == 0, answer.err
+    assert facts_of(finished) == {
+        "split": None,
+        "matched_by": "name",
+        "left_out": [
+            {"reason": "hidden", "count": 1, "first": "zero/.hidden/a.png"},
+            {"reason": "not a picture (.txt)", "count": 1, "first": "zero/notes.txt"},
+        ],
+        "duplicates": 2,
+        "contradictory": 3,
+        "doubts": [],
+    }
+    assert "zero/.hidden/a.png" in answer.out
+    assert "exact copies 2" in answer.out
+    assert invoke("report", finished).code == 0
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "zero/.hidden/a.png" in page
+    assert "assigned to classes by <bdi>name</bdi>" in page
+
+
 # Hold-outs of the user
 
 
@@ -222,7 +310,7 @@ def test_an_npz_of_the_user(invoke: Invoke, finished: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     labels = np.arange(20) % 10
     np.savez(tmp_path / "held.npz", images=pixels(), labels=labels)
-    answer = invoke("validate", finished, "--data", "held.npz")
+    answer = invoke("validate", finished, "--data", "held.npz", "--allow-implausible")
     assert answer.code == 0, answer.err
     report, held = report_of(finished), predictions_of(finished)
     assert described(finished) == {"kind": "holdout", "n": 20, "name": "held.npz"}
@@ -379,7 +467,7 @@ def test_a_large_set_passes_in_bounded_memory(invoke: Invoke, finished: Path, tm
     for count in (500, 2500):
         np.savez_compressed(tmp_path / f"{count}.npz", images=pixels(count), labels=np.arange(count) % 10)
         tracemalloc.start()
-        answer = invoke("validate", finished, "--data", tmp_path / f"{count}.npz")
+        answer = invoke("validate", finished, "--data", tmp_path / f"{count}.npz", "--allow-implausible")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert answer.code == 0, answer.err
@@ -428,7 +516,7 @@ def test_no_path_of_this_machine_travels_with_a_run(
     monkeypatch.setenv("HOME", str(home))
     for place in (home / "held.npz", tmp_path / "beside.npz"):
         np.savez(place, images=pixels(), labels=np.arange(20) % 10)
-        assert invoke("validate", finished, "--data", place).code == 0
+        assert invoke("validate", finished, "--data", place, "--allow-implausible").code == 0
         assert "someone" not in (finished / MANIFEST).read_text()
         assert str(tmp_path) not in (finished / MANIFEST).read_text()
         assert invoke("validate", finished).code == 0, "the manifest's own path is found again"

@@ -27,6 +27,7 @@ from nayer_edge.errors import UsageError, hidden_memory_error
 
 GREY = InputSpec(channels=1, height=28, width=28)
 COLOUR = InputSpec(channels=3, height=32, width=32)
+PART = {"holdout": "test", "train": "train"}
 TEN = tuple(str(number) for number in range(10))
 
 
@@ -146,7 +147,7 @@ def test_cifar_binary(tmp_path: Path, name: str, split: Any) -> None:
     folder = tmp_path / name
     folder.mkdir()
     images, labels = [], []
-    for number, file in enumerate(CIFAR_FILES[name][split]):
+    for number, file in enumerate(CIFAR_FILES[name][PART[split]]):
         part, fine = pixels(5, 3072, seed=number), np.arange(5, dtype=np.uint8) + number
         coarse = np.full((5, 1), 77, np.uint8)
         head = [coarse, fine[:, None]] if name == "cifar-100-binary" else [fine[:, None]]
@@ -157,7 +158,7 @@ def test_cifar_binary(tmp_path: Path, name: str, split: Any) -> None:
         stream = open_images(str(path), split, COLOUR, TEN, "exact")
         assert stream.labels.tolist() == labels
         assert (whole(stream) == np.concatenate(images)).all()
-    (folder / CIFAR_FILES[name][split][0]).write_bytes(b"\0" * 3000)
+    (folder / CIFAR_FILES[name][PART[split]][0]).write_bytes(b"\0" * 3000)
     with pytest.raises(UsageError, match="not a whole number of records"):
         open_images(str(folder), split, COLOUR, TEN, "exact")
 
