@@ -27,7 +27,7 @@ from .onnx_file import metadata_of, opset_of, read_onnx, strip, write_onnx
 from .parity import Agreement, agreement
 from .plain_graph import constants, copy_of, make_plain
 from .qat.train import QatTrainer
-from .qdq import calibrated_tensors, with_qdq
+from .qdq import calibrated_tensors, with_dead_tensors, with_qdq
 from .runners import OrtRunner, as_bytes
 from .sensitivity import (
     LayerError,
@@ -67,6 +67,11 @@ class Int8Result:
     excluded_nodes: tuple[str, ...]
     record: dict[str, Any]
     sha256: str
+
+    @property
+    def float_nodes(self) -> tuple[str, ...]:
+        """`excluded_nodes`, by its name in quantization.json."""
+        return self.excluded_nodes
 
 
 def to_int8(
@@ -269,7 +274,7 @@ class _Search:
 
     def calibrate(self, methods: Sequence[str]) -> None:
         """Finds ranges by each method, and chooses the method."""
-        self.ranges = compute_ranges(
+        found = compute_ranges(
             self.folder / "prepared.onnx",
             self.calibration,
             (*quantized_operators(self.target), "Add"),
@@ -277,6 +282,7 @@ class _Search:
             methods,
             self.target,
         )
+        self.ranges = {method: with_dead_tensors(self.graph, ranges) for method, ranges in found.items()}
         self.method = methods[0]
         if self.holdout is not None:
             for method in methods:
