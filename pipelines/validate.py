@@ -248,20 +248,19 @@ def _report(
         return ArtifactReport(**facts, status=status, reason=reason, precision_verified=candidate.verified)
     graph = candidate.runtime == "onnxruntime"
     coverage = int8_coverage(path, get_target(candidate.target)) if graph and candidate.precision == "int8" else None
-    if labels is not None:
-        right = {network: ranks[:, 0] == labels for network, ranks in seen.ranks.items()}
-        against = {
-            "correct": np.packbits(right[name]).tobytes().hex(),
-            "paired": PairedCounts(
-                # Images with non-finite FP32 output would count as FP32 errors and hide losses there.
-                vs_fp32=count_pairs(right["fp32"], right[name])
-                if "fp32" in right and not seen.not_finite["fp32"]
-                else None,
-                vs_teacher=count_pairs(right["teacher"], right[name]),
-            ),
-            "per_class": _per_class(right.get("fp32"), right[name], labels, classes),
-        }
-        facts |= against
+    truth = seen.ranks["teacher"][:, 0] if labels is None else labels
+    right = {network: ranks[:, 0] == truth for network, ranks in seen.ranks.items()}
+    paired = PairedCounts(
+        # Images with non-finite FP32 output would count as FP32 errors and hide losses there.
+        vs_fp32=count_pairs(right["fp32"], right[name]) if "fp32" in right and not seen.not_finite["fp32"] else None,
+        vs_teacher=count_pairs(right["teacher"], right[name]),
+    )
+    if labels is None:
+        facts["paired_synthetic"] = paired
+    else:
+        facts["paired"] = paired
+        facts["correct"] = np.packbits(right[name]).tobytes().hex()
+        facts["per_class"] = _per_class(right.get("fp32"), right[name], labels, classes)
     if coverage is not None:
         verified = coverage.verified and coverage.int8 > 0
     else:
