@@ -35,13 +35,14 @@ def with_qdq(
         model: FP32, shapes inferred, every node named.
         ranges: of every tensor that may be quantized.
         target: its rules apply.
-        nodes_to_exclude: eligible nodes that stay in float.
+        nodes_to_exclude: eligible nodes that stay in float, and residual Adds whose skip input does.
     """
     copy = copy_of(model)
     operators = quantized_operators(target)
     eligible, ineligible = eligible_nodes(copy, target)
     quantized = {node.name for node in eligible} - set(nodes_to_exclude)
     skips = _skip_inputs(copy, quantized) if target.residual == "skip" else {}
+    skips = {name: place for name, place in skips.items() if name not in nodes_to_exclude}
     if target.bias == "int32":
         _keep_biases_of_zero_weights(copy, quantized)
     ranges = with_dead_tensors(copy, ranges)

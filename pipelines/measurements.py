@@ -84,6 +84,15 @@ class ClassCounts(_Part):
     gained: Annotated[int, Field(ge=0)]
 
 
+class Earlier(_Part):
+    """Origin of a measurement that is kept from an earlier report, because this machine cannot measure the file."""
+
+    created: str
+    """when it was measured: UTC, ISO 8601"""
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    """the machine that measured it"""
+
+
 class ArtifactReport(_Part):
     """One exported file, measured in its runtime."""
 
@@ -119,6 +128,8 @@ class ArtifactReport(_Part):
     """on synthetic images: the same counts with the teacher's answer in the place of the truth; null on a hold-out, and
     in older reports"""
     per_class: tuple[ClassCounts, ...] = ()
+    earlier: Earlier | None = None
+    """null: measured together with the rest of the report"""
 
 
 class Report(_Part):

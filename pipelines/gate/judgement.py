@@ -189,7 +189,8 @@ def _runtime(artifact: ArtifactReport) -> Check:
     else:
         share = artifact.int8_coverage
         covered = "" if share is None else f"; {_percent(share)} % of its quantizable layers run in INT8"
-        outcome, detail = "pass", f"{artifact.name} ran in {ran}, as the runtime confirms{covered}."
+        when = f"; measured earlier, {artifact.earlier.created}" if artifact.earlier else ""
+        outcome, detail = "pass", f"{artifact.name} ran in {ran}, as the runtime confirms{covered}{when}."
     return Check("runtime", artifact.name, None, None, None, outcome, detail)
 
 
