@@ -79,8 +79,8 @@ class Scaled(nn.Module):
         elif self.kind == "tiny":
             z = z * 1e6
         elif self.kind == "norm":
-            y = y * 700
-            z = 700 * z / y.square().mean((2, 3), keepdim=True).sqrt()
+            y = y * 3000
+            z = 3000 * z / y.square().mean((2, 3), keepdim=True).sqrt()
         elif self.kind == "weight":
             z = z * 1e-5
         return self.fc(self.c(z).mean((2, 3)))
