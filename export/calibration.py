@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from onnx import ModelProto
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
 from onnxruntime.quantization.calibrate import HistogramCollector, create_calibrator
 
@@ -188,12 +189,31 @@ def _extremes(model_path: Path, images: np.ndarray, operators: Sequence[str]) ->
 
 def _probe(model_path: Path, tensors: Sequence[str]) -> ort.InferenceSession:
     """The FP32 graph with the named tensors (all, if none is named) among its outputs."""
-    model = onnx.load(str(model_path))
+    return _with_outputs(onnx.load(str(model_path)), tensors)
+
+
+def _with_outputs(model: ModelProto, tensors: Sequence[str]) -> ort.InferenceSession:
     infos = {v.name: v for v in (*model.graph.value_info, *model.graph.input)}
     outputs = {v.name for v in model.graph.output}
     wanted = tensors or [n for n, v in infos.items() if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     model.graph.output.extend(infos[name] for name in wanted if name not in outputs and name in infos)
     return cpu_session(model.SerializeToString())
+
+
+def largest_values(model: ModelProto, images: np.ndarray) -> dict[str, float]:
+    """Every float tensor that an FP32 graph computes → its largest finite absolute value over images.
+
+    Args:
+        model: FP32; not changed.
+        images: (n, C, H, W), float32 in [0, 1].
+    """
+    session = _with_outputs(onnx.shape_inference.infer_shapes(model), [])
+    found = dict.fromkeys((output.name for output in session.get_outputs()), 0.0)
+    for source, batch in _batches(session, images):
+        for name, output in zip(found, session.run(None, {source: batch}), strict=True):
+            values = np.abs(np.asarray(output))
+            found[name] = max(found[name], float(values.max(initial=0.0, where=np.isfinite(values))))
+    return found
 
 
 def cpu_session(model: bytes) -> ort.InferenceSession:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import onnx
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.onnx_model import ONNXModel
@@ -21,6 +21,8 @@ from .coverage import eligible_nodes
 from .plain_graph import constants, copy_of, output_channel_axis, producers, use_counts
 from .targets import QUANTIZABLE_OPS, Target, quantized_operators
 
+_NARROWEST = 256 * float(np.finfo(np.float32).tiny)
+"""a narrower range has no scale in float32"""
 _TYPES = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
 
 
@@ -33,15 +35,17 @@ def with_qdq(
         model: FP32, shapes inferred, every node named.
         ranges: of every tensor that may be quantized.
         target: its rules apply.
-        nodes_to_exclude: eligible nodes that stay in float.
+        nodes_to_exclude: eligible nodes that stay in float, and residual Adds whose skip input does.
     """
     copy = copy_of(model)
     operators = quantized_operators(target)
     eligible, ineligible = eligible_nodes(copy, target)
     quantized = {node.name for node in eligible} - set(nodes_to_exclude)
     skips = _skip_inputs(copy, quantized) if target.residual == "skip" else {}
+    skips = {name: place for name, place in skips.items() if name not in nodes_to_exclude}
     if target.bias == "int32":
         _keep_biases_of_zero_weights(copy, quantized)
+    ranges = with_dead_tensors(copy, ranges)
     data: dict[str, TensorData | tuple] = {
         name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()
     }
@@ -81,6 +85,38 @@ def with_qdq(
     return wrapped.model
 
 
+def with_dead_tensors(model: ModelProto, ranges: Ranges) -> Ranges:
+    """The ranges, with a range for tensors that are 0 on every calibration image, as behind a ReLU that never fires.
+
+    For a range without width ONNX Runtime's quantizer takes scale 1 and zero point 0. It has then already removed the
+    ReLU, whose zero point must be the lowest integer for saturation to replace it: in signed integers, negative values
+    would pass (microsoft/onnxruntime#9425, #11660). The range becomes that of the Clip which makes the tensor, where
+    that has bounds, and [0, 1] elsewhere.
+    """
+    by_output, known = producers(model), constants(model)
+    found = dict(ranges)
+    for name, (low, high) in ranges.items():
+        if max(high, 0.0) - min(low, 0.0) >= _NARROWEST:
+            continue
+        found[name] = (0.0, 1.0)
+        if name in by_output and by_output[name].op_type == "Clip":
+            least, most = _clip_bounds(by_output[name], known)
+            low = -1.0 if least is None else min(least, 0.0)
+            high = 1.0 if most is None else max(most, 0.0)
+            if low < high:
+                found[name] = (low, high)
+    return found
+
+
+def _clip_bounds(node: NodeProto, known: Mapping[str, TensorProto]) -> tuple[float | None, float | None]:
+    """Lower and upper bound of a Clip; None for a bound that it lacks or that is infinite or no constant."""
+    values = [numpy_helper.to_array(known[name]).item() if name in known else None for name in node.input[1:3]]
+    low, high = [*values, None, None][:2]
+    largest = float(np.finfo(np.float32).max)
+    finite = [value if value is not None and abs(value) < largest else None for value in (low, high)]
+    return finite[0], finite[1]
+
+
 def _isolated(model: ModelProto, quantized: Collection[str], operators: Collection[str]) -> set[str]:
     """Pass-through nodes that no chain of such nodes connects to a quantized operator. In INT8 they would only lose
     accuracy."""
@@ -101,11 +137,11 @@ def _isolated(model: ModelProto, quantized: Collection[str], operators: Collecti
 
 def _clips_without_zero(model: ModelProto) -> set[str]:
     """Clips whose range does not contain zero. A quantized range always does, so saturation cannot replace them."""
-    known = {name: numpy_helper.to_array(tensor) for name, tensor in constants(model).items()}
+    known = constants(model)
     found = set()
     for node in model.graph.node:
         if node.op_type == "Clip":
-            low, high = ([*(known.get(name) for name in node.input[1:3]), None, None])[:2]
+            low, high = _clip_bounds(node, known)
             if (low is not None and low > 0) or (high is not None and high < 0):
                 found.add(node.name)
     return found

@@ -20,14 +20,14 @@ from nayer_edge import __version__
 from nayer_edge.errors import UsageError
 from nayer_edge.storage.files import sha256_of
 
-from .calibration import METHODS, Ranges, compute_ranges, require_images
+from .calibration import METHODS, Ranges, compute_ranges, largest_values, require_images
 from .coverage import EXCLUDED_NODES, Coverage, eligible_nodes, int8_coverage
-from .fp16 import converted
+from .fp16 import beyond_fp16, converted, fp32_metadata
 from .onnx_file import metadata_of, opset_of, read_onnx, strip, write_onnx
 from .parity import Agreement, agreement
 from .plain_graph import constants, copy_of, make_plain
 from .qat.train import QatTrainer
-from .qdq import calibrated_tensors, with_qdq
+from .qdq import calibrated_tensors, with_dead_tensors, with_qdq
 from .runners import OrtRunner, as_bytes
 from .sensitivity import (
     LayerError,
@@ -40,6 +40,8 @@ from .sensitivity import (
 from .targets import FP16_SCALES, Target, get_target, is_native, quantized_operators
 
 Method = Literal["auto", "minmax", "percentile", "entropy", "mse"]
+FP16_IMAGES = 256
+"""calibration images that show which activations FP16 cannot hold"""
 QAT = "finetuned"
 """method of a file made by QAT, as quantization.json has it"""
 
@@ -67,6 +69,11 @@ class Int8Result:
     excluded_nodes: tuple[str, ...]
     record: dict[str, Any]
     sha256: str
+
+    @property
+    def float_nodes(self) -> tuple[str, ...]:
+        """`excluded_nodes`, by its name in quantization.json."""
+        return self.excluded_nodes
 
 
 def to_int8(
@@ -149,6 +156,7 @@ def to_int8(
             "nayer_edge.target": target.name,
             "nayer_edge.calibration": f"{search.method}, {len(calibration)} {provenance} images",
             EXCLUDED_NODES: "\n".join(excluded),
+            **fp32_metadata(search.fp32),
         },
     )
     coverage = int8_coverage(path, target)
@@ -175,6 +183,7 @@ def to_int8(
             "excluded": [list(entry) for entry in coverage.ineligible],
         },
         "float_nodes": excluded,
+        "fp32_nodes": [list(entry) for entry in search.fp32.items()],
         "bias_correction": {"applied": bool(search.errors), **search.correction},
         "finetune": search.qat,
         "max_drop": max_drop,
@@ -206,6 +215,7 @@ class _Search:
 
     Attributes:
         excluded: nodes to exclude from quantization.
+        fp32: node → why it stays in FP32 where the rest is FP16.
         graph: FP32 graph to quantize.
         method: calibration method chosen so far, a key of `ranges`.
         ranges: method → ranges of activations.
@@ -225,6 +235,7 @@ class _Search:
     excluded: set[str]
     folder: Path
     graph: ModelProto = field(init=False)
+    fp32: dict[str, str] = field(default_factory=dict)
     method: str = ""
     ranges: dict[str, Ranges] = field(default_factory=dict)
     scores: dict[str, Agreement] = field(default_factory=dict)
@@ -236,12 +247,16 @@ class _Search:
     def __post_init__(self) -> None:
         self.graph = prepared(self.fp32_path, self.folder / "prepared.onnx")
         _require_quantizable(self.graph, self.target, self.fp32_path)
+        if self.rest == "float16":
+            self.fp32 = beyond_fp16(self.graph, largest_values(self.graph, self.calibration[:FP16_IMAGES]))
+            self.excluded |= {node.name for node in eligible_nodes(self.graph, self.target)[0]} & set(self.fp32)
 
     def quantized(self, excluded: Collection[str]) -> ModelProto:
         """The INT8 graph by the choices made so far, but with these excluded nodes."""
         ranges = self.ranges[self.method]
+        excluded = {*excluded, *self.fp32}
         quantized = with_qdq(self._corrected(excluded), ranges, self.target, nodes_to_exclude=excluded)
-        return converted(quantized) if self.rest == "float16" else quantized
+        return converted(quantized, self.fp32) if self.rest == "float16" else quantized
 
     def _corrected(self, excluded: Collection[str]) -> ModelProto:
         """The FP32 graph, with biases corrected in layers that are quantized."""
@@ -269,7 +284,7 @@ class _Search:
 
     def calibrate(self, methods: Sequence[str]) -> None:
         """Finds ranges by each method, and chooses the method."""
-        self.ranges = compute_ranges(
+        found = compute_ranges(
             self.folder / "prepared.onnx",
             self.calibration,
             (*quantized_operators(self.target), "Add"),
@@ -277,6 +292,7 @@ class _Search:
             methods,
             self.target,
         )
+        self.ranges = {method: with_dead_tensors(self.graph, ranges) for method, ranges in found.items()}
         self.method = methods[0]
         if self.holdout is not None:
             for method in methods:
@@ -305,7 +321,8 @@ class _Search:
         assert self.agreement is not None
         before, calibrated = self.agreement, self._logits(self.excluded)
         kept = self.graph, self.errors, self.method
-        trained = trainer(self._corrected(self.excluded), self.ranges[self.method], self.target, self.excluded)
+        excluded = {*self.excluded, *self.fp32}
+        trained = trainer(self._corrected(excluded), self.ranges[self.method], self.target, excluded)
         self.graph, self.errors, self.method = trained.graph, {}, QAT
         self.ranges[QAT] = trained.ranges
         logits = self._logits(self.excluded)

@@ -177,6 +177,7 @@ def export(
     fp16: bool | None = None,
     qat: bool | None = None,
     targets: Iterable[str] = (),
+    only: bool = False,
     engines: bool | None = None,
     compute_capability: str | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -184,10 +185,12 @@ def export(
 ) -> RunFolder:
     """Exports FP32 ONNX and, with `int8`, one quantized graph per target and the targets' engines.
 
-    Arguments that are None or empty default to the run's recipe. An engine that cannot be built on this machine is
-    recorded as unavailable and the export continues; `require_engines` then raises.
+    Targets are added to those of the run, whose files stay as they are. Arguments that are None or empty default to the
+    run's recipe. An engine that cannot be built on this machine is recorded as unavailable and the export continues;
+    `require_engines` then raises.
 
     Args:
+        only: the targets replace those of the run, whose files are removed.
         settings: further keys of the recipe's [export].
 
     Raises:
@@ -206,14 +209,24 @@ def export(
         **with_current_keys(dict(settings or {}), warn=True, prefix="export."),
         **{key: value for key, value in asked.items() if value is not None},
     }
-    if names := [name.strip() for item in targets for name in item.split(",") if name.strip()]:
+    if names := targets_in(targets):
         from nayer_edge.export.targets import get_target
 
-        changes["targets"] = tuple(dict.fromkeys(get_target(name).name for name in names))
+        before = () if only else recipe.export.targets
+        changes["targets"] = tuple(dict.fromkeys([*before, *(get_target(name).name for name in names)]))
+    elif only:
+        raise UsageError(
+            "--only says that no other targets stay, but none is named.", fix="Add --target cpu, for example."
+        )
     values = {**recipe.export.model_dump(), **changes}
     section = checked(Export, values, "Invalid export settings:", "Correct them; nothing was started.")
     recipe = recipe.model_copy(update={"export": section})
     return make(recipe, root, last="engine" if int8 else "onnx", display=display)
+
+
+def targets_in(items: Iterable[str]) -> list[str]:
+    """The targets named by `--target`: repeated, separated by commas, or both."""
+    return [name.strip() for item in items for name in item.split(",") if name.strip()]
 
 
 def not_validated(run: RunFolder) -> list[str]:
@@ -229,12 +242,20 @@ def not_validated(run: RunFolder) -> list[str]:
     )
 
 
-def require_engines(run: RunFolder) -> None:
-    """Raises MissingError if a requested engine could not be built on this machine."""
+def require_engines(run: RunFolder, targets: Iterable[str] = ()) -> None:
+    """Raises MissingError if a requested engine could not be built on this machine.
+
+    Args:
+        targets: those that were asked for this time; empty: all of the run.
+    """
     from nayer_edge.storage.files import read_json
 
-    records = read_json(run.path(run.artifact("engine").files["engines"]), "the list of engines")
-    if missing := [record for record in records if record["status"] == "unavailable"]:
+    records, asked = (
+        read_json(run.path(run.artifact("engine").files["engines"]), "the list of engines"),
+        targets_in(targets),
+    )
+    missing = [each for each in records if each["status"] == "unavailable" and (not asked or each["target"] in asked)]
+    if missing:
         names = ", ".join(record["name"] for record in missing)
         raise MissingError(
             f"Everything was exported except {names}.",

@@ -229,6 +229,7 @@ class Run:
         fp16: bool | None = None,
         qat: bool | None = None,
         targets: Sequence[str] = (),
+        only: bool = False,
         engines: bool | None = None,
         compute_capability: str | None = None,
         progress: bool = False,
@@ -240,7 +241,9 @@ class Run:
             int8: quantize, calibrating on images from the run's generator.
             fp16: also export an FP16 graph. Default, here and below: the run's recipe.
             qat: quantization-aware training (QAT) on synthetic images; requires `int8`.
-            targets: deployment targets, such as "cpu", "arm", "tensorrt", "tensorrt-rtx".
+            targets: deployment targets, such as "cpu", "arm", "tensorrt", "tensorrt-rtx". They are added to those of
+                the run, whose files and measurements stay.
+            only: `targets` replace those of the run, whose files are removed.
             engines: build engines for the targets that use them.
             compute_capability: for TensorRT-RTX, such as "sm89".
             settings: further keys of the recipe's [export], such as calibration_images=256.
@@ -249,23 +252,25 @@ class Run:
             Exported files by their names in the report, such as "fp32" and "int8.cpu".
 
         Raises:
-            UsageError: unknown target or setting.
+            UsageError: unknown target or setting, or `only` without targets.
             MissingError: an engine cannot be built on this machine; everything else was exported.
         """
+        named = (targets,) if isinstance(targets, str) else tuple(targets)
         with self._at_work():
             run = actions.export(
                 self.path,
                 int8=int8,
                 fp16=fp16,
                 qat=qat,
-                targets=(targets,) if isinstance(targets, str) else targets,
+                targets=named,
+                only=only,
                 engines=engines,
                 compute_capability=compute_capability,
                 settings=settings,
                 display=_display(progress),
             )
             if int8:
-                actions.require_engines(run)
+                actions.require_engines(run, named)
             return _exported(run)
 
     def validate(

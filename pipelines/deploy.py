@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +13,14 @@ import torch
 from nayer_edge import generator as generators
 from nayer_edge.augment import crop_and_flip
 from nayer_edge.errors import IntegrityError, MissingError
-from nayer_edge.export.fp16 import to_fp16
+from nayer_edge.export.fp16 import fp32_nodes, to_fp16
+from nayer_edge.export.onnx_file import opset_of, read_onnx
 from nayer_edge.export.parity import compare, edge_cases
 from nayer_edge.export.qat.train import QatTrainer, Schedule
 from nayer_edge.export.runners import OrtRunner, TorchRunner
 from nayer_edge.export.targets import TARGETS
 from nayer_edge.export.to_engine import to_engine
-from nayer_edge.export.to_int8 import to_int8
+from nayer_edge.export.to_int8 import FP16_IMAGES, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.labels import embeddings as embeddings_of_labels
 from nayer_edge.memory_bank import MemoryBank, to_unit
@@ -26,11 +29,13 @@ from nayer_edge.models.load import load_classifier
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import random_stream
 from nayer_edge.runtime.progress import Progress
-from nayer_edge.storage.files import write_json
+from nayer_edge.storage.files import read_json, write_json
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.synthesis import draw_images
 
+from .plan import changes_of
 from .recipes.schema import Recipe
+from .steps import STEPS, settings_of
 
 FP32 = "export/student.fp32.onnx"
 FP16 = "export/student.fp16.onnx"
@@ -58,17 +63,20 @@ def make_onnx(student: Artifact, *, config: Recipe, out: RunFolder, progress: Pr
     """
     del progress
     network = load_classifier(out.path(student.files["student"]))
-    info = to_onnx(
-        network,
-        network.spec.shape,
-        out.path(FP32),
-        opset=config.export.opset,
-        metadata={
-            "nayer_edge.model": network.model,
-            "nayer_edge.classes": json.dumps(network.classes, ensure_ascii=False),
-            "nayer_edge.input": json.dumps(network.spec.model_dump(mode="json")),
-        },
-    )
+    kept = not _changes("onnx", out, config, but=("fp16", "engines", "targets"))
+    if not (kept and out.former_file(FP32, "onnx", student.files.values())):
+        kept = False
+        to_onnx(
+            network,
+            network.spec.shape,
+            out.path(FP32),
+            opset=config.export.opset,
+            metadata={
+                "nayer_edge.model": network.model,
+                "nayer_edge.classes": json.dumps(network.classes, ensure_ascii=False),
+                "nayer_edge.input": json.dumps(network.spec.model_dump(mode="json")),
+            },
+        )
     noise = torch.rand(64, *network.spec.shape, generator=random_stream(0, "parity")).numpy()
     images = np.concatenate([noise, *edge_cases(network.spec.shape).values()])
     with TorchRunner(network) as torch_runner, OrtRunner(out.path(FP32)) as onnx_runner:
@@ -80,17 +88,23 @@ def make_onnx(student: Artifact, *, config: Recipe, out: RunFolder, progress: Pr
             f"{parity.not_finite} inputs with NaN or infinity.",
             fix="Try another opset: --set export.opset=19. If that fails too, please report it with the model's name.",
         )
-    files = {"fp32 onnx": FP32}
+    files, numbers = {"fp32 onnx": FP32}, {}
     if wants_fp16(config):
-        to_fp16(out.path(FP32), out.path(FP16))
+        if not (kept and out.former_file(FP16, "onnx", student.files.values())):
+            bank = MemoryBank.load(out.path(student.files["bank"]), torch.device("cpu"))
+            synthetic = to_unit(bank.newest(FP16_IMAGES)[0]).numpy()
+            to_fp16(out.path(FP32), out.path(FP16), np.concatenate([synthetic, images]))
         files["fp16 onnx"] = FP16
+        if stay := fp32_nodes(out.path(FP16)):
+            numbers["fp16 keeps in fp32"] = "; ".join(f"{node} ({why})" for node, why in stay.items())
     return Artifact(
         "onnx",
         files,
         {
-            "opset": info.opset,
+            "opset": opset_of(read_onnx(out.path(FP32))),
             "bytes": out.path(FP32).stat().st_size,
             "max abs diff": _short(parity.max_abs_diff),
+            **numbers,
         },
     )
 
@@ -105,7 +119,62 @@ def make_int8(
     out: RunFolder,
     progress: Progress,
 ) -> Artifact:
-    """Quantizes for each target, calibrated with images from the trained generator."""
+    """Quantizes for each target, calibrated with images from the trained generator.
+
+    A target's file stays as it is, with its record, if only the list of targets changed: what was measured of it holds.
+    """
+    needed = [*(name for part in (teacher, lte, student) for name in part.files.values()), onnx.files["fp32 onnx"]]
+    kept = _kept_targets(needed, config, out)
+    missing = [target for target in config.export.targets if target not in kept]
+    made = _quantize(teacher, lte, student, onnx, missing, config, out, progress) if missing else {}
+    files, records, numbers = {}, {}, {}
+    for target in config.export.targets:
+        record = records[target] = {**kept, **made}[target]
+        files[f"int8 {target} onnx"] = int8_file(target)
+        numbers[f"{target} method"] = record["method"]
+        if record["finetune"]:
+            numbers[f"{target} QAT gain"] = _short(record["finetune"]["gain"])
+        numbers[f"{target} int8 coverage"] = _short(record["coverage"]["fraction"])
+        if stay := record.get("fp32_nodes"):
+            numbers[f"{target} keeps in fp32"] = "; ".join(f"{node} ({why})" for node, why in stay)
+    write_json(out.path(QUANTIZATION), records)
+    return Artifact("int8", {**files, "quantization": QUANTIZATION}, numbers)
+
+
+def _changes(step: str, out: RunFolder, config: Recipe, *, but: tuple[str, ...]) -> list[str]:
+    """The settings that have changed since the step's former result, except some of [export]."""
+    before = out.former.get(step)
+    if before is None or before.record is None:
+        return []
+    row = next(each for each in STEPS if each.name == step)
+    now = settings_of(row, config.model_dump(mode="json", by_alias=True))
+    skipped = {f"export.{key}" for key in but}
+    return changes_of(
+        {k: v for k, v in before.record.settings.items() if k not in skipped},
+        {k: v for k, v in now.items() if k not in skipped},
+    )
+
+
+def _kept_targets(needed: Sequence[str], config: Recipe, out: RunFolder) -> dict[str, Any]:
+    """target → its entry in quantization.json, for the wanted targets whose files need not be made again."""
+    if _changes("int8", out, config, but=("targets",)):
+        return {}
+    held = [name for name in config.export.targets if out.former_file(int8_file(name), "int8", needed)]
+    records = read_json(out.path(QUANTIZATION), "the record of quantization") if held else {}
+    return {name: records[name] for name in held if name in records}
+
+
+def _quantize(
+    teacher: Artifact,
+    lte: Artifact,
+    student: Artifact,
+    onnx: Artifact,
+    targets: Sequence[str],
+    config: Recipe,
+    out: RunFolder,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Quantizes for these targets; returns their entries of quantization.json."""
     source = SyntheticSource.open(teacher, lte, student, config, out)
     wanted = config.export.calibration_images
     purposes = ("calibration", "calibration hold-out")
@@ -115,8 +184,8 @@ def make_int8(
     progress.finish()
     trainer = _qat_trainer(source, student, config, out, progress) if config.export.qat else None
     teacher_logits = None if trainer is None else source.teacher_logits(holdout)
-    files, records, numbers = {}, {}, {}
-    for target in config.export.targets:
+    records = {}
+    for target in targets:
         result = to_int8(
             out.path(onnx.files["fp32 onnx"]),
             out.path(int8_file(target)),
@@ -129,14 +198,8 @@ def make_int8(
             qat=trainer,
             teacher_logits=teacher_logits,
         )
-        files[f"int8 {target} onnx"] = int8_file(target)
         records[target] = result.record
-        numbers[f"{target} method"] = result.method
-        if trainer is not None:
-            numbers[f"{target} QAT gain"] = _short(result.record["finetune"]["gain"])
-        numbers[f"{target} int8 coverage"] = _short(result.coverage.fraction)
-    write_json(out.path(QUANTIZATION), records)
-    return Artifact("int8", {**files, "quantization": QUANTIZATION}, numbers)
+    return records
 
 
 def _qat_trainer(
@@ -170,7 +233,13 @@ def engine_file(precision: str, target: str, capability: str) -> str:
 
 
 def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
-    """Builds FP16 and INT8 engines. One that cannot be built here is recorded with the reason."""
+    """Builds FP16 and INT8 engines. One that cannot be built here is recorded with the reason.
+
+    An engine that is there, built from the graph of today, stays: no two builds are alike, and this machine may not be
+    able to build it.
+    """
+    before = out.former.get("engine")
+    earlier = read_json(out.path(ENGINES), "the list of engines") if before and before.record else []
     wanted = [name for name in config.export.targets if TARGETS[name].engine] if config.export.engines else []
     progress.start("build engines", 2 * len(wanted))
     files, records, numbers = {}, [], {}
@@ -181,6 +250,13 @@ def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFold
         for precision, source in sources.items():
             name = engine_file(precision, target, capability)
             record = {"name": f"{precision}.{target}.engine", "file": name, "target": target, "precision": precision}
+            built = [each for each in earlier if each["file"] == name and each["status"] == "built"]
+            if built and out.former_file(name, "engine", [source]):
+                files[f"{precision} {target} engine"] = name
+                records.append(built[0])
+                numbers[record["name"]] = f"{out.path(name).stat().st_size / 1e6:.2f} MB"
+                progress.advance()
+                continue
             try:
                 info = to_engine(
                     out.path(source), out.path(name), target, compute_capability=capability if ahead else None

@@ -1,7 +1,8 @@
 """`report.json`: only what `validate` measured. The gate derives the verdict from it (judgement.py).
 
 Rates are fractions in [0, 1], latencies are milliseconds at batch 1, sizes are bytes. Synthetic images have no ground
-truth: `top1` and the paired counts are null, and agreement with the teacher takes their place.
+truth: `top1` and `paired` are null. Agreement with the teacher takes the place of accuracy, and `paired_synthetic`,
+where the teacher's answer counts as right, that of the paired counts.
 """
 
 from __future__ import annotations
@@ -104,6 +105,15 @@ class ClassCounts(_Part):
     gained: Annotated[int, Field(ge=0)]
 
 
+class Earlier(_Part):
+    """Origin of a measurement that is kept from an earlier report, because this machine cannot measure the file."""
+
+    created: str
+    """when it was measured: UTC, ISO 8601"""
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    """the machine that measured it"""
+
+
 class ArtifactReport(_Part):
     """One exported file, measured in its runtime."""
 
@@ -135,7 +145,12 @@ class ArtifactReport(_Part):
     """one bit per image, in hold-out order: 1 if the top-1 prediction is correct; hexadecimal, the first image in the
     highest bit, padded with zeros to a whole byte (numpy.packbits); null without ground truth"""
     paired: PairedCounts = PairedCounts()
+    paired_synthetic: PairedCounts = PairedCounts()
+    """on synthetic images: the same counts with the teacher's answer in the place of the truth; null on a hold-out, and
+    in older reports"""
     per_class: tuple[ClassCounts, ...] = ()
+    earlier: Earlier | None = None
+    """null: measured together with the rest of the report"""
 
 
 class Report(_Part):

@@ -84,7 +84,7 @@ def plan_steps(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, d
         extends = False
         if record is not None:
             # If nothing changed, keep the recorded settings: they may lack a key that was added later.
-            changes = _changes(record.settings, settings)
+            changes = changes_of(record.settings, settings)
             continuable = run is not None and DECAY_STATE in run.manifest.files
             extends = bool(changes) and step.trains and continuable and _only_longer(record.settings, settings)
             settings = settings if changes else record.settings
@@ -106,7 +106,7 @@ def _changes_since_begun(step: Step, values: dict[str, Any], run: RunFolder, dig
     for part in decisive:
         old, new = _settings(part, before, None, digest), _settings(part, values, None, digest)
         # A run with a constant schedule can be made longer or shorter at any time.
-        changed += [] if _without_length(old) == _without_length(new) else _changes(old, new)
+        changed += [] if _without_length(old) == _without_length(new) else changes_of(old, new)
     return list(dict.fromkeys(changed))
 
 
@@ -154,14 +154,14 @@ def _settings(step: Step, values: dict[str, Any], record: StepRecord | None, dig
     return found
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def changes_of(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """ "key: old → new" for every difference between nested settings. A key that was added to recipes later does not
     count while it has its default value, and neither does a renamed key."""
     found, before = [], with_current_keys(before, prefix=prefix)
     for key in sorted(set(before) | set(now)):
         old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _changes(old, new, f"{name}.")
+            found += changes_of(old, new, f"{name}.")
         elif old != new and (key in before or not is_default(name, new)):
             found.append(f"{name}: {old} → {new}")
     return found

@@ -217,13 +217,14 @@ def _run_step(
         versions=provenance.versions(),
         hardware=provenance.hardware(),
     )
-    run.remove_leftovers(before)
+    removed = run.remove_leftovers(before)
     for name in step.retires:
         if name in run.manifest.steps:
             run.remove_leftovers(run.forget(name))
     if not plan.extends:
         _discard_scratch(step, run)
-    on_event(StepEvent(step, "finished", reason, seconds, dict(artifact.numbers)))
+    told = {"removed": ", ".join(removed)} if removed else {}
+    on_event(StepEvent(step, "finished", reason, seconds, {**artifact.numbers, **told}))
 
 
 def _discard_scratch(step: Step, run: RunFolder) -> None:

@@ -2,6 +2,9 @@
 
 It only measures; the gate decides. Every batch of images passes once through all networks, and only each network's top
 five classes per image are kept: 50,000 ImageNet-sized images need one batch of pixels and 1 MB per network in memory.
+
+What another machine measured stays in the report if this one cannot measure it (an engine without its GPU, an ARM graph
+on x86), the file is the same and the images are.
 """
 
 from __future__ import annotations
@@ -37,12 +40,14 @@ from .measurements import (
     ArtifactReport,
     ClassCounts,
     Dataset,
+    Earlier,
     Latency,
     LeftOut,
     Network,
     Paired,
     PairedCounts,
     Report,
+    read_report,
 )
 from .plausibility import NO_REPEATS, Repeats, doubts, repeats, require_plausible
 from .recipes.schema import Recipe
@@ -81,7 +86,7 @@ class Seen:
         repeats: exact copies among the images.
     """
 
-    ranks: Mapping[str, np.ndarray]
+    ranks: dict[str, np.ndarray]
     max_abs_diff: Mapping[str, float | None]
     not_finite: Mapping[str, int]
     sha256: str
@@ -116,20 +121,28 @@ def make_report(
             runners: dict[str, Runner] = {"teacher": teacher_runner, "student": student_runner, **opened}
             seen = run_over(runners, images.stream, shape, len(classes), progress)
         require_answers(seen, images.stream.name)
-        found = _doubts(seen, images, out.path(teacher.files["teacher card"]), config) if images.truth else ()
+        doubted = _doubts(seen, images, out.path(teacher.files["teacher card"]), config) if images.truth else ()
         if not config.validate_.allow_implausible:
-            require_plausible(found, images.stream.name)
+            require_plausible(doubted, images.stream.name)
         here = [c.name for c in candidates if c.name in opened and c.timed]
         timings = benchmark({name: opened[name] for name in here}, shape, runs=LATENCY_RUNS) if here else []
     labels = images.stream.labels if images.truth else None
-    reports = [_report(candidate, out, refused.get(candidate.name), seen, labels, classes) for candidate in candidates]
+    earlier = _earlier(out, [*teacher.files.values(), *student.files.values()], seen)
+    reports = []
+    for candidate in candidates:
+        found = _report(candidate, out, refused.get(candidate.name), seen, labels, classes)
+        before = earlier.of(candidate, out)
+        if before is not None and _tells_more(before, found, candidate):
+            seen.ranks[candidate.name] = earlier.ranks[candidate.name]
+            found = before.model_copy(update=_compared(candidate.name, seen, labels, classes))
+        reports.append(found)
     for timing in timings:
         reports = [_timed(report, timing) if report.name == timing.runner else report for report in reports]
     arrays = {} if labels is None else {"labels": labels.astype(np.int32)}
     _save_predictions(out.path(PREDICTIONS_PATH), {**arrays, **seen.ranks})
     report = Report(
         run=config.name,
-        dataset=_dataset(images, seen, found),
+        dataset=_dataset(images, seen, doubted),
         teacher=Network(top1=_top1(seen.ranks["teacher"], labels), params=networks["teacher"].parameter_count),
         student=Network(
             top1=_top1(seen.ranks["student"], labels),
@@ -169,6 +182,45 @@ def _dataset(images: Images, seen: Seen, found: Sequence[str]) -> Dataset:
         contradictory=seen.repeats.contradictory,
         doubts=tuple(found),
     )
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What the run's former report measured on the same images of the same networks.
+
+    Attributes:
+        reports: name → measured artifact.
+        ranks: name → its predictions, as in `Seen`.
+    """
+
+    reports: Mapping[str, ArtifactReport]
+    ranks: Mapping[str, np.ndarray]
+
+    def of(self, candidate: Candidate, out: RunFolder) -> ArtifactReport | None:
+        """The measurement of this very file, if there is one."""
+        found = self.reports.get(candidate.name)
+        same_file = found is not None and found.sha256 == sha256_of(out.path(candidate.file))
+        return found if same_file and candidate.name in self.ranks else None
+
+
+def _earlier(out: RunFolder, networks: Sequence[str], seen: Seen) -> _Earlier:
+    """The former report's measurements, if its images and networks are those of today."""
+    if not all(out.former_file(name, "validate", networks) for name in (REPORT_PATH, PREDICTIONS_PATH)):
+        return _Earlier({}, {})
+    report = read_report(out.path(REPORT_PATH), f"Type: nayer-edge validate {out.typed}")
+    if report.dataset.sha256 != seen.sha256:
+        return _Earlier({}, {})
+    with np.load(out.path(PREDICTIONS_PATH), allow_pickle=False) as held:
+        ranks = {name: held[name] for name in held.files if held[name].shape == seen.ranks["teacher"].shape}
+    when = Earlier(created=report.created, hardware=report.hardware)
+    measured = [artifact for artifact in report.artifacts if artifact.status == "measured"]
+    return _Earlier({a.name: a if a.earlier else a.model_copy(update={"earlier": when}) for a in measured}, ranks)
+
+
+def _tells_more(before: ArtifactReport, now: ArtifactReport, candidate: Candidate) -> bool:
+    """Whether the earlier measurement is of the device that the file is for, and the one of today is not."""
+    verified = before.precision_verified and not now.precision_verified
+    return now.status != "measured" or (verified and not candidate.timed)
 
 
 def _images(
@@ -280,20 +332,6 @@ def _report(
         return ArtifactReport(**facts, status=status, reason=reason, precision_verified=candidate.verified)
     graph = candidate.runtime == "onnxruntime"
     coverage = int8_coverage(path, get_target(candidate.target)) if graph and candidate.precision == "int8" else None
-    if labels is not None:
-        right = {network: ranks[:, 0] == labels for network, ranks in seen.ranks.items()}
-        against = {
-            "correct": np.packbits(right[name]).tobytes().hex(),
-            "paired": PairedCounts(
-                # Images with non-finite FP32 output would count as FP32 errors and hide losses there.
-                vs_fp32=count_pairs(right["fp32"], right[name])
-                if "fp32" in right and not seen.not_finite["fp32"]
-                else None,
-                vs_teacher=count_pairs(right["teacher"], right[name]),
-            ),
-            "per_class": _per_class(right.get("fp32"), right[name], labels, classes),
-        }
-        facts |= against
     if coverage is not None:
         verified = coverage.verified and coverage.int8 > 0
     else:
@@ -301,14 +339,34 @@ def _report(
     broken = seen.not_finite[name]
     return ArtifactReport(
         **facts,
+        **_compared(name, seen, labels, classes),
         status="measured",
         reason=f"its output is not finite on {broken:,} of {len(seen.ranks[name]):,} images" if broken else None,
         precision_verified=verified and not broken,
-        top1=_top1(seen.ranks[name], labels),
-        agreement=same(seen.ranks[name], seen.ranks["teacher"]),
         max_abs_diff=seen.max_abs_diff[name],
         int8_coverage=coverage.fraction if coverage else None,
     )
+
+
+def _compared(name: str, seen: Seen, labels: np.ndarray | None, classes: Sequence[str]) -> dict[str, Any]:
+    """The parts of an artifact's report that follow from predictions alone."""
+    truth = seen.ranks["teacher"][:, 0] if labels is None else labels
+    right = {network: ranks[:, 0] == truth for network, ranks in seen.ranks.items()}
+    paired = PairedCounts(
+        # Images with non-finite FP32 output would count as FP32 errors and hide losses there.
+        vs_fp32=count_pairs(right["fp32"], right[name]) if "fp32" in right and not seen.not_finite["fp32"] else None,
+        vs_teacher=count_pairs(right["teacher"], right[name]),
+    )
+    agreement = same(seen.ranks[name], seen.ranks["teacher"])
+    if labels is None:
+        return {"agreement": agreement, "paired_synthetic": paired}
+    return {
+        "top1": _top1(seen.ranks[name], labels),
+        "agreement": agreement,
+        "paired": paired,
+        "correct": np.packbits(right[name]).tobytes().hex(),
+        "per_class": _per_class(right.get("fp32"), right[name], labels, classes),
+    }
 
 
 def _per_class(

@@ -10,7 +10,7 @@ import fcntl
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -114,6 +114,8 @@ class RunFolder:
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root = root
         self.manifest = manifest
+        self.former: dict[str, Forgotten] = {}
+        """step → the result that it had before it began to run again in this process; its files were checked then"""
 
     @classmethod
     def create(
@@ -254,8 +256,20 @@ class RunFolder:
         forgotten = self.remember(step)
         self.manifest.steps.pop(step, None)
         self.manifest.files = {n: f for n, f in self.manifest.files.items() if f.step != step}
+        self.former[step] = forgotten
         self.save()
         return forgotten
+
+    def former_file(self, name: str, step: str, made_from: Iterable[str]) -> bool:
+        """Whether a file of the step's former result is still what the step would have to make.
+
+        Args:
+            made_from: the files that it depends on; those of today must be the ones that it was made from.
+        """
+        before = self.former.get(step)
+        if before is None or before.record is None or name not in before.files:
+            return False
+        return {self.manifest.files[needed].sha256 for needed in made_from} <= set(before.files[name].parents)
 
     def restore(self, forgotten: Forgotten) -> bool:
         """Puts a step back into the manifest and returns True, unless one of its files was changed."""
@@ -270,11 +284,12 @@ class RunFolder:
         self.save()
         return True
 
-    def remove_leftovers(self, forgotten: Forgotten) -> None:
-        """Deletes files of a step's earlier result that the manifest no longer lists."""
-        for name in forgotten.files:
-            if name not in self.manifest.files:
-                self.path(name).unlink(missing_ok=True)
+    def remove_leftovers(self, forgotten: Forgotten) -> list[str]:
+        """Deletes files of a step's earlier result that the manifest no longer lists. Returns their names."""
+        removed = [name for name in forgotten.files if name not in self.manifest.files]
+        for name in removed:
+            self.path(name).unlink(missing_ok=True)
+        return removed
 
     def artifact(self, step: str) -> Artifact:
         """The artifact of a finished step, according to the manifest.

@@ -21,6 +21,7 @@ NOISY = 3.0
 @app.command(
     epilog=example(
         "nayer-edge export runs/digits --int8 --target cpu,tensorrt-rtx",
+        "nayer-edge export runs/digits --int8 --target arm --only",
         "nayer-edge export runs/digits --int8 --qat",
     )
 )
@@ -45,8 +46,14 @@ def export(
     finetune: Annotated[bool | None, typer.Option("--finetune/--no-finetune", hidden=True)] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", help="cpu, arm, tensorrt, tensorrt-rtx; comma-separated or repeated."),
+        typer.Option(
+            "--target",
+            help="cpu, arm, tensorrt, tensorrt-rtx; comma-separated or repeated. Added to those that the run has.",
+        ),
     ] = None,
+    only: Annotated[
+        bool, typer.Option("--only", help="With --target: replace the run's targets, and remove their files.")
+    ] = False,
     engine: Annotated[
         bool | None,
         typer.Option(
@@ -75,6 +82,7 @@ def export(
         fp16=fp16,
         qat=qat,
         targets=target or (),
+        only=only,
         engines=engine,
         compute_capability=compute_capability,
         display=display,
@@ -84,7 +92,7 @@ def export(
         text = f"Not validated yet: {', '.join(new)}. Type: nayer-edge validate {done.typed}"
         stdout().print(text, style="dim", markup=False, highlight=False)
     if int8:
-        actions.require_engines(done)
+        actions.require_engines(done, target or ())
 
 
 @app.command(

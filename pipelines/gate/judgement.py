@@ -187,7 +187,10 @@ def _runtime(artifact: ArtifactReport) -> Check:
         outcome = "fail"
         detail = f"The runtime did not confirm that {artifact.name} ran in {ran}{reason}."
     else:
-        outcome, detail = "pass", f"{artifact.name} ran in {ran}, as the runtime confirms."
+        share = artifact.int8_coverage
+        covered = "" if share is None else f"; {_percent(share)} % of its quantizable layers run in INT8"
+        when = f"; measured earlier, {artifact.earlier.created}" if artifact.earlier else ""
+        outcome, detail = "pass", f"{artifact.name} ran in {ran}, as the runtime confirms{covered}{when}."
     return Check("runtime", artifact.name, None, None, None, outcome, detail)
 
 
@@ -196,20 +199,34 @@ def _drop(
 ) -> Check:
     if paired is None:
         return _missing(name, artifact, limit, f"paired counts against {reference}")
-    counts = (paired.both_right, paired.lost, paired.gained, paired.both_wrong)
-    if sum(counts) != paired.n:
-        detail = (
-            f"The counts of {artifact.name} against {reference} add up to {sum(counts)}, "
-            f"not to the {paired.n} images of the report."
-        )
-        return Check(name, artifact.name, None, None, limit, "fail", detail)
+    if wrong := _contradiction(artifact, paired, reference):
+        return Check(name, artifact.name, None, None, limit, "fail", wrong)
+    lost, gained, n = paired.lost, paired.gained, paired.n
+    change = f"{'loses' if lost >= gained else 'gains'} {_percent(abs(lost - gained) / n)} points against {reference}"
+    observed = f"{artifact.name} {change} ({lost} lost, {gained} gained of {n:,})"
+    return _bounded_drop(name, artifact, paired, observed, limit, alpha)
+
+
+def _contradiction(artifact: ArtifactReport, paired: Paired, reference: str) -> str:
+    """A sentence about counts that do not add up; empty if they do."""
+    total = paired.both_right + paired.lost + paired.gained + paired.both_wrong
+    if total == paired.n:
+        return ""
+    return (
+        f"The counts of {artifact.name} against {reference} add up to {total}, "
+        f"not to the {paired.n} images of the report."
+    )
+
+
+def _bounded_drop(
+    name: str, artifact: ArtifactReport, paired: Paired, observed: str, limit: float, alpha: float
+) -> Check:
+    """The verdict on paired counts, with the sentence that begins with `observed`."""
     lost, gained, n = paired.lost, paired.gained, paired.n
     upper, lower = drop_upper(lost, gained, n, alpha), drop_lower(lost, gained, n, alpha)
     verdict, bound = _bounded(upper, lower, limit)
     drop = (lost - gained) / n
     size, limit_text = _apart(abs(bound), limit)
-    change = f"{'loses' if drop >= 0 else 'gains'} {_percent(abs(drop))} points against {reference}"
-    observed = f"{artifact.name} {change} ({lost} lost, {gained} gained of {n:,})"
     side = "at least" if verdict == "fail" else "at most"
     detail = (
         f"{observed}; the drop is {side} {'-' if bound < 0 else ''}{size} at {_confidence(alpha)} confidence, "
@@ -257,9 +274,30 @@ def _synthetic_drop_vs_teacher(report: Report, artifact: ArtifactReport, limit: 
 
 
 def _synthetic_drop_vs_fp32(report: Report, artifact: ArtifactReport, limit: float, alpha: float) -> Check:
-    """The difference in agreement with the teacher, over the same images.
+    """The drop against FP32 image by image, with the teacher's answer in the place of the truth."""
+    name, paired = "accuracy_drop_vs_fp32", artifact.paired_synthetic.vs_fp32
+    if paired is None:
+        return _synthetic_drop_from_rates(report, artifact, limit, alpha)
+    n = report.dataset.n
+    wrong = _contradiction(artifact, paired, "FP32 on synthetic images")
+    agreed = paired.both_right + paired.gained
+    if not wrong and (paired.n != n or artifact.agreement is None or agreed != round(artifact.agreement * n)):
+        wrong = f"The counts of {artifact.name} on synthetic images do not match its agreement with the teacher."
+    if wrong:
+        return Check(name, artifact.name, None, None, limit, "fail", wrong, synthetic=True)
+    lost, gained = paired.lost, paired.gained
+    observed = (
+        f"On {n:,} synthetic images, whose true class is the teacher's answer, {artifact.name} "
+        f"{'loses' if lost >= gained else 'gains'} {_percent(abs(lost - gained) / n)} points against FP32 "
+        f"({lost} lost, {gained} gained)"
+    )
+    return replace(_bounded_drop(name, artifact, paired, observed, limit, alpha), synthetic=True)
 
-    The report does not say how the answers of the two networks pair up, so the least favourable pairing is assumed:
+
+def _synthetic_drop_from_rates(report: Report, artifact: ArtifactReport, limit: float, alpha: float) -> Check:
+    """The difference in agreement with the teacher, for reports of versions that did not count image by image.
+
+    How the answers of the two networks pair up is unknown, so the least favourable pairing is assumed:
     as many images gained, and as many more lost, as the two rates allow. Bounds widen with the number of discordant
     images, so both bounds hold for every pairing.
     """

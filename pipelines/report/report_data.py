@@ -83,7 +83,8 @@ def drops(config: Recipe, report: Report) -> dict[str, dict[str, str]]:
     alpha = round(1 - config.gate.accuracy.confidence, 12)
     found = {}
     for artifact in report.artifacts:
-        mine = {"vs_fp32": artifact.paired.vs_fp32, "vs_teacher": artifact.paired.vs_teacher}
+        paired = artifact.paired_synthetic if report.dataset.kind == "synthetic" else artifact.paired
+        mine = {"vs_fp32": paired.vs_fp32, "vs_teacher": paired.vs_teacher}
         found[artifact.name] = {key: _drop_bounds(paired, alpha) for key, paired in mine.items()}
         if artifact.agreement is not None:
             n, same = report.dataset.n, round(artifact.agreement * report.dataset.n)

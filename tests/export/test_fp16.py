@@ -1,4 +1,4 @@
-"""FP16 graphs: what is half, what stays float32, what is refused."""
+"""FP16 graphs: what is half, and what stays float32."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from nayer_edge.errors import UsageError
-from nayer_edge.export.fp16 import to_fp16
+from nayer_edge.export.fp16 import converted, fp32_nodes, to_fp16
 from nayer_edge.export.parity import compare
-from nayer_edge.export.to_int8 import run_onnx
+from nayer_edge.export.to_int8 import run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 
 IMAGES = np.random.default_rng(0).random((6, 3, 12, 12), np.float32)
@@ -43,19 +42,104 @@ def test_weights_are_half_and_inputs_and_outputs_float32(tmp_path: Path) -> None
     assert compare(reference, half, tolerance=0.0).verdict == "differs", "it really computes in FP16"
 
 
-def test_a_weight_beyond_fp16_is_refused(tmp_path: Path) -> None:
-    model = network()
-    with torch.no_grad():
-        model[5].weight[0, 0] = 1e6  # pyright: ignore[reportIndexIssue]
-    to_onnx(model, (3, 12, 12), tmp_path / "fp32.onnx")
-    with pytest.raises(UsageError, match="FP16 ends at 65504"):
-        to_fp16(tmp_path / "fp32.onnx", tmp_path / "fp16.onnx")
+class Scaled(nn.Module):
+    """Convolutions in the range of FP16, and between them something that is not.
+
+    Args:
+        kind: what.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.c, self.d = (nn.Conv2d(inputs, 8, 3, padding=1) for inputs in (3, 8, 8, 8))
+        self.fc = nn.Linear(8, 5)
+        with torch.no_grad():
+            if kind in ("rescaled", "residual", "skip"):
+                self.b.weight *= 5e5
+            elif kind == "tiny":
+                self.b.weight *= 1e-6
+                self.b.bias.zero_()  # pyright: ignore[reportOptionalMemberAccess]
+            elif kind == "weight":
+                self.b.weight[0, 0] = 1e6
+            elif kind == "logits":
+                self.fc.weight *= 1e6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1e5 / 2e5 if self.kind == "image" else x
+        y = torch.relu(self.a(x))
+        z = self.b(y)
+        if self.kind == "rescaled":
+            z = z * 2e-6
+        elif self.kind == "skip":
+            z = (self.d(y) + z) * 2e-6
+        elif self.kind == "residual":
+            z = z + torch.relu(z)  # two nodes in FP32 read one tensor
+            z = z / z.abs().amax((2, 3), keepdim=True)
+        elif self.kind == "tiny":
+            z = z * 1e6
+        elif self.kind == "norm":
+            y = y * 3000
+            z = 3000 * z / y.square().mean((2, 3), keepdim=True).sqrt()
+        elif self.kind == "weight":
+            z = z * 1e-5
+        return self.fc(self.c(z).mean((2, 3)))
+
+
+KINDS = ("rescaled", "residual", "skip", "tiny", "norm", "weight", "logits", "image")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_fp16_cannot_hold_stays_in_fp32(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    to_onnx(Scaled(kind).eval(), (3, 12, 12), tmp_path / "fp32.onnx")
+    to_fp16(tmp_path / "fp32.onnx", tmp_path / "fp16.onnx", IMAGES)
+    reference, half = (run_onnx(tmp_path / f"{name}.onnx", IMAGES) for name in ("fp32", "fp16"))
+    assert np.isfinite(half).all()
+    assert np.abs(half - reference).max() < 0.01 * np.abs(reference).max()
+    kept = fp32_nodes(tmp_path / "fp16.onnx")
+    model = onnx.load(tmp_path / "fp16.onnx")
+    convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
+    assert kept
+    assert set(convolutions) - set(kept), "the rest is FP16"
+    assert all("FP16" in why for why in kept.values())
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            wanted = TensorProto.FLOAT if node.name in kept else TensorProto.FLOAT16
+            assert types[node.input[1]] == wanted, node.name
+    assert [value.name for value in model.graph.output] == ["logits"]
+    # Without them, the answers are wrong in silence.
+    broken = tmp_path / "broken.onnx"
+    onnx.save(converted(onnx.load(tmp_path / "fp32.onnx")), broken)
+    assert not np.abs(run_onnx(broken, IMAGES) - reference).max() < 0.01 * np.abs(reference).max()
+
+
+@pytest.mark.parametrize("kind", ["rescaled", "residual", "skip", "tiny", "logits"])
+def test_int8_graphs_with_fp16_rest_keep_it_in_fp32_too(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    to_onnx(Scaled(kind).eval(), (3, 12, 12), tmp_path / "fp32.onnx")
+    result = to_int8(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", IMAGES, "tensorrt", method="minmax")
+    reference, found = (run_onnx(tmp_path / f"{name}.onnx", IMAGES, as_written=True) for name in ("fp32", "int8"))
+    assert np.isfinite(found).all()
+    assert np.abs(found - reference).max() < 0.05 * np.abs(reference).max()
+    kept = dict(result.record["fp32_nodes"])
+    assert kept == fp32_nodes(tmp_path / "int8.onnx")
+    assert kept
+    assert set(result.excluded_nodes) <= set(kept)
+    assert result.coverage.int8 == result.coverage.eligible - len(result.excluded_nodes)
+    assert 0 < result.coverage.fraction < 1
+
+
+def test_what_fits_is_converted_as_before(tmp_path: Path) -> None:
+    to_onnx(network(), (3, 12, 12), tmp_path / "fp32.onnx")
+    unchecked = to_fp16(tmp_path / "fp32.onnx", tmp_path / "unchecked.onnx")
+    assert to_fp16(tmp_path / "fp32.onnx", tmp_path / "fp16.onnx", IMAGES) == unchecked
+    assert fp32_nodes(tmp_path / "fp16.onnx") == {}
 
 
 def test_tiny_weights_survive_int8_with_fp16_scales(tmp_path: Path) -> None:
     """A scale that FP16 rounds to zero would turn a channel into NaN, one that ORT replaces by 1 into zeros."""
-    from nayer_edge.export.to_int8 import to_int8
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with torch.no_grad():

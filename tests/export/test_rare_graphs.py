@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from nayer_edge.errors import UsageError
 from nayer_edge.export.plain_graph import distinct
+from nayer_edge.export.qdq import with_dead_tensors
 from nayer_edge.export.runners import OrtRunner
+from nayer_edge.export.sensitivity import activation_scale
+from nayer_edge.export.targets import get_target
 from nayer_edge.export.to_int8 import Int8Result, prepared, run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 
@@ -257,3 +260,74 @@ def test_a_graph_that_cannot_run_is_not_blamed_on_the_images(tmp_path: Path) -> 
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     with OrtRunner(path) as runner, pytest.raises(UsageError, match="cannot run it"):
         runner.infer(IMAGES)
+
+
+class Dead(nn.Module):
+    """A residual branch that ends in an activation which never fires on the calibration images.
+
+    Args:
+        last: the activation.
+        push: sign of the branch before it: −1 for an activation that is 0 below 0, 1 for one that is 0 above.
+        squeeze: the branch is a squeeze-and-excitation gate, and what is dead lies within it.
+        lift: added to the branch, to be just above 0.
+    """
+
+    def __init__(self, last: nn.Module, *, push: float = -1.0, squeeze: bool = False, lift: float = 0.0) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.fc = conv(3, 16), conv(16, 16), nn.Conv2d(16, 16, 1), nn.Linear(16, 10)
+        self.last, self.squeeze, self.lift = last, squeeze, lift
+        with torch.no_grad():
+            self.b.weight *= 3
+            self.b.bias.copy_(push * torch.linspace(9, 25, 16))  # pyright: ignore[reportOptionalMemberAccess]
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.a(x))
+        if self.squeeze:
+            gate = self.last(self.b(y.mean((2, 3), keepdim=True)))
+            return (y * F.hardsigmoid(self.c(gate))).mean((2, 3))
+        return (y + self.c(self.last(self.b(y)) + self.lift)).mean((2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.features(x))
+
+
+DEAD = {
+    "relu": lambda: Dead(nn.ReLU()),
+    "relu6": lambda: Dead(nn.ReLU6()),
+    "clip below 0": lambda: Dead(nn.Hardtanh(-6.0, 0.0), push=1.0),
+    "squeeze": lambda: Dead(nn.ReLU(), squeeze=True),
+    "denormal": lambda: Dead(nn.ReLU(), lift=1e-39),
+}
+
+
+@pytest.mark.parametrize("name", DEAD)
+def test_an_activation_that_never_fires_stays_silent(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    to_onnx(DEAD[name]().eval(), SHAPE, tmp_path / "fp32.onnx")
+    reference = run_onnx(tmp_path / "fp32.onnx", IMAGES)
+    for target in TARGETS:
+        result = int8(tmp_path / "fp32.onnx", target, tmp_path)
+        logits = run_onnx(result.path, IMAGES, as_written=target != "cpu")
+        assert np.abs(logits - reference).mean() / reference.std() < NEAR, target
+        assert result.coverage.fraction == 1.0, result.coverage.not_int8
+
+
+def test_the_zero_point_of_a_dead_activation_is_where_it_saturates() -> None:
+    """[0, 0] has no scale; the zero point decides which side of 0 a removed activation still cuts off."""
+    target = get_target("arm")
+    cases = ((0.0, None, -128), (0.0, 6.0, -128), (-6.0, 0.0, 127), (None, 0.0, 127), (-3.0, 3.0, 0))
+    for low, high, expected in cases:
+        given = {"l": low, "h": high}
+        bounds = {k: numpy_helper.from_array(np.array(v, np.float32), k) for k, v in given.items() if v is not None}
+        inputs = ["x", *(k if k in bounds else "" for k in given)]
+        graph = helper.make_graph(
+            [helper.make_node("Clip", inputs, ["y"], "clip")],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+            list(bounds.values()),
+        )
+        found = with_dead_tensors(helper.make_model(graph), {"y": (0.0, 0.0), "x": (0.0, 1e-40), "z": (-2.0, 1.0)})
+        assert activation_scale(*found["y"], target)[1] == pytest.approx(expected, abs=1), (low, high)
+        assert found["x"] == (0.0, 1.0), "no scale in float32 either"
+        assert found["z"] == (-2.0, 1.0)

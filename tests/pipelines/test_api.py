@@ -451,7 +451,10 @@ def test_an_engine_that_cannot_be_built_is_said_when_the_rest_is_there(mine: Pat
     with pytest.raises(ne.MissingError, match=r"int8\.tensorrt\.engine"):
         run.export(int8=True, targets="tensorrt")
     files = run.export(int8=True, targets=["tensorrt"], engines=False)
-    assert set(files) == {"fp32", "int8.tensorrt"}
+    assert set(files) == {"fp32", "int8.cpu", "int8.tensorrt"}
+    assert set(run.export(int8=True, targets=["tensorrt"], only=True)) == {"fp32", "int8.tensorrt"}
+    with pytest.raises(ne.UsageError, match="no other targets stay"):
+        run.export(int8=True, only=True)
 
 
 # The gate

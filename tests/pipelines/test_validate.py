@@ -87,6 +87,7 @@ def assert_agrees(report: dict[str, Any], held: dict[str, np.ndarray]) -> None:
         ]
         assert len(bits) - len(labels) < 8
         assert artifact["paired"] == {"vs_fp32": pairs("fp32", name), "vs_teacher": pairs("teacher", name)}
+        assert artifact["paired_synthetic"] == {"vs_fp32": None, "vs_teacher": None}
         for number, each in enumerate(artifact["per_class"]):
             counts = pairs("fp32", name, number)
             assert each == {"label": CLASSES[number], **{key: counts[key] for key in ("n", "lost", "gained")}}
@@ -175,6 +176,17 @@ def test_synthetic_images_have_no_truth(invoke: Invoke, finished: Path) -> None:
         assert artifact["per_class"] == []
         agreed = held[artifact["name"]][:, 0] == held["teacher"][:, 0]
         assert artifact["agreement"] == pytest.approx(agreed.mean())
+        fp32 = held["fp32"][:, 0] == held["teacher"][:, 0]
+        assert artifact["paired_synthetic"] == {
+            key: {
+                "n": 60,
+                "both_right": int((agreed & reference).sum()),
+                "lost": int((reference & ~agreed).sum()),
+                "gained": int((agreed & ~reference).sum()),
+                "both_wrong": int((~agreed & ~reference).sum()),
+            }
+            for key, reference in (("vs_fp32", fp32), ("vs_teacher", np.ones(60, bool)))
+        }
 
     answer = invoke("gate", finished, "--json")
     checks = json.loads(answer.out)["checks"]
@@ -187,6 +199,9 @@ def test_synthetic_images_have_no_truth(invoke: Invoke, finished: Path) -> None:
     assert invoke("report", finished).code == 0
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "synthetic" in page
+    number = next(i for i, artifact in enumerate(report["artifacts"]) if artifact["name"] == "int8.cpu")
+    assert f'data-drop="/artifacts/{number}/paired_synthetic/vs_fp32"' in page
+    assert "Paired counts, image by image, on synthetic images" in page
 
 
 def test_the_command_chooses_the_images(invoke: Invoke, finished: Path) -> None:

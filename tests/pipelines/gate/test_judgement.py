@@ -95,6 +95,17 @@ def synthetic(*, fp32: float | None, int8: float | None, n: int = 2000) -> Repor
     )
 
 
+def synthetic_pairs(lost: int, gained: int, *, wrong: int = 200, n: int = 2000, **changes: Any) -> Report:
+    """Counted image by image: FP32 differs from its teacher on `wrong` images, INT8 loses and gains some."""
+    counts = Paired(n=n, both_right=n - wrong - lost, lost=lost, gained=gained, both_wrong=wrong - gained)
+    right = counts.both_right + gained
+    vs_teacher = Paired(n=n, both_right=right, lost=n - right, gained=0, both_wrong=0)
+    pairs = PairedCounts(vs_fp32=counts, vs_teacher=vs_teacher)
+    int8 = {"agreement": right / n, "top1": None, "paired": PairedCounts(), "paired_synthetic": pairs, **changes}
+    fp32 = measured("fp32", agreement=1 - wrong / n, top1=None, paired=PairedCounts())
+    return report_of(fp32, measured("int8.cpu", **int8), kind="synthetic", n=n)
+
+
 def numbers(text: str) -> list[float]:
     """Every number in a sentence, in order (those in names left out)."""
     return [float(number.replace(",", "")) for number in re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", text)]
@@ -107,10 +118,18 @@ def test_default_policy_passes_a_good_release() -> None:
         "runtime",
         "accuracy_drop_vs_fp32",
         "accuracy_drop_vs_teacher",
-        "int8_coverage",
         "parity",
     ]
     assert {check.name for check in verdict.checks} <= set(CHECKS)
+
+
+def test_a_layer_left_in_float_is_reported_and_fails_only_where_a_minimum_is_set() -> None:
+    report = report_of(measured("fp32"), measured("int8.cpu", int8_coverage=0.75))
+    verdict = judge(report, Policy())
+    assert verdict.verdict == "pass"
+    assert 75.0 in numbers(the(verdict, "runtime").detail)
+    assert judge(report, Policy(int8={"min_coverage": 0.75})).verdict == "pass"
+    assert judge(report, Policy(int8={"min_coverage": 0.8})).verdict == "fail"
 
 
 def test_figures_of_a_drop() -> None:
@@ -383,6 +402,53 @@ def test_synthetic_paired_counts_are_not_believed() -> None:
     assert the(verdict, "accuracy_drop_vs_teacher").verdict == "fail"
 
 
+@pytest.mark.parametrize(
+    ("lost", "gained", "expected"),
+    [(0, 0, "pass"), (12, 2, "pass"), (30, 30, "pass"), (0, 40, "pass"), (30, 10, "inconclusive"), (70, 5, "fail")],
+)
+def test_synthetic_drop_vs_fp32_is_counted_image_by_image(lost: int, gained: int, expected: str) -> None:
+    """By their rates alone, an identical INT8 would be inconclusive where FP32 differs from its teacher on a tenth."""
+    policy = policy_of(accuracy={"max_drop_vs_fp32": 0.015})
+    verdict = judge(synthetic_pairs(lost, gained), policy)
+    check = the(verdict, "accuracy_drop_vs_fp32")
+    assert check.verdict == verdict.verdict == expected
+    assert check.observed == pytest.approx((lost - gained) / 2000)
+    assert check.bound == (drop_lower if expected == "fail" else drop_upper)(lost, gained, 2000, 0.05)
+    real = judge(report_of(measured("int8.cpu", paired=PairedCounts(vs_fp32=paired(lost, gained, 2000)))), policy)
+    assert the(real, "accuracy_drop_vs_fp32").bound == check.bound, "the same bounds as on real images"
+    assert check.synthetic
+    assert "synthetic" in check.detail
+
+
+def test_reports_without_synthetic_counts_are_judged_as_before() -> None:
+    policy = policy_of(accuracy={"max_drop_vs_fp32": 0.015})
+    assert judge(synthetic(fp32=0.9, int8=0.9), policy).verdict == "inconclusive"
+    assert judge(synthetic_pairs(0, 0, paired_synthetic=PairedCounts()), policy).verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"agreement": 0.95},
+        {"agreement": None},
+        {"paired_synthetic": PairedCounts(vs_fp32=Paired(n=2000, both_right=1800, lost=0, gained=0, both_wrong=0))},
+        {"paired_synthetic": PairedCounts(vs_fp32=paired(0, 0, 20))},
+    ],
+)
+def test_synthetic_counts_that_contradict_the_report_fail(changes: dict[str, Any]) -> None:
+    report = synthetic_pairs(0, 0, **changes)
+    verdict = judge(report, policy_of(accuracy={"max_drop_vs_fp32": 0.015}))
+    assert the(verdict, "accuracy_drop_vs_fp32").verdict == "fail"
+    assert the(verdict, "accuracy_drop_vs_fp32").synthetic
+
+
+def test_counts_against_synthetic_answers_are_not_believed_on_a_hold_out() -> None:
+    pairs = PairedCounts(vs_fp32=paired(0, 0), vs_teacher=paired(0, 0))
+    report = report_of(measured("int8.cpu", paired=PairedCounts(), paired_synthetic=pairs))
+    verdict = judge(report, policy_of(accuracy={"max_drop_vs_fp32": 0.5, "max_drop_vs_teacher": 0.5}))
+    assert {check.verdict for check in verdict.checks if check.name != "runtime"} == {"fail"}
+
+
 def classes(*counts: tuple[str, int, int, int]) -> tuple[ClassCounts, ...]:
     return tuple(ClassCounts(label=label, n=n, lost=lost, gained=gained) for label, n, lost, gained in counts)
 
@@ -518,6 +584,10 @@ def scenarios() -> dict[str, tuple[Report, Policy, Baseline | None]]:
         "synthetic, kept": (synthetic(fp32=0.992, int8=0.992), on_synthetic, None),
         "synthetic, missed": (synthetic(fp32=0.992, int8=0.9), strict, None),
         "synthetic, open": (synthetic(fp32=0.98, int8=0.965), on_synthetic, None),
+        "synthetic pairs, kept": (synthetic_pairs(2, 3), on_synthetic, None),
+        "synthetic pairs, missed": (synthetic_pairs(90, 0, wrong=20), on_synthetic, None),
+        "synthetic pairs, open": (synthetic_pairs(30, 8, wrong=20), on_synthetic, None),
+        "synthetic pairs, impossible": (synthetic_pairs(2, 3, agreement=0.99), on_synthetic, None),
         "a baseline": (report_of(), last, baseline),
         "a baseline is required": (report_of(), last, None),
         "a baseline without the artifact": (report_of(), last, Baseline("1.4", DIGEST, {})),

@@ -21,6 +21,7 @@ from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.load import build_classifier
 from nayer_edge.pipelines.costs.model_cost import cost_of
+from nayer_edge.pipelines.gate.statistics import drop_upper
 from nayer_edge.pipelines.init.inspect_checkpoint import look
 from nayer_edge.pipelines.init.parsing import parse_shape, parse_values
 from nayer_edge.pipelines.init.sizes import student_for
@@ -64,6 +65,12 @@ def test_a_torchvision_state_dict(here: Path, invoke: Invoke) -> None:
     assert [(n["model"], n["exact"]) for n in found["networks"]] == [("torchvision:resnet18", True)]
     assert (found["input"]["height"], found["input"]["sure"]) == (224, False)
     recipe = load_recipe("r18.toml")
+    # Whatever the accuracy search accepts, the gate that is written beside it can pass.
+    limit, images = recipe.gate.accuracy.max_drop_vs_fp32, recipe.validate_.synthetic_images
+    assert recipe.export.max_drop is not None
+    assert limit is not None
+    assert drop_upper(round(recipe.export.max_drop * images), 0, images, 1 - recipe.gate.accuracy.confidence) <= limit
+    assert recipe.gate.int8.min_coverage is None
     assert recipe.teacher.model == "torchvision:resnet18"
     assert recipe.teacher.weights == str(here / "r18.pt")
     assert recipe.teacher.classes == TEN

@@ -49,6 +49,11 @@ def test_shipped_recipes_hold(entry: Shipped) -> None:
     jsonschema.validate(recipe.model_dump(mode="json", by_alias=True), load("recipe"))
 
 
+@pytest.mark.parametrize("entry", shipped(), ids=lambda entry: entry.name)
+def test_shipped_recipes_promise_full_int8_coverage(entry: Shipped) -> None:
+    assert load_recipe(entry.name).gate.int8.min_coverage == 1.0
+
+
 def test_the_digits_recipe_fits_its_limits_to_its_images() -> None:
     recipe = load_recipe("digits")
     assert recipe.gate.accuracy.max_drop_vs_fp32 == 0.015

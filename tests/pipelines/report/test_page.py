@@ -137,7 +137,10 @@ class Altered:
         for part in (self.report["teacher"], self.report["student"], *self.report["artifacts"]):
             part["top1"] = None
         for artifact in self.report["artifacts"]:
+            counts = {"n": 600, "both_right": 590, "lost": 2, "gained": 1, "both_wrong": 7}
+            alone = {"n": 600, "both_right": 591, "lost": 9, "gained": 0, "both_wrong": 0}
             artifact.update(agreement=0.985, per_class=[], paired={"vs_fp32": None, "vs_teacher": None})
+            artifact["paired_synthetic"] = {"vs_fp32": counts, "vs_teacher": alone}
         held = np.load(self.root / "validate" / "predictions.npz", allow_pickle=False)
         self.predictions({name: held[name] for name in held.files if name != "labels"})
         self.decide("pass")
@@ -361,8 +364,11 @@ def test_a_synthetic_verdict_says_what_it_is_worth(variant: Variant) -> None:
     assert "Top-1" not in page.text, "nobody knows the truth"
     for tile in re.findall(r'<dt>Agrees.*?class="note">([^<]+)<', page.html):
         assert "synthetic" in tile
-    for label in re.findall(r'data-label="(Agreement[^"]*)"', page.html):
+    for label in re.findall(r'data-label="((?:Agreement|Drop)[^"]*)"', page.html):
         assert "synthetic" in label
+    assert "Drop vs FP32 (synthetic)" in page.text
+    assert "/paired_synthetic/vs_fp32/lost" in page.html
+    assert "on synthetic images, the teacher's answer counts as right" in page.text
     assert "the teacher's answer is used instead" in page.text
 
 
