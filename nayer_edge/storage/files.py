@@ -34,6 +34,11 @@ def sha256_of(path: Path) -> str:
         raise UsageError(f"{path} cannot be read: permission denied.", fix=fix) from error
 
 
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file that starts like this is a Git LFS pointer (https://git-lfs.com/spec/v1) in place of the file."""
+    return head.startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def digest_of(value: object) -> str:
     """SHA-256 of a JSON-serialisable value in canonical form (sorted keys, no spaces, UTF-8)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -133,6 +133,9 @@ def _show_findings(found: Findings, given: Given) -> None:
     )
     for match in found.exact:
         _line("network", f"{match.model}: every tensor fits")
+    if found.outside:
+        starts = ", ".join(sorted({f"{name.partition('.')[0]}.*" if "." in name else name for name in found.outside}))
+        _line("left out", f"{len(found.outside)} other tensors in the file ({starts})")
     if not found.exact:
         for match in found.matches:
             _line(
