@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from nayer_edge.data.pictures import open_folder, open_parquet
 from nayer_edge.data.stream import MAX_IMAGES, ImageStream, Split
 from nayer_edge.data.torchvision_formats import open_torchvision
 from nayer_edge.errors import UsageError, missing_extra
+from nayer_edge.storage.files import expanded
 
 DIGITS_HOLDOUT = 600
 """of the 1,797 images; with fewer than 598 no accuracy drop below 0.5 points can be shown"""
@@ -93,7 +93,7 @@ def _open(source: str, split: Split, spec: InputSpec, classes: Sequence[str], fi
     if source == "digits":
         images = digits(split, spec)
         return ImageStream(images.name, images.labels.numpy(), lambda size: _parts(images.images.numpy(), size))
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         if path.is_file() and path.suffix == ".parquet":
             return open_parquet([path], f"{path.parent.name}/{path.name}", spec, fit)

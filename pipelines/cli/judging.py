@@ -71,7 +71,7 @@ def gate(
     if as_json:
         print_json(gates.verdict_json(verdict))
     else:
-        stdout().print(gates.verdict_table(verdict))
+        stdout().print(gates.verdict_table(verdict, stdout().encoding))
     gates.print_annotations(verdict, sys.stdout if not as_json else sys.stderr)
     if verdict.verdict != "pass":
         raise typer.Exit(EXIT_FAILED)
