@@ -58,7 +58,9 @@ def gate(
     print_policy: Annotated[bool, typer.Option("--print-policy", help="Print the policy in force and exit.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Gives the verdict on a validated run: exit 0 pass, 1 fail or inconclusive, 2 usage error, 4 tampered or stale."""
+    """Gives the verdict on a validated run.
+
+    Exit codes: 0 pass, 1 fail or inconclusive, 2 usage error, 4 tampered or stale, 70 a bug."""
     from ..gate import verdict as gates
 
     if print_policy:
