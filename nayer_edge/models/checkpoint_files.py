@@ -96,8 +96,9 @@ def read_checkpoint(path: Path) -> Any:
     allowed: list[Any] = [(Placeholder, name) for name in VALUE_TYPES]
     allowed += [(_dictionary, "collections.defaultdict"), (_list, "collections.deque")]
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # Opened here, because torch.load goes by the suffix.
+        with path.open("rb") as file, torch.serialization.safe_globals(allowed):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged or hostile file
         raise _unsafe(path, head, error) from error
 

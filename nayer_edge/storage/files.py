@@ -148,9 +148,10 @@ def writable_fix(folder: Path, error: OSError) -> str:
 def _other_file(error: OSError, *own: Path) -> str | None:
     """The file that a system error names, if it is none of these; an error of a write itself names no file."""
     named = error.filename
-    if not isinstance(named, str | os.PathLike) or error.filename2 is not None or Path(named) in own:
+    if not isinstance(named, str | os.PathLike) or error.filename2 is not None:
         return None
-    return str(named) if Path(named) != own[-1].parent else None
+    place = Path(named)
+    return None if {place, *place.parents} & set(own) or place == own[0].parent else str(named)
 
 
 def _write(temporary: Path, write: Callable[[Path], object]) -> None:

@@ -92,8 +92,8 @@ def test_a_read_error_inside_a_write_is_told_as_one(tmp_path: Path) -> None:
     assert "space" not in str(caught.value)
     with pytest.raises(UsageError, match="Cannot read"):
         write_atomic(tmp_path / "a.txt", lambda temporary: temporary.write_bytes(tmp_path.joinpath("b/c").read_bytes()))
+    (tmp_path / "folder").mkdir()
     with pytest.raises(UsageError, match=r"Cannot read .*folder") as caught:
-        (tmp_path / "folder").mkdir()
         write_atomic(tmp_path / "a.txt", lambda _temporary: (tmp_path / "folder").read_bytes())
     assert "directory" in caught.value.why
     with pytest.raises(UsageError, match="Cannot write"):
