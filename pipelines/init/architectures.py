@@ -185,14 +185,15 @@ def image_channels(model: str, shapes: Shapes, classes: int, channels: int) -> t
         channels: a number with which it fits.
     """
     taken, groups = _stem_of(model, channels, classes)
-    if groups == 1 or taken != channels:
+    # One channel may be that of one group.
+    if taken != channels or (groups == 1 and channels > 1):
         return (taken,)
-    fitting = [
-        count
+    fitting = {
+        _stem_of(model, count, classes)[0]
         for count in range(1, MOST_CHANNELS + 1)
         if (match := compare(model, shapes, count, classes)) is not None and match.exact
-    ]
-    return tuple(fitting) or (channels,)
+    }
+    return tuple(sorted(fitting)) or (channels,)
 
 
 def _stem_of(model: str, channels: int, classes: int) -> tuple[int, int]:

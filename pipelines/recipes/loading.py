@@ -309,8 +309,8 @@ def _encoder(lte: LTE, folder: Path) -> str:
 def _absolute(value: str, folder: Path) -> str:
     if value in BUILT_IN_DATA:
         return value
-    expanded = os.path.expandvars(value)
-    if expanded == value and value.startswith("$"):
+    whole = os.path.expandvars(value)
+    if whole == value and value.startswith("$"):
         return value
-    path = expanded(expanded)
+    path = expanded(whole)
     return str(path if path.is_absolute() else (folder / path).resolve())
