@@ -532,6 +532,37 @@ def test_interrupted_and_resumed(tiny_run: Path, tmp_path: Path, number: signal.
     assert done.problems() == []
 
 
+@pytest.mark.parametrize(("size", "shape"), [("20x24", (3, 20, 24)), ("24", (3, 24, 24)), ("1x20x24", (1, 20, 24))])
+def test_students_for_an_image_size(invoke: Invoke, size: str, shape: tuple[int, int, int]) -> None:
+    channels, height, width = shape
+    answer = invoke("students", "nayer:resnet8", "--input", size, "--no-latency", "--json")
+    assert answer.code == 0, answer.err
+    (cost,) = json.loads(answer.out)
+    (other,) = json.loads(
+        invoke("students", "nayer:resnet8", "--input", f"{channels}x{width}x{height}", "--no-latency", "--json").out
+    )
+    assert cost["macs"] == other["macs"] > 0
+    # The first convolution has 16 filters of 3 × 3.
+    assert cost["params"] == 77_850 - 16 * 9 * (3 - channels)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
+def test_a_run_that_is_read_only(finished: Path, tmp_path: Path) -> None:
+    """The advice is a command that works here; `validate` has no --out."""
+    root = tmp_path / "a run"
+    shutil.copytree(finished, root)
+    for path in (root, *root.parents):
+        if path.owner() == "root" and path != Path(path.anchor):
+            path.chmod(path.stat().st_mode | 0o055)
+    user = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
+    if subprocess.run([*user, sys.executable, "-c", "import nayer_edge"], check=False, capture_output=True).returncode:
+        pytest.skip("another user cannot read this checkout")
+    command = [*user, sys.executable, "-m", "nayer_edge", "validate", str(root), "--synthetic"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "HOME": "/tmp"})
+    assert done.returncode == 2, done.stderr
+    assert f"cp -r {shlex.quote(str(root))} COPY" in done.stderr
+
+
 def test_tracebacks_are_for_those_who_ask(spawn: Invoke, tmp_path: Path) -> None:
     answer = spawn("run", "digts", cwd=tmp_path)
     assert answer.code == 2
