@@ -106,16 +106,16 @@ def assert_curve(found: list[Epoch], wanted: list[dict[str, float | None]], rel:
                 assert getattr(epoch, name) == pytest.approx(line[name], rel=rel, abs=floor), where
 
 
-# ------------------------------------------------------------------ the whole run
-
-
-@pytest.mark.parametrize("g_life", [2, 9])
 @pytest.mark.parametrize(("platform", "counted"), [("linux", 3 * 2**10), ("darwin", 3 * 2**20)])
 def test_resident_memory_in_the_units_of_the_system(platform: str, counted: int) -> None:
     """KiB on Linux (getrusage(2)), bytes on macOS (its getrusage(2))."""
     assert resident_mib(counted, platform) == 3
 
 
+# ------------------------------------------------------------------ the whole run
+
+
+@pytest.mark.parametrize("g_life", [2, 9])
 def test_a_run_equals_the_reference(start: Start, reference_run: Callable[..., Any], g_life: int) -> None:
     run = start(synthesis_g_life=g_life)
     distill(run)

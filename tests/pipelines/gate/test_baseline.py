@@ -173,7 +173,7 @@ def test_a_baseline_with_windows_line_ends(release: Release, policy: Path, tmp_p
     before, root = release("1.0", range(9)), release("1.1", range(9))
     path = before / REPORT_PATH
     if not whole:
-        path = shutil.copy(path, tmp_path)
+        path = Path(shutil.copy(path, tmp_path))
     sha256, data = sha256_of(path), path.read_bytes()
     files = references(tmp_path, "1.0" if whole else ".", sha256)
     path.write_bytes(data.replace(b"\n", b"\r\n"))
