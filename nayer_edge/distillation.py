@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -699,7 +700,12 @@ def peak_memory_mib(compute: Compute) -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resident_mib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, sys.platform)
+
+
+def resident_mib(ru_maxrss: int, platform: str) -> float:
+    """`ru_maxrss` of getrusage in MiB: Linux counts it in KiB, macOS in bytes (see its getrusage(2))."""
+    return ru_maxrss / (2**20 if platform == "darwin" else 2**10)
 
 
 def _check_fit(teacher: Classifier, embeddings: LabelEmbeddings, student: Classifier) -> None:

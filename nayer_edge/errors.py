@@ -4,10 +4,10 @@
     ├── UsageError       2    wrong usage, recipe or input
     ├── MissingError     3    something is not installed, or no such device
     ├── IntegrityError   4    an artifact is corrupt, stale, tampered with or untrusted
-    └── TrainingError    1    training failed (NaN, a constant teacher, a dead student)
+    └── TrainingError    5    training failed (NaN, a constant teacher, a dead student)
 
-Exit codes of the command line: 0 done or gate passed, 1 gate failed or inconclusive (or a
-TrainingError), 2, 3 and 4 as above, 130 interrupted (resumable).
+Exit codes of the command line: 0 done or gate passed, 1 gate failed or inconclusive and nothing else, 2 to 5 as above,
+70 an unexpected internal error (EX_SOFTWARE of sysexits.h), 130 interrupted (resumable).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_MISSING = 3
 EXIT_INTEGRITY = 4
+EXIT_TRAINING = 5
+EXIT_UNEXPECTED = 70
 EXIT_INTERRUPTED = 130
 
 
@@ -34,7 +36,7 @@ class NayerEdgeError(Exception):
         fix: what to run or change next.
     """
 
-    exit_code = EXIT_FAILED
+    exit_code = EXIT_UNEXPECTED
 
     def __init__(self, what: str, why: str = "", fix: str = "") -> None:
         super().__init__(what)
@@ -65,7 +67,9 @@ class IntegrityError(NayerEdgeError):
 
 
 class TrainingError(NayerEdgeError):
-    """Training failed: NaN, a constant teacher, a dead student (exit 1)."""
+    """Training failed: NaN, a constant teacher, a dead student (exit 5)."""
+
+    exit_code = EXIT_TRAINING
 
 
 def no_batch_norms(what: str, detail: str = "") -> UsageError:

@@ -13,6 +13,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from nayer_edge.errors import MissingError, UsageError
+from nayer_edge.storage.files import expanded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -296,7 +297,7 @@ def validate(
     if data is None or data in BUILT_IN_DATA:
         changes["data"] = data
     elif isinstance(data, str):
-        changes["data"] = str(Path(data).expanduser().resolve())
+        changes["data"] = str(expanded(data).resolve())
     recipe = recipe.model_copy(update={"validate_": recipe.validate_.model_copy(update=changes)})
     if isinstance(data, str):
         require_typed(recipe, ["validate.data"])

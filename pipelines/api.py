@@ -21,6 +21,7 @@ from nayer_edge import config
 from nayer_edge.errors import UsageError, understood
 from nayer_edge.models import in_memory, user_code
 from nayer_edge.models.names import BRING_WEIGHTS, MEMORY, parse
+from nayer_edge.storage.files import expanded
 
 from . import actions
 from .init.parsing import named_after
@@ -560,7 +561,7 @@ def _class_names(classes: Labels) -> tuple[str, ...]:
     if isinstance(classes, str | os.PathLike):
         from nayer_edge.labels.class_names import read_labels
 
-        return read_labels(Path(classes).expanduser())
+        return read_labels(expanded(classes))
     return tuple(classes)
 
 

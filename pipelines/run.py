@@ -102,7 +102,7 @@ def _checked(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, dig
         raise UsageError(
             f"{run.root} belongs to the recipe '{name}', not to '{recipe.name}'.",
             fix=f"Choose another folder with --out, or start over in this one: "
-            f"nayer-edge run {recipe.name} --out {shlex.quote(str(run.root))} --fresh",
+            f"nayer-edge run {shlex.quote(recipe.name)} --out {shlex.quote(str(run.root))} --fresh",
         )
     plans = plan_steps(recipe, steps, run, digest)
     for plan in plans:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import typer
 
-from nayer_edge.errors import EXIT_INTEGRITY, EXIT_INTERRUPTED
+from nayer_edge.errors import EXIT_INTEGRITY, EXIT_INTERRUPTED, EXIT_TRAINING, EXIT_UNEXPECTED
 from nayer_edge.pipelines.cli import app, main
 from nayer_edge.pipelines.recipes.loading import load_recipe, shipped
 from nayer_edge.storage.run_folder import MANIFEST
@@ -246,7 +246,7 @@ def test_the_example_recipe_is_one(tmp_path: Path) -> None:
 def test_exit_codes_are_those_of_the_errors() -> None:
     text = README.read_text(encoding="utf-8")
     rows = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
-    assert {0, 1, 2, 3, EXIT_INTEGRITY, EXIT_INTERRUPTED} <= rows
+    assert rows == {0, 1, 2, 3, EXIT_INTEGRITY, EXIT_TRAINING, EXIT_UNEXPECTED, EXIT_INTERRUPTED}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from nayer_edge.data.stream import MAX_IMAGES, ImageStream
 from nayer_edge.data.torchvision_formats import open_torchvision
 from nayer_edge.errors import UsageError, missing_extra
 from nayer_edge.labels.matching import match_names
+from nayer_edge.storage.files import expanded
 
 DIGITS_HOLDOUT = 600
 """of the 1,797 images; with fewer than 598 no accuracy drop below 0.5 points can be shown"""
@@ -129,7 +129,7 @@ def _open(
         return ImageStream(
             images.name, images.labels.numpy(), lambda size: _parts(images.images.numpy(), size), split=chosen
         )
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         if path.is_file() and path.suffix == ".parquet":
             return open_parquet([path], path, spec, fit, purpose, split)

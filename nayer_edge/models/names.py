@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nayer_edge.errors import UsageError, nearest
+from nayer_edge.storage.files import expanded
 
 SOURCES = ("nayer", "torchvision", "timm", "hf", "python")
 MEMORY = "memory"
@@ -100,7 +101,7 @@ def parse(model: str) -> ModelName:
             )
         return ModelName(source, target, factory=factory)
     if source == "hf":
-        whole = Path(name).expanduser()
+        whole = expanded(name)
         if whole.is_dir() or whole.is_absolute():
             return ModelName(source, str(whole.absolute()))
         identifier, _, revision = name.partition("@")
@@ -116,8 +117,8 @@ def located(model: str, folder: Path) -> str:
     if source == "python":
         target, _, factory = name.rpartition(":")
         if target.endswith(".py"):
-            return f"python:{(folder / Path(target).expanduser()).resolve()}:{factory}"
-    elif source == "hf" and (path := folder / Path(name).expanduser()).is_dir():
+            return f"python:{(folder / expanded(target)).resolve()}:{factory}"
+    elif source == "hf" and (path := folder / expanded(name)).is_dir():
         return f"hf:{path.resolve()}"
     return model
 

@@ -6,10 +6,10 @@ it skipped. Ambiguous files are rejected with a list of choices, never guessed.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shlex
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nayer_edge.errors import IntegrityError, UsageError, nearest
+from nayer_edge.errors import UsageError, nearest
+from nayer_edge.models.checkpoint_files import SAVE_AGAIN, read_checkpoint
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.storage.tensors import load_tensors
 
 KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params", "backbone")
 """keys under which files nest a state dict, in order of preference"""
@@ -28,8 +28,11 @@ AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?|shadow)([._]|$)", re.IGNORECA
 NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loop|callback|momentum", re.IGNORECASE)
 AUXILIARY = re.compile(r"(^|\.)(AuxLogits|aux_?(logits|head|classifier)?\d*)\.", re.IGNORECASE)
 """auxiliary heads, used only in training"""
-WRAPPERS = ("module.", "_orig_mod.")
-"""name prefixes added by DataParallel, DistributedDataParallel and torch.compile"""
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""parts of names added by torch.compile, FSDP, activation checkpointing and Lightning's wrappers"""
+PARALLEL = "module"
+"""the part added by DataParallel and DistributedDataParallel; a network may have a module of this name, too"""
+COUNTER = "num_batches_tracked"
 SHOWN = 4
 DEPTH = 3
 
@@ -67,50 +70,12 @@ def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
         UsageError: there is no such file, or it contains no weights or several sets.
         IntegrityError: it is damaged, or a pickle that would run code (which was not run).
     """
-    return _chosen(_read(path), path, key)[0]
+    return _chosen(read_checkpoint(path), path, key)[0]
 
 
 def key_taken(path: Path, key: str | None = None) -> str:
     """The key under which `read_state_dict` finds the weights; empty if they are the whole file."""
-    return _chosen(_read(path), path, key)[1]
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"There are no weights at {path}.", fix="Correct teacher.weights in the recipe.")
-    if path.suffix == ".safetensors":
-        return load_tensors(path, "model weights")
-    try:
-        with torch.serialization.safe_globals(_safe_types()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged or hostile file
-        raise _unsafe(path, error) from error
-
-
-def _safe_types() -> list[Any]:
-    """Plain value types, besides tensors, that training scripts store in checkpoints: options and numbers."""
-    import numpy as np
-
-    kinds: list[Any] = [argparse.Namespace, np.dtype, np.ndarray]
-    with contextlib.suppress(AttributeError):
-        kinds += [np._core.multiarray.scalar]  # pyright: ignore[reportAttributeAccessIssue]
-    return kinds + [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-
-
-def _unsafe(path: Path, error: Exception) -> IntegrityError:
-    text = str(error)
-    found = re.search(r"GLOBAL (\S+) was not an allowed|Unsupported (?:global|class)[^`]*`?(?:GLOBAL )?(\S+)", text)
-    why = text.splitlines()[0] if text else type(error).__name__
-    if found:
-        name = (found[1] or found[2]).strip("`.,")
-        why = f"It is a pickle that would import and run {name}, not a file of tensors only."
-    elif "TorchScript" in text:
-        why = "It is a TorchScript archive, which is a program."
-    return IntegrityError(
-        f"{path} is not a state dict that can be read safely; nothing in it was run.",
-        why=why,
-        fix="Save it again at its source, with torch.save(model.state_dict(), …) or safetensors.",
-    )
+    return _chosen(read_checkpoint(path), path, key)[1]
 
 
 def _chosen(content: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor], str]:
@@ -129,7 +94,8 @@ def _chosen(content: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor
             fix="Correct teacher.weights_key.",
         )
     if not found:
-        raise UsageError(f"{path} contains no state dict.", fix="Save it with torch.save(model.state_dict(), …).")
+        what = f" It is a {type(content).__name__}." if not isinstance(content, Mapping) else ""
+        raise UsageError(f"{path} contains no state dict.{what}", fix=SAVE_AGAIN)
     if len(found) > 1:
         plain = [place for place in found if not AVERAGED.search(place)]
         known = [place for name in KEYS for place in plain if place.rpartition(".")[2] == name]
@@ -139,14 +105,22 @@ def _chosen(content: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor
             f"{path} contains {len(found)} sets of weights: {_listed(found)}.",
             why="They may differ, and only you know which are the teacher's. A running average (EMA) is usually the "
             "set that was evaluated.",
-            fix=f"Choose, for example: --set teacher.weights_key={next(iter(found))}",
+            fix=choose_key(next(iter(found))),
         )
     place, tensors = next(iter(found.items()))
     return _unwrapped(tensors), place
 
 
+def choose_key(key: str) -> str:
+    """The fix for a file with several sets of weights."""
+    typed = shlex.quote(key)
+    return f"Choose, for example: init … --key {typed}; elsewhere --set teacher.weights_key={typed}"
+
+
 def _state_dicts(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every state dict in nested dictionaries, with its dotted key."""
+    """Every state dict in nested dictionaries, with its dotted key; in an outermost list, the key is a number."""
+    if depth == 0 and isinstance(content, list | tuple):
+        content = {str(number): item for number, item in enumerate(content) if isinstance(item, Mapping)}
     if not isinstance(content, Mapping) or depth > DEPTH or NOT_WEIGHTS.search(place):
         return
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
@@ -164,12 +138,99 @@ def _state_dicts(content: Any, place: str = "", depth: int = 0) -> Iterator[tupl
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = {name.replace("._orig_mod.", "."): value for name, value in tensors.items()}
+    return {bare: tensors[name] for bare, name in unwrapped(tensors).items()}
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names without the parts that torch's wrappers add → the names as given.
+
+    "module" is such a part where it is the only child of a module ("features.module.0.weight"), or of the network.
+    """
+    names = list(names)
+    found = {".".join(part for part in name.split(".") if part not in WRAPPERS): name for name in names}
+    if len(found) < len(names):
+        return {name: name for name in names}
     for _ in range(DEPTH):
-        for prefix in WRAPPERS:
-            if found and all(name.startswith(prefix) for name in found):
-                found = {name.removeprefix(prefix): value for name, value in found.items()}
+        children: dict[tuple[str, ...], set[str]] = {}
+        split = {name: tuple(name.split(".")) for name in found}
+        for parts in split.values():
+            for count in range(len(parts)):
+                children.setdefault(parts[:count], set()).add(parts[count])
+        shorter = {
+            ".".join(
+                part
+                for place, part in enumerate(parts)
+                if part != PARALLEL or place == len(parts) - 1 or children[parts[:place]] != {PARALLEL}
+            ): found[name]
+            for name, parts in split.items()
+        }
+        if len(shorter) < len(found) or shorter.keys() == found.keys():
+            break
+        found = shorter
     return found
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which tensor of a file belongs to which tensor of a network, by their names.
+
+    Attributes:
+        names: name in the network → name in the file. Tensors that the network lacks are under their own names, without
+            prefix and wrappers.
+        prefix: the prefix in the file that was removed; empty if none was.
+        outside: tensors of the file without that prefix, which belong to something else.
+        rivals: prefixes under which the file holds these tensors, if there are several; then `names` are of the first.
+    """
+
+    names: dict[str, str]
+    prefix: str = ""
+    outside: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
+
+
+def align(names: Collection[str], wanted: Collection[str]) -> Alignment:
+    """Matches the names in a file with those of a network: without wrappers' parts, and with a prefix removed or added
+    that only one of them has. The head may have another prefix than the rest ("backbone.conv1.weight",
+    "head.fc.weight")."""
+    held, own = unwrapped(names), unwrapped(wanted)
+    best, rivals = _prefix(held, own)
+    if best is None:
+        added = max(_prefixes(own), key=lambda prefix: len({prefix + n for n in held} & own.keys()), default="")
+        if len({added + name for name in held} & own.keys()) <= max(len(held.keys() & own.keys()), len(own) // 2):
+            added = ""
+        inside, outside = {added + name: held[name] for name in held}, {}
+    else:
+        inside = {name.removeprefix(best): held[name] for name in held if name.startswith(best)}
+        outside = {name: held[name] for name in held if not name.startswith(best)}
+    # The rest, usually the head, under one other prefix.
+    missing = {name for name in own if name not in inside and not name.endswith(COUNTER)}
+    spare = outside if best else {name: file for name, file in inside.items() if name not in own}
+    if missing and len(missing) <= len(own) // 2:
+        others = [prefix for prefix in _prefixes(spare) if all(prefix + name in spare for name in missing)]
+        if len(others) == 1:
+            for name in missing:
+                file = spare.pop(others[0] + name)
+                inside.pop(others[0] + name, None)
+                inside[name] = file
+    return Alignment({own.get(name, name): file for name, file in inside.items()}, best or "", tuple(outside.values()),
+                     rivals)  # fmt: skip
+
+
+def _prefix(held: Collection[str], own: Collection[str]) -> tuple[str | None, tuple[str, ...]]:
+    """The prefix in the file under which most of the network's names are found, and all of these prefixes if there are
+    several; None if names match better, or as well, without one."""
+    known, wanted, names = set(held), set(own), list(held)
+    # A few names may match by chance, but not more than half.
+    least = max(len(known & wanted), len(wanted) // 2)
+    counts = {
+        prefix: len({name.removeprefix(prefix) for name in names if name.startswith(prefix)} & wanted)
+        for prefix in _prefixes(names, least)
+    }
+    most = max(counts.values(), default=0)
+    if most <= least:
+        return None, ()
+    best = [prefix for prefix in counts if counts[prefix] == most]
+    return best[0], tuple(best) if len(best) > 1 else ()
 
 
 def load_weights(
@@ -187,10 +248,12 @@ def load_weights(
         UsageError: the weights belong to another architecture (the message lists the keys), or are not finite.
     """
     wanted = classifier.backbone.state_dict()
-    aligned, key, outside = _aligned(tensors, wanted, source)
+    alignment = align(tensors, wanted)
+    if alignment.rivals:
+        raise several_sets(source, alignment.rivals)
+    aligned = {name: tensors[held] for name, held in alignment.names.items()}
     # Older checkpoints lack this counter, and nothing reads it.
-    counter = "num_batches_tracked"
-    optional = {n for n in wanted if n.endswith(counter) and n.replace(counter, "running_mean") in aligned}
+    optional = {n for n in wanted if n.endswith(COUNTER) and n.replace(COUNTER, "running_mean") in aligned}
     missing = sorted(set(wanted) - set(aligned) - optional)
     extra = sorted(set(aligned) - set(wanted))
     heads = [n for n in extra if AUXILIARY.search(n) or any(n.startswith(start) for start in ignore)]
@@ -210,7 +273,7 @@ def load_weights(
     classifier.backbone.load_state_dict({**{name: wanted[name] for name in optional}, **found})
     kinds = sorted({str(aligned[n].dtype).removeprefix("torch.") for n in shared if aligned[n].is_floating_point()})
     notes = [f"stored as {', '.join(kinds)}"] if kinds not in ([], ["float32"]) else []
-    return Loaded(key, tuple(sorted([*heads, *outside])), tuple(notes))
+    return Loaded(alignment.prefix, tuple(sorted([*heads, *alignment.outside])), tuple(notes))
 
 
 def _one_number(a: Tensor, b: Tensor) -> bool:
@@ -218,37 +281,22 @@ def _one_number(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() == 1
 
 
-def _aligned(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: Path
-) -> tuple[dict[str, Tensor], str, list[str]]:
-    """The tensors under the backbone's names, the removed prefix, and the names without that prefix."""
-    tensors = _unwrapped(tensors)
-
-    def matching(prefix: str) -> int:
-        return len({name.removeprefix(prefix) for name in tensors if name.startswith(prefix)} & set(wanted))
-
-    best = max(_prefixes(tensors), key=matching, default="")
-    # A few names may match by chance, but not more than half.
-    if matching(best) > max(matching(""), len(wanted) // 2):
-        rivals = [other for other in _prefixes(tensors) if matching(other) == matching(best)]
-        if len(rivals) > 1:
-            names = [prefix.removesuffix(".") for prefix in rivals]
-            raise UsageError(
-                f"{source} contains {len(names)} sets of these weights: {', '.join(names)}.",
-                fix=f"Choose, for example: --set teacher.weights_key={names[0]}",
-            )
-        taken = {name.removeprefix(best): value for name, value in tensors.items() if name.startswith(best)}
-        return taken, best, [name for name in tensors if not name.startswith(best)]
-    added = max(_prefixes(wanted), key=lambda prefix: len({prefix + n for n in tensors} & set(wanted)), default="")
-    if len({added + name for name in tensors} & set(wanted)) > max(matching(""), len(wanted) // 2):
-        return {added + name: value for name, value in tensors.items()}, "", []
-    return dict(tensors), "", []
+def several_sets(source: Path, prefixes: Collection[str]) -> UsageError:
+    """The error for a file that holds the same tensors under several prefixes."""
+    names = sorted(prefix.removesuffix(".") for prefix in prefixes)
+    return UsageError(
+        f"{source} contains {len(names)} sets of these weights: {', '.join(names)}.",
+        why="They may differ, and only you know which are the teacher's. A running average (EMA) is usually the set "
+        "that was evaluated.",
+        fix=choose_key(names[0]),
+    )
 
 
-def _prefixes(names: Iterable[str]) -> list[str]:
-    """Name prefixes that end with a dot, the shortest first."""
+def _prefixes(names: Iterable[str], least: int = 0) -> list[str]:
+    """Prefixes of more than `least` names that end with a dot, the shortest first."""
     split = [name.split(".") for name in names]
-    found = {".".join(parts[:n]) + "." for parts in split for n in range(1, min(len(parts), DEPTH + 1))}
+    counts = Counter(".".join(parts[:n]) + "." for parts in split for n in range(1, min(len(parts), DEPTH + 1)))
+    found = [prefix for prefix, count in counts.items() if count > least]
     return sorted(found, key=lambda prefix: (prefix.count("."), prefix))
 
 
@@ -295,7 +343,8 @@ def _other(
         why = f"They have no classifier head: {why}"
         fix = "Use the weights of the whole classifier."
     elif stem and shapes == [stem] and not missing and not extra:
-        channels = tensors[stem].shape[1]
+        # A convolution with groups stores the channels of one group.
+        channels = tensors[stem].shape[1] * max(1, classifier.spec.channels // wanted[stem].shape[1])
         why = f"They were trained on images of {channels} channels. {why}"
         fix = f"Add --set teacher.input.channels={channels}"
     elif extra and not missing and not shapes:

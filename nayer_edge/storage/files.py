@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +18,14 @@ from nayer_edge.errors import IntegrityError, UsageError
 
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 """names of temporary files of `write_atomic`"""
+# UTF-32's mark in little-endian order starts with that of UTF-16.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 MAX_JSON_BYTES = 64 * 2**20
 MAX_NAME_BYTES = 255
 
@@ -34,6 +44,54 @@ def sha256_of(path: Path) -> str:
         raise UsageError(f"{path} cannot be read: permission denied.", fix=fix) from error
 
 
+def home_folder() -> Path | None:
+    """The user's home folder; None where neither HOME nor the password file names one, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with a leading ~ or ~user replaced.
+
+    Raises:
+        UsageError: that home folder is not known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{path} starts in a home folder that is not known here.",
+            why="HOME is not set, or there is no such user.",
+            fix="Write the whole path, or set HOME.",
+        ) from error
+
+
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file that starts like this is a Git LFS pointer (https://git-lfs.com/spec/v1) in place of the file."""
+    return head.startswith(b"version https://git-lfs.github.com/spec/")
+
+
+def unix_digest(path: Path) -> str:
+    """SHA-256 of a text file with Unix line ends. Git may have converted them on checkout (core.autocrlf); in JSON they
+    mean nothing."""
+    return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+
+
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 or UTF-32 if it starts with a byte order mark, which is removed. Windows' editors and
+    PowerShell write such files.
+
+    Raises:
+        UnicodeDecodeError: it is none of these.
+    """
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            return data.decode(encoding)
+    return data.decode("utf-8")
+
+
 def digest_of(value: object) -> str:
     """SHA-256 of a JSON-serialisable value in canonical form (sorted keys, no spaces, UTF-8)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -44,7 +102,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)`, fsyncs the result and renames it to `path`, which is thus complete or absent.
 
     Raises:
-        UsageError: the folder is not writable, or the disk is full.
+        UsageError: the folder is not writable, the disk is full, or `write` could not read one of its own inputs.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +111,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         raise UsageError(
             f"Cannot write {path}.",
             why=f"System error: {error.strerror or error}.",
-            fix="Choose another folder with --out, or get write permission for this one.",
+            fix=writable_fix(path.parent, error),
         ) from error
     os.close(handle)
     temporary = Path(name)
@@ -68,13 +126,32 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
         _fsync_folder(path.parent)
     except OSError as error:
-        raise UsageError(
-            f"Cannot write {path}.",
-            why=f"System error: {error.strerror or error}.",
-            fix="Free some space and repeat the command; finished steps are kept.",
-        ) from error
+        why = f"System error: {error.strerror or error}."
+        if (source := _other_file(error, temporary, path)) is not None:
+            raise UsageError(f"Cannot read {source}, so {path} is not written.", why=why, fix="") from error
+        raise UsageError(f"Cannot write {path}.", why=why, fix=writable_fix(path.parent, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def writable_fix(folder: Path, error: OSError) -> str:
+    """What to do where `folder` cannot be written to."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "Free some space and repeat the command; finished steps are kept."
+    typed = shlex.quote(str(folder))
+    return (
+        f"Get write permission for {typed}, or work on a copy where you may write: cp -r {typed} COPY   "
+        "(commands that make a new run or file take --out instead)."
+    )
+
+
+def _other_file(error: OSError, *own: Path) -> str | None:
+    """The file that a system error names, if it is none of these; an error of a write itself names no file."""
+    named = error.filename
+    if not isinstance(named, str | os.PathLike) or error.filename2 is not None:
+        return None
+    place = Path(named)
+    return None if {place, *place.parents} & set(own) or place == own[0].parent else str(named)
 
 
 def _write(temporary: Path, write: Callable[[Path], object]) -> None:

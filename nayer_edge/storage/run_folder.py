@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.storage.files import MAX_NAME_BYTES, TEMPORARY, read_json, sha256_of, write_json
+from nayer_edge.storage.files import MAX_NAME_BYTES, TEMPORARY, read_json, sha256_of, writable_fix, write_json
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -368,7 +368,7 @@ def lock_folder(root: Path) -> Iterator[None]:
         raise UsageError(
             f"Cannot write to {root}.",
             why=f"System error: {error.strerror or error}.",
-            fix="Choose another folder with --out.",
+            fix=writable_fix(root, error),
         ) from error
     with file:
         try:
@@ -376,7 +376,7 @@ def lock_folder(root: Path) -> Iterator[None]:
         except OSError as error:
             raise UsageError(
                 f"Another process is working in {root}.",
-                fix="Wait until it ends, or choose another folder with --out.",
+                fix="Wait until it ends.",
             ) from error
         yield
 

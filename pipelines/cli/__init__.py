@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 import warnings
-from typing import Annotated, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -18,8 +18,10 @@ from rich.text import Text
 
 from nayer_edge import __version__
 from nayer_edge.errors import (
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    EXIT_UNEXPECTED,
     EXIT_USAGE,
     NayerEdgeError,
     UsageError,
@@ -83,12 +85,10 @@ def _fail(error: NayerEdgeError) -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line and exits with the codes of `nayer_edge.errors`."""
+    _open_streams()
     if not sys.stdout.isatty():
         # Typer colours its help on CI servers even without a terminal.
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     warnings.showwarning = _show_warning
@@ -96,15 +96,70 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     logging.getLogger("onnxruntime").addHandler(logging.NullHandler())
     logging.getLogger("onnxruntime").propagate = bool(os.environ.get("NAYER_EDGE_DEBUG"))
     try:
-        app(args=arguments, prog_name="nayer-edge", standalone_mode=True)
+        try:
+            app(args=arguments, prog_name="nayer-edge", standalone_mode=True)
+        finally:
+            sys.stdout.flush()
     except (Interrupted, KeyboardInterrupt):
         _interrupted()
+    except SystemExit as end:
+        sys.exit(_exit_code(end))
     except Exception as error:  # noqa: BLE001  tracebacks are only shown with --debug
+        if isinstance(error, OSError):
+            # What standard output did not take must not fail once more at exit.
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
         _fail(understood(error, "This command") or _unexpected(error))
     sys.exit(EXIT_OK)
 
 
+def _exit_code(end: SystemExit) -> int:
+    """The exit code of a command that ended. Code 1 is the gate's, which raises `typer.Exit`; Typer also has it for
+    errors of its own, and code of a model may call sys.exit."""
+    cause = end.__context__
+    if isinstance(cause, typer.Abort):
+        return EXIT_INTERRUPTED
+    if isinstance(cause, typer.Exit) or end.code in (None, EXIT_OK):
+        return end.code if isinstance(end.code, int) else EXIT_OK
+    if cause is not None and hasattr(cause, "exit_code"):
+        # Typer has printed it.
+        return EXIT_USAGE
+    if isinstance(end.code, int) and end.code not in (EXIT_OK, EXIT_FAILED):
+        return end.code
+    print(f"Error: code of this command ended the program with sys.exit({end.code!r}).", file=sys.stderr)  # noqa: T201
+    return EXIT_UNEXPECTED
+
+
+class _Pipe(io.FileIO):
+    """A stream whose reader may go away (`nayer-edge … | head`): the command goes on, and its exit code holds."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            return len(data)
+
+
+def _open_streams() -> None:
+    """Makes the standard streams usable: closed ones (`>&-`) lead nowhere, characters that their encoding lacks are
+    replaced, and a reader that goes away is no error."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Before any other file, which would get the number of a standard stream.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="nayer-edge")
+            if stream is getattr(sys, f"__{name}__"):
+                stream.flush()
+                file = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+                piped = io.TextIOWrapper(
+                    file, stream.encoding, "nayer-edge", line_buffering=stream.line_buffering or name == "stderr"
+                )
+                setattr(sys, name, piped)
+
+
 def _unexpected(error: Exception) -> NayerEdgeError:
+    # An error without a class of its own has the exit code 70.
     return NayerEdgeError(
         "Unexpected internal error.",
         why=f"{type(error).__name__}: {error}",

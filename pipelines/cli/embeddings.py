@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nayer_edge.errors import UsageError
+from nayer_edge.storage.files import expanded
 from nayer_edge.text import inert, printed
 
 from ..actions import read_recipe
@@ -131,7 +132,7 @@ def _embeddings(
     config = checked(LTE, values, "Invalid options:", "Type: nayer-edge lte show --help")
     names = read_labels(labels) if labels is not None else chosen.teacher.classes if chosen is not None else None
     if names is None and config.precomputed:
-        names = precomputed.read(Path(config.encoder).expanduser()).labels
+        names = precomputed.read(expanded(config.encoder)).labels
     if names is None:
         raise UsageError(
             "Neither a recipe nor a file of class names is given.",

@@ -69,7 +69,9 @@ def gate(
     print_policy: Annotated[bool, typer.Option("--print-policy", help="Print the policy in force and exit.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Gives the verdict on a validated run: exit 0 pass, 1 fail or inconclusive, 2 usage error, 4 tampered or stale."""
+    """Gives the verdict on a validated run.
+
+    Exit codes: 0 pass, 1 fail or inconclusive, 2 usage error, 4 tampered or stale, 70 a bug."""
     from ..gate import verdict as gates
 
     if print_policy:
@@ -82,7 +84,7 @@ def gate(
     if as_json:
         print_json(gates.verdict_json(verdict))
     else:
-        stdout().print(gates.verdict_table(verdict))
+        stdout().print(gates.verdict_table(verdict, stdout().encoding))
     gates.print_annotations(verdict, sys.stdout if not as_json else sys.stderr)
     if verdict.verdict != "pass":
         raise typer.Exit(EXIT_FAILED)

@@ -100,7 +100,7 @@ def show_result(
         print_json({"run": str(run.root), "steps": steps, "verdict": shown})
     elif verdict is not None:
         display.console.print()
-        display.console.print(gates.verdict_table(verdict))
+        display.console.print(gates.verdict_table(verdict, display.console.encoding))
         display.console.print(f"\nReport: {run.root / 'report.html'}", highlight=False, soft_wrap=True)
     if decide and verdict is not None and verdict.verdict != "pass":
         raise typer.Exit(EXIT_FAILED)
@@ -127,4 +127,6 @@ def stdout() -> Console:
 
 def print_json(value: Any) -> None:
     """Prints a result as JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))  # noqa: T201
+    # Escapes where the encoding lacks characters: they are read back as what they were.
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False))  # noqa: T201

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ import typer
 from rich.text import Text
 
 from nayer_edge.errors import NayerEdgeError, UsageError
+from nayer_edge.storage.files import expanded
 from nayer_edge.text import inert
 
 from .shared import Json, TrustCode, app, example, print_json, stdout
@@ -145,6 +147,9 @@ def _show_findings(found: Findings, given: Given) -> None:
     )
     for match in found.exact:
         _line("network", f"{match.model}: every tensor fits")
+    if found.outside:
+        starts = ", ".join(sorted({f"{name.partition('.')[0]}.*" if "." in name else name for name in found.outside}))
+        _line("left out", f"{len(found.outside)} other tensors in the file ({starts})")
     if not found.exact:
         for match in found.matches:
             _line(
@@ -175,7 +180,9 @@ def _show_plan(plan: Proposal, target: Path) -> None:
     for head, text in plan.words:
         _line(head, text)
     _line("recipe", str(target))
-    stdout().print(f"\nNext: nayer-edge run {inert(str(target))}", style="bold", highlight=False, soft_wrap=True)
+    stdout().print(
+        f"\nNext: nayer-edge run {inert(shlex.quote(str(target)))}", style="bold", highlight=False, soft_wrap=True
+    )
 
 
 def _line(head: str, text: str) -> None:
@@ -214,7 +221,7 @@ def _checked(name: str, answer: str, question: Question, found: Findings) -> Any
     if name == "labels":
         if answer == question.guess:
             return None
-        path = Path(answer).expanduser()
+        path = expanded(answer)
         if len(names := read_labels(path)) != found.classes:
             raise UsageError(f"{path} holds {len(names)} class names, but the classifier has {found.classes} outputs.")
         return path

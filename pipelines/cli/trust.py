@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,7 @@ def verify(
             from ..trust.signing import require_signed
 
             require_signed(opened, key)
-    fix = f"nayer-edge verify {run_folder} --key KEY.pub"
+    fix = f"nayer-edge verify {shlex.quote(str(run_folder))} --key KEY.pub"
     if as_json:
         print_json(
             {

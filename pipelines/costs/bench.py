@@ -29,7 +29,7 @@ def measure(
     here = [c for c in (*graphs(recipe), *engines(records)) if c.file in held and c.timed]
     if not here:
         raise UsageError(
-            f"{run.root} holds no artifact for this machine.", fix=f"Type: nayer-edge export {run.root} --int8"
+            f"{run.root} holds no artifact for this machine.", fix=f"Type: nayer-edge export {run.typed} --int8"
         )
     run.require_intact([candidate.file for candidate in here])
     with contextlib.ExitStack() as stack:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.storage.files import sha256_of
+from nayer_edge.storage.files import expanded, sha256_of, unix_digest
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 from ..measurements import REPORT_PATH, ArtifactReport, Paired, Report, read_report
@@ -37,7 +37,7 @@ def load_baseline(references: Path, run: RunFolder, report: Report, artifacts: I
         IntegrityError: the baseline is damaged, or not the one whose digest the references state (exit 4).
     """
     named = make_references(parse_toml(references, "references"), str(references)).baseline
-    folder = references.parent / Path(os.path.expandvars(named.run)).expanduser()
+    folder = references.parent / expanded(os.path.expandvars(named.run))
     path = _report_path(folder, references)
     _require_untouched(folder, path, named.sha256, references)
     before = read_report(path, f"Type: nayer-edge validate {shlex.quote(str(folder))}")
@@ -50,7 +50,7 @@ def load_baseline(references: Path, run: RunFolder, report: Report, artifacts: I
         for name in dict.fromkeys(artifacts)
         if name in measured_before and name in measured_now
     }
-    return Baseline(folder.resolve().name, sha256_of(path), counts)
+    return Baseline(folder.resolve().name, unix_digest(path), counts)
 
 
 def _report_path(folder: Path, references: Path) -> Path:
@@ -72,7 +72,9 @@ def _report_path(folder: Path, references: Path) -> Path:
 
 def _require_untouched(folder: Path, path: Path, expected: str | None, references: Path) -> None:
     """The report is the one that the references name, and, in a run folder, the one that the manifest names."""
-    if expected is not None and (actual := sha256_of(path)) != expected:
+    actual = sha256_of(path)
+    # A report in a repository may have been checked out with Windows' line ends.
+    if expected is not None and expected not in (actual, unix_digest(path)):
         raise IntegrityError(
             f"{path} is not the baseline that {references} names.",
             why=f"Its SHA-256 is {actual}, expected is {expected}.",
@@ -85,7 +87,8 @@ def _require_untouched(folder: Path, path: Path, expected: str | None, reference
                 f"{path} is not listed in the manifest of {folder} and cannot be trusted.",
                 fix=f"Type: nayer-edge validate {shlex.quote(str(folder))}",
             )
-        held.require_intact([REPORT_PATH])
+        if held.manifest.files[REPORT_PATH].sha256 != unix_digest(path):
+            held.require_intact([REPORT_PATH])
 
 
 def _require_same_images(run: RunFolder, report: Report, folder: Path, before: Report) -> None:

@@ -310,8 +310,13 @@ def _command_property(text: str) -> str:
     return _command_data(text).replace(":", "%3A").replace(",", "%2C")
 
 
-def verdict_table(verdict: Verdict) -> Group:
-    """The verdict for a terminal: a table that fits 80 columns, and a sentence for each check below it."""
+def verdict_table(verdict: Verdict, encoding: str | None = None) -> Group:
+    """The verdict for a terminal: a table that fits 80 columns, and a sentence for each check below it.
+
+    Args:
+        encoding: of the terminal; default: one that has every character.
+    """
+    marks = wording.marks(encoding)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     table.add_column("Check", overflow="fold")
@@ -321,11 +326,12 @@ def verdict_table(verdict: Verdict) -> Group:
     sentences = Table.grid(padding=(0, 1, 0, 0))
     for check in verdict.checks:
         style = "dim" if check.advisory else _COLOUR[check.verdict]
-        mark = Text(wording.MARK[check.verdict], style=style)
+        mark = Text(marks[check.verdict], style=style)
         title, figures = wording.qualified_title(check), wording.figures(check)
         table.add_row(mark, _shown(title), _shown(check.artifact), *map(_shown, figures))
         sentences.add_row(mark, _shown(check.detail))
-    overall = Text(f"{wording.MARK[verdict.verdict]} gate: {verdict.verdict}", style=f"bold {_COLOUR[verdict.verdict]}")
+    mark = f"{wording.MARK[verdict.verdict]} " if marks is wording.MARK else ""
+    overall = Text(f"{mark}gate: {verdict.verdict}", style=f"bold {_COLOUR[verdict.verdict]}")
     notes = [line for note in verdict.notes for line in (_shown(note), "")]
     return Group(table, "", sentences, "", *notes, overall)
 

@@ -6,7 +6,7 @@ The terminal's table, JUnit XML, the Markdown summary and the page take them fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .policy import Policy
 
 MARK = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
+PLAIN_MARK = {"pass": "pass", "fail": "FAIL", "inconclusive": "?"}
+"""marks for terminals and pipes whose encoding lacks ✓ and ✗ (cp1252, ASCII)"""
 
 _TITLES = {
     "runtime": "Stated precision",
@@ -61,6 +63,15 @@ class Figures(NamedTuple):
     observed: str
     bound: str
     limit: str
+
+
+def marks(encoding: str | None) -> Mapping[str, str]:
+    """The marks that an encoding can write."""
+    try:
+        "".join(MARK.values()).encode(encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return PLAIN_MARK
+    return MARK
 
 
 def reason(verdict: Verdict) -> Reason:

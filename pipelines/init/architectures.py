@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,10 +19,14 @@ from nayer_edge.config import InputSpec
 from nayer_edge.errors import NayerEdgeError
 from nayer_edge.models import build as sources
 from nayer_edge.models import zoo
-from nayer_edge.models.state_dicts import AUXILIARY
+from nayer_edge.models.state_dicts import AUXILIARY, align
 
 Shapes = Mapping[str, tuple[int, ...]]
 PLACEHOLDER = "class"
+PROBES = (41, 43)
+"""class counts and channel counts that no layer is likely to have otherwise"""
+MOST_CHANNELS = 16
+"""numbers of channels that are tried where the first convolution has groups"""
 ALMOST = 0.9
 """fraction of matching shapes above which, if all names match, it is this network with another stem or head"""
 
@@ -77,6 +82,9 @@ class Match:
         differing: the differences, in words, each with a few examples.
         prefix: prefix of the tensor names in the file.
         same_names: all names match; only shapes differ.
+        classes: outputs of its head in the file.
+        outside: tensors of the file that are not the network's.
+        rivals: prefixes under which the file holds these tensors, if there are several.
     """
 
     model: str
@@ -86,6 +94,9 @@ class Match:
     differing: tuple[str, ...] = ()
     prefix: str = ""
     same_names: bool = True
+    classes: int = 0
+    outside: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -121,19 +132,85 @@ def find(shapes: Shapes, channels: int, classes: int, hint: str = "") -> list[Ma
 
 
 def compare(model: str, shapes: Shapes, channels: int, classes: int) -> Match | None:
-    """Compares the weights with a network; None if it cannot be built."""
+    """Compares the weights with a network; None if it cannot be built.
+
+    Args:
+        classes: a guess; where only the head differs, its outputs in the file are what counts.
+    """
     wanted = _shapes_of_network(model, channels, classes)
     if wanted is None:
         return None
-    best: Match | None = None
-    for prefix in ("", *_prefixes(shapes)):
-        inside = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-        fitting = sum(inside.get(name) == shape for name, shape in wanted.items())
-        exact = inside.keys() == wanted.keys() and fitting == len(wanted)
-        if best is None or (exact, fitting) > (best.exact, best.fitting):
-            differing = tuple(_differences(inside, wanted))
-            best = Match(model, exact, fitting, len(wanted), differing, prefix, inside.keys() == wanted.keys())
-    return best
+    alignment = align(shapes, wanted)
+    inside = {name: shapes[held] for name, held in alignment.names.items()}
+    # Networks with other names are not this one, whatever their head.
+    if wanted.keys() <= inside.keys() and any(inside[name] != shape for name, shape in wanted.items()):
+        head = _head_of(model, channels)
+        outputs = {inside[name][0] for name in head if inside.get(name)}
+        if len(outputs) == 1 and (rebuilt := _shapes_of_network(model, channels, *outputs)) is not None:
+            wanted, classes = rebuilt, outputs.pop()
+    fitting = sum(inside.get(name) == shape for name, shape in wanted.items())
+    exact = inside.keys() == wanted.keys() and fitting == len(wanted) and not alignment.rivals
+    return Match(
+        model,
+        exact,
+        fitting,
+        len(wanted),
+        tuple(_differences(inside, wanted)),
+        alignment.prefix,
+        inside.keys() == wanted.keys(),
+        classes,
+        alignment.outside,
+        alignment.rivals,
+    )
+
+
+@lru_cache(maxsize=512)
+def _head_of(model: str, channels: int) -> frozenset[str]:
+    """Names of the tensors with one row per class: those that change with the number of classes."""
+    several = [_shapes_of_network(model, channels, count) or {} for count in PROBES]
+    return frozenset(
+        name
+        for name, shape in several[0].items()
+        if shape[:1] == (PROBES[0],) and several[1].get(name, ())[:1] == (PROBES[1],)
+    )
+
+
+def image_channels(model: str, shapes: Shapes, classes: int, channels: int) -> tuple[int, ...]:
+    """The numbers of image channels with which a network fits the weights.
+
+    A convolution with groups stores the channels of one group, so its weights alone do not tell. Where the network's
+    first convolution has none, or code fixes the number of channels, the network does.
+
+    Args:
+        channels: a number with which it fits.
+    """
+    taken, groups = _stem_of(model, channels, classes)
+    # One channel may be that of one group.
+    if taken != channels or (groups == 1 and channels > 1):
+        return (taken,)
+    fitting = {
+        _stem_of(model, count, classes)[0]
+        for count in range(1, MOST_CHANNELS + 1)
+        if (match := compare(model, shapes, count, classes)) is not None and match.exact
+    }
+    return tuple(sorted(fitting)) or (channels,)
+
+
+def _stem_of(model: str, channels: int, classes: int) -> tuple[int, int]:
+    """Input channels and groups of a network's first convolution: the one whose input changes with the images'
+    channels, or, if code fixes those, the one that is defined first."""
+    network, other = _built(model, channels, classes), _built(model, PROBES[0], classes)
+    convolutions = dict(_convolutions(network))
+    taking = [name for name, module in _convolutions(other) if module.in_channels == PROBES[0]]
+    first = next((convolutions[name] for name in taking if name in convolutions), None)
+    first = first or next(iter(convolutions.values()), None)
+    return (channels, 1) if first is None else (first.in_channels, first.groups)
+
+
+def _convolutions(network: torch.nn.Module | None) -> Iterator[tuple[str, torch.nn.Conv2d]]:
+    for name, module in network.named_modules() if network is not None else ():
+        if isinstance(module, torch.nn.Conv2d):
+            yield name, module
 
 
 def _candidates(shapes: Shapes, hint: str) -> Iterator[list[str]]:
@@ -197,33 +274,37 @@ def _named(name: str, hint: str) -> int:
 
 @lru_cache(maxsize=512)
 def _shapes_of_network(model: str, channels: int, classes: int) -> dict[str, tuple[int, ...]] | None:
+    network = _built(model, channels, classes)
+    return None if network is None else shapes_of(network.state_dict())
+
+
+def _built(model: str, channels: int, classes: int) -> torch.nn.Module | None:
+    """The network on the meta device if possible; None if it cannot be built."""
     spec, labels = InputSpec(channels=channels), [f"{PLACEHOLDER} {number}" for number in range(classes)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("timm").setLevel(logging.ERROR)
         try:
             with torch.device("meta"):
-                network = sources.build(model, spec, labels).network
+                return sources.build(model, spec, labels).network
         except NayerEdgeError:
             return None
         except RuntimeError:
             # Some networks compute their widths with tensors, which fails on the meta device.
             try:
-                network = sources.build(model, spec, labels).network
+                return sources.build(model, spec, labels).network
             except (NayerEdgeError, RuntimeError):
                 return None
-    return shapes_of(network.state_dict())
 
 
 def _prefixes(shapes: Shapes) -> list[str]:
-    """Prefixes that at least 80 % of the names share ("model.", "backbone.")."""
-    found: dict[str, int] = {}
-    for name in shapes:
-        parts = name.split(".")
-        for count in range(1, min(len(parts), 3)):
-            prefix = ".".join(parts[:count]) + "."
-            found[prefix] = found.get(prefix, 0) + 1
-    return [prefix for prefix, times in sorted(found.items()) if times >= 0.8 * len(shapes)]
+    """Prefixes of up to two parts that several names share ("model.", "backbone.")."""
+    counts = Counter(
+        ".".join(parts[:count]) + "."
+        for parts in (name.split(".") for name in shapes)
+        for count in range(1, min(len(parts), 3))
+    )
+    return [prefix for prefix, times in counts.items() if times > 1]
 
 
 def _differences(inside: Shapes, wanted: Shapes) -> Iterator[str]:

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import NayerEdgeError, UsageError, no_batch_norms
 from nayer_edge.labels.class_names import checked
-from nayer_edge.models import published
-from nayer_edge.models.names import parse
-from nayer_edge.models.state_dicts import AUXILIARY, key_taken, read_state_dict
+from nayer_edge.models import huggingface, published
+from nayer_edge.models.names import ModelName, parse
+from nayer_edge.models.state_dicts import AUXILIARY, key_taken, read_state_dict, several_sets
 
 from ..recipes.loading import load_recipe
-from .architectures import Match, Shapes, compare, find, shapes_of
+from .architectures import MOST_CHANNELS, Match, Shapes, compare, find, image_channels, shapes_of
 
 IMAGENET = "imagenet-r50-mobilenet_v2"
 """a shipped recipe with the class names of ImageNet-1k"""
@@ -28,6 +27,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 _HEAD = re.compile(r"fc|head|classif|linear|logits|output", re.IGNORECASE)
 MAX_CARD_BYTES = 64 * 2**20
+UNKNOWN_CLASSES = 1000
+"""a number of classes to build a network with, where the checkpoint suggests none"""
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ class Findings:
         tensors: number of tensors.
         parameters: number of parameters.
         batch_norms: number of BatchNorm layers.
-        classes: outputs of the last linear layer.
+        classes: outputs of its head.
         channels: channels of the images.
         matches: networks that match exactly, or else the nearest.
         input: the input that the model expects; None if unknown.
         labels: class names; None if unknown.
+        outside: tensors of the file that are not the network's.
     """
 
     path: Path
@@ -71,6 +73,7 @@ class Findings:
     matches: tuple[Match, ...]
     input: Guess | None
     labels: Guess | None
+    outside: tuple[str, ...] = ()
 
     @property
     def exact(self) -> tuple[Match, ...]:
@@ -92,11 +95,27 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
     """
     if path.is_dir() and (path / "config.json").is_file():
         return _look_at_folder(path)
+    if model is None and key is None and _is_transformers(path):
+        return _look_at_folder(path.parent)
     tensors = read_state_dict(path, key)
     shapes = shapes_of(tensors)
     batch_norms = _require_batch_norms(path, shapes)
-    classes = _classes(path, tensors, shapes)
-    channels, found = _network(path, shapes, model, channels or _channels(path, shapes), classes)
+    classes = _classes(shapes)
+    channels, found = _network(path, shapes, model, channels, classes)
+    if not found or not found[0].exact:
+        if rivals := next((match.rivals for match in found if match.rivals), ()):
+            raise several_sets(path, rivals)
+        if classes is None:
+            raise UsageError(
+                f"The network in {path} has no linear layer, so it is not a classifier.",
+                why=f"None of its {len(tensors)} tensors is the weight of a linear layer with one row per class.",
+                fix="Use a checkpoint of the whole classifier, including its head; or name the network with --model.",
+            )
+    else:
+        classes = found[0].classes
+        own = {name: value for name, value in tensors.items() if name not in set(found[0].outside)}
+        batch_norms, tensors = _require_batch_norms(path, shapes_of(own)), own
+    assert classes is not None
     card = _card_beside(path)
     name = model or (found[0].model if found and found[0].exact else None)
     return Findings(
@@ -108,41 +127,72 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
         classes=classes,
         channels=channels,
         matches=tuple(found),
-        input=_input(path, name, channels, classes, card),
+        input=_input(path, name, channels, card),
         labels=_labels(path, name, classes, card),
+        outside=found[0].outside if found and found[0].exact else (),
     )
 
 
-def _network(path: Path, shapes: Shapes, model: str | None, channels: int, classes: int) -> tuple[int, list[Match]]:
+def _network(
+    path: Path, shapes: Shapes, model: str | None, told: int | None, classes: int | None
+) -> tuple[int, list[Match]]:
     """The image channels and the matching networks. If no network fits with the given channels, tries the number of
     channels read from the tensors."""
+    # Where no layer looks like a head, the network says which one it is.
+    guess = classes or UNKNOWN_CLASSES
 
     def matches(channels: int) -> list[Match]:
         if model is None:
-            return find(shapes, channels, classes, path.stem)
-        match = compare(model, shapes, channels, classes)
+            return find(shapes, channels, guess, path.stem)
+        match = compare(model, shapes, channels, guess)
         return [] if match is None else [match]
 
+    channels = told or _channels(path, shapes)
     found = matches(channels)
     seen = _image_channels(shapes)
-    if seen not in (None, channels) and not any(match.exact for match in found):
-        others = matches(seen)
-        if any(match.exact for match in others):
-            return seen, others
+    # A first convolution with groups hides the number of channels: the network may know it.
+    others = [seen] if model is None else [seen, *range(1, MOST_CHANNELS + 1)]
+    for other in others:
+        if any(match.exact or match.rivals for match in found):
+            break
+        if other in (None, channels):
+            continue
+        again = matches(other)
+        if any(match.exact for match in again):
+            channels, found = other, again
+    if told is None and model is not None and found and found[0].exact:
+        fitting = image_channels(model, shapes, found[0].classes, channels)
+        if len(fitting) > 1:
+            raise UsageError(
+                f"{model} fits the weights with images of {', '.join(map(str, fitting))} channels.",
+                why="Its first convolution has groups, so that the weights do not tell.",
+                fix=f"Give the images' channels: --input {fitting[-1]}xHEIGHTxWIDTH",
+            )
+        channels = fitting[0]
     return channels, found
 
 
-def _look_at_folder(path: Path) -> Findings:
-    from nayer_edge.models import huggingface
+def _is_transformers(path: Path) -> bool:
+    """Whether a file is the weights in a folder written by transformers."""
+    if path.name != "model.safetensors":
+        return False
+    card = _json_in(path.with_name("config.json"))
+    return "model_type" in card and "architectures" in card
 
+
+def _look_at_folder(path: Path) -> Findings:
     model = f"hf:{path.resolve()}"
     parsed = parse(model)
     tensors = huggingface.own_weights(parsed)
     shapes = shapes_of(tensors)
     batch_norms = _require_batch_norms(path, shapes)
     names = huggingface.published_labels(parsed)
-    classes = _classes(path, tensors, shapes)
-    origin = f"the image processor in {path.name}"
+    classes = _classes(shapes)
+    # The configuration says which layer is the head.
+    match = compare(model, shapes, _channels(path, shapes), classes or UNKNOWN_CLASSES)
+    classes = match.classes if match is not None else classes
+    if classes is None:
+        raise UsageError(f"The network in {path} is not a classifier.")
     return Findings(
         path=path,
         key="",
@@ -152,9 +202,17 @@ def _look_at_folder(path: Path) -> Findings:
         classes=classes,
         channels=_channels(path, shapes),
         matches=(Match(model, True, len(shapes), len(shapes)),),
-        input=Guess(InputSpec.model_validate(huggingface.input_of(parsed)), origin, True),
+        input=_processed(path, parsed, _channels(path, shapes)),
         labels=_usable(names, classes, f"id2label in {path.name}/config.json", True),
     )
+
+
+def _processed(path: Path, model: ModelName, channels: int) -> Guess:
+    """The input from a folder's image processor; without one, a guess."""
+    if (path / "preprocessor_config.json").is_file():
+        spec = InputSpec.model_validate(huggingface.input_of(model))
+        return Guess(spec, f"the image processor in {path.name}", True)
+    return _usual(path.name, channels, small=False)
 
 
 # ------------------------------------------------------------------ from the tensors
@@ -193,19 +251,24 @@ def _image_channels(shapes: Shapes) -> int | None:
     return 1 if len(convolutions) == len(several) + 1 or not several else min(several)
 
 
-def _classes(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes) -> int:
-    """Number of outputs of the last linear layer."""
-    linear = [name for name, shape in shapes.items() if len(shape) == 2 and name.endswith("weight")]
-    linear = [name for name in linear if not AUXILIARY.search(name)]
-    linear.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")])
-    heads = [name for name in linear if _HEAD.search(name)] or linear
+def _classes(shapes: Shapes) -> int | None:
+    """A guess at the number of classes: the outputs of the layer that looks most like a head; None if none does.
+
+    Heads are named like one and lie further out than the layers inside blocks; their outputs feed no other layer. The
+    order of tensors in a file says nothing: safetensors sorts them.
+    """
+    weights = {name: shape for name, shape in shapes.items() if name.endswith("weight") and not AUXILIARY.search(name)}
+    linear = {name: shape for name, shape in weights.items() if len(shape) == 2}
+    pointwise = {n: s for n, s in weights.items() if len(s) == 4 and s[2:] == (1, 1) and _HEAD.search(n)}
+    heads = {name: shape for name, shape in linear.items() if _HEAD.search(name)} or linear or pointwise
     if not heads:
-        raise UsageError(
-            f"The network in {path} has no linear layer, so it is not a classifier.",
-            why=f"None of its {len(tensors)} tensors is the weight of a linear layer with one row per class.",
-            fix="Use a checkpoint of the whole classifier, including its head.",
-        )
-    return shapes[heads[-1]][0]
+        return None
+    least = min(name.count(".") for name in heads)
+    outer = {name: shape for name, shape in heads.items() if name.count(".") == least}
+    fed = {shape[1] for shape in outer.values()}
+    last = [name for name, shape in outer.items() if shape[0] not in fed] or list(outer)
+    last.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")])
+    return heads[last[-1]][0]
 
 
 # ------------------------------------------------------------------ from files beside it
@@ -213,17 +276,20 @@ def _classes(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes) -> int:
 
 def _card_beside(path: Path) -> dict[str, Any]:
     """A JSON file of the same name that states input and classes, as our own cards do; empty if there is none."""
-    card = path.with_suffix(".json")
+    return _json_in(path.with_suffix(".json"))
+
+
+def _json_in(path: Path) -> dict[str, Any]:
     try:
-        if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
+        if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
             return {}
-        value = json.loads(card.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _input(path: Path, model: str | None, channels: int, classes: int, card: Mapping[str, Any]) -> Guess | None:
+def _input(path: Path, model: str | None, channels: int, card: Mapping[str, Any]) -> Guess | None:
     told = card.get("input")
     if isinstance(told, dict):
         try:
@@ -241,11 +307,15 @@ def _input(path: Path, model: str | None, channels: int, classes: int, card: Map
     if found and found.get("channels") == channels:
         # timm describes the weights it published; the user's may differ.
         return Guess(InputSpec.model_validate(found), origin, model.startswith("torchvision:"))
-    small = model.startswith("nayer:")
-    size = 32 if small else int(found.get("height", 224))
+    return _usual(model, channels, small=model.startswith("nayer:"), size=int(found.get("height", 224)))
+
+
+def _usual(model: str, channels: int, *, small: bool, size: int = 224) -> Guess:
+    """CIFAR's or ImageNet's input, as a guess."""
     mean, std = (CIFAR_MEAN, CIFAR_STD) if small else (IMAGENET_MEAN, IMAGENET_STD)
     if channels != 3:
         mean, std = (0.5,), (0.5,)
+    size = 32 if small else size
     spec = InputSpec(channels=channels, height=size, width=size, mean=mean, std=std)
     what = "CIFAR's" if small else "ImageNet's"
     return Guess(spec, f"{what} size and normalisation, as usual for {model}", False)

@@ -80,7 +80,7 @@ def questions(found: Findings, given: Given) -> list[Question]:
         raise UsageError(
             f"The weights in {found.path} do not fit {given.model} with {found.classes} classes.",
             why="; ".join(found.matches[0].differing) + "." if found.matches else "It cannot be built.",
-            fix=f"To search for the network, omit --model: nayer-edge init {shlex.quote(str(found.path))}",
+            fix=_other_network(found, given.model or ""),
         )
     if given.labels is None and (found.labels is None or not found.labels.sure):
         usual = found.labels and f"those of {found.labels.origin}"
@@ -97,6 +97,14 @@ def questions(found: Findings, given: Given) -> list[Question]:
                 guess = None if spec is None else ",".join(f"{value:g}" for value in getattr(spec, name))
                 asked.append(Question(f"--{name}", f"The {name} per channel for pixels in [0, 1]", guess))
     return asked
+
+
+def _other_network(found: Findings, model: str) -> str:
+    """What to try where the weights do not fit the network that was named."""
+    nearest = found.matches[0] if found.matches else None
+    if nearest is not None and nearest.fitting >= nearest.wanted // 2:
+        return f"Most tensors fit {model}. If its code was changed, name that code: --model python:file.py:factory"
+    return f"To search for the network, omit --model: nayer-edge init {shlex.quote(str(found.path))}"
 
 
 def _which_network(found: Findings) -> Question:

@@ -13,7 +13,7 @@ from typing import Any
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.models.names import parse
-from nayer_edge.storage.files import write_bytes
+from nayer_edge.storage.files import expanded, write_bytes
 
 from ..costs.fitting import Device
 from ..costs.model_cost import Cost
@@ -102,14 +102,15 @@ def recipe_text(proposal: Proposal, out: Path, labels: Path | None) -> str:
     where = f"{proposal.device.name}, {proposal.device.free_bytes / 2**30:.0f} GiB free"
     ratio = teacher.parameters / max(student.parameters, 1)
     at_hand = proposal.data is None or proposal.data in BUILT_IN_DATA or proposal.data.startswith("$")
-    holdout = proposal.data if at_hand or proposal.data is None else _near(Path(proposal.data).expanduser(), folder)
+    holdout = proposal.data if at_hand or proposal.data is None else _near(expanded(proposal.data), folder)
     data = _entries(data=holdout) if holdout else '# data = "holdout"'
     trial = proposal.effort == "trial"
     augment = f"{{ pad = {pad_for(spec)}, flip = {str(proposal.flip).lower()} }}"
+    typed = shlex.quote(out.name)
     described = f"{proposal.model} → {proposal.student}, without data" + (" (a trial)" if trial else "")
     return f"""\
 # Written by `nayer-edge init` for {where}.
-# Run it with: nayer-edge run {shlex.quote(out.name)}
+# Run it with: nayer-edge run {typed}
 # Omitted keys default to the paper's values; `nayer-edge run … --set a.b=c` overrides a key for one run.
 {_entries(name=proposal.name, description=described)}
 {_entries(device="cpu") if proposal.device.kind == "cpu" else "# device: a GPU if there is one"}
@@ -134,7 +135,7 @@ std = {_numbers(spec.std)}
 {_entries(model=_model(proposal.student, folder))}
 
 [lte]
-# Class names are embedded once. `nayer-edge lte show {_comment(out.name)}` shows which of them are similar.
+# Class names are embedded once. `nayer-edge lte show {_comment(typed)}` shows which of them are similar.
 encoder = "all-MiniLM-L6-v2"
 prompt = "a photo of a {{label}}"
 

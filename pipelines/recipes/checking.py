@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from nayer_edge.errors import UsageError, nearest
+from nayer_edge.storage.files import decoded
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
@@ -22,7 +23,7 @@ def parse_toml(path: Path, what: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > 2**20:
             raise UsageError(f"{path} is larger than {what} can be (1 MiB).")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n"))
     except FileNotFoundError as error:
         raise UsageError(f"There is no {what} at {path}.") from error
     except (OSError, ValueError, RecursionError) as error:

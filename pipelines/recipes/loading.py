@@ -13,6 +13,7 @@ from nayer_edge.config import LTE, InputSpec, Teacher
 from nayer_edge.errors import UsageError, nearest
 from nayer_edge.labels.class_names import read_labels
 from nayer_edge.models.names import located, parse, published_weights
+from nayer_edge.storage.files import expanded, home_folder
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 from .checking import checked, parse_toml
@@ -83,7 +84,7 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
 
 def run_folder(name_or_path: str) -> Path | None:
     """The argument as a run folder; None where it names a recipe."""
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     is_run = (path / MANIFEST).is_file() and not any(recipe.name == name_or_path for recipe in shipped())
     return path if is_run else None
 
@@ -177,9 +178,12 @@ def _in_store(value: str) -> str | None:
 
 
 def _near(value: str, root: Path) -> str:
-    path, home = Path(value), Path.home()
+    path, home = Path(value), home_folder()
     if not path.is_absolute():
         return value
+    if home is None:
+        inside = os.path.commonpath([path, root]) != root.anchor
+        return Path(os.path.relpath(path, root)).as_posix() if inside else value
     at_home = path.is_relative_to(home)
     if at_home == root.is_relative_to(home) and os.path.commonpath([path, root]) != root.anchor:
         return Path(os.path.relpath(path, root)).as_posix()
@@ -217,7 +221,7 @@ def _find(name_or_path: str) -> Path:
     known = {recipe.name: recipe.path for recipe in shipped()}
     if name_or_path in known:
         return known[name_or_path]
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     if path.suffix == SUFFIX and path.is_file():
         return path
     if path.suffix == SUFFIX:
@@ -305,8 +309,8 @@ def _encoder(lte: LTE, folder: Path) -> str:
 def _absolute(value: str, folder: Path) -> str:
     if value in BUILT_IN_DATA:
         return value
-    expanded = os.path.expandvars(value)
-    if expanded == value and value.startswith("$"):
+    whole = os.path.expandvars(value)
+    if whole == value and value.startswith("$"):
         return value
-    path = Path(expanded).expanduser()
+    path = expanded(whole)
     return str(path if path.is_absolute() else (folder / path).resolve())

@@ -23,6 +23,7 @@ from nayer_edge.distillation import (
     check_teacher,
     cosine,
     distill,
+    resident_mib,
     resume,
     save_checkpoint,
 )
@@ -103,6 +104,12 @@ def assert_curve(found: list[Epoch], wanted: list[dict[str, float | None]], rel:
                 assert getattr(epoch, name) is None, where
             else:
                 assert getattr(epoch, name) == pytest.approx(line[name], rel=rel, abs=floor), where
+
+
+@pytest.mark.parametrize(("platform", "counted"), [("linux", 3 * 2**10), ("darwin", 3 * 2**20)])
+def test_resident_memory_in_the_units_of_the_system(platform: str, counted: int) -> None:
+    """KiB on Linux (getrusage(2)), bytes on macOS (its getrusage(2))."""
+    assert resident_mib(counted, platform) == 3
 
 
 # ------------------------------------------------------------------ the whole run

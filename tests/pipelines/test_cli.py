@@ -533,6 +533,37 @@ def test_interrupted_and_resumed(tiny_run: Path, tmp_path: Path, number: signal.
     assert done.problems() == []
 
 
+@pytest.mark.parametrize(("size", "shape"), [("20x24", (3, 20, 24)), ("24", (3, 24, 24)), ("1x20x24", (1, 20, 24))])
+def test_students_for_an_image_size(invoke: Invoke, size: str, shape: tuple[int, int, int]) -> None:
+    channels, height, width = shape
+    answer = invoke("students", "nayer:resnet8", "--input", size, "--no-latency", "--json")
+    assert answer.code == 0, answer.err
+    (cost,) = json.loads(answer.out)
+    (other,) = json.loads(
+        invoke("students", "nayer:resnet8", "--input", f"{channels}x{width}x{height}", "--no-latency", "--json").out
+    )
+    assert cost["macs"] == other["macs"] > 0
+    # Added up by hand: convolution and BatchNorm, three stages, the head; the first convolution has 16 filters of 3 × 3.
+    assert cost["params"] == 16 * 9 * channels + 32 + 4_672 + 14_528 + 57_728 + 650
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
+def test_a_run_that_is_read_only(finished: Path, tmp_path: Path) -> None:
+    """The advice is a command that works here; `validate` has no --out."""
+    root = tmp_path / "a run"
+    shutil.copytree(finished, root)
+    for path in (root, *root.parents):
+        if path.owner() == "root" and path != Path(path.anchor):
+            path.chmod(path.stat().st_mode | 0o055)
+    user = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
+    if subprocess.run([*user, sys.executable, "-c", "import nayer_edge"], check=False, capture_output=True).returncode:
+        pytest.skip("another user cannot read this checkout")
+    command = [*user, sys.executable, "-m", "nayer_edge", "validate", str(root), "--synthetic"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "HOME": "/tmp"})
+    assert done.returncode == 2, done.stderr
+    assert f"cp -r {shlex.quote(str(root))} COPY" in done.stderr
+
+
 def test_tracebacks_are_for_those_who_ask(spawn: Invoke, tmp_path: Path) -> None:
     answer = spawn("run", "digts", cwd=tmp_path)
     assert answer.code == 2
@@ -551,7 +582,7 @@ def test_what_nobody_expected_has_no_traceback_either(
     hook.write_text("import nayer_edge.storage.run_folder as a\ndef broken(*_):\n    raise RuntimeError('boom')\n"
                     "a.RunFolder.open = broken\n")  # fmt: skip
     answer = spawn("verify", tmp_path, env=env)
-    assert answer.code == 1
+    assert answer.code == 70, "1 means that the gate failed"
     assert "RuntimeError: boom" in answer.err
     assert "--debug" in answer.err
     assert "Traceback" not in answer.err
@@ -667,10 +698,56 @@ def test_standard_output_that_knows_only_ascii(spawn: Invoke, finished: Path) ->
     assert "gate: fail" in answer.out
 
 
-def test_output_into_a_closed_pipe(finished: Path) -> None:
-    command = f"{sys.executable} -m nayer_edge gate {finished} | head -c 1 >/dev/null"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=dict(os.environ))
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1"])
+def test_marks_differ_in_every_encoding(spawn: Invoke, finished: Path, tmp_path: Path, encoding: str) -> None:
+    limits = "[accuracy]\nmax_drop_vs_teacher = 0.0\n[int8]\nmin_coverage = 0.1\n[size]\nmax_bytes = 10\n"
+    answer = spawn("gate", finished, "--policy", policy(tmp_path, limits), env={"PYTHONIOENCODING": encoding})
+    assert answer.code == 1
+    rows = {line.split()[0] for line in answer.out.splitlines() if " int8.cpu " in line}
+    assert {"pass", "FAIL"} <= rows
+    assert "✗" not in answer.out
+    assert answer.out.splitlines()[-1] == "gate: fail", "'? gate' would read as inconclusive"
+
+
+def test_json_in_an_encoding_without_its_characters(spawn: Invoke, tmp_path: Path) -> None:
+    """Names are escaped as JSON has it, not replaced by question marks."""
+    names = tmp_path / "names.txt"
+    names.write_text("猫\n🦆\nété\n", encoding="utf-8")
+    answer = spawn(
+        "lte", "show", "--labels", names, "--encoder", "onehot", "--json", env={"PYTHONIOENCODING": "cp1252"}
+    )
+    assert answer.code == 0, answer.err
+    assert [row["label"] for row in json.loads(answer.out)["labels"]] == ["猫", "🦆", "été"]
+
+
+@pytest.mark.parametrize(
+    ("streams", "code"),
+    [
+        ("| head -c 1 >/dev/null", 1),
+        (">&-", 1),
+        ("<&- >&- 2>&-", 1),
+        # Not 1: nobody has seen the verdict.
+        (">/dev/full", 2),
+    ],
+)
+def test_a_verdict_whatever_becomes_of_the_streams(finished: Path, streams: str, code: int) -> None:
+    command = f"{sys.executable} -m nayer_edge gate {shlex.quote(str(finished))} {streams}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
+    assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("typer.Abort", 130), ("SystemExit(1)", 70), ("SystemExit('text')", 70), ("ValueError", 70)]
+)
+def test_exit_code_1_is_the_gates(
+    spawn: Invoke, without: Callable[..., dict[str, str]], tmp_path: Path, end: str, code: int
+) -> None:
+    env = without("rich.table")
+    hook = Path(env["PYTHONPATH"]) / "sitecustomize.py"
+    hook.write_text("import typer, nayer_edge.storage.run_folder as a\ndef broken(*_):\n    raise "
+                    f"{end}\na.RunFolder.open = broken\n")  # fmt: skip
+    assert spawn("verify", tmp_path, env=env).code == code
 
 
 def test_schemas_name_what_the_files_hold(finished: Path) -> None:

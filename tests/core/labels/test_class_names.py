@@ -55,12 +55,63 @@ def test_formats_of_one_list(tmp_path: Path, name: str, text: str | bytes) -> No
     assert read_labels(write(tmp_path, name, text)) == CATS
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        # github.com/arthw/imagenet_label's README, in its two forms.
+        ("number_space.txt", "0 cat\n1 dog\n2 été, summer\n"),
+        ("synset_number_name.txt", "n02119789 3 été, summer\nn02100735 1 cat\nn02084071 2 dog\n"),
+        ("number_colon.txt", "0: cat\n1: dog\n2: été, summer\n"),
+        ("number_comma.txt", "2,été, summer\n0,cat\n1,dog\n"),
+        ("number_dot.txt", "1. cat\n2. dog\n3. été, summer\n"),
+        # UCF-101's classInd.txt counts from 1.
+        ("classInd.txt", "1 cat\n2 dog\n3 été, summer\n"),
+        ("number_last.txt", "dog 1\ncat 0\nété, summer 2\n"),
+        ("number_last_tab.txt", "dog\t1\ncat\t0\nété, summer\t2\n"),
+        # The gist imagenet1000_clsidx_to_labels.txt is a dictionary as Python prints it.
+        ("python_dict.txt", "{0: 'cat',\n 1: 'dog',\n 2: 'été, summer'}\n"),
+        ("python_list.txt", "['cat', 'dog', 'été, summer']\n"),
+        ("json_in_text.txt", '{"cat": 0, "été, summer": 2, "dog": 1}'),
+        # transformers' guide for image classification makes the numbers words.
+        ("label2id_words.json", '{"cat": "0", "été, summer": "2", "dog": "1"}'),
+        ("config_words.json", '{"label2id": {"cat": "0", "été, summer": "2", "dog": "1"}}'),
+        ("objects.json", '[{"id": 1, "name": "dog"}, {"id": 0, "name": "cat"}, {"id": 2, "name": "été, summer"}]'),
+        (
+            "coco.json",
+            '{"images": [], "categories": [{"supercategory": "a", "id": 2, "name": "dog"}, {"supercategory": "b", '
+            '"id": 1, "name": "cat"}, {"supercategory": "c", "id": 3, "name": "été, summer"}]}',
+        ),
+        # pandas' to_csv with its index, which is not the class number.
+        ("sorted_by_name.csv", ',name,class_id\n0,cat,0\n1,"été, summer",2\n2,dog,1\n'),
+        ("reset_index.csv", 'index,name,class_id\n0,"été, summer",2\n1,cat,0\n2,dog,1\n'),
+        ("unnamed.csv", 'Unnamed: 0,label\n0,cat\n1,dog\n2,"été, summer"\n'),
+        ("with_counts.csv", 'class,images\ncat,500\ndog,480\n"été, summer",490\n'),
+        ("excel.csv", "sep=;\r\nid;name\r\n1;dog\r\n0;cat\r\n2;été, summer\r\n"),
+        ("yolo.yaml", "nc: 3  # classes\nnames:\n  0: cat\n  1: dog\n  2: été, summer\ntrain: images\n"),
+        ("yolo_list.yaml", "names:\n- cat\n- 'dog'\n- été, summer\n"),
+        ("yolo_inline.yaml", "names: [cat, dog,\n  'été, summer']\n"),
+        ("utf-32.txt", "cat\ndog\nété, summer\n".encode("utf-32")),
+        ("utf-16.json", '["cat", "dog", "été, summer"]'.encode("utf-16")),
+    ],
+)
+def test_published_forms(tmp_path: Path, name: str, text: str | bytes) -> None:
+    assert read_labels(write(tmp_path, name, text)) == CATS
+
+
+def test_words_of_yaml_stay_words(tmp_path: Path) -> None:
+    """YAML 1.1 reads `no` as a boolean (https://yaml.org/type/bool.html); as a class name it is a word."""
+    assert read_labels(write(tmp_path, "data.yaml", "names: [no, yes, 'off']\n")) == ("no", "yes", "off")
+
+
 def test_names_that_look_like_something_else(tmp_path: Path) -> None:
     numbers = tuple(str(number) for number in range(10))
     assert read_labels(write(tmp_path, "digits.txt", "\n".join(numbers))) == numbers
     assert read_labels(write(tmp_path, "digits.csv", "\n".join(numbers))) == numbers
     assert read_labels(write(tmp_path, "digits.json", json.dumps(numbers))) == numbers
     assert read_labels(write(tmp_path, "coins.txt", "1 euro\n2 euro\n")) == ("1 euro", "2 euro")
+    assert read_labels(write(tmp_path, "planes.txt", "Airbus 320\nBoeing 737\n")) == ("Airbus 320", "Boeing 737")
+    assert read_labels(write(tmp_path, "sizes.txt", "0.5 mm\n1.5 mm\n")) == ("0.5 mm", "1.5 mm")
+    assert read_labels(write(tmp_path, "mnist.json", '{"label2id": {"0": 0, "1": 1}}')) == ("0", "1")
     assert read_labels(write(tmp_path, "some.txt", "n02121808 cat\ndog\n")) == ("n02121808 cat", "dog")
     assert read_labels(write(tmp_path, "cjk.txt", "猫\n犬\n🦆\nשלום\n")) == ("猫", "犬", "🦆", "שלום")
 
@@ -95,6 +146,10 @@ def test_names_that_look_like_something_else(tmp_path: Path) -> None:
         ("empty.csv", "", "is empty"),
         ("quote.csv", '0,"cat\n', "is not a valid CSV file"),
         ("empty.csv", "0,cat\n1,\n", "no name for class 1"),
+        ("pointer.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:00ff\nsize 123\n", "a Git LFS pointer"),
+        ("page.txt", "<!DOCTYPE html>\n<html><body>Sign in</body></html>\n", "a web page"),
+        ("other.yaml", "train: images\nval: images\n", "Of YAML files, only the key `names`"),
+        ("objects.json", '[{"id": 0, "colour": "red"}, {"id": 1, "colour": "blue"}]', "Their keys are id, colour"),
     ],
 )
 def test_invalid_files(tmp_path: Path, name: str, text: str | bytes, words: str) -> None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
+import decimal
+import fractions
+import functools
+import operator
 import os
+import pathlib
 import pickletools
+import types
+import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.models.checkpoint_files import Placeholder, read_checkpoint
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, weights_digest
 from nayer_edge.models.state_dicts import key_taken, load_weights, read_state_dict
@@ -271,6 +282,190 @@ def test_options_and_numbers_beside_the_weights(network: Classifier, tmp_path: P
         path,
     )
     assert set(read_state_dict(path)) == set(network.backbone.state_dict())
+
+
+VALUES: dict[str, Any] = {
+    "PosixPath": pathlib.PosixPath("runs/x"),
+    "PureWindowsPath": pathlib.PureWindowsPath("C:/runs"),
+    "array": np.zeros(3),
+    "array of words": np.array(["cat", "dog"]),
+    "array of objects": np.array([None, 1], dtype=object),
+    "word": np.str_("cat"),
+    "truth": np.bool_(True),
+    "uint8": np.uint8(3),
+    "float16": np.float16(2),
+    "dtype": np.dtype("int16"),
+    "type": np.float32,
+    "defaultdict": collections.defaultdict(int, {"a": 1}),
+    "deque": collections.deque([1, 2], maxlen=3),
+    "counter": collections.Counter("aab"),
+    "date": datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC),
+    "timedelta": datetime.timedelta(seconds=3),
+    "decimal": decimal.Decimal("1.5"),
+    "fraction": fractions.Fraction(1, 3),
+    "uuid": uuid.UUID(int=7),
+    "SimpleNamespace": types.SimpleNamespace(lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_beside_the_weights(network: Classifier, tmp_path: Path, name: str) -> None:
+    path, state = tmp_path / "last.ckpt", network.backbone.state_dict()
+    torch.save({"hyper_parameters": {"x": VALUES[name], VALUES[name].__class__.__name__: [VALUES[name]]},
+                "state_dict": state}, path)  # fmt: skip
+    read = read_state_dict(path)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[key], value) for key, value in state.items())
+
+
+class Options:
+    """A class of the user's."""
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (functools.partial(int), "functools.partial"),
+        (Options(), "test_state_dicts.Options"),
+        (Options, "test_state_dicts.Options"),
+        (os.path.join, "posixpath.join"),
+        (operator.attrgetter("a"), "operator.attrgetter"),
+        (range(3), "range"),
+    ],
+)
+def test_functions_and_classes_stay_refused(network: Classifier, tmp_path: Path, value: object, name: str) -> None:
+    torch.save({"state_dict": network.backbone.state_dict(), "x": value}, tmp_path / "w.pt")
+    with pytest.raises(IntegrityError, match="nothing in it was run") as caught:
+        read_state_dict(tmp_path / "w.pt")
+    assert f"{name} imported and run" in caught.value.why
+    assert "weights_only" not in str(caught.value)
+    assert "safe_globals" not in str(caught.value)
+
+
+def test_no_constructor_of_an_array_is_called(tmp_path: Path) -> None:
+    """NumPy trusts the state of an array in a pickle: one that claims to hold no objects could point anywhere."""
+    torch.save({"x": np.zeros(3), "p": pathlib.PosixPath("a")}, tmp_path / "w.pt")
+    content = read_checkpoint(tmp_path / "w.pt")
+    assert {type(value) for value in content.values()} == {Placeholder}
+
+
+# ------------------------------------------------------------------ files of other programs
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("w.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n", "a Git LFS pointer"),
+        ("w.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n", "a Git LFS pointer"),
+        # The signatures are those of the formats' specifications.
+        ("w.h5", b"\x89HDF\r\n\x1a\n" + bytes(600), "a Keras file"),
+        ("w.pt", b"\x89HDF\r\n\x1a\n" + bytes(600), "a Keras file"),
+        ("w.onnx", b"\x08\x09\x12\x07pytorch", "an ONNX file"),
+        ("w.bin", b"\x08\x09\x12\x07pytorch", "an ONNX file"),
+        ("w.tflite", b"\x1c\0\0\0TFL3" + bytes(40), "a TensorFlow Lite file"),
+        ("w.pb", b"\n\x10\n\x05input", "a TensorFlow graph"),
+        ("w.gguf", b"GGUF\x03\0\0\0", "a GGUF file"),
+        ("w.pth", b"<!DOCTYPE html>\n<html>Sign in</html>", "a web page"),
+        ("w.pth.gz", b"\x1f\x8b\x08\0", "a gzip archive"),
+    ],
+)
+def test_files_of_other_programs_are_named(tmp_path: Path, name: str, data: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=words) as caught:
+        read_state_dict(tmp_path / name)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_zip_files_of_other_programs(tmp_path: Path) -> None:
+    np.savez(tmp_path / "w.npz", a=np.zeros(2))
+    with pytest.raises(UsageError, match=r"a NumPy archive \(\.npz\)"):
+        read_state_dict(tmp_path / "w.npz")
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
+        archive.writestr("weights/w.pt", b"x")
+    with pytest.raises(UsageError, match="a zip archive, not a checkpoint of PyTorch"):
+        read_state_dict(tmp_path / "w.zip")
+
+
+def test_the_content_decides_not_the_suffix(network: Classifier, tmp_path: Path) -> None:
+    state = network.backbone.state_dict()
+    save_tensors(tmp_path / "w.pt", state)
+    assert read_state_dict(tmp_path / "w.pt").keys() == state.keys()
+    torch.save(dict(state), tmp_path / "w.safetensors")
+    assert read_state_dict(tmp_path / "w.safetensors").keys() == state.keys()
+
+
+def test_a_state_dict_in_a_list(network: Classifier, tmp_path: Path) -> None:
+    state = network.backbone.state_dict()
+    for content in ([state, {"lr": 1}], (7, state)):
+        torch.save(content, tmp_path / "w.pt")
+        assert read_state_dict(tmp_path / "w.pt").keys() == state.keys()
+    assert key_taken(tmp_path / "w.pt") == "1"
+    torch.save([1, 2], tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="It is a list"):
+        read_state_dict(tmp_path / "w.pt")
+
+
+# ------------------------------------------------------------------ names of wrappers, heads and averages
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        # fartashf/vsepp#10: DataParallel around a part.
+        lambda name: name.replace("layer1.", "layer1.module."),
+        lambda name: f"model.{name.replace('layer2.', 'layer2.module.')}",
+        lambda name: f"_fsdp_wrapped_module.{name.replace('layer1.', 'layer1._fsdp_wrapped_module.')}",
+        lambda name: name.replace("layer1.0.", "layer1.0._checkpoint_wrapped_module."),
+        # MMPretrain.
+        lambda name: ("head." if name.startswith("fc") else "backbone.") + name,
+        lambda name: f"model.{'head' if name.startswith('fc') else 'backbone'}.{name}",
+        lambda name: f"classifier.{name}" if name.startswith("fc") else name,
+    ],
+)
+def test_wrappers_inside_and_heads_elsewhere(network: Classifier, tmp_path: Path, rename: Callable[[str], str]) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({rename(name): value for name, value in network.backbone.state_dict().items()}, path)
+    with seeded(1):
+        other = build_classifier("nayer:resnet8", SPEC, CLASSES)
+    load_weights(other, read_state_dict(path), path)
+    assert weights_digest(other) == weights_digest(network)
+
+
+def test_a_network_with_a_part_of_that_name(tmp_path: Path) -> None:
+    """A layer that is called `module` in the user's own code is found, too."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage = nn.ModuleDict({"module": nn.Linear(2, 3)})
+
+    one, other = (Classifier(Own(), "python:own.py:build", SPEC, CLASSES) for _ in range(2))
+    torch.save(one.backbone.state_dict(), tmp_path / "w.pt")
+    load_weights(other, read_state_dict(tmp_path / "w.pt"), tmp_path / "w.pt")
+    assert weights_digest(other) == weights_digest(one)
+
+
+def test_two_heads_are_not_chosen_between(network: Classifier, tmp_path: Path) -> None:
+    state = network.backbone.state_dict()
+    both = {f"backbone.{n}": v for n, v in state.items() if not n.startswith("fc")}
+    both |= {f"{head}.{n}": v for head in ("head", "student") for n, v in state.items() if n.startswith("fc")}
+    with pytest.raises(UsageError, match="do not match") as caught:
+        load_weights(network, both, tmp_path / "w.pt")
+    assert "2 missing (fc.bias, fc.weight)" in caught.value.why
+
+
+def test_an_average_without_buffers_is_left_out(network: Classifier, tmp_path: Path) -> None:
+    """LitEma of latent-diffusion stores only parameters, under names without dots."""
+    state = network.backbone.state_dict()
+    parameters = {name for name, _ in network.backbone.named_parameters()}
+    flat = {f"model.{n}": v for n, v in state.items()} | {"model_ema.decay": torch.tensor(0.9)}
+    flat |= {f"model_ema.{n.replace('.', '')}": v + 1 for n, v in state.items() if n in parameters}
+    torch.save({"state_dict": flat}, tmp_path / "w.ckpt")
+    with seeded(1):
+        other = build_classifier("nayer:resnet8", SPEC, CLASSES)
+    loaded = load_weights(other, read_state_dict(tmp_path / "w.ckpt"), tmp_path / "w.ckpt")
+    assert weights_digest(other) == weights_digest(network)
+    assert len(loaded.ignored) == len(parameters) + 1
 
 
 # ------------------------------------------------------------------ types, heads, values

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import os
+import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,7 +15,18 @@ from pathlib import Path
 import pytest
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.storage.files import digest_of, read_json, sha256_of, write_atomic, write_bytes, write_json
+from nayer_edge.storage.files import (
+    decoded,
+    digest_of,
+    expanded,
+    home_folder,
+    read_json,
+    sha256_of,
+    writable_fix,
+    write_atomic,
+    write_bytes,
+    write_json,
+)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -68,6 +83,53 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="Cannot write"):
         write_bytes(tmp_path / "file" / "inside.txt", b"x")
+
+
+def test_a_read_error_inside_a_write_is_told_as_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"Cannot read .*absent") as caught:
+        write_atomic(tmp_path / "a.txt", lambda temporary: shutil.copyfile(tmp_path / "absent", temporary))
+    assert "No such file" in caught.value.why
+    assert "space" not in str(caught.value)
+    with pytest.raises(UsageError, match="Cannot read"):
+        write_atomic(tmp_path / "a.txt", lambda temporary: temporary.write_bytes(tmp_path.joinpath("b/c").read_bytes()))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match=r"Cannot read .*folder") as caught:
+        write_atomic(tmp_path / "a.txt", lambda _temporary: (tmp_path / "folder").read_bytes())
+    assert "directory" in caught.value.why
+    with pytest.raises(UsageError, match="Cannot write"):
+        write_atomic(tmp_path / "a.txt", lambda temporary: (temporary / "inside").write_bytes(b""))
+
+
+def test_advice_for_a_folder_that_is_read_only(tmp_path: Path) -> None:
+    """It is a command that works, whatever the folder is called."""
+    folder = tmp_path / "a run's folder"
+    fix = writable_fix(folder, OSError(errno.EROFS, os.strerror(errno.EROFS)))
+    assert f"cp -r {shlex.quote(str(folder))} COPY" in fix
+    assert "Free some space" in writable_fix(folder, OSError(errno.ENOSPC, "x"))
+    assert "Free some space" not in fix
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    assert decoded("é = 1".encode(encoding)) == "é = 1"
+    assert decoded(codecs.BOM_UTF16_BE + "é".encode("utf-16-be")) == "é"
+    (tmp_path / "a.json").write_bytes('{"é": 1}'.encode(encoding))
+    assert read_json(tmp_path / "a.json", "a thing") == {"é": 1}
+
+
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert home_folder() is None
+    assert expanded("/a/b") == Path("/a/b")
+    assert expanded("a/~b") == Path("a/~b")
+    with pytest.raises(UsageError, match="home folder that is not known"):
+        expanded("~/a")
+    monkeypatch.setenv("HOME", "/home/x")
+    assert expanded("~/a") == Path("/home/x/a")
 
 
 @pytest.mark.parametrize("value", [float("nan"), {"a": [float("inf")]}])

@@ -13,7 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from nayer_edge.errors import EXIT_FAILED, EXIT_INTEGRITY, EXIT_OK, EXIT_USAGE
+from nayer_edge.errors import EXIT_FAILED, EXIT_INTEGRITY, EXIT_OK, EXIT_USAGE, IntegrityError
 from nayer_edge.pipelines.gate.judgement import Baseline, judge
 from nayer_edge.pipelines.gate.statistics import drop_lower, drop_upper
 from nayer_edge.pipelines.gate.verdict import run_gate
@@ -165,6 +165,35 @@ def test_a_folder_with_only_the_report_will_do(release: Release, policy: Path, t
     assert run_gate(root, policy, references(tmp_path, "kept")).verdict == "pass"
     sha256 = sha256_of(kept / "report.json")
     assert run_gate(root, policy, references(tmp_path, "kept", sha256)).verdict == "pass"
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["report", "run folder"])
+def test_a_baseline_with_windows_line_ends(release: Release, policy: Path, tmp_path: Path, whole: bool) -> None:
+    """As git checks it out with core.autocrlf; another change is still found."""
+    before, root = release("1.0", range(9)), release("1.1", range(9))
+    path = before / REPORT_PATH
+    if not whole:
+        path = Path(shutil.copy(path, tmp_path))
+    sha256, data = sha256_of(path), path.read_bytes()
+    files = references(tmp_path, "1.0" if whole else ".", sha256)
+    path.write_bytes(data.replace(b"\n", b"\r\n"))
+    verdict = run_gate(root, policy, files)
+    assert verdict.verdict == "pass"
+    assert verdict.baseline is not None
+    assert verdict.baseline.report_sha256 == sha256
+    path.write_bytes(data.replace(b"\n", b"\r\n") + b" ")
+    with pytest.raises(IntegrityError):
+        run_gate(root, policy, files)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_toml_as_windows_writes_it(release: Release, policy: Path, tmp_path: Path, encoding: str) -> None:
+    """PowerShell's `>` writes UTF-16 with a byte order mark."""
+    root = release("1.0", range(9))
+    text = policy.read_text().replace("[baseline]\nmax_drop = 0.01\n", "[size]\nmax_bytes = 1_000_000\n")
+    mark = "\ufeff" if encoding == "utf-16-le" else ""
+    policy.write_bytes((mark + text.replace("\n", "\r\n")).encode(encoding))
+    assert [check.name for check in run_gate(root, policy).checks if check.name == "size"] == ["size"]
 
 
 def test_paths_in_references(release: Release, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,165 @@ def test_a_card_beside_the_weights_is_believed(here: Path, invoke: Invoke) -> No
     assert invoke("init", "t.safetensors", "--out", "again.toml").code == 2, "a card that does not hold tells nothing"
 
 
+# ------------------------------------------------------------------ the head, the channels, the layout
+
+OWN = """
+import torch
+from torch import nn
+
+
+class Blocks(nn.Module):
+    \"\"\"Squeeze and excitation with linear layers under numbers, and a head without one.\"\"\"
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.ModuleDict({"fc": nn.Sequential(nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 16))})
+        self.fc = nn.Linear(16, classes)
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x))).mean((2, 3))
+        return self.fc(x * self.layer1["fc"](x).sigmoid())
+
+
+class Bottleneck(nn.Module):
+    \"\"\"The head `classifier` after `fc`: in a file in alphabetical order the head comes first.\"\"\"
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.fc, self.classifier = nn.Linear(16, 32), nn.Linear(32, classes)
+    def forward(self, x):
+        return self.classifier(self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3))))
+
+
+class Pointwise(nn.Module):
+    \"\"\"SqueezeNet's way: a convolution as the head.\"\"\"
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.bn, self.top = nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.Conv2d(16, classes, 1)
+    def forward(self, x):
+        return self.top(torch.relu(self.bn(self.conv(x)))).mean((2, 3))
+
+
+class Cosine(nn.Module):
+    \"\"\"Weights of classes as a parameter, of which no name says that it is the head.\"\"\"
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.prototypes, self.scale = nn.Parameter(torch.randn(classes, 16)), nn.Linear(16, 16)
+    def forward(self, x):
+        return self.scale(torch.relu(self.bn(self.conv(x))).mean((2, 3))) @ self.prototypes.T
+
+
+class Grouped(nn.Module):
+    def __init__(self, classes, bands, groups, width=12):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(bands, width, 3, 2, 1, groups=groups), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, classes)
+    def forward(self, x):
+        return self.fc(torch.relu(self.bn2(self.conv2(torch.relu(self.bn(self.conv(x)))))).mean((2, 3)))
+
+
+def six(num_classes):
+    return Grouped(num_classes, 6, 2)
+
+def halves(num_classes, in_chans):
+    return Grouped(num_classes, in_chans, 2)
+
+def each(num_classes, in_chans):
+    return Grouped(num_classes, in_chans, in_chans, 2 * in_chans)
+
+def hidden(num_classes, in_chans):
+    return Grouped(num_classes, in_chans, in_chans)
+"""
+
+
+def own(here: Path, name: str, *arguments: int) -> Any:
+    """A network of the user's own code, in own.py."""
+    (here / "own.py").write_text(OWN)
+    values: dict[str, Any] = {}
+    exec(compile(OWN, "own.py", "exec"), values)
+    torch.manual_seed(0)
+    return values[name](*arguments)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", ["Blocks", "Bottleneck", "Pointwise", "Cosine"])
+def test_the_network_says_which_layer_is_the_head(here: Path, name: str, suffix: str) -> None:
+    from nayer_edge.models.user_code import trusting
+
+    weights = own(here, name, 7).state_dict()
+    path = here / f"own{suffix}"
+    save_tensors(path, weights) if suffix == ".safetensors" else torch.save(weights, path)
+    with trusting():
+        found = look(path, f"python:{here / 'own.py'}:{name}")
+    assert [match.exact for match in found.matches] == [True]
+    assert found.classes == 7
+
+
+@pytest.mark.parametrize("name", ["Blocks", "Bottleneck"])
+def test_without_the_network_the_outermost_layer_counts(here: Path, name: str) -> None:
+    save_tensors(here / "own.safetensors", own(here, name, 7).state_dict())
+    assert look(here / "own.safetensors").classes == 7
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("six", (7,)), ("halves", (7, 6)), ("each", (7, 6))])
+def test_groups_do_not_hide_the_bands(here: Path, name: str, arguments: tuple[int, ...]) -> None:
+    from nayer_edge.models.user_code import trusting
+
+    torch.save(own(here, name, *arguments).state_dict(), "own.pt")
+    with trusting():
+        found = look(here / "own.pt", f"python:{here / 'own.py'}:{name}")
+    assert (found.channels, found.classes, bool(found.exact)) == (6, 7, True)
+
+
+def test_bands_that_the_weights_do_not_tell_are_asked_for(here: Path) -> None:
+    """A convolution of twelve filters with a group per band has the same weights for 1, 2, 3, 4, 6 and 12 bands."""
+    from nayer_edge.models.user_code import trusting
+
+    torch.save(own(here, "hidden", 7, 6).state_dict(), "own.pt")
+    model = f"python:{here / 'own.py'}:hidden"
+    with trusting():
+        with pytest.raises(UsageError, match="images of 1, 2, 3, 4, 6, 12 channels") as caught:
+            look(here / "own.pt", model)
+        assert "--input" in caught.value.fix
+        assert look(here / "own.pt", model, channels=6).channels == 6
+
+
+def test_layouts_of_trainers(here: Path, invoke: Invoke) -> None:
+    weights = weights_of("torchvision:resnet18")
+    parts = {("head." if name.startswith("fc") else "backbone.") + name: value for name, value in weights.items()}
+    torch.save({"meta": {"epoch": 1}, "state_dict": parts}, "mm.pth")
+    averaged = {f"model_ema.{name.replace('.', '')}": value for name, value in weights.items() if value.ndim}
+    torch.save({"state_dict": {**{f"model.{n}": v for n, v in weights.items()}, **averaged}}, "litema.ckpt")
+    for name in ("mm.pth", "litema.ckpt"):
+        found = look(here / name)
+        assert [(match.model, match.exact) for match in found.matches] == [("torchvision:resnet18", True)]
+        assert (found.classes, found.parameters) == (10, 11_689_512 - 990 * 513)
+    assert len(found.outside) == len(averaged)
+
+
+def test_sets_of_weights_side_by_side_are_a_choice(here: Path, invoke: Invoke) -> None:
+    weights = weights_of("nayer:resnet8")
+    torch.save({"state_dict": {p + n: v for p in ("net.", "ema net.") for n, v in weights.items()}}, "two.ckpt")
+    answer = invoke("init", "two.ckpt", "--labels", "labels.txt", "--yes")
+    assert answer.code == 2
+    assert "2 sets of these weights: ema net, net" in answer.err
+    assert "--key 'ema net'" in answer.err
+    for key in ("net", "ema net"):
+        assert look(here / "two.ckpt", key=key).exact
+
+
+def test_the_file_in_a_transformers_folder(here: Path, invoke: Invoke) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=10)
+    ResNetForImageClassification(config).save_pretrained("hf")
+    answer = invoke("init", "hf/model.safetensors", "--labels", "labels.txt", "--yes", "--json", "--out", "r.toml")
+    assert answer.code == 0, answer.err
+    assert (found_in(answer)["classes"], found_in(answer)["input"]["sure"]) == (10, False)
+    assert load_recipe("r.toml").teacher.model == f"hf:{here / 'hf'}"
+
+
 def test_thousand_classes_are_a_guess(here: Path, invoke: Invoke) -> None:
     torch.save(weights_of("torchvision:mobilenet_v3_small", 1000), "m.pt")
     answer = invoke("init", "m.pt")
