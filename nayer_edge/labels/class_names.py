@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nayer_edge.errors import UsageError, missing_extra
+from nayer_edge.errors import UsageError
 from nayer_edge.labels import wordnet
 from nayer_edge.storage.files import decoded, is_lfs_pointer
 

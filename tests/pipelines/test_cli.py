@@ -543,7 +543,7 @@ def test_students_for_an_image_size(invoke: Invoke, size: str, shape: tuple[int,
         invoke("students", "nayer:resnet8", "--input", f"{channels}x{width}x{height}", "--no-latency", "--json").out
     )
     assert cost["macs"] == other["macs"] > 0
-    # Added up by hand: convolution and BatchNorm, three stages, the head; the first convolution has 16 filters of 3 × 3.
+    # By hand: convolution and BatchNorm, three stages, the head; the first convolution has 16 filters of 3 × 3.
     assert cost["params"] == 16 * 9 * channels + 32 + 4_672 + 14_528 + 57_728 + 650
 
 
