@@ -20,7 +20,7 @@ from .budget import BATCH, ROUND, Costs
 DIMENSIONS = 384
 """label embedding dimensions, as in MiniLM; other encoders change only the first layer"""
 REPEATS = 5
-LONGEST = 60.0
+LONGEST = 20.0
 """maximum seconds to measure one kind of step"""
 BACKWARD = 3
 """cost of a training step in forward passes"""

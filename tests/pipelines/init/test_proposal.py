@@ -31,6 +31,8 @@ from nayer_edge.pipelines.steps import STEPS
 from nayer_edge.storage.tensors import save_tensors
 
 Invoke = Callable[..., Any]
+TRIAL = ("--effort", "trial")
+"""without measuring the networks, which takes seconds"""
 TEN = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -56,7 +58,7 @@ def found_in(answer: Any) -> dict[str, Any]:
 
 def test_a_torchvision_state_dict(here: Path, invoke: Invoke) -> None:
     torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
-    answer = invoke("init", "r18.pt", "--labels", "labels.txt", "--input", "32", "--yes", "--json")
+    answer = invoke("init", *TRIAL, "r18.pt", "--labels", "labels.txt", "--input", "32", "--yes", "--json")
     assert answer.code == 0, answer.err
     found = found_in(answer)
     assert (found["batch_norms"], found["classes"], found["channels"]) == (20, 10, 3)
@@ -65,11 +67,6 @@ def test_a_torchvision_state_dict(here: Path, invoke: Invoke) -> None:
     assert [(n["model"], n["exact"]) for n in found["networks"]] == [("torchvision:resnet18", True)]
     assert (found["input"]["height"], found["input"]["sure"]) == (224, False)
     recipe = load_recipe("r18.toml")
-    # Whatever the accuracy search accepts, the gate that is written beside it can pass.
-    limit, images = recipe.gate.accuracy.max_drop_vs_fp32, recipe.validate_.synthetic_images
-    assert recipe.export.max_drop is not None
-    assert limit is not None
-    assert drop_upper(round(recipe.export.max_drop * images), 0, images, 1 - recipe.gate.accuracy.confidence) <= limit
     assert recipe.gate.int8.min_coverage is None
     assert recipe.teacher.model == "torchvision:resnet18"
     assert recipe.teacher.weights == str(here / "r18.pt")
@@ -89,7 +86,9 @@ def test_prefixes_and_nested_keys(here: Path, invoke: Invoke) -> None:
     torch.save({"epoch": 3, "state_dict": {f"module.{n}": v for n, v in weights.items()}, "optimizer": {}}, "ddp.pth")
     torch.save({"state_dict": {f"model.{n}": v for n, v in weights.items()}, "epoch": 1}, "lightning.ckpt")
     for name in ("ddp.pth", "lightning.ckpt"):
-        answer = invoke("init", name, "--labels", "labels.txt", "--yes", "--json", "--out", f"{Path(name).stem}.toml")
+        answer = invoke(
+            "init", *TRIAL, name, "--labels", "labels.txt", "--yes", "--json", "--out", f"{Path(name).stem}.toml"
+        )
         assert answer.code == 0, answer.err
         (network,) = found_in(answer)["networks"]
         assert (network["model"], network["exact"]) == ("nayer:resnet8", True)
@@ -120,7 +119,7 @@ def test_networks_that_only_pad_differently_are_a_question(here: Path, invoke: I
     """timm's `tf_` networks have the same tensors as their twins, and give other answers."""
     pytest.importorskip("timm")
     torch.save(weights_of("timm:tf_mobilenetv3_small_075"), "mobilenetv3_small_075.pth")
-    answer = invoke("init", "mobilenetv3_small_075.pth", "--labels", "labels.txt", "--yes")
+    answer = invoke("init", *TRIAL, "mobilenetv3_small_075.pth", "--labels", "labels.txt", "--yes")
     assert answer.code == 2
     assert "2 networks" in answer.err
     assert "--model" in answer.err.splitlines()[-1]
@@ -137,7 +136,9 @@ def test_a_card_beside_the_weights_is_believed(here: Path, invoke: Invoke) -> No
     assert recipe.teacher.classes == ("猫", "chien", "dog\x1b[2J")
     assert recipe.teacher.input == InputSpec(channels=1, height=12, width=20, mean=(0.4,), std=(0.3,))
     (here / "t.json").write_text('{"input": 3, "classes": ["a"]}')
-    assert invoke("init", "t.safetensors", "--out", "again.toml").code == 2, "a card that does not hold tells nothing"
+    assert invoke("init", *TRIAL, "t.safetensors", "--out", "again.toml").code == 2, (
+        "a card that does not hold tells nothing"
+    )
 
 
 # ------------------------------------------------------------------ the head, the channels, the layout
@@ -280,7 +281,7 @@ def test_layouts_of_trainers(here: Path, invoke: Invoke) -> None:
 def test_sets_of_weights_side_by_side_are_a_choice(here: Path, invoke: Invoke) -> None:
     weights = weights_of("nayer:resnet8")
     torch.save({"state_dict": {p + n: v for p in ("net.", "ema net.") for n, v in weights.items()}}, "two.ckpt")
-    answer = invoke("init", "two.ckpt", "--labels", "labels.txt", "--yes")
+    answer = invoke("init", *TRIAL, "two.ckpt", "--labels", "labels.txt", "--yes")
     assert answer.code == 2
     assert "2 sets of these weights: ema net, net" in answer.err
     assert "--key 'ema net'" in answer.err
@@ -293,7 +294,9 @@ def test_the_file_in_a_transformers_folder(here: Path, invoke: Invoke) -> None:
 
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=10)
     ResNetForImageClassification(config).save_pretrained("hf")
-    answer = invoke("init", "hf/model.safetensors", "--labels", "labels.txt", "--yes", "--json", "--out", "r.toml")
+    answer = invoke(
+        "init", *TRIAL, "hf/model.safetensors", "--labels", "labels.txt", "--yes", "--json", "--out", "r.toml"
+    )
     assert answer.code == 0, answer.err
     assert (found_in(answer)["classes"], found_in(answer)["input"]["sure"]) == (10, False)
     assert load_recipe("r.toml").teacher.model == f"hf:{here / 'hf'}"
@@ -301,10 +304,10 @@ def test_the_file_in_a_transformers_folder(here: Path, invoke: Invoke) -> None:
 
 def test_thousand_classes_are_a_guess(here: Path, invoke: Invoke) -> None:
     torch.save(weights_of("torchvision:mobilenet_v3_small", 1000), "m.pt")
-    answer = invoke("init", "m.pt")
+    answer = invoke("init", *TRIAL, "m.pt")
     assert answer.code == 2
     assert "A guess: those of ImageNet-1k" in answer.err
-    answer = invoke("init", "m.pt", "--yes", "--student", "torchvision:shufflenet_v2_x0_5")
+    answer = invoke("init", *TRIAL, "m.pt", "--yes", "--student", "torchvision:shufflenet_v2_x0_5")
     assert answer.code == 0, answer.err
     recipe = load_recipe("m.toml")
     assert len(recipe.teacher.classes) == 1000
@@ -315,7 +318,7 @@ def test_thousand_classes_are_a_guess(here: Path, invoke: Invoke) -> None:
 @pytest.mark.skipif(not os.environ.get("NAYER_EDGE_DATA"), reason="needs the measuring data (NAYER_EDGE_DATA)")
 def test_the_measured_cifar_teacher(here: Path, invoke: Invoke) -> None:
     weights = Path(os.environ["NAYER_EDGE_DATA"]) / "teachers" / "wrn40_2_cifar10.safetensors"
-    answer = invoke("init", weights, "--json", "--name", "cifar")
+    answer = invoke("init", *TRIAL, weights, "--json", "--name", "cifar")
     assert answer.code == 0, answer.err
     found = found_in(answer)
     assert found["parameters"] == 2_243_546, "as its own card says"
@@ -330,17 +333,17 @@ def test_the_measured_cifar_teacher(here: Path, invoke: Invoke) -> None:
 
 def test_without_a_terminal_it_names_every_flag(here: Path, invoke: Invoke) -> None:
     save_tensors(here / "w.safetensors", weights_of("nayer:resnet8"))
-    answer = invoke("init", "w.safetensors")
+    answer = invoke("init", *TRIAL, "w.safetensors")
     assert answer.code == 2
     assert "4 values are missing" in answer.err
     for flag in ("--labels", "--input", "--mean", "--std", "--yes"):
         assert flag in answer.err
     assert not list(here.glob("*.toml"))
-    answer = invoke("init", "w.safetensors", "--yes")
+    answer = invoke("init", *TRIAL, "w.safetensors", "--yes")
     assert answer.code == 2, "class names cannot be guessed"
     assert "1 value is missing" in answer.err
     told = ["--labels", "labels.txt", "--input", "3x20x24", "--mean", "0.1,0.2,0.3", "--std", "0.5,0.5,0.5"]
-    answer = invoke("init", "w.safetensors", *told)
+    answer = invoke("init", *TRIAL, "w.safetensors", *told)
     assert answer.code == 0, answer.err
     assert load_recipe("w.toml").teacher.input.shape == (3, 20, 24)
 
@@ -392,7 +395,7 @@ def test_a_transformer_is_refused(here: Path, invoke: Invoke) -> None:
     from torchvision.models import VisionTransformer
 
     torch.save(VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=10).state_dict(), "vit.pt")
-    answer = invoke("init", "vit.pt", "--labels", "labels.txt", "--yes")
+    answer = invoke("init", *TRIAL, "vit.pt", "--labels", "labels.txt", "--yes")
     assert answer.code == 2
     assert "has no BatchNorm layers: it is a transformer" in answer.err
     assert not list(here.glob("*.toml"))
@@ -407,7 +410,7 @@ class Hostile:
 
 def test_a_hostile_pickle_is_refused_and_not_run(here: Path, invoke: Invoke) -> None:
     torch.save({"state_dict": Hostile()}, "evil.pt")
-    answer = invoke("init", "evil.pt", "--labels", "labels.txt", "--yes")
+    answer = invoke("init", *TRIAL, "evil.pt", "--labels", "labels.txt", "--yes")
     assert answer.code == 4
     assert "nothing in it was run" in answer.err
     assert not (here / "ran").exists()
@@ -424,7 +427,7 @@ def test_files_that_are_no_checkpoints(here: Path, invoke: Invoke, name: str, da
         save_tensors(path, weights) if path.suffix == ".safetensors" else torch.save(weights, path)
         whole = path.read_bytes()
         path.write_bytes({"empty": b"", "short": whole[: len(whole) // 2], "text": b"not a checkpoint\n"}[damage])
-    answer = invoke("init", name, "--labels", "labels.txt", "--yes")
+    answer = invoke("init", *TRIAL, name, "--labels", "labels.txt", "--yes")
     assert answer.code in (2, 4), answer.err
     assert "Traceback" not in answer.err
     assert "Unexpected internal error" not in answer.err
@@ -460,14 +463,14 @@ def test_a_network_of_ones_own(here: Path, invoke: Invoke) -> None:
     program = "import torch, mine; torch.manual_seed(0); torch.save(mine.build(10).state_dict(), 'own.pt')"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=here)
     told = ["--labels", "labels.txt", "--input", "32", "--mean", "0.5", "--std", "0.5"]
-    answer = invoke("init", "own.pt", *told)
+    answer = invoke("init", *TRIAL, "own.pt", *told)
     assert answer.code == 2
     assert "python:file.py:factory" in answer.err
-    answer = invoke("init", "own.pt", *told, "--model", "python:mine.py:build")
+    answer = invoke("init", *TRIAL, "own.pt", *told, "--model", "python:mine.py:build")
     assert answer.code == 4
     assert "--trust-code" in answer.err
     answer = invoke(
-        "init", "own.pt", *told, "--model", "python:mine.py:build", "--trust-code", "--student", "nayer:resnet8"
+        "init", *TRIAL, "own.pt", *told, "--model", "python:mine.py:build", "--trust-code", "--student", "nayer:resnet8"
     )
     assert answer.code == 0, answer.err
     assert 'model = "python:mine.py:build"' in (here / "own.toml").read_text()
@@ -478,18 +481,18 @@ def test_another_architecture_and_a_changed_stem(here: Path, invoke: Invoke) -> 
     weights["conv1.weight"] = torch.zeros(64, 3, 3, 3)
     torch.save(weights, "cifar_r18.pt")
     told = ["--labels", "labels.txt", "--yes"]
-    answer = invoke("init", "cifar_r18.pt", *told)
+    answer = invoke("init", *TRIAL, "cifar_r18.pt", *told)
     assert answer.code == 2
     assert "nearest: torchvision:resnet18, 101 of 102 tensors fit" in answer.err
     assert "conv1.weight is 64×3×3×3 in the file, 64×3×7×7 in the network" in answer.err
-    answer = invoke("init", "cifar_r18.pt", *told, "--model", "nayer:resnet20")
+    answer = invoke("init", *TRIAL, "cifar_r18.pt", *told, "--model", "nayer:resnet20")
     assert answer.code == 2
     assert "do not fit nayer:resnet20" in answer.err
 
 
 def test_labels_must_be_as_many_as_outputs(here: Path, invoke: Invoke) -> None:
     save_tensors(here / "w.safetensors", weights_of("nayer:resnet8", 7))
-    answer = invoke("init", "w.safetensors", "--labels", "labels.txt", "--yes")
+    answer = invoke("init", *TRIAL, "w.safetensors", "--labels", "labels.txt", "--yes")
     assert answer.code == 2
     assert re.search(r"labels\.txt holds 10 class names.* 7 outputs", answer.err)
 
@@ -498,20 +501,20 @@ def test_it_overwrites_nothing_without_force(here: Path, invoke: Invoke) -> None
     save_tensors(here / "w.safetensors", weights_of("nayer:resnet20"))
     (here / "w.toml").write_text("mine")
     told = ["w.safetensors", "--labels", "labels.txt", "--yes", "--effort", "trial"]
-    assert invoke("init", *told).code == 2
+    assert invoke("init", *TRIAL, *told).code == 2
     assert (here / "w.toml").read_text() == "mine"
-    assert invoke("init", *told, "--force").code == 0
+    assert invoke("init", *TRIAL, *told, "--force").code == 0
     assert load_recipe("w.toml").teacher.model == "nayer:resnet20"
-    assert invoke("init", *told, "--out", "w.yaml").code == 2
-    assert invoke("init", *told, "--name", "../evil", "--out", "x.toml").code == 2
-    assert invoke("init", *told, "--student", "nayer:resnet20", "--out", "x.toml").code == 2
+    assert invoke("init", *TRIAL, *told, "--out", "w.yaml").code == 2
+    assert invoke("init", *TRIAL, *told, "--name", "../evil", "--out", "x.toml").code == 2
+    assert invoke("init", *TRIAL, *told, "--student", "nayer:resnet20", "--out", "x.toml").code == 2
 
 
 def test_nan_in_the_weights(here: Path, invoke: Invoke) -> None:
     weights = weights_of("nayer:resnet8")
     next(value for name, value in weights.items() if name.endswith("running_var")).fill_(float("nan"))
     torch.save(weights, "nan.pt")
-    answer = invoke("init", "nan.pt", "--labels", "labels.txt", "--yes")
+    answer = invoke("init", *TRIAL, "nan.pt", "--labels", "labels.txt", "--yes")
     assert answer.code == 2
     assert "NaN" in answer.err
     assert not (here / "nan.toml").exists()
@@ -541,7 +544,7 @@ def test_what_is_wrong_at_first_sight_is_said_at_once(here: Path, spawn: Invoke,
 def test_the_channels_that_the_weights_have(here: Path, invoke: Invoke) -> None:
     """The option is wrong, not the file."""
     torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
-    answer = invoke("init", "r18.pt", "--labels", "labels.txt", "--input", "1x32x32", "--yes")
+    answer = invoke("init", *TRIAL, "r18.pt", "--labels", "labels.txt", "--input", "1x32x32", "--yes")
     assert answer.code == 2
     assert re.search(r"expects 3-channel images.* 1x32x32", answer.err)
     assert "--input 3x32x32" in answer.err
@@ -573,6 +576,11 @@ def test_what_was_said_is_not_called_a_guess(here: Path, invoke: Invoke) -> None
     assert recipe.generator.channels == 32
     assert recipe.budget is not None
     assert recipe.budget.seconds == 8 * 3600
+    # Whatever the accuracy search accepts, the gate that is written beside it can pass.
+    limit, images = recipe.gate.accuracy.max_drop_vs_fp32, recipe.validate_.synthetic_images
+    assert recipe.export.max_drop is not None
+    assert limit is not None
+    assert drop_upper(round(recipe.export.max_drop * images), 0, images, 1 - recipe.gate.accuracy.confidence) <= limit
     assert (recipe.distill.schedule, recipe.distill.optimizer, recipe.synthesis.reserve) == ("constant", "muon", 0.05)
 
 
@@ -647,7 +655,7 @@ def test_a_folder_of_transformers(here: Path, invoke: Invoke) -> None:
     ResNetForImageClassification(config).save_pretrained(here / "hf")
     processor = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0)
     processor.save_pretrained(here / "hf")
-    answer = invoke("init", "hf", "--student", "nayer:resnet8")
+    answer = invoke("init", *TRIAL, "hf", "--student", "nayer:resnet8")
     assert answer.code == 0, answer.err
     recipe = load_recipe("hf.toml")
     assert recipe.teacher.classes == ("crane (class 0)", "cat", "crane (class 2)")
