@@ -53,7 +53,7 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow faults check lock schemas clean
+.PHONY: help install install-dev quickstart test test-slow test-random faults check lock schemas clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,9 +74,11 @@ quickstart: install  ## the whole pipeline on real handwritten digits, into runs
 test: install-dev  ## the test suite, under 15 minutes on two cores
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
-test-slow: install-dev  ## the slow tests, or with PART=K/N the K-th of N parts, and other random examples
-	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile random $(if $(PART),--slow-part $(PART)) \
-		-n auto --maxprocesses 8 --dist worksteal
+test-slow: install-dev  ## the slow tests, or with PART=K/N the K-th of N parts
+	$(BIN)/python -m pytest -m slow $(if $(PART),--slow-part $(PART)) -n auto --maxprocesses 8 --dist worksteal
+
+test-random: install-dev  ## the property tests with other random examples
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile random -n auto --maxprocesses 8 --dist worksteal
 
 faults: install-dev  ## does every kind of fault many times, and counts what was lost (nothing), under ten minutes
 	$(BIN)/python -m tests.faults
