@@ -15,7 +15,6 @@ from nayer_edge.errors import UsageError
 from nayer_edge.runtime.process import launched
 
 from ..actions import Time, default_out, read_recipe, timed
-from ..steps import CHECKPOINT
 from .shared import Fresh, Json, Out, RecipeName, Settings, TrustCode, app, example, run_steps, show_lines
 
 if TYPE_CHECKING:
@@ -84,6 +83,8 @@ def _ways_on(recipe: Recipe, root: Path) -> Iterator[None]:
     except Exception:
         raise
     except BaseException:
+        from ..steps import CHECKPOINT
+
         if recipe.distill.schedule == "constant" and (root / CHECKPOINT).is_file():
             where = shlex.quote(str(root))
             lines = (

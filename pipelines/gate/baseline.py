@@ -87,7 +87,7 @@ def _require_untouched(folder: Path, path: Path, expected: str | None, reference
                 f"{path} is not listed in the manifest of {folder} and cannot be trusted.",
                 fix=f"Type: nayer-edge validate {shlex.quote(str(folder))}",
             )
-        if held.manifest.files[REPORT_PATH].sha256 != unix_digest(path):
+        if path != folder / REPORT_PATH or held.manifest.files[REPORT_PATH].sha256 != unix_digest(path):
             held.require_intact([REPORT_PATH])
 
 

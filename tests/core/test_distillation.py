@@ -73,13 +73,13 @@ def reference_run(
     return run
 
 
+TIMES = ("seconds", "synthesis_seconds", "images_per_s", "memory_mib")
+
+
 def everything(run: Distillation) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """All tensors of a run, and its metrics except times and memory."""
     tensors, facts = run.state()
-    metrics = [
-        {name: value for name, value in epoch.items() if name not in ("seconds", "images_per_s", "memory_mib")}
-        for epoch in facts["history"]
-    ]
+    metrics = [{name: value for name, value in epoch.items() if name not in TIMES} for epoch in facts["history"]]
     return {name: tensor.clone() for name, tensor in tensors.items()}, metrics
 
 

@@ -145,6 +145,8 @@ def test_more_and_finish_by_the_command_line(run: RunFolder, invoke: Invoke) -> 
 
 def test_an_interrupted_run_ends_early(tmp_path: Path, invoke: Invoke) -> None:
     root = tmp_path / "digits"
+    # Other tests leave the handler of the command line, which `invoke` puts back.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(1000, 200), root, last="student", progress=StopsAfter(60))
     epochs = len((root / "metrics.jsonl").read_text().splitlines())

@@ -124,7 +124,9 @@ def normalised(name: str, world: World) -> dict[str, Tensor]:
 
 
 def line_of(epoch: Epoch) -> dict[str, Any]:
-    return {n: v for n, v in vars(epoch).items() if n not in ("seconds", "images_per_s", "memory_mib")}
+    return {
+        n: v for n, v in vars(epoch).items() if n not in ("seconds", "synthesis_seconds", "images_per_s", "memory_mib")
+    }
 
 
 # ------------------------------------------------------------------ the worker

@@ -71,7 +71,7 @@ def test_known_keys_use_the_names_of_files() -> None:
     [
         (b"a = ", "not readable as a recipe"),
         (b"a = 1\na = 2", "not readable as a recipe"),
-        (b"\xff\xfe", "not readable as a recipe"),
+        (b"\xff\xfa", "not readable as a recipe"),
         (b"a = " + b"[" * 5000, "not readable as a recipe"),
         (b"#" * (2**20 + 1), "larger than a recipe can be"),
     ],

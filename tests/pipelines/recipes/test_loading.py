@@ -51,7 +51,8 @@ def test_shipped_recipes_hold(entry: Shipped) -> None:
 
 @pytest.mark.parametrize("entry", shipped(), ids=lambda entry: entry.name)
 def test_shipped_recipes_promise_full_int8_coverage(entry: Shipped) -> None:
-    assert load_recipe(entry.name).gate.int8.min_coverage == 1.0
+    """But for `photos`, as `init` writes it: its accuracy search may leave layers in float."""
+    assert load_recipe(entry.name).gate.int8.min_coverage == (None if entry.name == "photos" else 1.0)
 
 
 def test_the_digits_recipe_fits_its_limits_to_its_images() -> None:
