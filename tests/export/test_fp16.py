@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from nayer_edge.export.fp16 import converted, fp32_nodes, to_fp16
@@ -56,7 +57,8 @@ class Scaled(nn.Module):
         self.fc = nn.Linear(8, 5)
         with torch.no_grad():
             if kind in ("rescaled", "residual", "skip"):
-                self.b.weight *= 5e5
+                self.a.weight *= 20
+                self.b.weight *= 4e5
             elif kind == "tiny":
                 self.b.weight *= 1e-6
                 self.b.bias.zero_()  # pyright: ignore[reportOptionalMemberAccess]
@@ -86,6 +88,13 @@ class Scaled(nn.Module):
         return self.fc(self.c(z).mean((2, 3)))
 
 
+def every_tensor_rounded(path: Path) -> np.ndarray:
+    """Logits of a device that rounds every FP16 tensor. ONNX Runtime on a CPU computes much of an FP16 graph in FP32,
+    and there the overflow does not show."""
+    with np.errstate(all="ignore"):
+        return np.asarray(ReferenceEvaluator(str(path)).run(None, {"images": IMAGES})[0])
+
+
 KINDS = ("rescaled", "residual", "skip", "tiny", "norm", "weight", "logits", "image")
 
 
@@ -94,7 +103,7 @@ def test_what_fp16_cannot_hold_stays_in_fp32(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     to_onnx(Scaled(kind).eval(), (3, 12, 12), tmp_path / "fp32.onnx")
     to_fp16(tmp_path / "fp32.onnx", tmp_path / "fp16.onnx", IMAGES)
-    reference, half = (run_onnx(tmp_path / f"{name}.onnx", IMAGES) for name in ("fp32", "fp16"))
+    reference, half = (every_tensor_rounded(tmp_path / f"{name}.onnx") for name in ("fp32", "fp16"))
     assert np.isfinite(half).all()
     assert np.abs(half - reference).max() < 0.01 * np.abs(reference).max()
     kept = fp32_nodes(tmp_path / "fp16.onnx")
@@ -112,7 +121,7 @@ def test_what_fp16_cannot_hold_stays_in_fp32(tmp_path: Path, kind: str) -> None:
     # Without them, the answers are wrong in silence.
     broken = tmp_path / "broken.onnx"
     onnx.save(converted(onnx.load(tmp_path / "fp32.onnx")), broken)
-    assert not np.abs(run_onnx(broken, IMAGES) - reference).max() < 0.01 * np.abs(reference).max()
+    assert not np.abs(every_tensor_rounded(broken) - reference).max() < 0.01 * np.abs(reference).max()
 
 
 @pytest.mark.parametrize("kind", ["rescaled", "residual", "skip", "tiny", "logits"])
@@ -125,10 +134,11 @@ def test_int8_graphs_with_fp16_rest_keep_it_in_fp32_too(tmp_path: Path, kind: st
     assert np.abs(found - reference).max() < 0.05 * np.abs(reference).max()
     kept = dict(result.record["fp32_nodes"])
     assert kept == fp32_nodes(tmp_path / "int8.onnx")
-    assert kept
     assert set(result.excluded_nodes) <= set(kept)
     assert result.coverage.int8 == result.coverage.eligible - len(result.excluded_nodes)
-    assert 0 < result.coverage.fraction < 1
+    # The factor behind a convolution is folded into its weights, after which everything fits.
+    fits = kind in ("rescaled", "tiny")
+    assert (result.coverage.fraction == 1, not kept) == (fits, fits)
 
 
 def test_what_fits_is_converted_as_before(tmp_path: Path) -> None:
