@@ -561,7 +561,7 @@ def _class_names(classes: Labels) -> tuple[str, ...]:
     if isinstance(classes, str | os.PathLike):
         from nayer_edge.labels.class_names import read_labels
 
-        return read_labels(expanded(classes))
+        return read_labels(expanded(os.fspath(classes)))
     return tuple(classes)
 
 

@@ -186,7 +186,9 @@ def _distil(
     before = Before(files["state"], files["bank"], reserve) if config.distill.schedule == "constant" else None
 
     def adapt(history: Sequence[Epoch], length: Length) -> Length | None:
-        found = None if config.budget is None else adapted(history, length, config.budget)
+        if config.budget is None:
+            return None
+        found = adapted(history, length, config.budget)
         if found is not None:
             progress.notice(
                 f"{'Slower' if found.epochs < length.epochs else 'Faster'} than planned: {found.epochs} epochs instead "

@@ -93,8 +93,14 @@ def _writable(text: str) -> bool:
     if text.isascii():
         return True
     font = ImageFont.load_default(32)
-    no_glyph = bytes(font.getmask("\uffff"))
-    return all(c.isascii() or bytes(font.getmask(c)) not in (no_glyph, b"") for c in text)
+
+    def drawn(character: str) -> bytes:
+        picture = Image.new("L", (64, 64))
+        ImageDraw.Draw(picture).text((8, 8), character, fill=255, font=font)
+        return picture.tobytes()
+
+    nothing = (drawn("\uffff"), drawn(" "))
+    return all(c.isascii() or drawn(c) not in nothing for c in text)
 
 
 def shortened(text: str, longest: int) -> str:

@@ -115,7 +115,7 @@ def _another_order(answers: np.ndarray, labels: np.ndarray, classes: Sequence[st
         return ""
     whole = _renaming(answers, labels, len(classes))
     changed = [number for number in np.unique(labels) if whole[number] != number]
-    shown = ", ".join(f"'{classes[number]}' → '{classes[whole[number]]}'" for number in changed[:3])
+    shown = ", ".join(f"'{classes[int(number)]}' → '{classes[int(whole[number])]}'" for number in changed[:3])
     return (
         f"The labels seem to stand in another order: it would be right on {(answers == renamed).mean():.1%} instead of "
         f"{(answers == labels).mean():.1%} if {len(changed)} classes were renamed "

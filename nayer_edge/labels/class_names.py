@@ -274,10 +274,9 @@ def _from_table(path: Path, text: str, delimiter: str | None) -> list[str]:
     if declared := re.fullmatch(r'"?sep=(.)"?', head.strip(" ")):
         # The first line of Excel's files.
         delimiter, text = declared[1], rest
-    elif delimiter is None:
-        delimiter = max(",;\t", key=head.count)
+    found = delimiter or max(",;\t", key=head.count)
     try:
-        rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if any(row)]
+        rows = [row for row in csv.reader(io.StringIO(text), delimiter=found, strict=True) if any(row)]
     except csv.Error as error:
         raise UsageError(
             f"{path} is not a valid CSV file.", why=f"{error}.", fix="Give one class name per line."

@@ -167,7 +167,7 @@ def load_teacher(config: Teacher, random_weights: Classifier) -> tuple[Classifie
         path = published.fetch(config.model, config.weights) if named else Path(config.weights)
         tensors = read_state_dict(path, config.weights_key)
         loaded = load_weights(teacher, tensors, path, config.weights_ignore)
-        facts = {"source": path.name, "source_sha256": sha256_of(path)}
+        facts: dict[str, Any] = {"source": path.name, "source_sha256": sha256_of(path)}
         if key := key_taken(path, config.weights_key):
             facts["key"] = key
         if (top1 := published.top1_of(config.model, config.weights)) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nayer_edge.config import Augment, Generator
 from nayer_edge.distillation import Epoch, Length
@@ -41,7 +41,12 @@ class Planned:
 
 
 def plan_for(
-    seconds: float, teacher: Classifier, student: Classifier, augment: Augment, device: Device, precision: str = "auto"
+    seconds: float,
+    teacher: Classifier,
+    student: Classifier,
+    augment: Augment,
+    device: Device,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> Planned:
     """Measures the steps of these networks on the device and plans a run for so many seconds.
 

@@ -162,6 +162,8 @@ def _network(
             channels, found = other, again
     if told is None and model is not None and found and found[0].exact:
         fitting = image_channels(model, shapes, found[0].classes, channels)
+        if not fitting:
+            return channels, found
         if len(fitting) > 1:
             raise UsageError(
                 f"{model} fits the weights with images of {', '.join(map(str, fitting))} channels.",
