@@ -233,7 +233,8 @@ def _images(
         found = data.open_images(chosen.data, "holdout", spec, classes, chosen.fit, chosen.split)
         return Images(found, truth=True)
     source = SyntheticSource.open(teacher, lte, student, config, out)
-    progress.start("draw hold-out images", source.steps("validate", chosen.synthetic_images))
+    steps = source.steps("validate", chosen.synthetic_images)
+    progress.start("draw hold-out images", steps)
     drawn, labels = source.draw_labelled("validate", chosen.synthetic_images, progress)
     progress.finish()
     pixels = as_bytes(drawn)
@@ -242,7 +243,8 @@ def _images(
         for start in range(0, len(pixels), size):
             yield pixels[start : start + size]
 
-    return Images(ImageStream("drawn from the trained generator", labels.astype(np.int64), batches), truth=False)
+    name = "put aside during distillation" if not steps else "drawn from the trained generator"
+    return Images(ImageStream(name, labels.astype(np.int64), batches), truth=False)
 
 
 def batch_size(shape: tuple[int, int, int]) -> int:

@@ -33,7 +33,7 @@ class Export(Section):
     targets: tuple[str, ...] = ("cpu",)
     """targets to quantize for; see nayer_edge/export/targets.py for a list"""
     calibration_images: Annotated[int, Field(ge=1, le=65536)] = 512
-    """number of synthetic images, drawn from the trained generator"""
+    """number of synthetic images, put aside during distillation or drawn from the trained generator"""
     calibration_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
     """auto: the method whose INT8 model agrees best with FP32 on a synthetic hold-out"""
     max_drop: Fraction | None = 0.02
