@@ -132,7 +132,8 @@ def promise(dataset: Dataset) -> tuple[str, ...]:
             "The bounds hold for images like these. They say nothing about other cameras, sites or classes.",
         )
     return (
-        "These images are synthetic: made by the generator, and in neither the memory bank nor the calibration set. They have no true class, so the teacher's answer is used instead.",
+        "These images are synthetic: made by the generator, and in neither the memory bank nor the calibration set. "
+        "They have no true class, so the teacher's answer is used instead.",
         "What this verdict can promise: on images like these, the artifact answers as its teacher does, and shows no "
         "damage from export or quantization.",
         "What it cannot promise: any accuracy on real images. Teacher and artifact may make the same mistakes, and "
