@@ -43,8 +43,10 @@ NEVER = 1_000_000
 """epochs after which the generator starts anew"""
 LEAST_STEPS = 100
 """minimum student steps for a useful student"""
-TOLERANCE = 0.05
-"""deviation from the budget above which a run is planned again after its second student epoch"""
+TOLERANCE = 0.04
+"""deviation of the projected end from the plan that is accepted shortly before the decay"""
+EARLY_TOLERANCE = 0.5
+"""additional deviation that is accepted after the first student epoch; it falls linearly to 0 until the decay"""
 OTHER_MACHINE = 2.0
 """ratio of measured to planned time of the first epoch above which, or below whose inverse, all phases are rescaled"""
 
@@ -309,8 +311,9 @@ def finishing(length: Length, done: int, seconds: float, pace: Pace, rest: float
 def adapted(history: Sequence[Epoch], length: Length, budget: Budget) -> Length | None:
     """Another length for a run that is slower or faster than planned; None if it keeps its budget.
 
-    The run is checked twice: after its first epoch, for a machine of another kind than planned, and after its second
-    student epoch, when the cost of all phases is known.
+    After the first epoch, a machine of another kind than planned is noticed. From the first student epoch on, the end
+    is projected; the deviation that is accepted falls to `TOLERANCE` at the start of the decay, so that a short
+    disturbance of the machine does not shorten the run.
 
     Args:
         history: metrics of all finished epochs.
@@ -324,16 +327,18 @@ def adapted(history: Sequence[Epoch], length: Length, budget: Budget) -> Length 
         student = max(3, round((length.epochs - length.warmup_epochs) / ratio))
         decay = max(1, round(DECAY * student))
         return Length(warmup + student, warmup, decay)
-    if done != length.warmup_epochs + 2 or done > length.epochs - length.decay_epochs:
+    trained, training = done - length.warmup_epochs, length.epochs - length.decay_epochs - done
+    if trained < 1 or training < 1:
         return None
     pace, elapsed = Pace.of(history), sum(epoch.seconds for epoch in history)
-    training = length.epochs - length.decay_epochs - done
+    target = budget.seconds * (1 - MARGIN)
     projected = elapsed + training * pace.train + length.decay_epochs * pace.decay + budget.rest_seconds
-    if abs(projected / budget.seconds - (1 - MARGIN)) <= TOLERANCE:
+    accepted = TOLERANCE + EARLY_TOLERANCE * training / (trained + training)
+    if abs(projected / target - 1) <= accepted:
         return None
     share = DECAY / (1 - DECAY)
-    left = budget.seconds * (1 - MARGIN) - elapsed - budget.rest_seconds
-    further = max(0, math.floor((left - 2 * share * pace.decay) / (pace.train + share * pace.decay)))
-    decay = max(1, round(share * (2 + further)))
+    left = target - elapsed - budget.rest_seconds
+    further = max(0, math.floor((left - trained * share * pace.decay) / (pace.train + share * pace.decay)))
+    decay = max(1, round(share * (trained + further)))
     found = Length(done + further + decay, length.warmup_epochs, decay)
     return None if found == length else found

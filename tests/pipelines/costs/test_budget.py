@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,37 +200,58 @@ LENGTH = Length(50, 10, 10)
 """10 × 50 s, 30 × 80 s, 10 × 42 s and 100 s: 3,420 s, 95 % of the budget"""
 
 
+def simulated(seconds: Callable[[str, int], float]) -> tuple[float, list[Length], Length]:
+    """Seconds, changes of length and final length of a run whose epochs cost `seconds(phase, number)`."""
+    length, changes, done = LENGTH, [], []
+    while len(done) < length.epochs:
+        number = len(done)
+        decaying = number >= length.epochs - length.decay_epochs
+        phase = "warmup" if number < length.warmup_epochs else "decay" if decaying else "train"
+        (epoch,) = history(Length(1, phase == "warmup", 0), seconds("warmup", number), seconds(phase, number), 38, 1)
+        epoch.loss_bn = None if decaying else 1.0
+        done.append(epoch)
+        if (found := adapted(done, length, PLANNED)) is not None:
+            length = found
+            changes.append(found)
+    return sum(epoch.seconds for epoch in done) + PLANNED.rest_seconds, changes, length
+
+
+COST = {"warmup": 50.0, "train": 80.0, "decay": 42.0}
+
+
 def test_a_run_that_keeps_its_budget_is_not_changed() -> None:
-    for done in range(1, 50):
-        assert adapted(history(LENGTH, 50, 80, 38, done), LENGTH, PLANNED) is None
-    # Nor by a single slow or fast epoch of images.
-    assert adapted(history(LENGTH, 80, 80, 38, 1), LENGTH, PLANNED) is None
+    assert simulated(lambda phase, _: COST[phase]) == (3420.0, [], LENGTH)
+    assert simulated(lambda phase, _: COST[phase] * 1.03)[1] == []
 
 
-@pytest.mark.parametrize("times", [0.1, 0.3, 2.5, 10])
-def test_another_machine_gets_another_length(times: float) -> None:
-    """It is noticed after the first epoch, and the whole run then takes about as long as planned."""
-    found = adapted(history(LENGTH, 50 * times, 0, 0, 1), LENGTH, PLANNED)
-    assert found is not None
-    takes = times * (50 * found.warmup_epochs + seconds_of(found, Pace(80, 42))) + 100
-    assert takes == pytest.approx(3420, rel=0.15)
+@pytest.mark.parametrize("start", [0, 10, 13, 25, 36])
+def test_a_short_disturbance_costs_its_time_and_no_more(start: int) -> None:
+    """Three epochs that take four times as long, early, late, and while only images are made."""
+    took, changes, length = simulated(lambda phase, number: COST[phase] * (4 if start <= number < start + 3 else 1))
+    assert took <= 1.1 * 3600
+    lost = 3 * 3 * COST["train"]
+    trained = length.epochs - length.decay_epochs - length.warmup_epochs
+    assert trained >= 30 - lost / COST["train"] - 3, changes
 
 
-@pytest.mark.parametrize("times", [0.6, 0.8, 1.2, 1.7])
-def test_a_slower_student_is_noticed_after_two_epochs(times: float) -> None:
-    """The images cost what was planned, the student's steps do not."""
-    train, synthesis = 38 + 42 * times, 38
-    done = history(LENGTH, 50, train, synthesis, 12)
-    found = adapted(done, LENGTH, PLANNED)
-    assert found is not None
-    takes = sum(epoch.seconds for epoch in done) + seconds_of(found, Pace(train, 42 * times), 12) + 100
-    assert takes == pytest.approx(3600 * (1 - budget.MARGIN), rel=0.04)
+@pytest.mark.parametrize("times", [0.3, 0.6, 0.8, 0.9, 1.1, 1.2, 1.5, 1.9, 3, 10])
+@pytest.mark.parametrize("phases", ["all", "student"])
+def test_another_speed_than_planned_still_ends_in_time(times: float, phases: str) -> None:
+    """Within a tenth of the budget, whether all of the machine or only the student's steps are slower or faster."""
+
+    def seconds(phase: str, _number: int) -> float:
+        images = {"warmup": 50.0, "train": 38.0, "decay": 0.0}[phase] * (times if phases == "all" else 1)
+        return images + {"warmup": 0.0, "train": 42.0, "decay": 42.0}[phase] * times
+
+    took, changes, length = simulated(seconds)
+    # Whole epochs: a slow one may not fit any more.
+    assert 0.85 * 3600 - seconds("train", 0) <= took <= 1.1 * 3600, changes
+    assert len(changes) <= 4
+    assert length.decay_epochs == pytest.approx(0.25 * (length.epochs - length.warmup_epochs), abs=1)
 
 
 def test_a_clock_that_jumps_does_not_stop_a_run() -> None:
-    """One epoch of a day: the rest of the run becomes short, but it ends with a decay."""
-    done = history(LENGTH, 50, 80, 38, 12)
-    done[5].seconds = 86400.0
-    found = adapted(done, LENGTH, PLANNED)
-    assert found is not None
-    assert found.epochs == 12 + found.decay_epochs
+    """One epoch of a day: what is left of the run becomes short, but it ends with a decay."""
+    _, changes, length = simulated(lambda phase, number: 86400.0 if number == 15 else COST[phase])
+    assert changes
+    assert length.epochs == 16 + length.decay_epochs
