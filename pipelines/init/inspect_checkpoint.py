@@ -161,16 +161,14 @@ def _network(
         if any(match.exact for match in again):
             channels, found = other, again
     if told is None and model is not None and found and found[0].exact:
-        fitting = image_channels(model, shapes, found[0].classes, channels)
-        if not fitting:
-            return channels, found
+        fitting = list(image_channels(model, shapes, found[0].classes, channels))
         if len(fitting) > 1:
             raise UsageError(
                 f"{model} fits the weights with images of {', '.join(map(str, fitting))} channels.",
                 why="Its first convolution has groups, so that the weights do not tell.",
                 fix=f"Give the images' channels: --input {fitting[-1]}xHEIGHTxWIDTH",
             )
-        channels = fitting[0]
+        channels = fitting[0] if fitting else channels
     return channels, found
 
 
