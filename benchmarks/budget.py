@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder for the run folders")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    figures = kept(given.json) or {"origin": origin(), "rows": []}
+    figures = kept(given.json) or {**origin(), "rows": []}
     for seed in (int(text) for text in given.seeds.split(",")):
         name = f"{Path(given.recipe).stem}-{given.student.partition(':')[2]}-{given.budget}-s{seed}"
         root = given.runs / name

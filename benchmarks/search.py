@@ -105,7 +105,7 @@ def main() -> None:
     teacher = load_classifier(teacher_file)
     judges = datasets.load(given.data, "holdout", teacher.spec, teacher.classes)
     images, labels = judges.images[-JUDGES:].to(compute.device), judges.labels[-JUDGES:].to(compute.device)
-    figures = kept(given.json) or {"origin": origin(), "student": given.student, "rows": {}}
+    figures = kept(given.json) or {**origin(), "student": given.student, "rows": {}}
     figures["teacher"] = float(top1(logits_of(compute.place(teacher).eval(), images, compute), labels))
     for seed in (int(text) for text in given.seeds.split(",")):
         for candidate in given.candidates.split(","):
