@@ -128,7 +128,7 @@ def timed(
                 fix=f"To give it more time: nayer-edge run {run.typed} --more 1h\n"
                 f"To end it early: nayer-edge run {run.typed} --finish 5m",
             )
-        return with_budget(recipe, time.budget, root) if not fresh else with_budget(recipe, time.budget, Path())
+        return with_budget(recipe, time.budget, None if fresh else root)
     if time.more is None and time.finish is None:
         return recipe, []
     option = "--more" if time.more is not None else "--finish"

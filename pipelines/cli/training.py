@@ -66,13 +66,26 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Runs a recipe, or continues where it stopped. A run folder continues with its own recipe."""
-    time = Time.typed(budget, more, finish)
-    chosen = read_recipe(recipe, settings)
-    root = out or default_out(recipe, chosen)
-    chosen, words = timed(chosen, recipe, root, time, fresh=fresh)
+    _run(recipe, settings, out, Time.typed(budget, more, finish), last=until, fresh=fresh, as_json=as_json)
+
+
+def _run(
+    name: str,
+    settings: list[str] | None,
+    out: Path | None,
+    time: Time,
+    *,
+    last: str | None,
+    fresh: bool,
+    as_json: bool,
+) -> None:
+    """Runs a recipe for the given time, and shows its plan first."""
+    recipe = read_recipe(name, settings)
+    root = out or default_out(name, recipe)
+    recipe, words = timed(recipe, name, root, time, fresh=fresh)
     show_lines(words, as_json=as_json)
-    with _ways_on(chosen, root):
-        run_steps(chosen, root, last=until, fresh=fresh, as_json=as_json)
+    with _ways_on(recipe, root):
+        run_steps(recipe, root, last=last, fresh=fresh, as_json=as_json)
 
 
 @contextlib.contextmanager
@@ -80,12 +93,11 @@ def _ways_on(recipe: Recipe, root: Path) -> Iterator[None]:
     """Says how an interrupted distillation can be continued or ended early."""
     try:
         yield
-    except Exception:
-        raise
-    except BaseException:
+    except BaseException as end:
         from ..steps import CHECKPOINT
 
-        if recipe.distill.schedule == "constant" and (root / CHECKPOINT).is_file():
+        interrupted = not isinstance(end, Exception)
+        if interrupted and recipe.distill.schedule == "constant" and (root / CHECKPOINT).is_file():
             where = shlex.quote(str(root))
             lines = (
                 "",
@@ -127,13 +139,7 @@ def distill(
     """
 
     def work() -> None:
-        time = Time.typed(budget, None, None)
-        chosen = read_recipe(recipe, settings)
-        root = out or default_out(recipe, chosen)
-        chosen, words = timed(chosen, recipe, root, time, fresh=fresh)
-        show_lines(words, as_json=as_json)
-        with _ways_on(chosen, root):
-            run_steps(chosen, root, last="student", fresh=fresh, as_json=as_json)
+        _run(recipe, settings, out, Time.typed(budget), last="student", fresh=fresh, as_json=as_json)
 
     if launched()[1] == 1:
         work()

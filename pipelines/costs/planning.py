@@ -66,15 +66,18 @@ def plan_for(
     return Planned({**sections, "generator": {"channels": channels}}, words)
 
 
-def with_budget(recipe: Recipe, seconds: float, root: Path) -> tuple[Recipe, list[tuple[str, str]]]:
+def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Recipe, list[tuple[str, str]]]:
     """The recipe with sizes for a budget, and the plan in words.
 
     A run in the folder that was planned for the same budget keeps its numbers.
 
+    Args:
+        root: the run folder; None if it will be emptied.
+
     Raises:
         UsageError: the budget is too small, or the folder holds a run with other numbers.
     """
-    if (root / MANIFEST).is_file():
+    if root is not None and (root / MANIFEST).is_file():
         former = RunFolder.open(root).manifest.recipe
         if former.get("name") == recipe.name and (former.get("budget") or {}).get("seconds") == seconds:
             sections = {name: former[name] for name in ("budget", "generator", "synthesis", "distill")}

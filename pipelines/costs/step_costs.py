@@ -16,14 +16,13 @@ from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute, random_stream, seeded
 
 from .budget import BATCH, ROUND, Costs
+from .fitting import BACKWARD
 
 DIMENSIONS = 384
 """label embedding dimensions, as in MiniLM; other encoders change only the first layer"""
 REPEATS = 5
 LONGEST = 20.0
 """maximum seconds to measure one kind of step"""
-BACKWARD = 3
-"""cost of a training step in forward passes"""
 REST_SECONDS = 20.0
 """export, quantization, report and start-up, which hardly depend on the networks"""
 REST_IMAGES = 10_000
