@@ -187,7 +187,7 @@ def _state_of(recipe: Recipe, run: RunFolder) -> _State:
     except ValueError:
         raise UsageError(
             "This run has not begun to train its student.",
-            why=f"It has finished {len(history)} epochs, in which it only made images.",
+            why="So far it has only made images.",
             fix=f"Continue it: nayer-edge run {run.typed}",
         ) from None
     measured = sum(record.seconds for name, record in run.manifest.steps.items() if name in AFTER)
