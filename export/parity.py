@@ -18,18 +18,32 @@ class Agreement:
         n: number of images.
         top1: fraction of images with the same class; an image with a NaN or infinite logit never agrees.
         mean_kl: mean KL(reference ‖ artifact) of softmax outputs, nats; infinite if a logit is not finite.
+        lost: images that the reference classifies correctly and the artifact does not; None without labels.
+        gained: the reverse; None without labels.
     """
 
     n: int
     top1: float
     mean_kl: float
+    lost: int | None = None
+    gained: int | None = None
+
+    @property
+    def drop(self) -> float:
+        """Paired drop in accuracy, (lost − gained) / n, as the gate judges it; without labels, every disagreement counts
+        as lost."""
+        if self.lost is None or self.gained is None:
+            return 1 - self.top1
+        return (self.lost - self.gained) / self.n
 
     def as_record(self) -> dict[str, Any]:
         """As JSON, which has no infinity."""
+        counts = {} if self.lost is None else {"lost": self.lost, "gained": self.gained}
         return {
             "n": self.n,
             "top1": self.top1,
             "mean_kl": self.mean_kl if np.isfinite(self.mean_kl) else None,
+            **counts,
         }
 
 
@@ -89,8 +103,8 @@ def compare(reference: np.ndarray, other: np.ndarray, *, tolerance: float) -> Pa
     return Parity(len(reference), largest, float(same.mean()), broken, worst, verdict)
 
 
-def agreement(reference: np.ndarray, other: np.ndarray) -> Agreement:
-    """Top-1 agreement and mean KL divergence of logits (n, classes).
+def agreement(reference: np.ndarray, other: np.ndarray, labels: np.ndarray | None = None) -> Agreement:
+    """Top-1 agreement and mean KL divergence of logits (n, classes), and with labels (n,) what was lost and gained.
 
     Raises:
         UsageError: the shapes differ or there is nothing to compare.
@@ -98,11 +112,15 @@ def agreement(reference: np.ndarray, other: np.ndarray) -> Agreement:
     reference, other = _paired(reference, other)
     finite = np.asarray(np.isfinite(reference).all(1) & np.isfinite(other).all(1))
     same = finite & (reference.argmax(1) == other.argmax(1))
+    lost = gained = None
+    if labels is not None:
+        before, after = (np.isfinite(x).all(1) & (x.argmax(1) == labels) for x in (reference, other))
+        lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
     if not finite.all():
-        return Agreement(len(reference), float(same.mean()), float("inf"))
+        return Agreement(len(reference), float(same.mean()), float("inf"), lost, gained)
     log_p, log_q = _log_softmax(reference), _log_softmax(other)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(1)
-    return Agreement(len(reference), float(same.mean()), float(max(kl.mean(), 0.0)))
+    return Agreement(len(reference), float(same.mean()), float(max(kl.mean(), 0.0)), lost, gained)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -196,21 +196,21 @@ def most_sensitive_first(rows: Sequence[LayerSensitivity]) -> list[str]:
 
 
 def search_mixed_precision(
-    measure: Callable[[Collection[str]], Agreement], order: Sequence[str], floor: float
+    measure: Callable[[Collection[str]], Agreement], order: Sequence[str], max_drop: float
 ) -> tuple[list[str], Agreement, list[dict[str, Any]]]:
-    """The shortest prefix of `order` that must be excluded from quantization for the agreement to reach a floor.
+    """The shortest prefix of `order` that must be excluded from quantization to keep the drop within a limit.
 
-    The number of excluded layers doubles until the floor is reached, then bisection: about 2·log₂(layers) measurements
-    in the real runtime. Agreement is assumed to grow with the number of excluded layers; the result itself was
-    measured, so it reaches the floor even if the assumption is wrong.
+    The number of excluded layers doubles until the limit holds, then bisection: about 2·log₂(layers) measurements in
+    the real runtime. The drop is assumed to shrink with the number of excluded layers; the result itself was measured,
+    so it holds the limit even if the assumption is wrong.
 
     Args:
         measure: excluded layers → agreement of the resulting model with FP32.
         order: most sensitive first.
-        floor: lowest acceptable top-1 agreement.
+        max_drop: largest acceptable drop (`Agreement.drop`), a fraction.
 
     Returns:
-        the layers to exclude (all of them if the floor is out of reach), the agreement measured with them, and every
+        the layers to exclude (all of them if the limit is out of reach), the agreement measured with them, and every
         measurement, as in quantization.json.
     """
     trail: list[dict[str, Any]] = []
@@ -221,13 +221,13 @@ def search_mixed_precision(
         return found
 
     low, high, best = -1, 0, at(0)
-    while best.top1 < floor and high < len(order):
+    while best.drop > max_drop and high < len(order):
         low, high = high, min(max(1, 2 * high), len(order))
         best = at(high)
-    while best.top1 >= floor and high - low > 1:
+    while best.drop <= max_drop and high - low > 1:
         middle = (low + high) // 2
         candidate = at(middle)
-        if candidate.top1 >= floor:
+        if candidate.drop <= max_drop:
             high, best = middle, candidate
         else:
             low = middle

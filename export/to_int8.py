@@ -107,11 +107,13 @@ def to_int8(
         nodes_to_exclude: eligible nodes that stay in float in any case.
         bias_correction: correct biases for the mean error of rounding. "auto" keeps the correction if it raises the
             agreement on the hold-out, and does nothing without a hold-out.
-        max_drop: largest fraction of hold-out images on which INT8 may predict another class than FP32. The most
-            sensitive layers are excluded from quantization until the limit holds in the real runtime.
+        max_drop: largest drop of INT8 against FP32 on the hold-out, with the teacher's answers as labels; without
+            `teacher_logits`, largest fraction of images on which they predict different classes. The most sensitive
+            layers are excluded from quantization until the limit holds in the real runtime.
         sensitivity: record the sensitivity of every layer, even if none has to be excluded.
         qat: trains the calibrated network; the result is kept if it agrees with FP32 better than calibration alone.
-        teacher_logits: (n, classes), for the hold-out; QAT then also records the agreement with the teacher.
+        teacher_logits: (n, classes), for the hold-out. `max_drop` then judges as the gate does: an image on which INT8
+            is right and FP32 is wrong makes up for one that is lost. QAT also records the agreement with the teacher.
         provenance: origin of the calibration images, for the record.
 
     Raises:
@@ -135,7 +137,18 @@ def to_int8(
     if holdout is None:
         _refuse_without_holdout(method, max_drop, qat)
     with tempfile.TemporaryDirectory(prefix="nayer-edge-") as folder:
-        search = _Search(fp32_path, source, target, rest, calibration, holdout, set(nodes_to_exclude), Path(folder))
+        labels = None if teacher_logits is None else teacher_logits.argmax(1)
+        search = _Search(
+            fp32_path,
+            source,
+            target,
+            rest,
+            calibration,
+            holdout,
+            labels=labels,
+            excluded=set(nodes_to_exclude),
+            folder=Path(folder),
+        )
         search.calibrate(METHODS if method == "auto" else (method,))
         search.correct_bias(bias_correction)
         if qat is not None:
@@ -214,6 +227,7 @@ class _Search:
     """The choices behind one INT8 file, made one after the other.
 
     Attributes:
+        labels: classes of the hold-out images, (n,), if they are known.
         excluded: nodes to exclude from quantization.
         fp32: node → why it stays in FP32 where the rest is FP16.
         graph: FP32 graph to quantize.
@@ -232,6 +246,7 @@ class _Search:
     rest: str
     calibration: np.ndarray
     holdout: np.ndarray | None
+    labels: np.ndarray | None
     excluded: set[str]
     folder: Path
     graph: ModelProto = field(init=False)
@@ -265,11 +280,11 @@ class _Search:
 
     def measure(self, excluded: Collection[str]) -> Agreement:
         """Agreement of `quantized` with FP32 on the hold-out, in ONNX Runtime."""
-        return agreement(self._fp32_logits, self._logits(excluded))
+        return agreement(self._fp32_logits, self._logits(excluded), self.labels)
 
     def holds(self, max_drop: float) -> bool:
         """Whether the choices made so far keep the drop within a limit."""
-        return self.agreement is not None and self.agreement.top1 >= 1 - max_drop
+        return self.agreement is not None and self.agreement.drop <= max_drop
 
     @functools.cached_property
     def _fp32_logits(self) -> np.ndarray:
@@ -326,7 +341,7 @@ class _Search:
         self.graph, self.errors, self.method = trained.graph, {}, QAT
         self.ranges[QAT] = trained.ranges
         logits = self._logits(self.excluded)
-        after = self.scores[QAT] = agreement(self._fp32_logits, logits)
+        after = self.scores[QAT] = agreement(self._fp32_logits, logits, self.labels)
         chosen = _rank(after) > _rank(before)
         self.qat = {
             "chosen": chosen,
@@ -362,7 +377,7 @@ class _Search:
         found, self.agreement, trail = search_mixed_precision(
             lambda layers: self.measure(fixed | set(layers)),
             [name for name in order if name not in fixed],
-            1 - max_drop,
+            max_drop,
         )
         self.excluded |= set(found)
         return trail

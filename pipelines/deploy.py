@@ -183,7 +183,7 @@ def _quantize(
     holdout = source.draw("calibration hold-out", wanted, progress)
     progress.finish()
     trainer = _qat_trainer(source, student, config, out, progress) if config.export.qat else None
-    teacher_logits = None if trainer is None else source.teacher_logits(holdout)
+    teacher_logits = source.teacher_logits(holdout)
     records = {}
     for target in targets:
         result = to_int8(

@@ -37,7 +37,7 @@ class Export(Section):
     calibration_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
     """auto: the method whose INT8 model agrees best with FP32 on a synthetic hold-out"""
     max_drop: Fraction | None = 0.02
-    """largest fraction of the synthetic hold-out on which INT8 may predict another class than FP32; the most sensitive
+    """largest drop of INT8 against FP32 on synthetic images, with the teacher's answers as labels; the most sensitive
     layers are excluded from quantization until the limit holds (mixed precision)"""
     sensitivity: bool = False
     """measure the sensitivity of every layer, even if no layer has to be excluded"""

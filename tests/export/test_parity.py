@@ -51,6 +51,24 @@ def test_agreement_and_divergence_are_those_of_softmax() -> None:
     assert agreement(REFERENCE, REFERENCE + 100).mean_kl == pytest.approx(0, abs=1e-12)
 
 
+def test_with_labels_the_drop_is_the_gates() -> None:
+    """Four images, in turn: both right, lost, gained, and both wrong in different ways."""
+    labels = np.array([0, 0, 0, 0])
+    reference = np.eye(3)[[0, 0, 1, 1]]
+    other = np.eye(3)[[0, 1, 0, 2]]
+    found = agreement(reference, other, labels)
+    assert (found.lost, found.gained, found.drop) == (1, 1, 0.0)
+    assert found.as_record() | {"mean_kl": None} == {"n": 4, "top1": 0.25, "mean_kl": None, "lost": 1, "gained": 1}
+    assert agreement(reference, other).drop == 0.75  # without labels, every other answer counts as lost
+
+
+def test_an_image_without_finite_logits_is_lost() -> None:
+    other = np.eye(3)[[0, 0]]
+    other[1, 2] = math.nan
+    found = agreement(np.eye(3)[[0, 0]], other, np.array([0, 0]))
+    assert (found.lost, found.gained) == (1, 0)
+
+
 @pytest.mark.parametrize("other", [REFERENCE[:2], REFERENCE[:, :2], REFERENCE[0], np.zeros((0, 3))])
 def test_what_does_not_pair_is_refused(other: np.ndarray) -> None:
     with pytest.raises(UsageError, match="cannot be compared"):

@@ -116,13 +116,21 @@ def test_as_few_layers_as_possible_are_excluded(needed: int) -> None:
         asked.append(len(chosen))
         return Agreement(100, 0.999 if len(chosen) >= needed else 0.9, 0.0)
 
-    chosen, best, trail = search_mixed_precision(measure, order, 0.99)
+    chosen, best, trail = search_mixed_precision(measure, order, 0.01)
     assert chosen == order[:needed]
     assert best.top1 == 0.999
     assert [entry["float_layers"] for entry in trail] == asked
     assert len(asked) <= 9
 
 
-def test_all_layers_are_excluded_if_the_floor_is_out_of_reach() -> None:
-    chosen, best, _ = search_mixed_precision(lambda _: Agreement(100, 0.5, 1.0), ["a", "b", "c"], 0.99)
+def test_images_that_int8_gains_make_up_for_those_it_loses() -> None:
+    """Half of the answers change, but on balance one image in a hundred is lost."""
+    changed = Agreement(100, 0.5, 1.0, lost=21, gained=20)
+    chosen, best, _ = search_mixed_precision(lambda _: changed, ["a", "b", "c"], 0.01)
+    assert (chosen, best) == ([], changed)
+    assert search_mixed_precision(lambda _: changed, ["a", "b", "c"], 0.009)[0] == ["a", "b", "c"]
+
+
+def test_all_layers_are_excluded_if_the_limit_is_out_of_reach() -> None:
+    chosen, best, _ = search_mixed_precision(lambda _: Agreement(100, 0.5, 1.0), ["a", "b", "c"], 0.01)
     assert (chosen, best.top1) == (["a", "b", "c"], 0.5)
