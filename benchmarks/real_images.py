@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     run = RunFolder.open(arguments.run)
-    recipe = recipe_of(run.manifest.recipe, run.root)
+    recipe = as_run(recipe_of(run.manifest.recipe, run.root), run)
     where = arguments.train or (recipe.teach.data if recipe.teach else None)
     assert where is not None, "--train is needed: the recipe does not say where training images are"
     train = data.load(where, "train", recipe.teacher.input, recipe.teacher.classes)
@@ -88,6 +88,19 @@ def main() -> None:
             keep(arguments.json, result(run, recipe, found, runs, len(holdout.images)))
     # Runs that were made elsewhere may have joined the file.
     keep(arguments.json, result(run, recipe, found, runs, len(holdout.images)))
+
+
+def as_run(recipe: Recipe, run: RunFolder) -> Recipe:
+    """The recipe with the length that the run had: one with a budget changes its length if time runs short."""
+    if recipe.distill.schedule != "constant":
+        return recipe
+    lines = [json.loads(line) for line in run.path("metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    length = {
+        "epochs": len(lines),
+        "warmup_epochs": sum(line["phase"] == "warmup" for line in lines),
+        "decay_epochs": sum(line["phase"] == "distill" and line["loss_bn"] is None for line in lines),
+    }
+    return recipe.model_copy(update={"distill": recipe.distill.model_copy(update=length)})
 
 
 def taught(

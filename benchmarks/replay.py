@@ -95,11 +95,16 @@ class Replay(Distillation):
 
     def __init__(self, *parts: Any, made: MemoryBank, seen: torch.Tensor) -> None:
         super().__init__(*parts)
-        self._made, self._seen, self._next = made, seen, 0
+        self._made, self._seen, self._next, self._rounds = made, seen, 0, 0
 
     def _round(self, *_: Any, **__: Any) -> Round:
-        place = slice(self._next, self._next + self.settings.synthesis.batch)
-        self._next = place.stop
+        """The next round in the bank; for one that never entered it, any images, which are not kept either."""
+        config, number = self.settings.synthesis, self._rounds - self.settings.synthesis.discard_rounds
+        self._rounds += 1
+        start = min(self._next, len(self._made) - config.batch)
+        place = slice(start, start + config.batch)
+        if number >= 0 and not self.reserved(number):
+            self._next += config.batch
         return Round(self._made.images[place], self._made.labels[place], torch.zeros(3))
 
     def _make_holdout(self) -> None:

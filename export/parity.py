@@ -30,8 +30,10 @@ class Agreement:
 
     @property
     def drop(self) -> float:
-        """Paired drop in accuracy, (lost − gained) / n, as the gate judges it; without labels, every disagreement counts
-        as lost."""
+        """Paired drop in accuracy, (lost − gained) / n, as the gate judges it.
+
+        Without labels, every disagreement counts as lost.
+        """
         if self.lost is None or self.gained is None:
             return 1 - self.top1
         return (self.lost - self.gained) / self.n

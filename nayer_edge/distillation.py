@@ -327,9 +327,13 @@ class Distillation:
         self.rounds_made += 1
         if number < config.discard_rounds:
             return
-        number -= config.discard_rounds
-        reserved = math.floor((number + 1) * config.reserve) > math.floor(number * config.reserve)
+        reserved = self.reserved(number - config.discard_rounds)
         (self.reserve if reserved else self.bank).add(made.images, made.labels)
+
+    def reserved(self, number: int) -> bool:
+        """Whether the images of a round, counted from 0 without discarded ones, are put aside."""
+        share = self.settings.synthesis.reserve
+        return math.floor((number + 1) * share) > math.floor(number * share)
 
     def _make_holdout(self) -> None:
         """Makes the hold-out with copies of generator and statistics, so that it does not affect training."""

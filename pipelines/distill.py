@@ -28,14 +28,13 @@ from .costs.budget import adapted
 from .costs.durations import duration
 from .image_grid import write_grid
 from .recipes.schema import Recipe
-from .steps import CHECKPOINT, DECAY_STATE, NEXT_DECAY_STATE, NEXT_METRICS
+from .steps import BANK, CHECKPOINT, DECAY_STATE, NEXT_DECAY_STATE, NEXT_METRICS, TEACHER_CHECKPOINT
 from .tracking import TensorBoard
 
 TEACHER = "teacher/teacher.safetensors"
 STUDENT = "student/student.safetensors"
 GENERATOR = "generator/generator.safetensors"
 EMBEDDINGS = "lte.safetensors"
-BANK = "bank.safetensors"
 RESERVE = "reserve.safetensors"
 METRICS = "metrics.jsonl"
 PICTURE = "generator/synthetic.png"
@@ -51,7 +50,8 @@ def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artif
     if config.teach is not None:
         images = data.load(config.teach.data, "train", config.teacher.input, config.teacher.classes)
         raise_bn_momentum(teacher)
-        teaching.teach(teacher, images, config.teach, compute, config.seed, progress)
+        checkpoint = out.path(TEACHER_CHECKPOINT)
+        teaching.teach(teacher, images, config.teach, compute, config.seed, progress, checkpoint)
         facts = {
             "trained_on": images.name,
             "images": len(images),

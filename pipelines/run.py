@@ -64,7 +64,7 @@ def run_recipe(
     steps, digest = until(last), read_once()
     # Report all foreseeable errors before writing anything.
     plans = _checked(recipe, steps, None if fresh else _found(root), digest)
-    preflight.check(recipe, [plan.step for plan in plans if plan.stale])
+    preflight.check(recipe, [plan.step for plan in plans if plan.stale], root)
     with lock_folder(root):
         if fresh:
             clear_folder(root)

@@ -52,6 +52,8 @@ class Step:
         return getattr(importlib.import_module(f"nayer_edge.pipelines.{module}"), name)
 
 
+TEACHER_CHECKPOINT = "teacher/checkpoint.safetensors"
+BANK = "bank.safetensors"
 CHECKPOINT = "student/checkpoint.safetensors"
 DECAY_STATE = "student/before_decay.safetensors"
 """the state before the learning rate decayed, from which `--more` continues"""
@@ -72,6 +74,7 @@ STEPS = (
         ("teacher", "teach", *_TRAINING),
         "teacher/teacher.safetensors",
         ("teacher/teacher.safetensors", "teacher/teacher.json"),
+        scratch=(TEACHER_CHECKPOINT,),
         trains=True,
     ),
     Step(

@@ -32,7 +32,7 @@ RUNNABLE = {"gate", "verify", "validate", "report", "export", "bench", "calibrat
 """commands that take seconds on a finished tiny run"""
 
 
-@pytest.mark.parametrize(("name", "page"), [("digits", README), ("cifar_table", MEASUREMENTS)])
+@pytest.mark.parametrize(("name", "page"), [("digits", README), ("budget_table", README), ("cifar_table", MEASUREMENTS)])
 def test_tables_come_from_committed_figures(name: str, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is in its document exactly as its command writes it."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -43,6 +43,8 @@ def test_tables_come_from_committed_figures(name: str, page: Path, monkeypatch: 
     spec.loader.exec_module(benchmark)
     if name == "digits":
         wanted = benchmark.table(json.loads((RESULTS / "digits.json").read_text()))
+    elif name == "budget_table":
+        wanted = benchmark.table(benchmark.read())
     else:
         wanted = benchmark.tables(benchmark.read(benchmark.RESULTS))
     assert f"{benchmark.BEGIN}\n{wanted}\n{benchmark.END}" in page.read_text(encoding="utf-8")

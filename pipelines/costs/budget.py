@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nayer_edge.config import Distill, Synthesis
 from nayer_edge.distillation import Epoch, Length
 from nayer_edge.errors import UsageError
 
@@ -163,6 +164,20 @@ def plan(budget: float, costs: Costs, classes: int) -> BudgetPlan:
         images=images_made,
         steps_in_all=steps * student_epochs,
         seconds=seconds,
+    )
+
+
+def seconds_of(synthesis: Synthesis, distill: Distill, costs: Costs) -> float:
+    """Expected seconds of a distillation with these sizes, without export; costs grow in proportion to the batch."""
+    warm = distill.warmup_epochs * synthesis.warmup_rounds
+    later = (distill.epochs - distill.warmup_epochs - distill.decay_epochs) * synthesis.rounds
+    rounds = warm * costs.synthesis_step + later * (costs.synthesis_step + costs.adversary)
+    steps = (distill.epochs - distill.warmup_epochs) * distill.steps
+    images = (warm + later) * synthesis.batch
+    fresh = min(1.0, images * distill.views / (steps * distill.batch)) if distill.views else 1.0
+    return (
+        rounds * synthesis.g_steps * synthesis.batch / costs.batch
+        + steps * (costs.student_step + fresh * costs.teacher_batch) * distill.batch / costs.student_batch
     )
 
 

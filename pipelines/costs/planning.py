@@ -19,6 +19,7 @@ from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 from ..recipes.schema import Recipe
 from ..steps import CHECKPOINT, DECAY_STATE, PENDING
 from . import budget
+from .durations import duration
 from .fitting import Device, device_at_hand, fit, generator_channels
 from .model_cost import cost_of_network
 from .step_costs import time_steps
@@ -34,10 +35,12 @@ class Planned:
     Attributes:
         sections: recipe sections with the planned numbers.
         words: the plan for people, as (heading, text).
+        costs: of the steps, as measured.
     """
 
     sections: dict[str, dict[str, Any]]
     words: list[tuple[str, str]]
+    costs: budget.Costs
 
 
 def plan_for(
@@ -63,7 +66,7 @@ def plan_for(
     sections = budget.settings(seconds, made, measured, sizes.bank_mib)
     image_bytes = spec.channels * spec.height * spec.width
     words = [*budget.described(made, measured, image_bytes), *(("", why) for why in sizes.reasons.values())]
-    return Planned({**sections, "generator": {"channels": channels}}, words)
+    return Planned({**sections, "generator": {"channels": channels}}, words, measured)
 
 
 def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Recipe, list[tuple[str, str]]]:
@@ -89,7 +92,16 @@ def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Reci
         student = build_classifier(recipe.student.model, teacher.spec, teacher.classes, recipe.student.arguments)
     device = device_at_hand(recipe.device)
     planned = plan_for(seconds, teacher, student, recipe.synthesis.augment, device, recipe.precision)
-    return with_sections(recipe, planned.sections), planned.words
+    return with_sections(recipe, planned.sections), [*planned.words, *_replaced(recipe, planned.costs)]
+
+
+def _replaced(recipe: Recipe, costs: budget.Costs) -> list[tuple[str, str]]:
+    """What is said of a recipe that had sizes of its own, such as the published ones."""
+    if recipe.budget is not None:
+        return []
+    expected = duration(budget.seconds_of(recipe.synthesis, recipe.distill, costs))
+    text = f"the recipe's own sizes and schedule are replaced; with them, distillation would take about {expected} here"
+    return [("note", f"{text} (run it without --budget)")]
 
 
 def with_sections(recipe: Recipe, sections: dict[str, dict[str, Any]]) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models import in_memory
 from nayer_edge.models.names import MEMORY, parse, published_weights
 
-from ..steps import Step
+from ..steps import BANK, CHECKPOINT, Step
 from .loading import BUILT_IN_DATA
 from .schema import Recipe
 
@@ -23,11 +24,12 @@ RUN_THE_TEACHER = {"teacher", "student", "int8", "validate"}
 """steps that run the teacher's network"""
 
 
-def check(recipe: Recipe, steps: Sequence[Step]) -> None:
-    """Checks that files exist, models can be built, and targets are known.
+def check(recipe: Recipe, steps: Sequence[Step], root: Path | None = None) -> None:
+    """Checks that files exist, models can be built, targets are known, and the images fit on the disk.
 
     Args:
         steps: those that will run; what only others need is not checked.
+        root: the run folder; without it, the disk is not checked.
 
     Raises:
         UsageError: with every problem.
@@ -53,6 +55,7 @@ def check(recipe: Recipe, steps: Sequence[Step]) -> None:
                 f"one round makes {recipe.synthesis.batch}"
             )
         problems += _processes(recipe)
+        problems += _disk(recipe, root) if root is not None else []
     if "int8" in names:
         problems += _targets(recipe)
     missing_data = _path("validate.data", recipe.validate_.data) if "validate" in names else []
@@ -170,6 +173,29 @@ def _processes(recipe: Recipe) -> list[str]:
     if size > 1 and recipe.device != "cpu" and 0 < gpus < here:
         problems.append(f"device: {here} processes and {gpus} GPUs on this machine; each process needs its own")
     return problems
+
+
+def _disk(recipe: Recipe, root: Path) -> list[str]:
+    """Why the images do not fit on the disk, where the last checkpoint stays until the next one is whole."""
+    existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free + sum(
+        path.stat().st_size for name in (CHECKPOINT, BANK) if (path := root / name).is_file()
+    )
+    needed = 2 * images_of(recipe) * (_pixels(recipe) + recipe.distill.views * len(recipe.teacher.classes) * 4)
+    if needed <= free:
+        return []
+    return [
+        f"{root}: a memory bank of {images_of(recipe):,} images needs {needed / 2**30:,.1f} GiB with its checkpoints, "
+        f"and {free / 2**30:,.1f} GiB are free; choose another folder with --out, or lower distill.bank_mib"
+    ]
+
+
+def images_of(recipe: Recipe) -> int:
+    """Largest number of images in the memory bank of a run."""
+    synthesis, distill = recipe.synthesis, recipe.distill
+    trained = distill.epochs - distill.warmup_epochs - distill.decay_epochs
+    rounds = distill.warmup_epochs * synthesis.warmup_rounds + trained * synthesis.rounds
+    return min(rounds * synthesis.batch, int(distill.bank_mib * 2**20) // _pixels(recipe))
 
 
 def _targets(recipe: Recipe) -> list[str]:

@@ -14,7 +14,7 @@ from nayer_edge.labels import embeddings as embeddings_of_labels
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.storage.run_folder import RunFolder
 
-from ..distill import BANK, EMBEDDINGS
+from ..distill import EMBEDDINGS
 from ..gate import wording
 from ..gate.statistics import binomial_lower, binomial_upper, drop_lower, drop_upper
 from ..image_grid import class_strips

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from torch.nn import functional as F
 
 from nayer_edge.config import Augment, InputSpec, Teach
 from nayer_edge.data.datasets import LabelledImages
-from nayer_edge.errors import TrainingError
+from nayer_edge.errors import IntegrityError, TrainingError
 from nayer_edge.evaluate import logits_of, top1
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, weights_digest
 from nayer_edge.runtime.compute import Compute, random_stream, seeded
+from nayer_edge.runtime.progress import Silent
+from nayer_edge.storage.tensors import save_tensors
 from nayer_edge.train_teacher import teach
 
 SPEC = InputSpec(channels=1, height=8, width=8)
@@ -51,6 +54,60 @@ def test_a_small_classifier_learns(network: Classifier, compute: Compute) -> Non
     assert trained is network
     assert not trained.training
     assert top1(logits_of(trained, held_out.images, compute), held_out.labels) > 0.95
+
+
+class StoppedError(Exception):
+    """Stands for an interruption."""
+
+
+class StopAfter(Silent):
+    """Interrupts the training in the middle of an epoch."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls, self._most = 0, calls
+
+    def advance(self, count: int = 1) -> None:
+        del count
+        self.calls += 1
+        if self.calls > self._most:
+            raise StoppedError
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_an_interrupted_training_continues_bit_identically(
+    network: Classifier, compute: Compute, tmp_path: Path, optimizer: str
+) -> None:
+    data, config, path = halves(96, seed=1), settings(optimizer=optimizer), tmp_path / "checkpoint.safetensors"
+    fresh, whole = copy.deepcopy(network), copy.deepcopy(network)
+    with pytest.raises(StoppedError):
+        teach(network, data, config, compute, 0, StopAfter(1 + 7), path, checkpoint_seconds=0)
+    # Two of the four epochs are done, and each has three steps.
+    continued = teach(fresh, data, config, compute, 0, StopAfter(1 + 6), path, checkpoint_seconds=0)
+    assert weights_digest(continued) == weights_digest(teach(whole, data, config, compute, 0))
+
+
+def test_the_checkpoint_of_another_training_is_not_continued(
+    network: Classifier, compute: Compute, tmp_path: Path
+) -> None:
+    data, path = halves(96, seed=1), tmp_path / "checkpoint.safetensors"
+    fresh, whole = copy.deepcopy(network), copy.deepcopy(network)
+    teach(network, data, settings(), compute, 0, checkpoint=path)
+    for changes in ({"lr": 0.2}, {"epochs": 5}):
+        found = teach(copy.deepcopy(fresh), data, settings(**changes), compute, 0, checkpoint=path)
+        assert weights_digest(found) == weights_digest(
+            teach(copy.deepcopy(whole), data, settings(**changes), compute, 0)
+        )
+    other = halves(96, seed=2)
+    found = teach(fresh, other, settings(), compute, 0, checkpoint=path)
+    assert weights_digest(found) == weights_digest(teach(whole, other, settings(), compute, 0))
+
+
+def test_a_damaged_checkpoint_says_what_to_remove(network: Classifier, compute: Compute, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_tensors(path, {"weights.x": torch.zeros(1)}, {"other": "facts"})
+    with pytest.raises(IntegrityError, match="not a checkpoint of this teacher") as caught:
+        teach(network, halves(96, seed=1), settings(), compute, 0, checkpoint=path)
+    assert f"rm {path}" in caught.value.fix
 
 
 def test_it_is_sgd_with_nesterov_momentum_and_one_cycle(network: Classifier, compute: Compute) -> None:

@@ -111,6 +111,22 @@ def test_the_plan_is_a_recipe() -> None:
     assert Budget(**sections["budget"]).seconds == 3600
 
 
+@pytest.mark.parametrize("seconds", [600, 3600, 8 * 3600])
+def test_the_sizes_of_a_plan_take_the_time_that_it_says(seconds: float) -> None:
+    found = plan(seconds, SMALL, 10)
+    sections = budget.settings(seconds, found, SMALL, 1000)
+    taken = budget.seconds_of(Synthesis(**sections["synthesis"]), Distill(**sections["distill"]), SMALL)
+    # The plan does not count the views of reserved images, which are never drawn.
+    assert taken == pytest.approx(found.total - SMALL.rest, rel=0.03)
+
+
+def test_published_sizes_take_days_on_a_cpu() -> None:
+    """E = 100: 160,000 images of 30 steps and 40,000 student steps of 512 images, by hand."""
+    published = Synthesis(batch=200, g_steps=30, rounds=4, warmup_rounds=20), Distill()
+    rounds = (20 * 20 * 0.08 + 100 * 4 * 0.11) * 30 * 2
+    assert budget.seconds_of(*published, SMALL) == pytest.approx(rounds + 40_000 * 0.3 * 2)
+
+
 def test_a_smaller_batch_gets_as_many_images_for_each_sample() -> None:
     """Images per student sample, whatever the batch."""
     half = Costs(synthesis_step=0.08, adversary=0.03, student_step=0.1, teacher_batch=0.05, rest=60, student_batch=128)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nayer_edge.errors import UsageError
@@ -30,6 +32,15 @@ def test_preflight_names_every_problem_before_any_work() -> None:
         assert f"- {key}: " in caught.value.why
     assert caught.value.why.count("export.opset") == 1, "the processor's graph has no FP16"
     assert "Nothing was started" in caught.value.fix
+
+
+def test_a_disk_too_small_for_the_images(tmp_path: Path) -> None:
+    """No disk holds a billion rounds; the folder need not exist yet."""
+    huge = ["synthesis.rounds=1000000000", "distill.bank_mib=1e15"]
+    with pytest.raises(UsageError) as caught:
+        preflight.check(load_recipe("digits", huge), STEPS, tmp_path / "runs" / "new")
+    assert "GiB are free" in caught.value.why
+    preflight.check(load_recipe("digits", huge[:1]), STEPS, tmp_path)  # the bank's limit bounds what is written
 
 
 def test_preflight_looks_only_at_what_will_run() -> None:
