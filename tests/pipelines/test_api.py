@@ -60,13 +60,15 @@ def teacher() -> ne.Teacher:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A run with an in-memory teacher, exported and validated. Read-only."""
-    root = tmp_path_factory.mktemp("api") / "mine"
-    run = ne.distill(ne.Teacher(Net(), classes=CLASSES, input=SPEC), STUDENT, root, **TINY)
-    run.export(int8=True)
-    run.validate(None)
-    return root
+
+    def make(folder: Path) -> None:
+        run = ne.distill(ne.Teacher(Net(), classes=CLASSES, input=SPEC), STUDENT, folder / "mine", **TINY)
+        run.export(int8=True)
+        run.validate(None)
+
+    return once("api", make) / "mine"
 
 
 @pytest.fixture
