@@ -169,6 +169,16 @@ def test_an_environment_that_was_not_finished_is_created_anew(tree: Path, damage
         (tree / SITE / "tested-1.0.dist-info/INSTALLER").unlink()
         (tree / SITE / "tested.py").unlink()
         (tree / STAMP).touch()
+    if damage != "package":
+        # What follows is the same for all: here, a Python that creates nothing.
+        other = tree / "python"
+        other.write_text(f'#!/bin/sh\n[ "$1" = -m ] && exit 3\nexec "{sys.executable}" "$@"\n')
+        other.chmod(0o755)
+        done = make(tree, "install-dev", "PYTHON=./python")
+        assert (done.returncode, "could not be created" in done.stderr) == (2, True), done.stderr
+        assert "Creating it anew" in done.stdout
+        assert not (tree / ".venv").exists()
+        return
     done = make(tree, "install-dev")
     assert done.returncode == 0, done.stderr
     assert "Creating it anew" in done.stdout
