@@ -205,7 +205,8 @@ def test_a_library_teacher_with_its_auxiliary_heads(tmp_path: Path) -> None:
     size = "input = { height = 32, width = 32, mean = [0.5], std = [0.5] }"
     for rest, ignored in ((size, True), (size + "\narguments = { aux_logits = true }", False)):
         path = recipe_at(tmp_path / "mine.toml", model + rest, ("a", "b"), "nayer:resnet8", TINY)
-        run = run_recipe(load_recipe(str(path), ["device=cpu"]), tmp_path / f"run{ignored}", last="student")
+        last = "teacher" if ignored else "student"
+        run = run_recipe(load_recipe(str(path), ["device=cpu"]), tmp_path / f"run{ignored}", last=last)
         card = json.loads(run.path("teacher/teacher.json").read_text())
         assert ("weights" in card) == ignored
         if ignored:

@@ -585,7 +585,7 @@ def test_code_runs_where_it_is_trusted(teacher: ne.Teacher, tmp_path: Path, monk
 
 def test_recipes(tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = [*tiny_settings, "teach.epochs=1"]
+    settings = [*tiny_settings, "teacher.model=nayer:wrn_10_1", "teach.epochs=1"]
     run = ne.run("digits", until="lte", settings=settings)
     assert run.path == Path("runs/digits")
     assert set(json.loads(manifest(run.path))["steps"]) == {"teacher", "lte"}

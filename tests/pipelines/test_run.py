@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -178,29 +179,25 @@ def test_changed_training_is_refused(finished: Path, setting: str, named: str) -
     ("setting", "named"),
     [("distill.steps=3", "distill.steps: 20 → 3"), ("lte.encoder=onehot", "→ onehot")],
 )
-def test_what_was_begun_with_other_settings_is_not_thrown_away(
-    setting: str, named: str, tiny_run: Path, tmp_path: Path
-) -> None:
+def test_what_was_begun_with_other_settings_is_not_thrown_away(setting: str, named: str, begun: Path) -> None:
     """An interrupted student is as well protected as a finished one; what comes after it may change."""
-    root = tmp_path / "run"
-    run_recipe(recipe_of(manifest(tiny_run).recipe, tiny_run), root, last="lte")
-    checkpoint = root / "student" / "checkpoint.safetensors"
+    checkpoint = begun / "student" / "checkpoint.safetensors"
     checkpoint.parent.mkdir()
     checkpoint.write_bytes(b"of an interrupted run")
     with pytest.raises(UsageError, match=r"unfinished step 'student' .* other settings") as caught:
-        again(root, setting)
+        again(begun, setting)
     assert named in caught.value.why
-    assert f"nayer-edge run {root}" in caught.value.fix
+    assert f"nayer-edge run {shlex.quote(str(begun))}" in caught.value.fix
     assert checkpoint.read_bytes() == b"of an interrupted run"
     for same in ("gate.accuracy.max_drop_vs_teacher=1.0", "export.calibration_images=30"):
         with pytest.raises(IntegrityError, match="checkpoint"):
-            again(root, same)
+            again(begun, same)
 
 
 def test_fresh_discards(finished: Path) -> None:
     (finished / "stray").mkdir()
     (finished / "stray" / "file").write_text("left by someone")
-    settings = ("distill.epochs=2", "teach.epochs=1", "seed=5")
+    settings = ("distill.epochs=2", "teacher.model=nayer:wrn_10_1", "teach.epochs=1", "seed=5")
     assert made(again(finished, *settings, fresh=True, last="teacher")) == ["teacher"]
     assert manifest(finished).steps.keys() == {"teacher"}
     assert manifest(finished).seed == 5
@@ -300,7 +297,7 @@ def test_a_killed_start_is_no_foreign_folder(tmp_path: Path) -> None:
     root.mkdir()
     (root / ".manifest.json.ab12cd_9.tmp").write_bytes(b"{")
     (root / ".lock").touch()
-    run_recipe(load_recipe("digits", ["teach.epochs=1"]), root, last="teacher")
+    run_recipe(load_recipe("digits", ["teacher.model=nayer:wrn_10_1", "teach.epochs=1"]), root, last="teacher")
     assert RunFolder.open(root).unexpected_files() == []
 
 
