@@ -11,8 +11,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special, stats
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
 from nayer_edge.pipelines.gate.statistics import (
     MAX_IMAGES,
@@ -46,6 +44,9 @@ def test_clopper_pearson_is_scipys(n: int, alpha: float) -> None:
 
 @pytest.mark.parametrize(("k", "n"), [(0, 20), (1, 20), (7, 20), (20, 20), (3, 600), (590, 600)])
 def test_clopper_pearson_is_binomtests_and_statsmodels(k: int, n: int) -> None:
+    # Imported here, so that not every worker does so at its start.
+    from statsmodels.stats.proportion import proportion_confint
+
     exact = stats.binomtest(k, n, alternative="less").proportion_ci(0.95, method="exact")
     assert binomial_upper(k, n, 0.05) == pytest.approx(exact.high, rel=1e-10)
     exact = stats.binomtest(k, n, alternative="greater").proportion_ci(0.95, method="exact")
@@ -314,6 +315,8 @@ def test_images_to_decide_rate(same: int, n: int, minimum: float) -> None:
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.floats(1e-6, 0.2), min_size=1, max_size=30))
 def test_holm_is_statsmodels(p_values: list[float]) -> None:
+    from statsmodels.stats.multitest import multipletests
+
     expected, *_ = multipletests(p_values, alpha=0.05, method="holm")
     found = holm(lambda i, level: p_values[i] <= level, len(p_values), 0.05)
     assert found == frozenset(np.flatnonzero(expected).tolist())
