@@ -71,7 +71,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     def shortly(*arguments: Any, **settings: Any) -> ne.Run:
         settings["synthesis"] |= {"g_steps": 5}
         settings["distill"] |= {"steps": 20}
-        settings["export"] |= {"calibration_images": 50, "calibration_method": "minmax"}
+        settings["export"] |= {"calibration_images": 50, "calibration_method": "minmax", "max_drop": None}
         return distil(*arguments, **settings)
 
     monkeypatch.setattr(ne, "distill", shortly)

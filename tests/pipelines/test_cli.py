@@ -616,6 +616,7 @@ holdout_rounds = 1
 [export]
 calibration_images = 20
 calibration_method = "minmax"
+max_drop = 1.0
 [validate]
 data = {json.dumps(values["validate"]["data"])}
 [gate.per_class]
