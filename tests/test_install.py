@@ -235,7 +235,7 @@ def silent_index() -> Iterator[socket.socket]:
         yield server
 
 
-@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+@pytest.mark.parametrize("shell", ["/bin/sh", pytest.param("/bin/bash", marks=pytest.mark.slow)])
 def test_ctrl_c(tree: Path, silent_index: socket.socket, shell: str) -> None:
     if not Path(shell).exists():
         pytest.skip(f"there is no {shell}")

@@ -119,7 +119,7 @@ def seen(network: Classifier) -> None:
 @pytest.mark.parametrize(
     ("channels", "height", "width", "classes"),
     [
-        (1, 16, 24, 2),
+        pytest.param(1, 16, 24, 2, marks=pytest.mark.slow),
         pytest.param(2, 20, 12, 3, marks=pytest.mark.slow),
         (4, 9, 17, 5),
         (13, 12, 12, 7),
