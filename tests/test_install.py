@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -74,9 +74,13 @@ def write_wheel(folder: Path, name: str, files: dict[str, bytes], version: str =
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A tree with this Makefile and small locks, after `make install` and `make install-dev`."""
-    tree = tmp_path_factory.mktemp("tree")
+    return once("installed", lambda folder: install(folder / "tree")) / "tree"
+
+
+def install(tree: Path) -> None:
+    tree.mkdir()
     shutil.copy(ROOT / "Makefile", tree)
     (tree / "pyproject.toml").write_text(PROJECT)
     wheels = tree / "wheels"
@@ -100,7 +104,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = make(tree, "install-dev")
     assert done.returncode == 0, done.stdout + done.stderr
     assert imports(tree, "tested")
-    return tree
 
 
 def imports(tree: Path, names: str) -> bool:

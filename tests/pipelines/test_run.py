@@ -212,16 +212,15 @@ def test_fresh_with_a_recipe_that_cannot_run_discards_nothing(finished: Path) ->
     assert again(finished) == [(name, "kept") for name in NAMES]
 
 
-def test_stopped_between_steps_and_continued(tiny_run: Path, tmp_path: Path) -> None:
-    root = tmp_path / "run"
+def test_stopped_between_steps_and_continued(tiny_run: Path, begun: Path) -> None:
     recipe = recipe_of(manifest(tiny_run).recipe, tiny_run)
-    run_recipe(recipe, root, last="student")
-    assert tuple(manifest(root).steps) == NAMES[: NAMES.index("student") + 1]
-    assert not (root / "export").exists()
-    kept = manifest(root).steps["student"].finished
-    run_recipe(recipe, root)
-    assert manifest(root).steps["student"].finished == kept
-    assert_same_results(root, tiny_run)
+    run_recipe(recipe, begun, last="student")
+    assert tuple(manifest(begun).steps) == NAMES[: NAMES.index("student") + 1]
+    assert not (begun / "export").exists()
+    kept = manifest(begun).steps["student"].finished
+    run_recipe(recipe, begun)
+    assert manifest(begun).steps["student"].finished == kept
+    assert_same_results(begun, tiny_run)
 
 
 def start(tiny_run: Path, root: Path) -> subprocess.Popen[bytes]:
