@@ -130,7 +130,7 @@ def test_a_run_is_not_made_shorter(run: RunFolder) -> None:
 
 
 def test_more_and_finish_by_the_command_line(run: RunFolder, invoke: Invoke) -> None:
-    answer = invoke("run", run.root, "--more", "3s", "--until", "student")
+    answer = invoke("run", run.root, "--more", "5s", "--until", "student")
     assert answer.code == 0, answer.err
     assert "epochs instead of 5" in answer.out
     trained = RunFolder.open(run.root).manifest.recipe["distill"]
