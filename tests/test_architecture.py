@@ -217,7 +217,7 @@ from pathlib import Path
 
 BLOCKED = (
     *("nayer_edge.data.datasets", "nayer_edge.train_teacher", "nayer_edge.pipelines"),
-    *("sklearn", "pyarrow", "datasets"),
+    *("sklearn", "torchvision", "pyarrow", "PIL", "datasets"),
 )
 
 sys.modules.update(dict.fromkeys(BLOCKED))  # importing any of them fails

@@ -24,7 +24,7 @@ from nayer_edge.pipelines.trust.verification import examine
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 from nayer_edge.text import printed
 
-SHARED = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 ODD = st.sampled_from(
     [0, -1, 2**63, 1e308, "", "\0", "\u202e", "..", "/etc/passwd", True, None, "x" * 300, 1e-320, "NaN"]

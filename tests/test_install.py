@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -74,9 +74,13 @@ def write_wheel(folder: Path, name: str, files: dict[str, bytes], version: str =
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A tree with this Makefile and small locks, after `make install` and `make install-dev`."""
-    tree = tmp_path_factory.mktemp("tree")
+    return once("installed", lambda folder: install(folder / "tree")) / "tree"
+
+
+def install(tree: Path) -> None:
+    tree.mkdir()
     shutil.copy(ROOT / "Makefile", tree)
     (tree / "pyproject.toml").write_text(PROJECT)
     wheels = tree / "wheels"
@@ -100,7 +104,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = make(tree, "install-dev")
     assert done.returncode == 0, done.stdout + done.stderr
     assert imports(tree, "tested")
-    return tree
 
 
 def imports(tree: Path, names: str) -> bool:
@@ -169,6 +172,16 @@ def test_an_environment_that_was_not_finished_is_created_anew(tree: Path, damage
         (tree / SITE / "tested-1.0.dist-info/INSTALLER").unlink()
         (tree / SITE / "tested.py").unlink()
         (tree / STAMP).touch()
+    if damage != "package":
+        # What follows is the same for all: here, a Python that creates nothing.
+        other = tree / "python"
+        other.write_text(f'#!/bin/sh\n[ "$1" = -m ] && exit 3\nexec "{sys.executable}" "$@"\n')
+        other.chmod(0o755)
+        done = make(tree, "install-dev", "PYTHON=./python")
+        assert (done.returncode, "could not be created" in done.stderr) == (2, True), done.stderr
+        assert "Creating it anew" in done.stdout
+        assert not (tree / ".venv").exists()
+        return
     done = make(tree, "install-dev")
     assert done.returncode == 0, done.stderr
     assert "Creating it anew" in done.stdout
@@ -225,7 +238,7 @@ def silent_index() -> Iterator[socket.socket]:
         yield server
 
 
-@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+@pytest.mark.parametrize("shell", ["/bin/sh", pytest.param("/bin/bash", marks=pytest.mark.slow)])
 def test_ctrl_c(tree: Path, silent_index: socket.socket, shell: str) -> None:
     if not Path(shell).exists():
         pytest.skip(f"there is no {shell}")

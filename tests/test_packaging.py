@@ -35,23 +35,28 @@ def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The wheel, built from a copy of the tree, without network access."""
-    tree = tmp_path_factory.mktemp("tree")
+    (found,) = (once("wheel", lambda folder: build_wheel(folder / "tree")) / "tree" / "dist").iterdir()
+    return found
+
+
+def build_wheel(tree: Path) -> None:
     for folder in (*FOLDERS, "tests"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=JUNK)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     done = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tree / "dist", cwd=tree)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = (tree / "dist").iterdir()
-    return found
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+def base(once: Callable[[str, Callable[[Path], object]], Path], wheel: Path) -> Path:
     """An environment with only the wheel and the requirements of its base install."""
-    folder = tmp_path_factory.mktemp("base")
+    return once("base", lambda folder: install_base(folder / "venv", wheel)) / "venv" / "bin" / "python"
+
+
+def install_base(folder: Path, wheel: Path) -> None:
     venv.create(folder, symlinks=True)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
     for name in requirements("nayer-edge"):
@@ -62,7 +67,6 @@ def base(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
                 shutil.copy(source, site / file)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    return folder / "bin" / "python"
 
 
 def requirements(name: str, seen: frozenset[str] = frozenset()) -> set[str]:

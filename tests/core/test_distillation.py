@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -489,45 +487,6 @@ def test_select_agreement_ships_the_best_student(start: Start) -> None:
         assert torch.equal(value, students[best][name])
     teacher = logits_of(run.teacher, run.holdout, run.compute)
     assert float(agreement(logits_of(shipped, run.holdout, run.compute), teacher)) == pytest.approx(max(scores))
-
-
-# ------------------------------------------------------------------ no data
-
-
-def test_distillation_runs_where_no_data_set_can_be_read() -> None:
-    script = """
-import sys
-
-for name in (
-    *("sklearn", "torchvision", "pyarrow", "PIL", "datasets"),
-    *("nayer_edge.data.datasets", "nayer_edge.train_teacher"),
-):
-    sys.modules[name] = None  # importing it is an ImportError
-
-import torch
-from nayer_edge.runtime.compute import choose, seeded
-from nayer_edge.config import LTE, Distill, Generator, InputSpec, Synthesis
-from nayer_edge.distillation import Distillation, Settings, distill
-from nayer_edge.labels.embeddings import build
-from nayer_edge.models.load import build_classifier
-
-spec, classes = InputSpec(channels=1, height=8, width=8), ("a", "b", "c")
-with seeded(0):
-    teacher = build_classifier("nayer:wrn_10_1", spec, classes)
-    student = build_classifier("nayer:resnet8", spec, classes)
-settings = Settings(
-    Generator(noisy_dim=8, channels=4),
-    Synthesis(batch=6, g_steps=2, rounds=1, warmup_rounds=1),
-    Distill(epochs=2, warmup_epochs=1, steps=1, batch=4),
-    seed=0,
-)
-run = Distillation(teacher, build(classes, LTE(encoder="onehot")), student, settings, choose("cpu", "fp32"))
-distill(run)
-assert len(run.history) == 2 and len(run.bank) == 12
-print("distilled")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout == "distilled\n", done.stderr
 
 
 # ------------------------------------------------------------------ errors

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,27 +38,34 @@ def classifier(name: str) -> nn.Module:
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def fp32(mobilenet_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("fp32")
-    paths = {name: folder / f"{index}.onnx" for index, name in enumerate(MODELS)}
-    for name in OURS:
-        to_onnx(classifier(name), SHAPE, paths[name])
-    shutil.copy(mobilenet_onnx, paths["torchvision:mobilenet_v3_small"])
-    return paths
+def file_of(name: str, target: str = "fp32") -> str:
+    return f"{MODELS.index(name)}.{target}.onnx"
 
 
 @pytest.fixture(scope="module")
-def graphs(fp32: dict[str, Path]) -> dict[tuple[str, str], ModelProto]:
+def fp32(mobilenet_onnx: Path, once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Path]:
+    def export(folder: Path) -> None:
+        for name in OURS:
+            to_onnx(classifier(name), SHAPE, folder / file_of(name))
+
+    folder = once("qdq-fp32", export)
+    return {**{name: folder / file_of(name) for name in OURS}, "torchvision:mobilenet_v3_small": mobilenet_onnx}
+
+
+@pytest.fixture(scope="module")
+def graphs(
+    fp32: dict[str, Path], once: Callable[[str, Callable[[Path], object]], Path]
+) -> dict[tuple[str, str], ModelProto]:
     """(model, target) → quantized graph, the rest in float32."""
-    found = {}
-    for name, path in fp32.items():
-        for target in ("cpu", "arm", "tensorrt", "tensorrt-rtx"):
-            out = path.with_suffix(f".{target}.onnx")
+    all_of_them = [(name, target) for name in MODELS for target in ("cpu", "arm", *TENSORRT)]
+
+    def quantize(folder: Path) -> None:
+        for name, target in all_of_them:
             images = smooth(8, 9) if name in OURS else smooth(8, 9).repeat(2, axis=2).repeat(2, axis=3)
-            to_int8(path, out, images, target, method="minmax", rest="float32")
-            found[name, target] = read_onnx(out)
-    return found
+            to_int8(fp32[name], folder / file_of(name, target), images, target, method="minmax", rest="float32")
+
+    folder = once("qdq-int8", quantize)
+    return {(name, target): read_onnx(folder / file_of(name, target)) for name, target in all_of_them}
 
 
 class Graph:

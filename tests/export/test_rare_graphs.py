@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -154,14 +155,16 @@ MODELS = {
 
 
 @pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("rare")
-    paths = {}
-    for name, build in MODELS.items():
-        torch.manual_seed(0)
-        paths[name] = folder / f"{name.replace(' ', '_')}.onnx"
-        to_onnx(build().eval(), SHAPE, paths[name])
-    return paths
+def fp32(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Path]:
+    files = {name: f"{name.replace(' ', '_')}.onnx" for name in MODELS}
+
+    def export(folder: Path) -> None:
+        for name, build in MODELS.items():
+            torch.manual_seed(0)
+            to_onnx(build().eval(), SHAPE, folder / files[name])
+
+    folder = once("rare-fp32", export)
+    return {name: folder / file for name, file in files.items()}
 
 
 def int8(path: Path, target: str, folder: Path, **options: object) -> Int8Result:

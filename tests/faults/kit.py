@@ -67,6 +67,7 @@ augment = {{ pad = 1, flip = false }}
 [export]
 calibration_images = 12
 calibration_method = "minmax"
+max_drop = 1.0
 
 [validate]
 data = "{folder}/holdout.npz"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nayer_edge.pipelines.cli import main
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "transformers", "tensorrt", "sklearn", "PIL", "scipy")
 
@@ -42,6 +43,20 @@ class Answer:
 def finished(tiny_run: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, to be altered."""
     return Path(shutil.copytree(tiny_run, tmp_path / "runs" / "digits"))
+
+
+@pytest.fixture
+def begun(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run as it was before its student: the teacher and the label embeddings."""
+    root = tmp_path / "a run"
+    root.mkdir()
+    shutil.copytree(tiny_run / "teacher", root / "teacher")
+    for name in ("lte.safetensors", MANIFEST):
+        shutil.copy(tiny_run / name, root / name)
+    run = RunFolder.open(root)
+    for step in list(run.manifest.steps)[2:]:
+        run.forget(step)
+    return root
 
 
 @pytest.fixture

@@ -60,13 +60,15 @@ def teacher() -> ne.Teacher:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A run with an in-memory teacher, exported and validated. Read-only."""
-    root = tmp_path_factory.mktemp("api") / "mine"
-    run = ne.distill(ne.Teacher(Net(), classes=CLASSES, input=SPEC), STUDENT, root, **TINY)
-    run.export(int8=True)
-    run.validate(None)
-    return root
+
+    def make(folder: Path) -> None:
+        run = ne.distill(ne.Teacher(Net(), classes=CLASSES, input=SPEC), STUDENT, folder / "mine", **TINY)
+        run.export(int8=True)
+        run.validate(None)
+
+    return once("api", make) / "mine"
 
 
 @pytest.fixture
@@ -583,7 +585,7 @@ def test_code_runs_where_it_is_trusted(teacher: ne.Teacher, tmp_path: Path, monk
 
 def test_recipes(tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = [*tiny_settings, "teach.epochs=1"]
+    settings = [*tiny_settings, "teacher.model=nayer:wrn_10_1", "teach.epochs=1"]
     run = ne.run("digits", until="lte", settings=settings)
     assert run.path == Path("runs/digits")
     assert set(json.loads(manifest(run.path))["steps"]) == {"teacher", "lte"}

@@ -64,21 +64,18 @@ def settings_of(root: Path) -> list[str]:
     ]
 
 
-def test_what_a_message_says_to_type_goes_on_with_the_run(tiny_run: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_what_a_message_says_to_type_goes_on_with_the_run(
+    tiny_run: Path, begun: Path, tmp_path: Path, invoke: Invoke
+) -> None:
     """Whatever the recipe was, and with its own settings."""
-    root = tmp_path / "a run"
-    run_recipe(recipe_of(RunFolder.open(tiny_run).manifest.recipe, tiny_run), root, last="lte")
-    answer = invoke("calibration-data", root, "--out", tmp_path / "c")
+    answer = invoke("calibration-data", begun, "--out", tmp_path / "c")
     assert answer.code == 2
     typed = re.search(r"Type: nayer-edge (run .* --until student)$", answer.err, re.MULTILINE)
     assert typed is not None, answer.err
     assert invoke(*shlex.split(typed[1])).code == 0
-    assert list(RunFolder.open(root).manifest.steps) == ["teacher", "lte", "student"]
+    assert list(RunFolder.open(begun).manifest.steps) == ["teacher", "lte", "student"]
     theirs = RunFolder.open(tiny_run).manifest.files["student/student.safetensors"]
-    assert RunFolder.open(root).manifest.files["student/student.safetensors"].sha256 == theirs.sha256
-    # The verdict of so small a run is no pass.
-    assert invoke("run", root).code == 1
-    assert (root / "report.html").is_file()
+    assert RunFolder.open(begun).manifest.files["student/student.safetensors"].sha256 == theirs.sha256
 
 
 def record_again(root: Path, name: str) -> None:
@@ -500,22 +497,15 @@ def test_no_colour_codes_off_a_terminal(spawn: Invoke, finished: Path) -> None:
 # Interruption and failure
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_resumed(tiny_run: Path, tmp_path: Path, number: signal.Signals) -> None:
-    root = tmp_path / "run"
-    for name in ("teacher", "lte.safetensors", MANIFEST):
-        copy = shutil.copytree if (tiny_run / name).is_dir() else shutil.copy
-        root.mkdir(exist_ok=True)
-        copy(tiny_run / name, root / name)
-    run = RunFolder.open(root)
-    for step in list(run.manifest.steps)[2:]:
-        run.forget(step)
-    command = [sys.executable, "-m", "nayer_edge", "run", "digits", *settings_of(tiny_run), "--out", str(root)]
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_interrupted_it_keeps_what_is_finished(tiny_run: Path, begun: Path, number: signal.Signals) -> None:
+    """In test_run.py, a killed run is continued to the same student."""
+    command = [sys.executable, "-m", "nayer_edge", "run", "digits", *settings_of(tiny_run), "--out", str(begun)]
     with subprocess.Popen(
         [*command, "--set", "distill.epochs=100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 120
-        while not (root / "metrics.jsonl").exists():
+        while not (begun / "metrics.jsonl").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -525,12 +515,9 @@ def test_interrupted_and_resumed(tiny_run: Path, tmp_path: Path, number: signal.
     assert err == "\nInterrupted. Finished work is kept; run the same command to continue.\n"
     recipe = recipe_of(json.loads((tiny_run / MANIFEST).read_text())["recipe"], tiny_run)
     with pytest.raises(UsageError, match=r"unfinished step 'student' .* other settings"):
-        run_recipe(recipe, root, last="student")
-    (root / "student" / "checkpoint.safetensors").unlink()
-    done = run_recipe(recipe, root, last="student")
-    for name in ("student/student.safetensors", "bank.safetensors"):
-        assert sha256_of(root / name) == sha256_of(tiny_run / name)
-    assert done.problems() == []
+        run_recipe(recipe, begun, last="student")
+    assert (begun / "student" / "checkpoint.safetensors").is_file()
+    assert RunFolder.open(begun).problems() == []
 
 
 @pytest.mark.parametrize(("size", "shape"), [("20x24", (3, 20, 24)), ("24", (3, 24, 24)), ("1x20x24", (1, 20, 24))])
@@ -629,6 +616,7 @@ holdout_rounds = 1
 [export]
 calibration_images = 20
 calibration_method = "minmax"
+max_drop = 1.0
 [validate]
 data = {json.dumps(values["validate"]["data"])}
 [gate.per_class]

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,19 @@ def test_labels_and_encoder_without_a_recipe(here: Path, invoke: Invoke, sentenc
 
 
 def test_the_second_build_takes_no_language_model(
-    here: Path, invoke: Invoke, spawn: Invoke, without: Callable[..., dict[str, str]], sentence_encoder: Path
+    here: Path, invoke: Invoke, sentence_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = ["lte", "build", "--labels", "labels.txt", "--encoder", str(sentence_encoder), "--json"]
     told += ["--prompt", "a {label}", "--prompt", "the {label} here"]
     first = invoke(*told)
     assert first.code == 0, first.err
-    again = spawn(*told, env=without("transformers", "tokenizers"), cwd=here)
+    for name in ("transformers", "tokenizers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    again = invoke(*told)
     assert (again.code, again.err) == (0, "")
     assert json.loads(again.out) == json.loads(first.out)
     (here / "labels.txt").write_text(WORDS + "one more\n")
-    answer = spawn(*told, env=without("transformers", "tokenizers"), cwd=here)
+    answer = invoke(*told)
     assert answer.code == 3, "new labels need it"
     assert "pip install 'nayer-edge[cpu]'" in answer.err
 

@@ -131,7 +131,8 @@ def test_a_fresh_start_that_was_cut_short_can_be_repeated(
         with pytest.raises(KeyboardInterrupt):
             clear_folder(finished)
     assert (finished / MANIFEST).is_file()
-    run_recipe(load_recipe("digits", ["teach.epochs=1"]), finished, last="teacher", fresh=True)
+    recipe = load_recipe("digits", ["teacher.model=nayer:wrn_10_1", "teach.epochs=1"])
+    run_recipe(recipe, finished, last="teacher", fresh=True)
     assert RunFolder.open(finished).unexpected_files() == []
 
 

@@ -29,7 +29,7 @@ from nayer_edge.storage.run_folder import RunFolder
 
 Invoke = Callable[..., Any]
 SETTINGS = (
-    *("device=cpu", "precision=fp32", "teach.epochs=1"),
+    *("device=cpu", "precision=fp32", "teacher.model=nayer:wrn_10_1", "teach.epochs=1"),
     *("synthesis.batch=20", "synthesis.g_steps=2", "synthesis.warmup_rounds=4", "synthesis.rounds=2"),
     *("synthesis.reserve=0.4", "synthesis.g_life=1000"),
     *("distill.warmup_epochs=1", "distill.steps=3", "distill.batch=16", "distill.views=2", "distill.holdout_rounds=1"),
@@ -43,19 +43,15 @@ def recipe(epochs: int, decay: int) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A finished student of five epochs, the last with a falling rate. Read only."""
-    root = tmp_path_factory.mktemp("runs") / "short"
-    run_recipe(recipe(5, 1), root, last="student")
-    return root
+    return once("five-epochs", lambda folder: run_recipe(recipe(5, 1), folder / "run", last="student")) / "run"
 
 
 @pytest.fixture(scope="module")
-def long(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def long(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """One run of eight epochs, the last two with a falling rate. Read only."""
-    root = tmp_path_factory.mktemp("runs") / "long"
-    run_recipe(recipe(8, 2), root, last="student")
-    return root
+    return once("eight-epochs", lambda folder: run_recipe(recipe(8, 2), folder / "run", last="student")) / "run"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -30,12 +31,20 @@ def recipe(settings: list[str], *more: str) -> Recipe:
 
 
 @pytest.fixture
-def plain(finished: Path, tiny_settings: list[str]) -> Path:
+def plain(
+    tiny_run: Path,
+    tiny_settings: list[str],
+    once: Callable[[str, Callable[[Path], object]], Path],
+    tmp_path: Path,
+) -> Path:
     """The finished run, whose recipe now says how long QAT is, but not to do it."""
-    before = sha256_of(finished / INT8)
-    run_recipe(recipe(tiny_settings), finished, last="int8")
-    assert sha256_of(finished / INT8) == before, "without QAT its settings do not change a bit"
-    return finished
+
+    def make(folder: Path) -> None:
+        root = shutil.copytree(tiny_run, folder / "digits")
+        run_recipe(recipe(tiny_settings), root, last="int8")
+        assert sha256_of(root / INT8) == sha256_of(tiny_run / INT8), "without QAT its settings do not change a bit"
+
+    return Path(shutil.copytree(once("qat", make) / "digits", tmp_path / "runs" / "digits"))
 
 
 def record(root: Path) -> dict[str, Any]:

@@ -57,16 +57,18 @@ def teach_the_student(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def good(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def good(tiny_run: Path, once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A run whose student is good, exported and validated. Read only: copy it before changing anything."""
-    root = tmp_path_factory.mktemp("release") / "digits"
-    shutil.copytree(tiny_run, root)
-    teach_the_student(root)
-    held = RunFolder.open(root).manifest.recipe
-    # The tiny run's generator draws poor images to calibrate with; every layer is quantized all the same.
-    held["export"] |= {"max_drop": None, "calibration_images": 100}
-    run_recipe(recipe_of(held, root), root, last="validate")
-    return root
+
+    def make(folder: Path) -> None:
+        root = shutil.copytree(tiny_run, folder / "digits")
+        teach_the_student(root)
+        held = RunFolder.open(root).manifest.recipe
+        # The tiny run's generator draws poor images to calibrate with; every layer is quantized all the same.
+        held["export"] |= {"max_drop": None, "calibration_images": 100}
+        run_recipe(recipe_of(held, root), root, last="validate")
+
+    return once("release", make) / "digits"
 
 
 @pytest.fixture

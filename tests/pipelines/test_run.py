@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -178,29 +179,25 @@ def test_changed_training_is_refused(finished: Path, setting: str, named: str) -
     ("setting", "named"),
     [("distill.steps=3", "distill.steps: 20 → 3"), ("lte.encoder=onehot", "→ onehot")],
 )
-def test_what_was_begun_with_other_settings_is_not_thrown_away(
-    setting: str, named: str, tiny_run: Path, tmp_path: Path
-) -> None:
+def test_what_was_begun_with_other_settings_is_not_thrown_away(setting: str, named: str, begun: Path) -> None:
     """An interrupted student is as well protected as a finished one; what comes after it may change."""
-    root = tmp_path / "run"
-    run_recipe(recipe_of(manifest(tiny_run).recipe, tiny_run), root, last="lte")
-    checkpoint = root / "student" / "checkpoint.safetensors"
+    checkpoint = begun / "student" / "checkpoint.safetensors"
     checkpoint.parent.mkdir()
     checkpoint.write_bytes(b"of an interrupted run")
     with pytest.raises(UsageError, match=r"unfinished step 'student' .* other settings") as caught:
-        again(root, setting)
+        again(begun, setting)
     assert named in caught.value.why
-    assert f"nayer-edge run {root}" in caught.value.fix
+    assert f"nayer-edge run {shlex.quote(str(begun))}" in caught.value.fix
     assert checkpoint.read_bytes() == b"of an interrupted run"
     for same in ("gate.accuracy.max_drop_vs_teacher=1.0", "export.calibration_images=30"):
         with pytest.raises(IntegrityError, match="checkpoint"):
-            again(root, same)
+            again(begun, same)
 
 
 def test_fresh_discards(finished: Path) -> None:
     (finished / "stray").mkdir()
     (finished / "stray" / "file").write_text("left by someone")
-    settings = ("distill.epochs=2", "teach.epochs=1", "seed=5")
+    settings = ("distill.epochs=2", "teacher.model=nayer:wrn_10_1", "teach.epochs=1", "seed=5")
     assert made(again(finished, *settings, fresh=True, last="teacher")) == ["teacher"]
     assert manifest(finished).steps.keys() == {"teacher"}
     assert manifest(finished).seed == 5
@@ -215,16 +212,15 @@ def test_fresh_with_a_recipe_that_cannot_run_discards_nothing(finished: Path) ->
     assert again(finished) == [(name, "kept") for name in NAMES]
 
 
-def test_stopped_between_steps_and_continued(tiny_run: Path, tmp_path: Path) -> None:
-    root = tmp_path / "run"
+def test_stopped_between_steps_and_continued(tiny_run: Path, begun: Path) -> None:
     recipe = recipe_of(manifest(tiny_run).recipe, tiny_run)
-    run_recipe(recipe, root, last="student")
-    assert tuple(manifest(root).steps) == NAMES[: NAMES.index("student") + 1]
-    assert not (root / "export").exists()
-    kept = manifest(root).steps["student"].finished
-    run_recipe(recipe, root)
-    assert manifest(root).steps["student"].finished == kept
-    assert_same_results(root, tiny_run)
+    run_recipe(recipe, begun, last="student")
+    assert tuple(manifest(begun).steps) == NAMES[: NAMES.index("student") + 1]
+    assert not (begun / "export").exists()
+    kept = manifest(begun).steps["student"].finished
+    run_recipe(recipe, begun)
+    assert manifest(begun).steps["student"].finished == kept
+    assert_same_results(begun, tiny_run)
 
 
 def start(tiny_run: Path, root: Path) -> subprocess.Popen[bytes]:
@@ -251,19 +247,20 @@ def killed(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def test_killed_inside_a_step_and_continued(tiny_run: Path, tmp_path: Path) -> None:
+def test_killed_inside_a_step_and_continued(tiny_run: Path, begun: Path) -> None:
     """The process dies while it distils, after a checkpoint."""
-    root = tmp_path / "run"
-    process = start(tiny_run, root)
+    process = start(tiny_run, begun)
     deadline = time.monotonic() + 120
-    while not (root / "student" / "checkpoint.safetensors").exists() and process.poll() is None:
+    while not (begun / "student" / "checkpoint.safetensors").exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     killed(process)
     assert process.returncode == -signal.SIGKILL
-    assert "student" not in manifest(root).steps
-    run_recipe(recipe_of(manifest(tiny_run).recipe, tiny_run), root)
-    assert_same_results(root, tiny_run)
+    assert "student" not in manifest(begun).steps
+    run = run_recipe(recipe_of(manifest(tiny_run).recipe, tiny_run), begun, last="student")
+    for name in SAME:
+        assert run.manifest.files[name].sha256 == manifest(tiny_run).files[name].sha256, name
+    assert (run.problems(), run.unexpected_files()) == ([], [])
 
 
 @pytest.mark.slow
@@ -299,7 +296,7 @@ def test_a_killed_start_is_no_foreign_folder(tmp_path: Path) -> None:
     root.mkdir()
     (root / ".manifest.json.ab12cd_9.tmp").write_bytes(b"{")
     (root / ".lock").touch()
-    run_recipe(load_recipe("digits", ["teach.epochs=1"]), root, last="teacher")
+    run_recipe(load_recipe("digits", ["teacher.model=nayer:wrn_10_1", "teach.epochs=1"]), root, last="teacher")
     assert RunFolder.open(root).unexpected_files() == []
 
 

@@ -12,15 +12,14 @@ from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.storage.run_folder import RunFolder
 
 
-def test_the_board_shows_the_metrics(tmp_path: Path, tiny_settings: list[str]) -> None:
+def test_the_board_shows_the_metrics(begun: Path, tiny_settings: list[str]) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra 'tracking'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    root = tmp_path / "run"
-    run_recipe(load_recipe("digits", [*tiny_settings, "tracking=tensorboard"]), root, last="student")
-    board = EventAccumulator(str(tmp_path / "run.tensorboard")).Reload()
-    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    run_recipe(load_recipe("digits", [*tiny_settings, "tracking=tensorboard"]), begun, last="student")
+    board = EventAccumulator(str(begun.with_name("a run.tensorboard"))).Reload()
+    lines = [json.loads(line) for line in (begun / "metrics.jsonl").read_text().splitlines()]
     shown = {point.step: point.value for point in board.Scalars("loss_bn")}
     assert shown == pytest.approx({line["epoch"]: line["loss_bn"] for line in lines}, rel=1e-4)
     assert len(board.Scalars("loss_kd")) == sum(line["loss_kd"] is not None for line in lines) > 0
-    assert RunFolder.open(root).unexpected_files() == []
+    assert RunFolder.open(begun).unexpected_files() == []

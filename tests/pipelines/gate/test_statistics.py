@@ -11,8 +11,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special, stats
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
 from nayer_edge.pipelines.gate.statistics import (
     MAX_IMAGES,
@@ -46,6 +44,9 @@ def test_clopper_pearson_is_scipys(n: int, alpha: float) -> None:
 
 @pytest.mark.parametrize(("k", "n"), [(0, 20), (1, 20), (7, 20), (20, 20), (3, 600), (590, 600)])
 def test_clopper_pearson_is_binomtests_and_statsmodels(k: int, n: int) -> None:
+    # Imported here, so that not every worker does so at its start.
+    from statsmodels.stats.proportion import proportion_confint
+
     exact = stats.binomtest(k, n, alternative="less").proportion_ci(0.95, method="exact")
     assert binomial_upper(k, n, 0.05) == pytest.approx(exact.high, rel=1e-10)
     exact = stats.binomtest(k, n, alternative="greater").proportion_ci(0.95, method="exact")
@@ -227,11 +228,11 @@ def chance_of_passing(n: int, gained_rate: float, drop: float, limit: float, alp
 @pytest.mark.parametrize(
     ("n", "limit", "alpha"),
     [
-        *itertools.product([20, 50, 100], [0.0, 0.03, 0.0999, 0.1, 0.11, 0.2], [0.1, 0.05, 0.01]),
-        *itertools.product([598, 600], [0.005, 0.015, 0.04], [0.1, 0.05, 0.01, 0.001]),
-        (10_000, 0.0003, 0.05),
-        (10_000, 0.005, 0.05),
-        (600, 0.015, 0.2),
+        *((20, 0.0, 0.05), (20, 0.03, 0.1), (20, 0.2, 0.01)),
+        *((50, 0.0, 0.1), (50, 0.0999, 0.1), (50, 0.1, 0.05)),
+        *((100, 0.03, 0.05), (100, 0.1, 0.05), (100, 0.11, 0.01)),
+        *((598, 0.005, 0.05), (598, 0.04, 0.01), (600, 0.005, 0.001), (600, 0.015, 0.05), (600, 0.015, 0.2)),
+        *((10_000, 0.0003, 0.05), (10_000, 0.005, 0.05)),
     ],
 )
 def test_false_verdicts_enumerated(n: int, limit: float, alpha: float) -> None:
@@ -240,6 +241,14 @@ def test_false_verdicts_enumerated(n: int, limit: float, alpha: float) -> None:
     rates = [0.0, *np.geomspace(0.05 / n, largest if n <= 100 else 30 / n, 14)]
     for rate in rates:
         assert max(chances(n, rate, limit, limit, alpha)) <= alpha * (1 + 1e-9), rate
+
+
+@pytest.mark.slow
+def test_false_verdicts_enumerated_for_every_kind_of_gate() -> None:
+    for case in itertools.product([20, 50, 100], [0.0, 0.03, 0.0999, 0.1, 0.11, 0.2], [0.1, 0.05, 0.01]):
+        test_false_verdicts_enumerated(*case)
+    for case in itertools.product([598, 600], [0.005, 0.015, 0.04], [0.1, 0.05, 0.01, 0.001]):
+        test_false_verdicts_enumerated(*case)
 
 
 def test_enumeration_is_exact_where_it_can_be_checked() -> None:
@@ -306,6 +315,8 @@ def test_images_to_decide_rate(same: int, n: int, minimum: float) -> None:
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.floats(1e-6, 0.2), min_size=1, max_size=30))
 def test_holm_is_statsmodels(p_values: list[float]) -> None:
+    from statsmodels.stats.multitest import multipletests
+
     expected, *_ = multipletests(p_values, alpha=0.05, method="holm")
     found = holm(lambda i, level: p_values[i] <= level, len(p_values), 0.05)
     assert found == frozenset(np.flatnonzero(expected).tolist())

@@ -611,8 +611,19 @@ FAINT = """
 """
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("width", [360, 768, 1280])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        *((name, 360) for name in VARIANTS),
+        *(("as it is", width) for width in (768, 1280)),
+        *(
+            pytest.param(name, width, marks=pytest.mark.slow)
+            for name in VARIANTS
+            for width in (768, 1280)
+            if name != "as it is"
+        ),
+    ],
+)
 def test_a_browser_shows_it(tab: Any, variant: Variant, name: str, width: int) -> None:
     altered = variant(name)
     tab.open(altered.root / "report.html", width=width)
