@@ -100,7 +100,7 @@ schemas: install  ## writes the published JSON Schemas and docs/REFERENCE.md ane
 	$(BIN)/python -m nayer_edge.pipelines.schemas.reference >docs/REFERENCE.md
 
 RESOLVE := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	--no-annotate --no-header --quiet --upgrade
+	--no-annotate --no-header --quiet --upgrade --override requirements.overrides
 
 lock:  ## resolves both locks anew (needs uv); they name no index
 	$(RESOLVE) --extra cpu --extra rtx --extra lm --extra timm --extra sign --extra sbom --extra tracking --extra dev \
