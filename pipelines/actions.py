@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from .show import Display
 
 
-def read_recipe(name: str, settings: list[str] | None = None) -> Recipe:
+def read_recipe(name: str, settings: list[str] | None = None, bank: Path | None = None) -> Recipe:
     """Reads a shipped recipe, a recipe file or a run folder's recipe, with overrides ("a.b=c").
+
+    Args:
+        bank: another run, whose images the run starts with.
 
     Raises:
         UsageError: unknown recipe, invalid recipe, or a file named in the overrides does not exist.
@@ -38,7 +41,14 @@ def read_recipe(name: str, settings: list[str] | None = None) -> Recipe:
 
     recipe = load_recipe(name, settings)
     require_typed(recipe, [setting.partition("=")[0].replace(" ", "") for setting in settings or []])
-    return recipe
+    return recipe if bank is None else on_bank(recipe, bank)
+
+
+def on_bank(recipe: Recipe, bank: Path) -> Recipe:
+    """The recipe of a run that starts with the images of another run."""
+    return recipe.model_copy(
+        update={"student": recipe.student.model_copy(update={"bank": str(expanded(bank).resolve())})}
+    )
 
 
 def open_run(root: Path) -> RunFolder:
@@ -101,7 +111,8 @@ class Time:
 def timed(
     recipe: Recipe, name: str | None, root: Path, time: Time, *, fresh: bool = False
 ) -> tuple[Recipe, list[tuple[str, str]]]:
-    """The recipe with the sizes or the length that fit the given time, and the plan in words (heading, text).
+    """The recipe with the sizes or the length that fit the given time, and the plan in words (heading, text). With
+    `student.bank`, it also has what a new run takes over from that run.
 
     Args:
         name: the recipe as typed: a name, a file, or a run folder to continue; None if it comes from a program.
@@ -109,11 +120,19 @@ def timed(
         fresh: the folder will be emptied first.
 
     Raises:
-        UsageError: too little time, or the run cannot change its length.
+        UsageError: too little time, the run cannot change its length, or the other run's bank does not fit.
+        IntegrityError: the other run was altered.
     """
     from .recipes.loading import run_folder
 
-    is_run = name is not None and run_folder(name) is not None and not fresh
+    named = run_folder(name) if name is not None else None
+    # The recipe of a run folder may also start another run.
+    is_run = named is not None and not fresh and named.resolve() == root.resolve()
+    words: list[tuple[str, str]] = []
+    if not is_run and recipe.student.bank is not None:
+        from .shared_bank import started
+
+        recipe, words = started(recipe)
     if is_run and recipe.distill.schedule == "constant":
         from .costs.planning import continued
 
@@ -128,13 +147,16 @@ def timed(
                 fix=f"To give it more time: nayer-edge run {run.typed} --more 1h\n"
                 f"To end it early: nayer-edge run {run.typed} --finish 5m",
             )
-        return with_budget(recipe, time.budget, None if fresh else root)
+        recipe, plan = with_budget(recipe, time.budget, None if fresh else root)
+        return recipe, words + plan
     if time.more is None and time.finish is None:
-        return recipe, []
+        return recipe, words
     option = "--more" if time.more is not None else "--finish"
     if not is_run:
         raise UsageError(
-            f"{option} continues a run, and '{name}' is not a run folder.",
+            f"{option} continues a run, and '{name}' is not a run folder."
+            if named is None
+            else f"{option} continues the run in {named}, and neither --out nor --fresh goes with it.",
             fix=f"For example: nayer-edge run runs/{recipe.name} {option} 1h",
         )
     from .costs import planning

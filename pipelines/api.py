@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 FilePath = str | os.PathLike[str]
 Labels = Sequence[str] | FilePath
 """class names in the order of the outputs, or a file of them"""
-GIVEN = ("teacher", "teach", "student.model")
+GIVEN = ("teacher", "teach", "student.model", "student.bank")
 """recipe keys that `distill` takes as arguments or does not accept"""
 
 
@@ -402,6 +402,7 @@ def distill(
     out: FilePath,
     *,
     budget: str | None = None,
+    bank: Run | FilePath | None = None,
     fresh: bool = False,
     progress: bool = False,
     trust_code: bool = False,
@@ -417,6 +418,8 @@ def distill(
         out: the run folder.
         budget: plan the run for so much time on this machine, such as "20m" or "1h". It replaces the sizes in
             `settings`.
+        bank: a finished run with the same teacher: start with its images, generator and label embeddings instead of
+            filling a memory bank.
         fresh: empty the folder and start over.
         progress: show the command line's progress display.
         trust_code: allow the code of a python: model to run.
@@ -440,6 +443,8 @@ def distill(
             )
         recipe = recipe_of(_values(teacher, student, path, settings), Path.cwd(), "given to distill()")
         require_typed(recipe, ["validate.data"])
+        if bank is not None:
+            recipe = actions.on_bank(recipe, _folder(bank))
         recipe, _ = actions.timed(recipe, None, path, actions.Time.typed(budget), fresh=fresh)
         actions.make(recipe, path, last="student", fresh=fresh, display=_display(progress))
     return Run(path, teacher, trust_code=trust_code)
@@ -454,6 +459,7 @@ def run(
     budget: str | None = None,
     more: str | None = None,
     finish: str | None = None,
+    bank: Run | FilePath | None = None,
     fresh: bool = False,
     progress: bool = False,
     trust_code: bool = False,
@@ -465,7 +471,7 @@ def run(
         out: the run folder; default: runs/<recipe>.
         until: the last step to run: teacher, lte, student, onnx, int8, engine, validate, gate or report.
         settings: overrides of the recipe, such as ["distill.epochs=4"].
-        budget: see `distill`.
+        budget, bank: see `distill`.
         more: continue training the student of a run folder for so much time, such as "1h".
         finish: end the interrupted training of a run folder within so much time.
         fresh, progress, trust_code: see `distill`.
@@ -475,7 +481,7 @@ def run(
         NayerEdgeError: see `distill`.
     """
     with _at_work(trust_code=trust_code):
-        chosen = actions.read_recipe(os.fspath(recipe), list(settings))
+        chosen = actions.read_recipe(os.fspath(recipe), list(settings), None if bank is None else _folder(bank))
         path = actions.default_out(os.fspath(recipe), chosen) if out is None else Path(out)
         time = actions.Time.typed(budget, more, finish)
         chosen, _ = actions.timed(chosen, os.fspath(recipe), path, time, fresh=fresh)
@@ -520,7 +526,9 @@ def _require_same(teacher: Teacher, recipe: Recipe, root: Path) -> None:
 def _values(teacher: Teacher, student: str, path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of a distillation, in TOML values."""
     if wrong := [key for key in settings if key in GIVEN or key.partition(".")[0] in GIVEN]:
-        raise UsageError(f"'{wrong[0]}' is not a setting of distill().", fix="Use the teacher and student arguments.")
+        raise UsageError(
+            f"'{wrong[0]}' is not a setting of distill().", fix="Use the arguments teacher, student and bank."
+        )
     values: dict[str, Any] = {
         "name": named_after(path.resolve()),
         "teacher": teacher._section.model_dump(mode="json"),
@@ -539,6 +547,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _folder(run: Run | FilePath) -> Path:
+    return run.path if isinstance(run, Run) else Path(run)
 
 
 def _path(value: FilePath | None) -> Path | None:

@@ -38,9 +38,10 @@ def check(recipe: Recipe, steps: Sequence[Step]) -> None:
     problems = []
     if "teacher" in names:
         problems += _path("teacher.weights", recipe.teacher.weights)
-        problems += _path("teach.data", recipe.teach.data if recipe.teach else None)
+        if recipe.student.bank is None:
+            problems += _path("teach.data", recipe.teach.data if recipe.teach else None)
         problems += _teacher(recipe)
-    if "lte" in names:
+    if "lte" in names and recipe.student.bank is None:
         problems += _embeddings(recipe)
     if "student" in names:
         problems += _student(recipe)
@@ -166,6 +167,8 @@ def _processes(recipe: Recipe) -> list[str]:
 
     size = current().size
     problems = share_problems(recipe.synthesis, recipe.distill, len(recipe.teacher.classes), size)
+    if size > 1 and recipe.student.bank is not None:
+        problems.append(f"student.bank: another run's bank cannot be divided between {size} processes")
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if size > 1 and recipe.device != "cpu" and 0 < gpus < here:
         problems.append(f"device: {here} processes and {gpus} GPUs on this machine; each process needs its own")
