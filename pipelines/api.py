@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .measurements import Report
     from .recipes.schema import Recipe
     from .show import Display
+    from .sweep.record import Sweep as SweepRecord
 
 FilePath = str | os.PathLike[str]
 Labels = Sequence[str] | FilePath
@@ -487,6 +488,81 @@ def run(
         chosen, _ = actions.timed(chosen, os.fspath(recipe), path, time, fresh=fresh)
         actions.make(chosen, path, last=until, fresh=fresh, display=_display(progress))
     return Run(path, trust_code=trust_code)
+
+
+class Sweep:
+    """A finished sweep; `path` is its folder, `record` the contents of its sweep.json.
+
+    `record.verdict` is "pass" if a student passes, `record.answer` names it, `record.sentence` says it in words, and
+    `record.students` has the measurements of every student.
+    """
+
+    def __init__(self, path: Path, record: SweepRecord, teacher: Teacher | None, *, trust_code: bool) -> None:
+        self.path, self.record = path, record
+        self._teacher, self._trust_code = teacher, trust_code
+
+    def __repr__(self) -> str:
+        return f"<Sweep {self.path}: {self.record.sentence}>"
+
+    def run(self, model: str) -> Run:
+        """The run of a student.
+
+        Raises:
+            UsageError: it is not one of the sweep, or has no run.
+        """
+        folder = next((self.path / each.folder for each in self.record.students if each.model == model), None)
+        if folder is None or not folder.is_dir():
+            names = ", ".join(each.model for each in self.record.students)
+            raise UsageError(f"The sweep has no run of '{model}'.", fix=f"Its students are {names}.")
+        return Run(folder, self._teacher, trust_code=self._trust_code)
+
+    @property
+    def best(self) -> Run | None:
+        """The run of the smallest student that passes; None if none does."""
+        return None if self.record.answer is None else self.run(self.record.answer)
+
+
+def sweep(
+    recipe: Run | FilePath,
+    students: Sequence[str] = (),
+    *,
+    budget: str | None = None,
+    out: FilePath | None = None,
+    settings: Sequence[str] = (),
+    fresh: bool = False,
+    progress: bool = False,
+    trust_code: bool = False,
+) -> Sweep:
+    """Finds the smallest student that passes the policy, of several that start with the same images.
+
+    A second call with the same arguments continues an interrupted sweep.
+
+    Args:
+        recipe: a finished run, whose bank, teacher and policy are taken; a recipe, which makes a bank first; or the
+            folder of a sweep to continue.
+        students: models; default: up to five that suit the teacher.
+        budget: time for all students, such as "3h"; default: 40 % of what their runs would take alone.
+        out: the folder of the sweep; default: runs/<recipe>-sweep.
+        settings, fresh, progress, trust_code: see `run`.
+
+    Raises:
+        UsageError: a student is listed twice, none can be built, the folder holds something else, or the time is too
+            short.
+        NayerEdgeError: see `distill`.
+    """
+    teacher = recipe._teacher if isinstance(recipe, Run) else None
+    with _at_work(teacher, trust_code):
+        named = os.fspath(recipe.path if isinstance(recipe, Run) else recipe)
+        order = actions.SweepOrder.typed(
+            named,
+            [students] if isinstance(students, str) else students,
+            budget,
+            _path(out),
+            list(settings),
+            fresh=fresh,
+        )
+        record = actions.sweep(order, fresh=fresh, display=_display(progress))
+    return Sweep(order.out, record, teacher, trust_code=trust_code)
 
 
 def open(path: FilePath, *, teacher: Teacher | None = None, trust_code: bool = False) -> Run:

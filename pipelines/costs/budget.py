@@ -51,6 +51,18 @@ OTHER_MACHINE = 2.0
 """ratio of measured to planned time of the first epoch above which, or below whose inverse, all phases are rescaled"""
 
 
+class TooShortError(UsageError):
+    """The time is too short for a useful student.
+
+    Attributes:
+        least: seconds that would do.
+    """
+
+    def __init__(self, what: str, why: str, fix: str, least: float) -> None:
+        super().__init__(what, why, fix)
+        self.least = least
+
+
 @dataclass(frozen=True)
 class Costs:
     """Costs in seconds on this machine, medians of a short measurement.
@@ -128,11 +140,12 @@ def plan(budget: float, costs: Costs, classes: int, *, fill: bool = True) -> Bud
     wanted = available / step
     if wanted < LEAST_STEPS:
         least = (LEAST_STEPS * step + costs.rest) / (1 - MARGIN)
-        raise UsageError(
+        raise TooShortError(
             f"A budget of {duration(budget)} is too small for this teacher, student and machine.",
             why=f"Export and validation take about {duration(costs.rest)}, and the minimum of {LEAST_STEPS} student "
             f"steps with their images about {duration(LEAST_STEPS * step)}.",
             fix=f"Use at least {duration(least * 1.05)}: --budget {math.ceil(least * 1.05 / 60)}m",
+            least=least * 1.05,
         )
     student_step = costs.student_step + views * costs.teacher_batch
     # Enough steps per epoch to match at least one full round of images.
