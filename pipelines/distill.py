@@ -207,7 +207,7 @@ def _distil(
     # A run on another run's bank may have images put aside although it reserves none itself.
     reserve = files["reserve"] if files["reserve"].is_file() else None
     start = None
-    if "first bank" in files:
+    if {"first bank", "first generator"} <= files.keys():
         start = Start(files["first bank"], files["first generator"], files.get("first images put aside"))
     # Only a constant schedule can be continued from before its decay.
     before = Before(files["state"], files["bank"], reserve) if config.distill.schedule == "constant" else None

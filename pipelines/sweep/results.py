@@ -106,7 +106,7 @@ def conclude(sweep: Sweep, out: Path) -> None:
     open_ = any(all(missed.verdict == "inconclusive" for missed in each.missed) for each in judged)
     sweep.verdict = "inconclusive" if open_ else "fail"
     if not judged:
-        sweep.sentence = "No student passes: none was trained to the end."
+        sweep.sentence = "No student passes: none could be trained."
         return
     closest = min(judged, key=_distance)
     sweep.sentence = f"No student passes. {closest.model} comes closest: {closest.missed[0].detail}"

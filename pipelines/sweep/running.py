@@ -230,6 +230,15 @@ class _Work:
 
     def prepare(self) -> None:
         """Makes or takes the bank, draws the images that all students share, and sets the time."""
+        failed = [each for each in self.sweep.students if each.state == "failed"]
+        for each in failed:
+            # What failed may work this time: more memory, more space.
+            each.state, each.reason = "training" if each.target else "waiting", ""
+        if failed:
+            self.sweep.done = min(self.sweep.done, self.sweep.rounds - 1)
+        if not self.open or self.sweep.done >= self.sweep.rounds:
+            # Nobody needs a bank.
+            return
         source = self.bank()
         run = RunFolder.open(source)
         if self.sweep.bank is None:
@@ -247,14 +256,9 @@ class _Work:
             told = duration(self.sweep.seconds)
             self.tell(f"No --budget was given: {told} for the students, {DEFAULT_SHARE:.0%} of their runs alone.")
         self.save()
-        for each in self.sweep.students:
-            if each.state == "failed":
-                # What failed may work this time: more memory, more space.
-                each.state, each.reason = "training" if each.target else "waiting", ""
-        if self.open and self.sweep.done < self.sweep.rounds:
-            _require_space(self.open, source, self.out)
-            self.shared_images(run)
-            self.plan_first()
+        _require_space(self.open, source, self.out)
+        self.shared_images(run)
+        self.plan_first()
         self.save()
 
     def bank(self) -> Path:

@@ -688,7 +688,7 @@ def test_policy_toml_names_every_key() -> None:
             assert all(key in text for key in field.annotation.model_fields)
 
 
-@pytest.mark.parametrize("name", ["recipe", "policy", "references", "report", "verdict", "manifest"])
+@pytest.mark.parametrize("name", ["recipe", "policy", "references", "report", "verdict", "manifest", "sweep"])
 def test_committed_schemas_are_up_to_date(name: str) -> None:
     assert load(name) == schema_writer.schemas()[name], "type: make schemas"
     jsonschema.Draft202012Validator.check_schema(load(name))
