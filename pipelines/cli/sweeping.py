@@ -75,6 +75,8 @@ def sweep(
     else:
         display.console.print()
         display.console.print(sweep_table(found))
+        if found.command:
+            display.console.print(Text(f"  {inert(found.command)}", style="bold"), soft_wrap=True)
         display.console.print(f"\nPage: {order.out / 'sweep.html'}", highlight=False, soft_wrap=True)
     if found.verdict != "pass":
         raise typer.Exit(EXIT_FAILED)
@@ -113,11 +115,9 @@ def sweep_table(sweep: Sweep) -> Group:
         if text := _became(student):
             sentences.add_row(Text(inert(student.model), style="dim"), Text(inert(text)))
     style = {"pass": "green", "fail": "red", "inconclusive": "yellow"}.get(sweep.verdict or "", "")
-    answer = [Text(inert(sweep.sentence), style=f"bold {style}")]
-    if sweep.command:
-        answer.append(Text(f"  {inert(sweep.command)}", style="bold"))
+    answer = Text(inert(sweep.sentence), style=f"bold {style}")
     note = [] if sweep.kind != "synthetic" else [Text("Measured on synthetic images: agreement with the teacher."), ""]
-    return Group(_students(sweep), "", sentences, "", *note, *answer)
+    return Group(_students(sweep), "", sentences, "", *note, answer)
 
 
 def _students(sweep: Sweep, *, planned_only: bool = False) -> Table:

@@ -28,7 +28,7 @@ from nayer_edge.models.names import located
 from nayer_edge.runtime import provenance
 from nayer_edge.runtime.compute import choose
 from nayer_edge.runtime.progress import Progress, Silent
-from nayer_edge.storage.run_folder import RunFolder, is_vacant, lock_folder, remove_temporaries
+from nayer_edge.storage.run_folder import RunFolder, is_vacant, lock_folder
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 from nayer_edge.text import inert
 
@@ -135,7 +135,6 @@ def run_sweep(
     with lock_folder(out):
         if fresh:
             _clear(out)
-        remove_temporaries(out)
         sweep = read_sweep(out) if (out / RECORD).is_file() else None
         if sweep is not None and (recipe is None or any(each.target for each in sweep.students)):
             _require_same(sweep, recipe, bank, out, models, seconds)
@@ -148,6 +147,7 @@ def run_sweep(
             )
         else:
             # No student has begun yet: everything may still be planned in another way.
+            (out / HOLDOUT).unlink(missing_ok=True)
             sweep, recipe = planned(recipe, bank, out, models, seconds)
             write_sweep(out, sweep)
         work = _Work(sweep, recipe, out, display)

@@ -134,6 +134,19 @@ def test_more_time_is_one_long_run(source: Path, whole: Path, tmp_path: Path, in
     assert (answer.code, "student is finished" in answer.err) == (2, True)
 
 
+def test_an_interrupted_run_ends_early(source: Path, tmp_path: Path, invoke: Invoke) -> None:
+    root = tmp_path / "run"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(
+            recipe(source, "distill.epochs=1000", "distill.decay_epochs=200"), root, last="student",
+            progress=StopsAfter(20),
+        )  # fmt: skip
+    answer = invoke("run", root, "--finish", "30s", "--until", "student")
+    assert answer.code == 0, answer.err
+    assert len((root / "metrics.jsonl").read_text().splitlines()) < 999
+
+
 def test_the_other_run_may_go_on(source: Path, tmp_path: Path) -> None:
     """Its bank grows; the runs that started with it stay what they are."""
     grown, root = Path(shutil.copytree(source, tmp_path / "source")), tmp_path / "run"
