@@ -48,7 +48,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(bank: Path, *more: str) -> Recipe:
     """Of another student on this bank, as the command line plans it."""
-    chosen = actions.read_recipe("digits", [*SETTINGS, "student.model=nayer:resnet20", *more], bank)
+    settings = [*SETTINGS, "student.model=nayer:resnet20", *more]
+    if any(setting.startswith("teacher.weights") for setting in more):
+        settings.remove("teach.epochs=1")
+    chosen = actions.read_recipe("digits", settings, bank)
     return actions.timed(chosen, "digits", bank.parent / "nowhere", actions.Time())[0]
 
 
@@ -128,8 +131,7 @@ def test_more_time_is_one_long_run(source: Path, whole: Path, tmp_path: Path, in
     assert sha256_of(done.path(STUDENT)) == sha256_of(whole / STUDENT)
     assert SOURCE in done.manifest.files
     assert set(json.loads(done.path(SOURCE).read_text())["files"]) >= {"bank.safetensors"}
-    answer = invoke("run", root, "--more", "5s", "--until", "student")
-    assert answer.code == 0, answer.err
+    assert planning.with_more(actions.recipe_in(root), done, 36_000.0).distill.epochs > 7
     answer = invoke("run", root, "--finish", "5m")
     assert (answer.code, "student is finished" in answer.err) == (2, True)
 
@@ -251,7 +253,8 @@ def test_a_budget_plans_no_fill() -> None:
 
 def test_a_budget_by_the_command_line(source: Path, tmp_path: Path, invoke: Invoke) -> None:
     """From the run's own recipe; its generator and rounds are kept."""
-    answer = invoke("distill", source, "--bank", source, "--budget", "45s", "--out", tmp_path / "run")
+    words = ("--bank", source, "--budget", "10h", "--until", "lte", "--out", tmp_path / "run")
+    answer = invoke("run", source, *words)
     assert answer.code == 0, answer.err
     done = RunFolder.open(tmp_path / "run").manifest.recipe
     assert (done["distill"]["warmup_epochs"], done["budget"]["fill_seconds"]) == (0, 0)
