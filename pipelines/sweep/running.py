@@ -20,7 +20,7 @@ import torch
 from rich.text import Text
 
 from nayer_edge.config import Student
-from nayer_edge.errors import IntegrityError, MissingError, TrainingError, UsageError
+from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, TrainingError, UsageError
 from nayer_edge.evaluate import logits_of
 from nayer_edge.export.runners import as_bytes
 from nayer_edge.models.load import load_classifier
@@ -28,7 +28,7 @@ from nayer_edge.models.names import located
 from nayer_edge.runtime import provenance
 from nayer_edge.runtime.compute import choose
 from nayer_edge.runtime.progress import Progress, Silent
-from nayer_edge.storage.run_folder import RunFolder, is_vacant, lock_folder
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder, is_vacant, lock_folder
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 from nayer_edge.text import inert
 
@@ -203,6 +203,8 @@ class _Work:
     def __init__(self, sweep: Sweep, recipe: Recipe, out: Path, display: Display | None) -> None:
         self.sweep, self.recipe, self.out, self.display = sweep, recipe, out, display
         self.progress: Progress = Silent() if display is None else display.progress
+        self.errors: list[NayerEdgeError] = []
+        """of the students that failed"""
         self.images = torch.empty(0)
         self.answers = torch.empty(0)
 
@@ -267,7 +269,7 @@ class _Work:
             return Path(self.recipe.student.bank)
         root = self.out / BANK
         limit = None if self.sweep.seconds is None else self.sweep.seconds * BANK_SHARE
-        made = root / "manifest.json"
+        made = root / MANIFEST
         if not (made.is_file() and "student" in RunFolder.open(root).manifest.steps):
             began = time.monotonic()
             chosen, _ = actions.timed(self.recipe, None, root, actions.Time(budget=limit))
@@ -343,7 +345,11 @@ class _Work:
     # -------------------------------------------------------------- rounds
 
     def run_round(self) -> None:
-        """Gives every student that is left its share of this round, then decides who goes on."""
+        """Gives every student that is left its share of this round, then decides who goes on.
+
+        Raises:
+            NayerEdgeError: no student could be trained at all.
+        """
         number = self.sweep.done + 1
         taking_part = [each for each in self.open if not any(made.round == number for made in each.shares)]
         for place, each in enumerate(taking_part):
@@ -353,6 +359,9 @@ class _Work:
                 each.target = self.extended(each, number, seconds)
             if each.open:
                 self.train(each)
+        if self.errors and not any(each.shares for each in self.sweep.students):
+            # What ends every run is not the students' fault.
+            raise self.errors[0]
         self.judge(number)
 
     def extended(self, student: StudentRecord, number: int, seconds: float) -> Target | None:
@@ -384,7 +393,10 @@ class _Work:
                 display=self.display,
             )
             agreement = self.agreement(run)
-        except (UsageError, MissingError, TrainingError) as error:
+        except (UsageError, MissingError, TrainingError, IntegrityError) as error:
+            if isinstance(error, IntegrityError) and _altered(self.root(student), Path(self.recipe.student.bank or "")):
+                raise
+            self.errors.append(error)
             self.end(student, "failed", " ".join(f"{error.what} {error.why}".split()))
             self.tell(f"{student.model} failed: {student.reason}")
             return
@@ -534,6 +546,14 @@ def _clear(out: Path) -> None:
     # The record goes last: until then an interruption leaves the folder recognisable.
     for name in (HOLDOUT, PAGE, RECORD):
         (out / name).unlink(missing_ok=True)
+
+
+def _altered(*roots: Path) -> bool:
+    """Whether a run was changed since it was made."""
+    try:
+        return any(RunFolder.open(root).problems() for root in roots if (root / MANIFEST).exists())
+    except IntegrityError:
+        return True
 
 
 def _sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
