@@ -48,7 +48,8 @@ def proposed(teacher_params: int, spec: InputSpec, classes: Sequence[str]) -> li
 
 
 def spread(sizes: dict[str, int], count: int = FEW) -> list[str]:
-    """Names whose sizes are as evenly spread on a logarithmic scale as there are any, smallest first.
+    """Names whose sizes differ as much as possible on a logarithmic scale, with the smallest and the largest; smallest
+    first. The others are added one by one, each the farthest from those that were chosen.
 
     Args:
         sizes: name → parameters.
@@ -56,13 +57,13 @@ def spread(sizes: dict[str, int], count: int = FEW) -> list[str]:
     order = sorted(sizes, key=lambda name: (sizes[name], name))
     if len(order) <= count:
         return order
-    low, high = math.log(sizes[order[0]]), math.log(sizes[order[-1]])
-    left, chosen = list(order), []
-    for number in range(count):
-        wanted = low + (high - low) * number / (count - 1)
-        nearest = min(left, key=lambda name: abs(math.log(sizes[name]) - wanted))
-        chosen.append(nearest)
-        left.remove(nearest)
+    chosen = [order[0], order[-1]]
+
+    def gap(name: str) -> float:
+        return min(abs(math.log(sizes[name] / sizes[other])) for other in chosen)
+
+    while len(chosen) < count:
+        chosen.append(max(order, key=gap))
     return sorted(chosen, key=order.index)
 
 

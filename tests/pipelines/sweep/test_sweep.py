@@ -43,7 +43,8 @@ from nayer_edge.storage.run_folder import RunFolder
 
 Invoke = Callable[..., Any]
 SETTINGS = (
-    *("device=cpu", "precision=fp32", "teach.epochs=2"),
+    *("device=cpu", "precision=fp32", "teacher.model=nayer:resnet8", "teach.epochs=2"),
+    *("student.model=nayer:resnet8_w8", "generator.channels=8", "generator.noisy_dim=32"),
     *("synthesis.batch=20", "synthesis.g_steps=2", "synthesis.warmup_rounds=4", "synthesis.rounds=2"),
     *("synthesis.reserve=0.4", "synthesis.g_life=1000"),
     *("distill.warmup_epochs=1", "distill.epochs=4", "distill.decay_epochs=1", "distill.steps=3", "distill.batch=16"),
@@ -51,7 +52,7 @@ SETTINGS = (
     *("export.calibration_images=20", "export.calibration_method=minmax", "export.sensitivity=false"),
     "export.max_drop=1.0",
 )
-STUDENTS = ("nayer:resnet8_w4", "nayer:resnet8_w8", "nayer:nothing")
+STUDENTS = ("nayer:resnet8_w4", "nayer:resnet8_w6", "nayer:nothing")
 TINY = {"distill": {"epochs": 3, "warmup_epochs": 0, "decay_epochs": 1}}
 
 
@@ -147,7 +148,7 @@ def test_its_record_follows_the_schema(done: Path) -> None:
     jsonschema.validate(values, load("sweep"))
     assert values["schema"] == "nayer-edge/sweep/1"
     assert values["verdict"] == "fail"
-    assert str(done) not in (done / "sweep.json").read_text(), "it can be moved"
+    assert str(done.parents[1]) not in json.dumps([values["recipe"], values["bank"]]), "it can be moved"
 
 
 def test_a_finished_sweep_is_read_again(done: Path, tmp_path: Path, invoke: Invoke) -> None:
@@ -232,7 +233,7 @@ def test_a_dry_run_prints_equal_lines(source: Path, tmp_path: Path, invoke: Invo
     answer = invoke("sweep", source, *words, "--json")
     assert answer.code == 0, answer.err
     lines = [shlex.split(line) for line in json.loads(answer.out)["commands"]]
-    assert [line[line.index("--out") + 1] for line in lines] == [str(out / "resnet8_w4"), str(out / "resnet8_w8")]
+    assert [line[line.index("--out") + 1] for line in lines] == [str(out / "resnet8_w4"), str(out / "resnet8_w6")]
     for line in lines:
         assert line[:3] == ["nayer-edge", "distill", str(source)]
         assert line[line.index("--bank") + 1] == str(source)
@@ -260,10 +261,11 @@ def test_from_python(done: Path) -> None:
 def test_proposals_are_spread_over_the_sizes() -> None:
     sizes = {f"s{size}": size for size in (5_000, 5_500, 6_000, 20_000, 21_000, 80_000, 300_000)}
     chosen = candidates.spread(sizes)
-    assert chosen == ["s5000", "s6000", "s20000", "s80000", "s300000"]
+    assert chosen == ["s5000", "s6000", "s21000", "s80000", "s300000"]
     assert candidates.spread({"b": 2, "a": 1}) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_proposals_suit_the_teacher() -> None:
     spec = InputSpec(channels=1, height=16, width=16, mean=(0.5,), std=(0.5,))
     found = candidates.proposed(272_474, spec, ["a", "b", "c"])
