@@ -699,7 +699,7 @@ def test_schemas_are_written_beside_the_module(tmp_path: Path) -> None:
     schema_writer.write(tmp_path)
     for path in tmp_path.iterdir():
         assert json.loads(path.read_text()) == load(path.name.split(".")[0])
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 def test_files_of_a_run_follow_their_schemas(root: Path) -> None:
