@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, TrainingError, UsageError
 
 if TYPE_CHECKING:
-    from nayer_edge.pipelines.api import InputSpec, Run, Teacher, distill, load_teacher, open, run
+    from nayer_edge.pipelines.api import InputSpec, Run, Teacher, distill, load_teacher, open, run, sweep
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,7 @@ __all__ = [
     "load_teacher",
     "open",
     "run",
+    "sweep",
 ]
 
 

@@ -178,6 +178,9 @@ class Student(Section):
     """as teacher.model; torchvision:mobilenet_v3_small@32 lowers a library network's strides for 32-pixel images"""
     arguments: Arguments = {}
     """additional arguments for the library or factory that builds the network"""
+    bank: str | None = None
+    """folder of a finished run with the same teacher (`--bank`): start with its images, generator and label embeddings
+    instead of filling a memory bank"""
 
 
 class Generator(Section):

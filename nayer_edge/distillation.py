@@ -68,6 +68,8 @@ class Settings:
     synthesis: Synthesis
     distill: Distill
     seed: int
+    start: str | None = None
+    """digest of the files of another run whose images this run starts with; see `Start`"""
 
     def digest(self, teacher: Classifier, embeddings: LabelEmbeddings, student: str) -> str:
         """Identifies a run: a checkpoint with another digest is not continued.
@@ -84,6 +86,7 @@ class Settings:
                 "student": student,
                 "teacher": weights_digest(teacher),
                 "lte": embeddings.digest,
+                **({} if self.start is None else {"start": self.start}),
             }
         )
 
@@ -252,7 +255,9 @@ class Distillation:
         warm = epoch < distill.warmup_epochs
         began = time.perf_counter()
         count = self._rounds_of(epoch)
-        if count and epoch % synthesis.g_life == 0:
+        # A run on another run's images goes on with its generator.
+        taken_over = epoch == 0 and self.settings.start is not None
+        if count and epoch % synthesis.g_life == 0 and not taken_over:
             generators.initialise(self.generator, self._stream("generator", epoch))
             self.world.broadcast(generators.common_state(self.generator))
         rounds = [self._round(self._stream("round", epoch, number), warm, on_step) for number in range(count)]
@@ -446,6 +451,36 @@ class Distillation:
         }
         return tensors, facts
 
+    def start_from(self, start: Start) -> None:
+        """Takes over another run's images, generator and BatchNorm memory, before the first epoch.
+
+        Raises:
+            UsageError: there are several ranks or warm-up epochs, or the generator is of another size.
+            IntegrityError: a file is damaged.
+        """
+        if self.world.size > 1:
+            raise UsageError(
+                "A run on another run's memory bank cannot be shared between processes.",
+                fix="Start it without torchrun.",
+            )
+        if self.settings.distill.warmup_epochs:
+            raise UsageError(
+                "A run that starts with a full memory bank has no warm-up.", fix="Set distill.warmup_epochs to 0."
+            )
+        generator, memory = generators.load(start.generator)
+        if generator.arguments != self.generator.arguments:
+            before, now = generator.arguments, self.generator.arguments
+            differing = [f"{key}: {before[key]} → {now[key]}" for key in now if before.get(key) != now[key]]
+            raise UsageError("The generator of the other run is of another size.", why="; ".join(differing) + ".")
+        device = self.compute.device
+        self.generator.load_state_dict(generator.state_dict())
+        self.statistics.memory = memory and [(mean.to(device), variance.to(device)) for mean, variance in memory]
+        for own, path in ((self.bank, start.bank), (self.reserve, start.reserve)):
+            if path is not None:
+                taken = MemoryBank.load(path, device)
+                count = min(len(taken), own.capacity)
+                own.refill(*taken.newest(count), count)
+
     def whole_bank(self) -> MemoryBank:
         """The images of all ranks in single-process order, on rank 0's CPU. Every rank must call it; the others get
         their own bank."""
@@ -519,10 +554,26 @@ class Before:
     reserve: Path | None
 
 
+@dataclass(frozen=True)
+class Start:
+    """Files of another, finished run with the same teacher, whose images a run starts with instead of making them.
+
+    Attributes:
+        bank: the images.
+        generator: with the BatchNorm memory, as written by `nayer_edge.generator.save`.
+        reserve: the images put aside; None if there are none.
+    """
+
+    bank: Path
+    generator: Path
+    reserve: Path | None
+
+
 def distill(
     distillation: Distillation,
     checkpoint: Path | None = None,
     before: Before | None = None,
+    start: Start | None = None,
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
     on_epoch: Callable[[Epoch], None] = lambda _epoch: None,
@@ -534,6 +585,7 @@ def distill(
         checkpoint: its path (one file, written by rank 0 and read by all); None writes no checkpoint.
         before: state of an earlier, shorter run, to continue from if there is no checkpoint. A run with a constant
             schedule writes its own state next to it when its decay starts; see `next_state`.
+        start: another run's images to start with, if there is neither.
         checkpoint_seconds: minimum seconds between two checkpoints, by rank 0's clock; 0 writes one every epoch.
         on_epoch: called after each epoch with its metrics, and first with the earlier epochs of a continued run.
         adapt: called after each epoch with all metrics and the present length; returns another length if this machine
@@ -548,12 +600,17 @@ def distill(
 
     Raises:
         TrainingError: a loss is not finite, or the synthetic images or the student have collapsed.
-        UsageError: the checkpoint was written by another number of processes.
-        IntegrityError: the checkpoint is damaged.
+        UsageError: the checkpoint was written by another number of processes, or the images to start with do not
+            fit, or are missing.
+        IntegrityError: the checkpoint, or a file to start from, is damaged.
     """
     progress = progress or Silent()
-    if not (checkpoint is not None and resume(distillation, checkpoint)) and before is not None:
-        resume_before_decay(distillation, before)
+    resumed = checkpoint is not None and resume(distillation, checkpoint)
+    if not resumed and not (before is not None and resume_before_decay(distillation, before)):
+        if start is not None:
+            distillation.start_from(start)
+        elif distillation.settings.start is not None:
+            raise UsageError("The images that this run started with are gone, and so is its state.")
     compute, world = distillation.compute, distillation.world
     world.require_same([compute.device.type, compute.bf16, distillation.digest], "device, precision or inputs")
     world.require_same(distillation.epoch, "the checkpoint that they read")

@@ -24,10 +24,14 @@ if TYPE_CHECKING:
     from .gate.judgement import Verdict
     from .recipes.schema import Recipe
     from .show import Display
+    from .sweep.record import Sweep
 
 
-def read_recipe(name: str, settings: list[str] | None = None) -> Recipe:
+def read_recipe(name: str, settings: list[str] | None = None, bank: Path | None = None) -> Recipe:
     """Reads a shipped recipe, a recipe file or a run folder's recipe, with overrides ("a.b=c").
+
+    Args:
+        bank: another run, whose images the run starts with.
 
     Raises:
         UsageError: unknown recipe, invalid recipe, or a file named in the overrides does not exist.
@@ -38,7 +42,14 @@ def read_recipe(name: str, settings: list[str] | None = None) -> Recipe:
 
     recipe = load_recipe(name, settings)
     require_typed(recipe, [setting.partition("=")[0].replace(" ", "") for setting in settings or []])
-    return recipe
+    return recipe if bank is None else on_bank(recipe, bank)
+
+
+def on_bank(recipe: Recipe, bank: Path) -> Recipe:
+    """The recipe of a run that starts with the images of another run."""
+    return recipe.model_copy(
+        update={"student": recipe.student.model_copy(update={"bank": str(expanded(bank).resolve())})}
+    )
 
 
 def open_run(root: Path) -> RunFolder:
@@ -101,7 +112,8 @@ class Time:
 def timed(
     recipe: Recipe, name: str | None, root: Path, time: Time, *, fresh: bool = False
 ) -> tuple[Recipe, list[tuple[str, str]]]:
-    """The recipe with the sizes or the length that fit the given time, and the plan in words (heading, text).
+    """The recipe with the sizes or the length that fit the given time, and the plan in words (heading, text). With
+    `student.bank`, it also has what a new run takes over from that run.
 
     Args:
         name: the recipe as typed: a name, a file, or a run folder to continue; None if it comes from a program.
@@ -109,11 +121,19 @@ def timed(
         fresh: the folder will be emptied first.
 
     Raises:
-        UsageError: too little time, or the run cannot change its length.
+        UsageError: too little time, the run cannot change its length, or the other run's bank does not fit.
+        IntegrityError: the other run was altered.
     """
     from .recipes.loading import run_folder
 
-    is_run = name is not None and run_folder(name) is not None and not fresh
+    named = run_folder(name) if name is not None else None
+    # The recipe of a run folder may also start another run.
+    is_run = named is not None and not fresh and named.resolve() == root.resolve()
+    words: list[tuple[str, str]] = []
+    if not is_run and recipe.student.bank is not None:
+        from .shared_bank import started
+
+        recipe, words = started(recipe)
     if is_run and recipe.distill.schedule == "constant":
         from .costs.planning import continued
 
@@ -128,13 +148,16 @@ def timed(
                 fix=f"To give it more time: nayer-edge run {run.typed} --more 1h\n"
                 f"To end it early: nayer-edge run {run.typed} --finish 5m",
             )
-        return with_budget(recipe, time.budget, None if fresh else root)
+        recipe, plan = with_budget(recipe, time.budget, None if fresh else root)
+        return recipe, words + plan
     if time.more is None and time.finish is None:
-        return recipe, []
+        return recipe, words
     option = "--more" if time.more is not None else "--finish"
     if not is_run:
         raise UsageError(
-            f"{option} continues a run, and '{name}' is not a run folder.",
+            f"{option} continues a run, and '{name}' is not a run folder."
+            if named is None
+            else f"{option} continues the run in {named}, and neither --out nor --fresh goes with it.",
             fix=f"For example: nayer-edge run runs/{recipe.name} {option} 1h",
         )
     from .costs import planning
@@ -169,6 +192,71 @@ def make(
         return run_recipe(recipe, root, last=last, fresh=fresh)
     with display.showing(recipe.name, root):
         return run_recipe(recipe, root, last=last, fresh=fresh, progress=display.progress, on_event=display.show_event)
+
+
+@dataclass(frozen=True)
+class SweepOrder:
+    """A sweep as it was asked for.
+
+    Attributes:
+        recipe: what its students share; None: continue the sweep in `out`.
+        bank: the finished run whose images they start with; None: the sweep makes them.
+        out: the folder of the sweep.
+        students: models; empty: those that are proposed for the teacher.
+        seconds: time for all of them; None: a part of what their runs would take alone.
+    """
+
+    recipe: Recipe | None
+    bank: Path | None
+    out: Path
+    students: tuple[str, ...]
+    seconds: float | None
+
+    @classmethod
+    def typed(
+        cls,
+        name: str,
+        students: Iterable[str],
+        budget: str | None,
+        out: Path | None = None,
+        settings: list[str] | None = None,
+        *,
+        fresh: bool = False,
+    ) -> SweepOrder:
+        """From what was typed.
+
+        Args:
+            name: a recipe, a run folder, whose bank is taken, or the folder of a sweep to continue.
+            students: models, also several separated by commas.
+            budget: a duration such as "3h".
+
+        Raises:
+            UsageError: unknown recipe, invalid settings, or not a duration.
+        """
+        from .recipes.loading import run_folder
+        from .sweep.record import RECORD
+
+        seconds, models = Time.typed(budget).budget, tuple(targets_in(students))
+        if (Path(name) / RECORD).is_file():
+            if settings or fresh or (out is not None and out.resolve() != Path(name).resolve()):
+                raise UsageError(
+                    f"{name} is the folder of a sweep, which goes on as it was planned.",
+                    fix="Leave out --set, --out and --fresh, or name its recipe or run instead.",
+                )
+            return cls(None, None, Path(name), models, seconds)
+        recipe = read_recipe(name, settings)
+        return cls(recipe, run_folder(name), out or Path("runs") / f"{recipe.name}-sweep", models, seconds)
+
+
+def sweep(order: SweepOrder, *, fresh: bool = False, display: Display | None = None) -> Sweep:
+    """Finds the smallest student that passes the policy, of several that start with the same images.
+
+    Raises:
+        NayerEdgeError: see `nayer_edge.pipelines.sweep.running.run_sweep`.
+    """
+    from .sweep.running import run_sweep
+
+    return run_sweep(order.recipe, order.bank, order.out, order.students, order.seconds, fresh=fresh, display=display)
 
 
 def export(

@@ -41,11 +41,12 @@ if TYPE_CHECKING:
     from .measurements import Report
     from .recipes.schema import Recipe
     from .show import Display
+    from .sweep.record import Sweep as SweepRecord
 
 FilePath = str | os.PathLike[str]
 Labels = Sequence[str] | FilePath
 """class names in the order of the outputs, or a file of them"""
-GIVEN = ("teacher", "teach", "student.model")
+GIVEN = ("teacher", "teach", "student.model", "student.bank")
 """recipe keys that `distill` takes as arguments or does not accept"""
 
 
@@ -402,6 +403,7 @@ def distill(
     out: FilePath,
     *,
     budget: str | None = None,
+    bank: Run | FilePath | None = None,
     fresh: bool = False,
     progress: bool = False,
     trust_code: bool = False,
@@ -417,6 +419,8 @@ def distill(
         out: the run folder.
         budget: plan the run for so much time on this machine, such as "20m" or "1h". It replaces the sizes in
             `settings`.
+        bank: a finished run with the same teacher: start with its images, generator and label embeddings instead of
+            filling a memory bank.
         fresh: empty the folder and start over.
         progress: show the command line's progress display.
         trust_code: allow the code of a python: model to run.
@@ -440,6 +444,8 @@ def distill(
             )
         recipe = recipe_of(_values(teacher, student, path, settings), Path.cwd(), "given to distill()")
         require_typed(recipe, ["validate.data"])
+        if bank is not None:
+            recipe = actions.on_bank(recipe, _folder(bank))
         recipe, _ = actions.timed(recipe, None, path, actions.Time.typed(budget), fresh=fresh)
         actions.make(recipe, path, last="student", fresh=fresh, display=_display(progress))
     return Run(path, teacher, trust_code=trust_code)
@@ -454,6 +460,7 @@ def run(
     budget: str | None = None,
     more: str | None = None,
     finish: str | None = None,
+    bank: Run | FilePath | None = None,
     fresh: bool = False,
     progress: bool = False,
     trust_code: bool = False,
@@ -465,7 +472,7 @@ def run(
         out: the run folder; default: runs/<recipe>.
         until: the last step to run: teacher, lte, student, onnx, int8, engine, validate, gate or report.
         settings: overrides of the recipe, such as ["distill.epochs=4"].
-        budget: see `distill`.
+        budget, bank: see `distill`.
         more: continue training the student of a run folder for so much time, such as "1h".
         finish: end the interrupted training of a run folder within so much time.
         fresh, progress, trust_code: see `distill`.
@@ -475,12 +482,87 @@ def run(
         NayerEdgeError: see `distill`.
     """
     with _at_work(trust_code=trust_code):
-        chosen = actions.read_recipe(os.fspath(recipe), list(settings))
+        chosen = actions.read_recipe(os.fspath(recipe), list(settings), None if bank is None else _folder(bank))
         path = actions.default_out(os.fspath(recipe), chosen) if out is None else Path(out)
         time = actions.Time.typed(budget, more, finish)
         chosen, _ = actions.timed(chosen, os.fspath(recipe), path, time, fresh=fresh)
         actions.make(chosen, path, last=until, fresh=fresh, display=_display(progress))
     return Run(path, trust_code=trust_code)
+
+
+class Sweep:
+    """A finished sweep; `path` is its folder, `record` the contents of its sweep.json.
+
+    `record.verdict` is "pass" if a student passes, `record.answer` names it, `record.sentence` says it in words, and
+    `record.students` has the measurements of every student.
+    """
+
+    def __init__(self, path: Path, record: SweepRecord, teacher: Teacher | None, *, trust_code: bool) -> None:
+        self.path, self.record = path, record
+        self._teacher, self._trust_code = teacher, trust_code
+
+    def __repr__(self) -> str:
+        return f"<Sweep {self.path}: {self.record.sentence}>"
+
+    def run(self, model: str) -> Run:
+        """The run of a student.
+
+        Raises:
+            UsageError: it is not one of the sweep, or has no run.
+        """
+        folder = next((self.path / each.folder for each in self.record.students if each.model == model), None)
+        if folder is None or not folder.is_dir():
+            names = ", ".join(each.model for each in self.record.students)
+            raise UsageError(f"The sweep has no run of '{model}'.", fix=f"Its students are {names}.")
+        return Run(folder, self._teacher, trust_code=self._trust_code)
+
+    @property
+    def best(self) -> Run | None:
+        """The run of the smallest student that passes; None if none does."""
+        return None if self.record.answer is None else self.run(self.record.answer)
+
+
+def sweep(
+    recipe: Run | FilePath,
+    students: Sequence[str] = (),
+    *,
+    budget: str | None = None,
+    out: FilePath | None = None,
+    settings: Sequence[str] = (),
+    fresh: bool = False,
+    progress: bool = False,
+    trust_code: bool = False,
+) -> Sweep:
+    """Finds the smallest student that passes the policy, of several that start with the same images.
+
+    A second call with the same arguments continues an interrupted sweep.
+
+    Args:
+        recipe: a finished run, whose bank, teacher and policy are taken; a recipe, which makes a bank first; or the
+            folder of a sweep to continue.
+        students: models; default: up to five that suit the teacher.
+        budget: time for all students, such as "3h"; default: 40 % of what their runs would take alone.
+        out: the folder of the sweep; default: runs/<recipe>-sweep.
+        settings, fresh, progress, trust_code: see `run`.
+
+    Raises:
+        UsageError: a student is listed twice, none can be built, the folder holds something else, or the time is too
+            short.
+        NayerEdgeError: see `distill`.
+    """
+    teacher = recipe._teacher if isinstance(recipe, Run) else None
+    with _at_work(teacher, trust_code):
+        named = os.fspath(recipe.path if isinstance(recipe, Run) else recipe)
+        order = actions.SweepOrder.typed(
+            named,
+            [students] if isinstance(students, str) else students,
+            budget,
+            _path(out),
+            list(settings),
+            fresh=fresh,
+        )
+        record = actions.sweep(order, fresh=fresh, display=_display(progress))
+    return Sweep(order.out, record, teacher, trust_code=trust_code)
 
 
 def open(path: FilePath, *, teacher: Teacher | None = None, trust_code: bool = False) -> Run:
@@ -520,7 +602,9 @@ def _require_same(teacher: Teacher, recipe: Recipe, root: Path) -> None:
 def _values(teacher: Teacher, student: str, path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of a distillation, in TOML values."""
     if wrong := [key for key in settings if key in GIVEN or key.partition(".")[0] in GIVEN]:
-        raise UsageError(f"'{wrong[0]}' is not a setting of distill().", fix="Use the teacher and student arguments.")
+        raise UsageError(
+            f"'{wrong[0]}' is not a setting of distill().", fix="Use the arguments teacher, student and bank."
+        )
     values: dict[str, Any] = {
         "name": named_after(path.resolve()),
         "teacher": teacher._section.model_dump(mode="json"),
@@ -539,6 +623,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _folder(run: Run | FilePath) -> Path:
+    return run.path if isinstance(run, Run) else Path(run)
 
 
 def _path(value: FilePath | None) -> Path | None:

@@ -336,6 +336,10 @@ class SyntheticSource:
         missing = count - len(self._put_aside(purpose, count)[1])
         return -(-missing // self.config.synthesis.batch) * self.config.synthesis.g_steps
 
+    def ready(self, purpose: str) -> int:
+        """Number of images that were put aside for a purpose."""
+        return 0 if self.put_aside is None else len(self._put_aside(purpose, len(self.put_aside))[1])
+
     def _put_aside(self, purpose: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Up to `count` images from the rounds put aside for a purpose, spread evenly over training."""
         batch, device = self.config.synthesis.batch, self.compute.device

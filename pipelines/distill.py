@@ -10,7 +10,7 @@ from nayer_edge import generator as generators
 from nayer_edge import train_teacher as teaching
 from nayer_edge.batchnorm import raise_bn_momentum
 from nayer_edge.data import datasets as data
-from nayer_edge.distillation import Before, Distillation, Epoch, Length, Settings, distill
+from nayer_edge.distillation import Before, Distillation, Epoch, Length, Settings, Start, distill
 from nayer_edge.errors import TrainingError
 from nayer_edge.generator import Generator
 from nayer_edge.labels import embeddings as embeddings_of_labels
@@ -24,11 +24,21 @@ from nayer_edge.runtime.progress import Progress, Silent
 from nayer_edge.storage.files import write_bytes
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 
+from . import shared_bank
 from .costs.budget import adapted
 from .costs.durations import duration
 from .image_grid import write_grid
 from .recipes.schema import Recipe
-from .steps import BANK, CHECKPOINT, DECAY_STATE, NEXT_DECAY_STATE, NEXT_METRICS, TEACHER_CHECKPOINT
+from .steps import (
+    BANK,
+    CHECKPOINT,
+    DECAY_STATE,
+    NEXT_DECAY_STATE,
+    NEXT_METRICS,
+    SOURCE,
+    START_FILES,
+    TEACHER_CHECKPOINT,
+)
 from .tracking import TensorBoard
 
 TEACHER = "teacher/teacher.safetensors"
@@ -41,7 +51,10 @@ PICTURE = "generator/synthetic.png"
 
 
 def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
-    """Trains the teacher on labelled images, or loads the weights named in the recipe."""
+    """Trains the teacher on labelled images, or loads the weights named in the recipe; with `student.bank`, takes that
+    run's teacher."""
+    if taken := shared_bank.taken_step("teacher", config, out):
+        return taken
     compute = computing.choose(config.device, config.precision)
     random = random_stream(config.seed, "teacher")
     with seeded(random.initial_seed()):
@@ -76,8 +89,11 @@ def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artif
 
 
 def make_lte(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
-    """Embeds the class names, or reads their embeddings from the package or the user's cache."""
+    """Embeds the class names, or reads their embeddings from the package or the user's cache; with `student.bank`,
+    takes that run's embeddings."""
     del progress
+    if taken := shared_bank.taken_step("lte", config, out):
+        return taken
     found = embeddings_of_labels.build(config.teacher.classes, config.lte)
     embeddings_of_labels.save(found, out.path(EMBEDDINGS))
     classes, dimensions = found.embeddings.shape
@@ -102,6 +118,10 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
     extends = "student" in out.manifest.steps
     files = {"teacher": out.path(teacher.files["teacher"]), "lte": out.path(lte.files["lte"])}
     names = {"checkpoint": CHECKPOINT, "state": DECAY_STATE, "bank": BANK, "reserve": RESERVE}
+    source = shared_bank.take_over(config, out) if config.student.bank else None
+    if source is not None:
+        names["source"] = SOURCE
+        names |= {f"first {role}": name for role, name in START_FILES.items() if out.path(name).is_file()}
     files |= {role: out.path(name) for role, name in names.items()}
     metrics = out.path(NEXT_METRICS if extends else METRICS)
     lines: list[str] = []
@@ -116,7 +136,7 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
     # The other ranks receive this in `take_part`.
     paths = {role: str(path.resolve()) for role, path in files.items()}
     world.from_first({"recipe": config.model_dump(mode="json", by_alias=True), "files": paths})
-    run, generator, bank, reserve = _distil(config, files, progress, log)
+    run, generator, bank, reserve = _distil(config, files, progress, log, source and source.digest)
     if board is not None:
         board.close()
     student = run.result()
@@ -133,6 +153,8 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
         state.replace(out.path(DECAY_STATE))
     if out.path(DECAY_STATE).is_file():
         made["state before decay"] = DECAY_STATE
+    if source is not None:
+        made["source run"] = SOURCE
     if extends:
         metrics.replace(out.path(METRICS))
     length = run.settings.distill
@@ -157,7 +179,9 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
             **({"images put aside": len(reserve)} if len(reserve) else {}),
             **({"epochs": length.epochs} if Length.of(length) != run.asked else {}),
             **({"processes": world.size} if world.size > 1 else {}),
+            **({"started from": source.run} if source else {}),
         },
+        source.hashes if source else (),
     )
 
 
@@ -176,12 +200,24 @@ def take_part(world: World) -> None:
 
 
 def _distil(
-    config: Recipe, files: Mapping[str, Path], progress: Progress, on_epoch: Callable[[Epoch], None]
+    config: Recipe,
+    files: Mapping[str, Path],
+    progress: Progress,
+    on_epoch: Callable[[Epoch], None],
+    start_digest: str | None = None,
 ) -> tuple[Distillation, Generator, MemoryBank, MemoryBank]:
     """The part of the student step that runs on every rank. Returns the finished run and, on rank 0, the generator, the
-    memory bank and the images put aside of all ranks."""
-    run = open_distillation(config, files["teacher"], files["lte"])
-    reserve = files["reserve"] if config.synthesis.reserve else None
+    memory bank and the images put aside of all ranks.
+
+    Args:
+        start_digest: identifies the files of another run that this one starts from.
+    """
+    run = open_distillation(config, files["teacher"], files["lte"], start_digest)
+    # A run on another run's bank may have images put aside although it reserves none itself.
+    reserve = files["reserve"] if files["reserve"].is_file() else None
+    start = None
+    if {"first bank", "first generator"} <= files.keys():
+        start = Start(files["first bank"], files["first generator"], files.get("first images put aside"))
     # Only a constant schedule can be continued from before its decay.
     before = Before(files["state"], files["bank"], reserve) if config.distill.schedule == "constant" else None
 
@@ -196,19 +232,23 @@ def _distil(
             )
         return found
 
-    distill(run, files["checkpoint"], before, progress=progress, on_epoch=on_epoch, adapt=adapt)
+    distill(run, files["checkpoint"], before, start, progress=progress, on_epoch=on_epoch, adapt=adapt)
     return run, run.whole_generator(), run.whole_bank(), run.whole_reserve()
 
 
-def open_distillation(config: Recipe, teacher: Path, lte: Path) -> Distillation:
-    """Sets up the distillation of a recipe from the files of a saved teacher and its label embeddings."""
+def open_distillation(config: Recipe, teacher: Path, lte: Path, start_digest: str | None = None) -> Distillation:
+    """Sets up the distillation of a recipe from the files of a saved teacher and its label embeddings.
+
+    Args:
+        start_digest: identifies the files of another run that it starts from.
+    """
     compute = computing.choose(config.device, config.precision)
     network = load_classifier(teacher)
     embeddings = embeddings_of_labels.load(lte)
     with seeded(random_stream(config.seed, "student").initial_seed()):
         student = build_classifier(config.student.model, network.spec, network.classes, config.student.arguments)
     raise_bn_momentum(student)
-    settings = Settings(config.generator, config.synthesis, config.distill, config.seed)
+    settings = Settings(config.generator, config.synthesis, config.distill, config.seed, start_digest)
     return Distillation(network, embeddings, student, settings, compute, distributed.current())
 
 

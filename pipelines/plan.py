@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nayer_edge.data.digest import digest_of_data
+from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.labels.class_names import labels_beside
 from nayer_edge.models.names import parse, published_weights
+from nayer_edge.storage.files import digest_of
 from nayer_edge.storage.run_folder import RunFolder, StepRecord
 
 from .recipes.loading import BUILT_IN_DATA, recipe_of
@@ -23,6 +25,9 @@ from .steps import DECAY_STATE, STEPS, Step, settings_of
 NAMED_FILES = {"teacher.weights": True, "teach.data": False, "validate.data": True}
 """recipe keys that name the user's files, and whether to hash the contents of a folder (training images may be too many
 to read every time)"""
+
+TAKEN = ("bank", "generator", "generator card", "images put aside")
+"""roles of the files that a run takes over from the run that `student.bank` names"""
 
 LENGTH = ("epochs", "warmup_epochs", "decay_epochs")
 """keys of [distill] that a run with a constant schedule may change"""
@@ -65,6 +70,16 @@ def read_once() -> Digest:
     return digest
 
 
+def bank_digest(root: Path) -> str | None:
+    """Identifies what a run takes over from a finished run; None if there is no such run."""
+    try:
+        run = RunFolder.open(root)
+        files = run.artifact("student").files
+    except (UsageError, IntegrityError):
+        return None
+    return digest_of({role: run.manifest.files[name].sha256 for role, name in files.items() if role in TAKEN})
+
+
 def plan_steps(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, digest: Digest) -> tuple[Plan, ...]:
     """One plan for each step.
 
@@ -76,10 +91,11 @@ def plan_steps(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, d
         UsageError: a file named in the recipe cannot be read.
     """
     values = _values(recipe)
+    held = recipe_of(run.manifest.recipe, run.root).student.bank if run and recipe.student.bank else None
     plans = []
     for step in steps:
         record = run.manifest.steps.get(step.name) if run else None
-        settings = _settings(step, values, record, digest)
+        settings = _settings(step, values, record, digest, held)
         changes: list[str] = []
         extends = False
         if record is not None:
@@ -125,9 +141,15 @@ def _without_length(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "distill": {key: value for key, value in distill.items() if key not in LENGTH}}
 
 
-def _settings(step: Step, values: dict[str, Any], record: StepRecord | None, digest: Digest) -> dict[str, Any]:
+def _settings(
+    step: Step, values: dict[str, Any], record: StepRecord | None, digest: Digest, held: str | None = None
+) -> dict[str, Any]:
     """The recipe values that a step reads. Files are identified by their digest, not their path; if a file is missing,
-    for example on another machine, the digest recorded by the finished step is used."""
+    for example on another machine, the digest recorded by the finished step is used.
+
+    Args:
+        held: the run that the step's result started from: its bank may have grown since.
+    """
     found = copy.deepcopy(settings_of(step, values))
 
     def count(name: str, path: Path | None, contents: bool = True) -> None:
@@ -151,6 +173,10 @@ def _settings(step: Step, values: dict[str, Any], record: StepRecord | None, dig
         if section in found and (model := parse(found[section]["model"])).local:
             found[section]["model"] = model.portable
             count(f"{section}.model", model.path)
+    if "student" in found and (bank := found["student"].pop("bank")) is not None:
+        name = "student.bank.sha256"
+        before = record.settings.get(name) if record else None
+        found[name] = before if before and bank == held else bank_digest(Path(bank)) or before
     return found
 
 

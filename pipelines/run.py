@@ -64,7 +64,10 @@ def run_recipe(
     steps, digest = until(last), read_once()
     # Report all foreseeable errors before writing anything.
     plans = _checked(recipe, steps, None if fresh else _found(root), digest)
-    preflight.check(recipe, [plan.step for plan in plans if plan.stale], root)
+    stale = [plan.step for plan in plans if plan.stale]
+    if {"teacher", "lte", "student"} & {step.name for step in stale}:
+        _check_bank(recipe, root, fresh)
+    preflight.check(recipe, stale, root)
     with lock_folder(root):
         if fresh:
             clear_folder(root)
@@ -81,6 +84,17 @@ def run_recipe(
                 _adopt(run, values)
                 _discard_scratch(plan.step, run)
     return run
+
+
+def _check_bank(recipe: Recipe, root: Path, fresh: bool) -> None:
+    """Checks the run whose bank this one starts with, as long as it is needed."""
+    from . import shared_bank
+
+    if recipe.student.bank is None or not (fresh or shared_bank.required(recipe, root)):
+        return
+    if Path(recipe.student.bank).resolve() == root.resolve():
+        raise UsageError("A run cannot start with its own memory bank.", fix="Choose another folder with --out.")
+    shared_bank.require_fit(recipe)
 
 
 def _found(root: Path) -> RunFolder | None:

@@ -63,6 +63,16 @@ PENDING = "student/extension.json"
 NEXT_METRICS = "student/extension.jsonl"
 """metrics of such an extension; the finished student's stay until it is replaced"""
 
+SOURCE = "student/source.json"
+"""what a run took over from the run named by `student.bank`: its files and their hashes"""
+START_FILES = {
+    "bank": "student/source_bank.safetensors",
+    "generator": "student/source_generator.safetensors",
+    "generator card": "student/source_generator.json",
+    "images put aside": "student/source_reserve.safetensors",
+}
+"""role in that run → where the file lies until the student is finished"""
+
 _TRAINING = ("seed", "device", "precision")
 
 STEPS = (
@@ -97,6 +107,7 @@ STEPS = (
             "student/student.safetensors",
             "student/student.json",
             DECAY_STATE,
+            SOURCE,
             "generator/generator.safetensors",
             "generator/generator.json",
             "generator/synthetic.png",
@@ -104,7 +115,7 @@ STEPS = (
             "reserve.safetensors",
             "metrics.jsonl",
         ),
-        scratch=(CHECKPOINT, NEXT_DECAY_STATE, PENDING, NEXT_METRICS),
+        scratch=(CHECKPOINT, NEXT_DECAY_STATE, PENDING, NEXT_METRICS, *START_FILES.values()),
         trains=True,
     ),
     Step(

@@ -32,7 +32,9 @@ RUNNABLE = {"gate", "verify", "validate", "report", "export", "bench", "calibrat
 """commands that take seconds on a finished tiny run"""
 
 
-@pytest.mark.parametrize(("name", "page"), [("digits", README), ("budget_table", README), ("cifar_table", MEASUREMENTS)])
+@pytest.mark.parametrize(
+    ("name", "page"), [("digits", README), ("budget_table", README), ("cifar_table", MEASUREMENTS)]
+)
 def test_tables_come_from_committed_figures(name: str, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is in its document exactly as its command writes it."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -15,6 +15,7 @@ SANCTIONED = {
     # The only place that passes a temporary file to `write`.
     ("nayer_edge/storage/files.py", "write_bytes"): "`temporary.write_bytes`, inside write_atomic",
     ("nayer_edge/storage/files.py", "write_atomic"): "opens the temporary file to fsync it",
+    ("nayer_edge/storage/files.py", "link_or_copy"): "a further name of a file that is complete",
     ("nayer_edge/storage/run_folder.py", "lock_folder"): "the lock, which holds nothing",
     ("nayer_edge/labels/embeddings.py", "_locked"): "the lock of the cache, which holds nothing",
     ("nayer_edge/storage/tensors.py", "_sort_header"): "of the temporary file, inside write_atomic",
@@ -26,7 +27,8 @@ SANCTIONED = {
 
 METHODS = {"write_text", "write_bytes", "savez", "savez_compressed", "save_file", "savefig", "tofile", "to_parquet"}
 FUNCTIONS = {"np.save", "onnx.save", "onnx.save_model", "torch.save", "json.dump", "shutil.copy", "shutil.copyfile",
-             "shutil.copytree", "shutil.move", "os.rename", "os.replace", "os.open", "os.fdopen"}  # fmt: skip
+             "shutil.copytree", "shutil.move", "os.link", "os.rename", "os.replace", "os.open",
+             "os.fdopen"}  # fmt: skip
 
 
 def functions(tree: ast.AST, inside: tuple[ast.AST, ...] = ()) -> Iterator[tuple[ast.Call, tuple[ast.AST, ...]]]:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,23 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: object) -> None:
     """Writes JSON atomically, indented, in UTF-8, without NaN."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`: a hard link where the file system has them, else a copy.
+
+    Both stay complete: files of a run are replaced, never written in place.
+
+    Raises:
+        UsageError: the folder is not writable, or the disk is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        os.link(source, target)
+    except OSError:
+        # On another file system, or one without hard links.
+        write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -36,11 +36,13 @@ class Artifact:
         step: the step that made it.
         files: role ("student", "bank", …) → POSIX path inside the run folder. Every file has one role.
         numbers: a few figures to show when the step ends.
+        sources: SHA-256 of files outside the run folder that they were made from.
     """
 
     step: str
     files: Mapping[str, str]
     numbers: Mapping[str, float | int | str | None]
+    sources: tuple[str, ...] = ()
 
 
 class FileRecord(BaseModel):
@@ -222,7 +224,8 @@ class RunFolder:
         Args:
             versions, hardware: of the machine that ran the step; by default those at the run's start.
         """
-        hashes = tuple(self.manifest.files[name].sha256 for parent in parents for name in sorted(parent.files.values()))
+        inputs = (self.manifest.files[name].sha256 for parent in parents for name in sorted(parent.files.values()))
+        hashes = tuple(dict.fromkeys((*inputs, *artifact.sources)))
         files = {name: entry for name, entry in self.manifest.files.items() if entry.step != artifact.step}
         for role, name in artifact.files.items():
             path = self.path(name)

@@ -33,7 +33,7 @@ from nayer_edge.text import inert
 from ..recipes.renamed import RenamedWarning
 
 # Importing a module registers its commands; the order is that of the help.
-from . import training, deployment, judging, trust, setup, starting, embeddings  # noqa: F401  isort:skip
+from . import training, sweeping, deployment, judging, trust, setup, starting, embeddings  # noqa: F401  isort:skip
 from .shared import app
 
 

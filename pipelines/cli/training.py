@@ -34,6 +34,12 @@ Finish = Annotated[
 ]
 
 
+Bank = Annotated[
+    Path | None,
+    typer.Option("--bank", metavar="RUN", help="Start with the images of this run, which has the same teacher."),
+]
+
+
 @app.command(epilog=example("nayer-edge quickstart"))
 def quickstart(
     out: Annotated[Path, typer.Option("--out", help="The run folder.")] = Path("runs/digits"),
@@ -61,12 +67,13 @@ def run(
     budget: Budget = None,
     more: More = None,
     finish: Finish = None,
+    bank: Bank = None,
     fresh: Fresh = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Runs a recipe, or continues where it stopped. A run folder continues with its own recipe."""
-    _run(recipe, settings, out, Time.typed(budget, more, finish), last=until, fresh=fresh, as_json=as_json)
+    _run(recipe, settings, out, Time.typed(budget, more, finish), bank, last=until, fresh=fresh, as_json=as_json)
 
 
 def _run(
@@ -74,13 +81,14 @@ def _run(
     settings: list[str] | None,
     out: Path | None,
     time: Time,
+    bank: Path | None,
     *,
     last: str | None,
     fresh: bool,
     as_json: bool,
 ) -> None:
     """Runs a recipe for the given time, and shows its plan first."""
-    recipe = read_recipe(name, settings)
+    recipe = read_recipe(name, settings, bank)
     root = out or default_out(name, recipe)
     recipe, words = timed(recipe, name, root, time, fresh=fresh)
     show_lines(words, as_json=as_json)
@@ -123,12 +131,18 @@ def teach(
     run_steps(chosen, out or default_out(recipe, chosen), last="teacher", as_json=as_json)
 
 
-@app.command(epilog=example("nayer-edge distill digits --out runs/digits"))
+@app.command(
+    epilog=example(
+        "nayer-edge distill digits --out runs/digits",
+        "nayer-edge distill digits --bank runs/digits --set student.model=nayer:wrn_16_1 --out runs/wrn",
+    )
+)
 def distill(
     recipe: RecipeName,
     settings: Settings = None,
     out: Out = None,
     budget: Budget = None,
+    bank: Bank = None,
     fresh: Fresh = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
@@ -139,7 +153,7 @@ def distill(
     """
 
     def work() -> None:
-        _run(recipe, settings, out, Time.typed(budget), last="student", fresh=fresh, as_json=as_json)
+        _run(recipe, settings, out, Time.typed(budget), bank, last="student", fresh=fresh, as_json=as_json)
 
     if launched()[1] == 1:
         work()

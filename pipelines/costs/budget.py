@@ -52,6 +52,18 @@ OTHER_MACHINE = 2.0
 """ratio of measured to planned time of the first epoch above which, or below whose inverse, all phases are rescaled"""
 
 
+class TooShortError(UsageError):
+    """The time is too short for a useful student.
+
+    Attributes:
+        least: seconds that would do.
+    """
+
+    def __init__(self, what: str, why: str, fix: str, least: float) -> None:
+        super().__init__(what, why, fix)
+        self.least = least
+
+
 @dataclass(frozen=True)
 class Costs:
     """Costs in seconds on this machine, medians of a short measurement.
@@ -105,12 +117,14 @@ def g_steps_for(classes: int) -> int:
     return next(steps for most, steps in G_STEPS if classes <= most)
 
 
-def plan(budget: float, costs: Costs, classes: int) -> BudgetPlan:
+def plan(budget: float, costs: Costs, classes: int, *, fill: bool = True) -> BudgetPlan:
     """Plans the run that fills a budget.
 
     Args:
         budget: seconds for the whole run, export and validation included.
         classes: the teacher's number of classes.
+        fill: make images before the student is trained; False for a run that starts with another run's images. It
+            makes as many per student step as any other.
 
     Raises:
         UsageError: the budget is too small for a useful student; the message gives the minimum.
@@ -120,25 +134,27 @@ def plan(budget: float, costs: Costs, classes: int) -> BudgetPlan:
     later_image = g_steps * (costs.synthesis_step + costs.adversary) / costs.batch
     per_step = IMAGES_PER_STEP * costs.student_batch / BATCH
     views = min(VIEWS * per_step * (1 - RESERVE), costs.student_batch) / costs.student_batch
-    images = per_step * (FILLED * image + (1 - FILLED) * later_image)
+    filled = FILLED if fill else 0.0
+    images = per_step * (filled * image + (1 - FILLED) * later_image)
     step = costs.student_step + views * costs.teacher_batch + images
     available = budget * (1 - MARGIN) - costs.rest
     wanted = available / step
     if wanted < LEAST_STEPS:
         least = (LEAST_STEPS * step + costs.rest) / (1 - MARGIN)
-        raise UsageError(
+        raise TooShortError(
             f"A budget of {duration(budget)} is too small for this teacher, student and machine.",
             why=f"Export and validation take about {duration(costs.rest)}, and the minimum of {LEAST_STEPS} student "
             f"steps with their images about {duration(LEAST_STEPS * step)}.",
             fix=f"Use at least {duration(least * 1.05)}: --budget {math.ceil(least * 1.05 / 60)}m",
+            least=least * 1.05,
         )
     student_step = costs.student_step + views * costs.teacher_batch
     # Enough steps per epoch to match at least one full round of images.
     steps = max(math.ceil(costs.batch / per_step), round(wanted / EPOCHS))
     rounds = max(1, round((1 - FILLED) / (1 - DECAY) * per_step * steps / costs.batch))
-    fill = max(2, round(FILLED * per_step * wanted / costs.batch))
-    warmup_epochs = min(10, fill // 2)
-    warmup_rounds = round(fill / warmup_epochs)
+    fill_rounds = max(2, round(filled * per_step * wanted / costs.batch))
+    warmup_epochs = min(10, fill_rounds // 2) if fill else 0
+    warmup_rounds = round(fill_rounds / warmup_epochs) if fill else 1
     fill_seconds = warmup_epochs * warmup_rounds * costs.batch * image
     train_epoch = steps * student_step + rounds * costs.batch * later_image
     # Split the remaining time so that DECAY of the epochs decay the learning rate.
@@ -224,7 +240,7 @@ def settings(budget: float, made: BudgetPlan, costs: Costs, bank_mib: int) -> di
 def described(made: BudgetPlan, costs: Costs, image_bytes: int) -> list[tuple[str, str]]:
     """The plan in words, as (heading, text)."""
     phases = {"fill": "of images", "train": "of training", "decay": "of learning-rate decay"}
-    parts = [f"{duration(made.seconds[name])} {what}" for name, what in phases.items()]
+    parts = [f"{duration(made.seconds[name])} {what}" for name, what in phases.items() if made.seconds[name]]
     bank = made.images * image_bytes / 2**20
     return [
         (

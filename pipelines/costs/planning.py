@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,8 +50,12 @@ def plan_for(
     augment: Augment,
     device: Device,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    bank: Started | None = None,
 ) -> Planned:
     """Measures the steps of these networks on the device and plans a run for so many seconds.
+
+    Args:
+        bank: what the run takes over from another run, whose images it starts with.
 
     Raises:
         UsageError: the budget is too small, or the networks do not fit each other.
@@ -59,14 +63,33 @@ def plan_for(
     compute = choose(device.kind, precision)
     spec, classes = teacher.spec, len(teacher.classes)
     costs = cost_of_network(teacher.to("cpu")), cost_of_network(student.to("cpu"))
-    sizes, channels = fit(spec, *costs, device), generator_channels(spec, classes, costs[0], device)
-    generator = Generator(channels=channels)
+    sizes = fit(spec, *costs, device)
+    if bank is None:
+        generator = Generator(channels=generator_channels(spec, classes, costs[0], device))
+    else:
+        generator, sizes = bank.generator, replace(sizes, batch=bank.batch)
     measured = time_steps(teacher, student, generator, augment, compute, sizes.batch, sizes.student_batch)
-    made = budget.plan(seconds, measured, classes)
+    if bank is not None and bank.rest is not None:
+        measured = replace(measured, rest=bank.rest)
+    made = budget.plan(seconds, measured, classes, fill=bank is None)
     sections = budget.settings(seconds, made, measured, sizes.bank_mib)
     image_bytes = spec.channels * spec.height * spec.width
     words = [*budget.described(made, measured, image_bytes), *(("", why) for why in sizes.reasons.values())]
-    return Planned({**sections, "generator": {"channels": channels}}, words, measured)
+    return Planned({**sections, "generator": {"channels": generator.channels}}, words, measured)
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a run takes over from the run whose images it starts with.
+
+    Attributes:
+        batch: images per synthesis round.
+        rest: measured seconds of its steps after the student; None if they were not run.
+    """
+
+    generator: Generator
+    batch: int
+    rest: float | None
 
 
 def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Recipe, list[tuple[str, str]]]:
@@ -91,13 +114,18 @@ def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Reci
             teacher, _ = load_teacher(recipe.teacher, teacher)
         student = build_classifier(recipe.student.model, teacher.spec, teacher.classes, recipe.student.arguments)
     device = device_at_hand(recipe.device)
-    planned = plan_for(seconds, teacher, student, recipe.synthesis.augment, device, recipe.precision)
+    bank = None
+    if recipe.student.bank is not None:
+        # Its generator and batch are in the recipe already.
+        rest = _measured_rest(RunFolder.open(Path(recipe.student.bank)))
+        bank = Started(recipe.generator, recipe.synthesis.batch, rest)
+    planned = plan_for(seconds, teacher, student, recipe.synthesis.augment, device, recipe.precision, bank)
     return with_sections(recipe, planned.sections), [*planned.words, *_replaced(recipe, planned.costs)]
 
 
 def _replaced(recipe: Recipe, costs: budget.Costs) -> list[tuple[str, str]]:
     """What is said of a recipe that had sizes of its own, such as the published ones."""
-    if recipe.budget is not None:
+    if recipe.budget is not None or recipe.student.bank is not None:
         return []
     expected = duration(budget.seconds_of(recipe.synthesis, recipe.distill, costs))
     text = f"the recipe's own sizes and schedule are replaced; with them, distillation would take about {expected} here"
@@ -202,10 +230,16 @@ def _state_of(recipe: Recipe, run: RunFolder) -> _State:
             why="So far it has only made images.",
             fix=f"Continue it: nayer-edge run {run.typed}",
         ) from None
-    measured = sum(record.seconds for name, record in run.manifest.steps.items() if name in AFTER)
-    planned = recipe.budget.rest_seconds if recipe.budget else 0.0
-    rest = measured if "validate" in run.manifest.steps else planned
+    rest = _measured_rest(run)
+    if rest is None:
+        rest = recipe.budget.rest_seconds if recipe.budget else 0.0
     return _State(len(history), Length(**facts["length"]), pace, rest, finished=not interrupted)
+
+
+def _measured_rest(run: RunFolder) -> float | None:
+    """Seconds of the steps after the student; None if they have not been run."""
+    steps = run.manifest.steps
+    return sum(steps[name].seconds for name in AFTER if name in steps) if "validate" in steps else None
 
 
 def _facts(path: Path) -> dict[str, Any]:

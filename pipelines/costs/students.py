@@ -55,6 +55,7 @@ class StudentCost:
         int8_bytes: size of the INT8 graph for x86 processors.
         int8_measured: the size is that of an exported and quantized file; otherwise it is estimated from the weights.
         fp32_ms, int8_ms: median latency of ONNX Runtime at batch 1, milliseconds; None if not measured.
+        fp32_p95_ms, int8_p95_ms: its 95th percentile.
         threads: CPU threads used for the measurement.
     """
 
@@ -66,6 +67,8 @@ class StudentCost:
     fp32_ms: float | None = None
     int8_ms: float | None = None
     threads: int | None = None
+    fp32_p95_ms: float | None = None
+    int8_p95_ms: float | None = None
 
 
 def students_for(spec: InputSpec) -> list[str]:
@@ -138,7 +141,9 @@ def _timed(network: Classifier, cost: StudentCost, runs: int, threads: int | Non
         with _runners({"fp32": fp32, "int8": int8}, threads) as runners:
             timings = benchmark(runners, shape, runs=runs, max_seconds=20)
     slow, fast = timings
-    return StudentCost(cost.model, cost.params, cost.macs, size, True, slow.p50, fast.p50, slow.threads)
+    return StudentCost(
+        cost.model, cost.params, cost.macs, size, True, slow.p50, fast.p50, slow.threads, slow.p95, fast.p95
+    )
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ BASE_PREFIX = "_"
 MAX_DEPTH = 4
 DESCRIBED = ("torchvision", "timm", "hf")
 """model sources whose libraries describe the input that published weights expect"""
-_PATHS = (("teacher", "weights"), ("lte", "encoder"), ("teach", "data"), ("validate", "data"))
+_PATHS = (("teacher", "weights"), ("lte", "encoder"), ("teach", "data"), ("student", "bank"), ("validate", "data"))
 """keys that may hold a path"""
 
 
@@ -158,7 +158,7 @@ def portable(recipe: Recipe, root: Path) -> dict[str, Any]:
     values, root = recipe.model_dump(mode="json", by_alias=True), root.resolve()
     if Path(encoder := values["lte"]["encoder"]).is_absolute():
         values["lte"]["encoder"] = _in_store(encoder) or _near(encoder, root)
-    for section, key in (("teacher", "weights"), ("teach", "data"), ("validate", "data")):
+    for section, key in (("teacher", "weights"), ("teach", "data"), ("student", "bank"), ("validate", "data")):
         value = (values[section] or {}).get(key)
         if value is not None and value not in BUILT_IN_DATA and published_weights(value) is None:
             values[section][key] = _in_store(value) or _near(value, root)
@@ -239,7 +239,8 @@ def _resolve(recipe: Recipe, folder_of: Callable[[str], Path]) -> Recipe:
     teacher = resolved_teacher(recipe.teacher, folder_of)
     updates["teacher"] = with_input(teacher, trains=recipe.teach is not None)
     student = located(recipe.student.model, folder_of("student.model"))
-    updates["student"] = recipe.student.model_copy(update={"model": student})
+    bank = recipe.student.bank and _absolute(recipe.student.bank, folder_of("student.bank"))
+    updates["student"] = recipe.student.model_copy(update={"model": student, "bank": bank})
     if recipe.teach is not None:
         data = _absolute(recipe.teach.data, folder_of("teach.data"))
         updates["teach"] = recipe.teach.model_copy(update={"data": data})

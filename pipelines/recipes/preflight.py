@@ -40,9 +40,10 @@ def check(recipe: Recipe, steps: Sequence[Step], root: Path | None = None) -> No
     problems = []
     if "teacher" in names:
         problems += _path("teacher.weights", recipe.teacher.weights)
-        problems += _path("teach.data", recipe.teach.data if recipe.teach else None)
+        if recipe.student.bank is None:
+            problems += _path("teach.data", recipe.teach.data if recipe.teach else None)
         problems += _teacher(recipe)
-    if "lte" in names:
+    if "lte" in names and recipe.student.bank is None:
         problems += _embeddings(recipe)
     if "student" in names:
         problems += _student(recipe)
@@ -169,6 +170,8 @@ def _processes(recipe: Recipe) -> list[str]:
 
     size = current().size
     problems = share_problems(recipe.synthesis, recipe.distill, len(recipe.teacher.classes), size)
+    if size > 1 and recipe.student.bank is not None:
+        problems.append(f"student.bank: another run's bank cannot be divided between {size} processes")
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if size > 1 and recipe.device != "cpu" and 0 < gpus < here:
         problems.append(f"device: {here} processes and {gpus} GPUs on this machine; each process needs its own")
@@ -181,11 +184,14 @@ def _disk(recipe: Recipe, root: Path) -> list[str]:
     free = shutil.disk_usage(existing).free + sum(
         path.stat().st_size for name in (CHECKPOINT, BANK) if (path := root / name).is_file()
     )
-    needed = 2 * images_of(recipe) * (_pixels(recipe) + recipe.distill.views * len(recipe.teacher.classes) * 4)
+    images = images_of(recipe)
+    if recipe.student.bank and (taken := Path(recipe.student.bank) / BANK).is_file():
+        images += taken.stat().st_size // _pixels(recipe)
+    needed = 2 * images * (_pixels(recipe) + recipe.distill.views * len(recipe.teacher.classes) * 4)
     if needed <= free:
         return []
     return [
-        f"{root}: a memory bank of {images_of(recipe):,} images needs {needed / 2**30:,.1f} GiB with its checkpoints, "
+        f"{root}: a memory bank of {images:,} images needs {needed / 2**30:,.1f} GiB with its checkpoints, "
         f"and {free / 2**30:,.1f} GiB are free; choose another folder with --out, or lower distill.bank_mib"
     ]
 

@@ -84,7 +84,7 @@ def render(config: Recipe, run: RunFolder) -> str:
     focus = focus_of(config, report)
     values, beside = without_local_paths(config, run.root)
     recipe = to_toml(values)
-    return _template().render(
+    return template(TEMPLATE).render(
         config=config,
         report=report,
         synthetic=report.dataset.kind == "synthetic",
@@ -116,7 +116,15 @@ def render(config: Recipe, run: RunFolder) -> str:
     )
 
 
-def _template() -> Any:
+def template(name: str, package: str = "nayer_edge.pipelines.report") -> Any:
+    """A template for a page, with the filters of the report; it may include the report's own files.
+
+    Args:
+        package: where it lies.
+
+    Raises:
+        MissingError: jinja2 is not installed.
+    """
     try:
         import jinja2
         import markupsafe
@@ -124,8 +132,9 @@ def _template() -> Any:
         raise missing_extra("jinja2", "cpu", "Writing the report") from error
 
     def source(name: str) -> str | None:
-        path = resources.files("nayer_edge.pipelines.report") / name
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        folders = dict.fromkeys((package, "nayer_edge.pipelines.report"))
+        paths = [resources.files(folder) / name for folder in folders]
+        return next((path.read_text(encoding="utf-8") for path in paths if path.is_file()), None)
 
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(source),
@@ -147,7 +156,7 @@ def _template() -> Any:
         # For the one text that keeps its line breaks.
         "lines": lambda text: markupsafe.Markup("\n").join(inert(line) for line in text.split("\n")),
     }
-    return environment.get_template(TEMPLATE)
+    return environment.get_template(name)
 
 
 def _metrics(run: RunFolder) -> list[dict[str, Any]]:

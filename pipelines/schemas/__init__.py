@@ -8,5 +8,5 @@ from typing import Any
 
 
 def load(name: str) -> dict[str, Any]:
-    """The published schema of `recipe`, `policy`, `references`, `report`, `verdict` or `manifest`."""
+    """The published schema of `recipe`, `policy`, `references`, `report`, `verdict`, `manifest` or `sweep`."""
     return json.loads(resources.files(__name__).joinpath(f"{name}.schema.json").read_text(encoding="utf-8"))

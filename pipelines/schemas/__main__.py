@@ -15,6 +15,7 @@ from ..gate.policy import Policy, References
 from ..gate.verdict import VERDICT_SCHEMA
 from ..measurements import REPORT_SCHEMA, Report
 from ..recipes.schema import Recipe
+from ..sweep.record import SWEEP_SCHEMA, Sweep
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -27,6 +28,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "references": _of(References, "nayer-edge/references/1"),
         "report": _of(Report, REPORT_SCHEMA),
         "manifest": _of(Manifest, MANIFEST_SCHEMA),
+        "sweep": _of(Sweep, SWEEP_SCHEMA),
         "verdict": _verdict(),
     }
 

@@ -9,7 +9,7 @@ from nayer_edge.storage.run_folder import FileRecord, Manifest
 from ..deploy import FP16, FP32, int8_file
 from ..distill import EMBEDDINGS, GENERATOR, STUDENT, TEACHER
 from ..measurements import ArtifactReport
-from ..steps import STEPS
+from ..steps import SOURCE, STEPS
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def chain(manifest: Manifest, artifact: ArtifactReport) -> list[Link]:
     files = {
         TEACHER: "teacher",
         EMBEDDINGS: "label-text embeddings",
+        **({SOURCE: "first images of another run"} if SOURCE in manifest.files else {}),
         GENERATOR: "generator",
         STUDENT: "student",
         FP32: "student as ONNX",

@@ -23,6 +23,8 @@ from nayer_edge.text import inert
 
 from ..gate.verdict import load_report
 from ..measurements import REPORT_PATH, ArtifactReport, Network, Report
+from ..shared_bank import read_source
+from ..steps import SOURCE
 
 if TYPE_CHECKING:
     from cyclonedx.model.component import Component
@@ -68,6 +70,14 @@ def make_sbom(run: RunFolder) -> str:
         properties=[_property("seed", str(held.seed)), _property("training data of the student", "none")],
     )
     by_hash: dict[str, Component] = {held.files[name].sha256: part for name, part in files.items()}
+    # Files of the run that this one started from, except those that are the same here (teacher and embeddings).
+    source = read_source(run) if SOURCE in held.files else None
+    others = {
+        entry["sha256"]: _file(name, FileRecord(**entry, step="student"), run=source.run)
+        for name, entry in (source.files.items() if source else ())
+        if entry["sha256"] not in by_hash
+    }
+    by_hash |= others
     lineage = [
         Dependency(
             ref=files[name].bom_ref,
@@ -82,11 +92,11 @@ def make_sbom(run: RunFolder) -> str:
     lineage.append(
         Dependency(
             ref=whole.bom_ref,
-            dependencies=[Dependency(ref=part.bom_ref) for part in (*files.values(), *software)],
+            dependencies=[Dependency(ref=part.bom_ref) for part in (*files.values(), *others.values(), *software)],
         )
     )
     bom = Bom(
-        components=[*files.values(), *software],
+        components=[*files.values(), *others.values(), *software],
         serial_number=uuid.uuid5(uuid.NAMESPACE_URL, f"urn:nayer-edge:{digest}"),
         metadata=BomMetaData(component=whole, timestamp=_finished(run)),
         dependencies=lineage,
@@ -103,7 +113,8 @@ def make_sbom(run: RunFolder) -> str:
     return text
 
 
-def _file(name: str, record: FileRecord) -> Component:
+def _file(name: str, record: FileRecord, run: str | None = None) -> Component:
+    """A file as a component; `run`: of another run, from which this one started."""
     from cyclonedx.model import HashAlgorithm, HashType
     from cyclonedx.model.component import Component, ComponentType
 
@@ -111,16 +122,18 @@ def _file(name: str, record: FileRecord) -> Component:
         kind = ComponentType.MACHINE_LEARNING_MODEL
     else:
         kind = ComponentType.DATA if record.kind in DATA else ComponentType.FILE
+    where = [] if run is None else [_property("run", run)]
     return Component(
-        name=inert(name),
+        name=inert(name if run is None else f"{run}: {name}"),
         type=kind,
         version=record.sha256[:12],
-        bom_ref=f"file:{record.sha256[:16]}:{inert(name)}",
+        bom_ref=f"{'file' if run is None else 'source'}:{record.sha256[:16]}:{inert(name)}",
         hashes=[HashType(alg=HashAlgorithm.SHA_256, content=record.sha256)],
         properties=[
             _property("kind", record.kind),
             _property("step", record.step),
             _property("bytes", str(record.bytes)),
+            *where,
         ],
     )
 

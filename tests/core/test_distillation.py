@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -471,6 +472,62 @@ def test_checkpoints_are_not_written_more_often_than_asked_for(
     finished = start()
     assert resume(finished, path)
     assert finished.finished
+
+
+def left_by(run: Distillation, folder: Path) -> distilling.Start:
+    """The files of a finished run."""
+    run.bank.save(folder / "bank.safetensors")
+    generators.save(run.generator, run.statistics.memory, folder / "generator.safetensors")
+    return distilling.Start(folder / "bank.safetensors", folder / "generator.safetensors", None)
+
+
+def on_the_bank(start: Start, **changes: Any) -> Distillation:
+    """A run that starts with another run's images."""
+    run = start(distill_warmup_epochs=0, seed=1, **changes)
+    run.settings = replace(run.settings, start="the other run")
+    return run
+
+
+def test_a_run_goes_on_with_another_runs_images_and_generator(
+    start: Start, rounds: list[Round], tmp_path: Path
+) -> None:
+    first = start()
+    distill(first)
+    files, made = left_by(first, tmp_path), len(rounds)
+    before = {name: tensor.clone() for name, tensor in first.generator.state_dict().items()}
+    run = on_the_bank(start, synthesis_g_steps=1, synthesis_lr=1e-9)
+    run.start_from(files)
+    assert run.statistics.memory is not None
+    run.run_epoch()
+    assert torch.equal(run.bank.images[: len(first.bank)], first.bank.images)
+    assert len(run.bank) - len(first.bank) == 8 * 2, "and makes its own"
+    # Not initialised anew: with this learning rate only the noisy layer, which every round redraws, has changed.
+    after = run.generator.state_dict()
+    fixed = [n for n, t in before.items() if t.is_floating_point() and not n.startswith("noisy") and "running" not in n]
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in fixed)
+    assert len(rounds) > made
+
+
+def test_a_smaller_bank_takes_the_newest_of_them(start: Start, tmp_path: Path) -> None:
+    first = start()
+    distill(first)
+    run = on_the_bank(start, distill_bank_mib=10 * 128 / 2**20)
+    run.start_from(left_by(first, tmp_path))
+    assert torch.equal(run.bank.images, first.bank.newest(10)[0])
+
+
+def test_what_does_not_fit_a_start(start: Start, tmp_path: Path) -> None:
+    first = start()
+    distill(first)
+    files = left_by(first, tmp_path)
+    with pytest.raises(UsageError, match="no warm-up"):
+        start().start_from(files)
+    with pytest.raises(UsageError, match="another size") as caught:
+        on_the_bank(start, synthesis_batch=4).start_from(files)
+    assert "batch: 8 → 4" in caught.value.why
+    # Without the images or a state there is nothing to train on.
+    with pytest.raises(UsageError, match="are gone"):
+        distill(on_the_bank(start))
 
 
 def test_select_agreement_ships_the_best_student(start: Start) -> None:

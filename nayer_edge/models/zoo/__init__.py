@@ -1,7 +1,8 @@
 """CIFAR networks of the literature, with their usual state-dict keys, for any channels, image size and classes.
 
 wrn_<d>_<k>             WideResNet, pre-activation (Zagoruyko & Komodakis 2016), d = 6n + 4
-resnet8/20/32/56        CIFAR ResNet (He et al. 2016, §4.2) with 1×1-convolution shortcuts
+resnet8/20/32/56        CIFAR ResNet (He et al. 2016, §4.2) with 1×1-convolution shortcuts; resnet8_w4: with 4 channels
+                        in the first stage instead of 16
 resnet18/34             ResNet with a 3×3 stem, as used throughout the data-free literature
 vgg11_bn                VGG-11 with BatchNorm and a single linear layer
 """
@@ -29,12 +30,13 @@ def build(name: str, channels: int, classes: int) -> nn.Module:
     """
     if match := re.fullmatch(r"wrn_(\d{1,3})_(\d{1,2})", name):
         return WideResNet(int(match[1]), int(match[2]), channels, classes)
-    if match := re.fullmatch(r"resnet(8|20|32|56)", name):
-        return small_resnet(int(match[1]), channels, classes)
+    if match := re.fullmatch(r"resnet(8|20|32|56)(?:_w([1-9]\d{0,2}))?", name):
+        return small_resnet(int(match[1]), channels, classes, int(match[2] or 16))
     for factory in (resnet18, resnet34, vgg11_bn):
         if factory.__name__ == name:
             return factory(channels, classes)
     raise UsageError(
         f"The zoo has no network 'nayer:{name}'.{nearest(name, NAMES)}",
-        fix=f"It has: {', '.join(NAMES)}; WideResNets of any depth 6n+4 and width as wrn_<depth>_<width>.",
+        fix=f"It has: {', '.join(NAMES)}; WideResNets of any depth 6n+4 and width as wrn_<depth>_<width>; "
+        "narrower ones as resnet8_w<channels>.",
     )

@@ -72,10 +72,10 @@ class ResNet(nn.Module):
         return getattr(self, self._head)(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-def small_resnet(depth: int, channels: int, classes: int) -> ResNet:
-    """ResNet-(6n + 2), widths 16, 32, 64; keys conv1, bn1, layer1…3, downsample, fc."""
+def small_resnet(depth: int, channels: int, classes: int, width: int = 16) -> ResNet:
+    """ResNet-(6n + 2), widths w, 2w, 4w with w = 16 as published; keys conv1, bn1, layer1…3, downsample, fc."""
     n = (depth - 2) // 6
-    return ResNet((16, 32, 64), (n, n, n), channels, classes, shortcut="downsample", head="fc")
+    return ResNet((width, 2 * width, 4 * width), (n, n, n), channels, classes, shortcut="downsample", head="fc")
 
 
 def resnet18(channels: int, classes: int) -> ResNet:

@@ -92,6 +92,7 @@ def test_parameter_counts_with_other_channels_and_classes(channels: int, classes
     for depth in (8, 20, 32):
         blocks = ((depth - 2) // 6,) * 3
         assert parameters(f"resnet{depth}", channels, classes) == resnet((16, 32, 64), blocks, channels, classes)
+        assert parameters(f"resnet{depth}_w4", channels, classes) == resnet((4, 8, 16), blocks, channels, classes)
     assert parameters("vgg11_bn", channels, classes) == vgg11(channels, classes)
 
 

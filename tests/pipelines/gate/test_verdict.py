@@ -688,7 +688,7 @@ def test_policy_toml_names_every_key() -> None:
             assert all(key in text for key in field.annotation.model_fields)
 
 
-@pytest.mark.parametrize("name", ["recipe", "policy", "references", "report", "verdict", "manifest"])
+@pytest.mark.parametrize("name", ["recipe", "policy", "references", "report", "verdict", "manifest", "sweep"])
 def test_committed_schemas_are_up_to_date(name: str) -> None:
     assert load(name) == schema_writer.schemas()[name], "type: make schemas"
     jsonschema.Draft202012Validator.check_schema(load(name))
@@ -699,7 +699,7 @@ def test_schemas_are_written_beside_the_module(tmp_path: Path) -> None:
     schema_writer.write(tmp_path)
     for path in tmp_path.iterdir():
         assert json.loads(path.read_text()) == load(path.name.split(".")[0])
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 def test_files_of_a_run_follow_their_schemas(root: Path) -> None:

@@ -1,0 +1,168 @@
+"""The command that finds the smallest student that passes: sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from nayer_edge.errors import EXIT_FAILED
+from nayer_edge.text import inert
+
+from .. import actions
+from .shared import Fresh, Json, Settings, TrustCode, app, example, print_json, stdout, watched
+
+if TYPE_CHECKING:
+    from ..sweep.record import StudentRecord, Sweep
+
+
+@app.command(
+    epilog=example(
+        "nayer-edge sweep runs/digits --students nayer:resnet8_w4,nayer:resnet8_w8,nayer:resnet8 --budget 5m",
+        "nayer-edge sweep runs/digits-sweep",
+    )
+)
+def sweep(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A finished run, whose bank is taken; a recipe, which makes one; or a sweep to continue.",
+            show_default=False,
+        ),
+    ],
+    students: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--students", metavar="A,B,C", help="Students; repeatable.", show_default="some that suit the teacher"
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="TIME",
+            help="Time for all of them, for example 3h.",
+            show_default="40 % of what their runs would take alone",
+        ),
+    ] = None,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder of the sweep.", show_default="runs/<recipe>-sweep")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, and command lines for a scheduler; write nothing.")
+    ] = False,
+    fresh: Fresh = False,
+    trust_code: TrustCode = False,
+    as_json: Json = False,
+) -> None:
+    """Trains several students from one memory bank, and names the smallest that passes the policy.
+
+    Students that cannot pass any more are stopped early. Exit codes as for gate: 0 if a student passes, else 1.
+    """
+    order = actions.SweepOrder.typed(recipe, students or [], budget, out, settings, fresh=fresh)
+    if dry_run:
+        _show_plan(order, recipe, settings or [], as_json=as_json)
+        return
+    display = watched(as_json)
+    found = actions.sweep(order, fresh=fresh, display=display)
+    if as_json:
+        print_json(found.model_dump(mode="json", by_alias=True))
+    else:
+        display.console.print()
+        display.console.print(sweep_table(found))
+        if found.command:
+            display.console.print(Text(f"  {inert(found.command)}", style="bold"), soft_wrap=True)
+        display.console.print(f"\nPage: {order.out / 'sweep.html'}", highlight=False, soft_wrap=True)
+    if found.verdict != "pass":
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _show_plan(order: actions.SweepOrder, name: str, settings: list[str], *, as_json: bool) -> None:
+    from ..costs.durations import duration
+    from ..sweep.record import read_sweep
+    from ..sweep.running import as_commands, planned
+
+    if order.recipe is None:
+        plan, bank = read_sweep(order.out), order.out / "bank"
+        bank = None if bank.is_dir() or plan.bank is None else order.out / plan.bank.run
+    else:
+        plan, _ = planned(order.recipe, order.bank, order.out, order.students, order.seconds)
+        bank = order.bank
+    lines = as_commands(plan, bank, order.out, name, settings)
+    if as_json:
+        print_json({"plan": plan.model_dump(mode="json", by_alias=True), "commands": lines})
+        return
+    console = stdout()
+    time = "40 % of what the runs would take alone" if plan.seconds is None else duration(plan.seconds)
+    going = sum(each.open for each in plan.students)
+    rounds = f"{plan.rounds} round{'s' * (plan.rounds != 1)} of successive halving"
+    console.print(f"{going} students, {time}, {rounds}.\n", highlight=False)
+    console.print(_students(plan, planned_only=True))
+    console.print("\nThe same students, each with an equal share of the time and none stopped early:\n")
+    for line in lines:
+        console.print(Text(inert(line)), soft_wrap=True)
+
+
+def sweep_table(sweep: Sweep) -> Group:
+    """The result for a terminal: a table that fits 80 columns, what became of every student, and the answer."""
+    sentences = Table.grid(padding=(0, 2, 0, 0))
+    for student in sorted(sweep.students, key=lambda each: each.order):
+        if text := _became(student):
+            sentences.add_row(Text(inert(student.model), style="dim"), Text(inert(text)))
+    style = {"pass": "green", "fail": "red", "inconclusive": "yellow"}.get(sweep.verdict or "", "")
+    answer = Text(inert(sweep.sentence), style=f"bold {style}")
+    note = [] if sweep.kind != "synthetic" else [Text("Measured on synthetic images: agreement with the teacher."), ""]
+    return Group(_students(sweep), "", sentences, "", *note, answer)
+
+
+def _students(sweep: Sweep, *, planned_only: bool = False) -> Table:
+    from ..gate.wording import milliseconds, percent, size
+    from ..sweep.results import quality, shipped
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("Student", overflow="fold")
+    good = "agreement" if sweep.kind == "synthetic" else "top-1"
+    headings = ("params", "INT8 ≈") if planned_only else ("params", "size", "p95 ms", good, "rounds")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for student in sorted(sweep.students, key=lambda each: each.order):
+        params = "–" if student.params is None else f"{student.params:,}"
+        if planned_only:
+            table.add_row(Text(inert(student.model)), params, size(student.int8_bytes), _state(student))
+            continue
+        artifact = shipped(student)
+        rate = quality(artifact) if artifact else None
+        p95 = artifact.p95_ms if artifact else None
+        table.add_row(
+            Text(inert(student.model)),
+            params,
+            size(artifact.size_bytes if artifact else None),
+            "–" if p95 is None else milliseconds(p95),
+            percent(rate.value if rate else None),
+            f"{len(student.shares)}/{sweep.rounds}",
+            _state(student),
+        )
+    return table
+
+
+def _state(student: StudentRecord) -> Text:
+    if student.artifacts and not student.missed:
+        return Text("passes", style="green")
+    colour = {"refused": "yellow", "failed": "red"}.get(student.state, "dim")
+    return Text("" if student.state == "waiting" else student.state, style=colour)
+
+
+def _became(student: StudentRecord) -> str:
+    from ..sweep.results import advice
+
+    parts = [f"{student.reason[:1].upper()}{student.reason[1:]}."] if student.reason else []
+    parts += [missed.detail for missed in student.missed]
+    if help_ := advice(student):
+        parts.append(f"What would help: {help_}.")
+    return " ".join(part.replace("..", ".") for part in parts)

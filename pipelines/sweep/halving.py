@@ -1,0 +1,130 @@
+"""When a sweep stops a student, and how it divides the time: pure functions, standard library only.
+
+Successive halving (Jamieson & Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization",
+AISTATS 2016, Alg. 1; Li et al., "A system for massively parallel hyperparameter tuning", MLSys 2020, Alg. 1): ⌈log₂ n⌉
+rounds get equal parts of the time, every student left gets an equal share of a round, and after it the better half goes
+on. The resource is time, the score is the agreement with the teacher on images that are the same for all students.
+
+A sweep does not look for the best student but for the smallest that passes, so two rules come before the halving: a
+student that no training can make pass is stopped, and so is one that is larger than a student that passes already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+ETA = 2
+"""of so many students, one goes on (η)"""
+FAR = 2.0
+"""doublings of the time up to which more time is the advice"""
+
+Action = Literal["continue", "stop", "pass"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a student stands after a round.
+
+    Attributes:
+        name: the student.
+        size: what is to be small, bytes of the artifact.
+        agreement: with the teacher, in [0, 1], on the images that all students share.
+        passes: its artifacts meet the policy.
+        excluded: the limit that it misses however long it is trained; empty if there is none.
+    """
+
+    name: str
+    size: float
+    agreement: float
+    passes: bool = False
+    excluded: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a student, and why, in words."""
+
+    action: Action
+    reason: str
+
+
+def rounds_for(students: int) -> int:
+    """Rounds of successive halving: ⌈log₂ n⌉, at least one."""
+    return max(1, (students - 1).bit_length())
+
+
+def share(left: float, rounds_left: int, students: int) -> float:
+    """Seconds of each student in the coming round: an equal part of the time left.
+
+    Args:
+        rounds_left: including the coming one.
+        students: those that take part.
+    """
+    return max(left, 0.0) / max(rounds_left, 1) / max(students, 1)
+
+
+def decide(standings: Sequence[Standing], rounds_left: int) -> dict[str, Decision]:
+    """Who goes on after a round.
+
+    Args:
+        standings: the students that took part in the round, with any that passed before.
+        rounds_left: rounds after this one; with none, nobody goes on.
+
+    Returns:
+        A decision for every student. "pass" is the smallest that passes; there is at most one.
+    """
+    found: dict[str, Decision] = {}
+    passing = min((each for each in standings if each.passes), key=lambda each: (each.size, each.name), default=None)
+    for each in standings:
+        if each is passing:
+            found[each.name] = Decision("pass", "the smallest student that passes")
+        elif each.excluded:
+            found[each.name] = Decision("stop", f"more training cannot help: {each.excluded}")
+        elif passing is not None and (each.passes or each.size >= passing.size):
+            found[each.name] = Decision("stop", f"{passing.name} passes and is smaller")
+    open_ = sorted(
+        (each for each in standings if each.name not in found), key=lambda each: (-each.agreement, each.size, each.name)
+    )
+    if rounds_left <= 0:
+        return found | {each.name: Decision("stop", "it does not pass, and the time is over") for each in open_}
+    kept = math.ceil(len(open_) / ETA)
+    for place, each in enumerate(open_, 1):
+        stands = f"{100 * each.agreement:.1f} % agreement, place {place} of {len(open_)}"
+        action: Action = "continue" if place <= kept else "stop"
+        found[each.name] = Decision(action, stands if action == "continue" else f"{stands}, of which {kept} go on")
+    return found
+
+
+def way_on(shares: Sequence[tuple[float, float]], needed: float) -> Literal["time", "larger"]:
+    """Whether more time or a larger student is the way for a student that falls short.
+
+    The gain of the last doubling of its time is taken to repeat, which flatters it: curves of accuracy flatten.
+
+    Args:
+        shares: (seconds of training in all, agreement) after each share, in order.
+        needed: by how much its agreement has to grow.
+
+    Returns:
+        "time" if `FAR` doublings would do, or if there is only one share to judge by.
+    """
+    if len(shares) < 2:
+        return "time"
+    (before, low), (after, high) = shares[-2:]
+    doublings = math.log2(after / before) if after > before > 0 else 0.0
+    gain = (high - low) / doublings if doublings else 0.0
+    return "time" if gain > 0 and needed <= FAR * gain else "larger"
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names that no other point beats: (cost, quality), a smaller cost and a larger quality being better. In the
+    order of cost."""
+    front: list[str] = []
+    best = -math.inf
+    for name, (_, quality) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1], item[0])):
+        if quality > best:
+            front.append(name)
+            best = quality
+    return front

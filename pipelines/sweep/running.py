@@ -1,0 +1,580 @@
+"""Runs a sweep: a bank, a first share of the time for every student, and the rest for those that can still pass.
+
+Every student is an ordinary run folder, made by the functions that `run --bank` and `run --more` call. `sweep.json` is
+written after every step and says before a share starts what it will bring the run to, so a repetition goes on where
+the sweep was interrupted and gives no time twice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.text import Text
+
+from nayer_edge.config import Student
+from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, TrainingError, UsageError
+from nayer_edge.evaluate import logits_of
+from nayer_edge.export.runners import as_bytes
+from nayer_edge.models.load import load_classifier
+from nayer_edge.models.names import located
+from nayer_edge.runtime import provenance
+from nayer_edge.runtime.compute import choose
+from nayer_edge.runtime.progress import Progress, Silent
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder, is_vacant, lock_folder
+from nayer_edge.storage.tensors import load_tensors, save_tensors
+from nayer_edge.text import inert
+
+from .. import actions
+from ..costs.budget import TooShortError
+from ..costs.durations import duration
+from ..costs.planning import with_sections
+from ..deploy import SyntheticSource
+from ..distill import BANK as BANK_FILE
+from ..distill import METRICS, STUDENT
+from ..plan import bank_digest
+from ..recipes.loading import portable, recipe_of
+from ..recipes.schema import Recipe
+from . import results
+from .candidates import cannot_pass, cost_of, proposed, require_distinct
+from .halving import Decision, Standing, decide, rounds_for, share
+from .page import write_page
+from .record import BANK, PAGE, RECORD, Bank, Share, StudentRecord, Sweep, Target, now, read_sweep, write_sweep
+
+if TYPE_CHECKING:
+    from ..show import Display
+
+HOLDOUT = "holdout.safetensors"
+"""the images that all students share; no student is trained on them"""
+MOST_IMAGES, LEAST_IMAGES = 2000, 400
+"""number of those images: all that were put aside while the bank was made, within these limits"""
+BANK_SHARE = 0.25
+"""of the time, for a bank that has to be made"""
+DEFAULT_SHARE = 0.4
+"""of what the students' runs would take alone, if no time is given"""
+BANK_COPIES = 4
+"""disk space of a run in sizes of the bank that it starts with: its own bank, which has grown, twice"""
+SECTIONS = ("lte", "generator", "synthesis", "distill", "budget")
+"""parts of a recipe that a plan fills in"""
+
+
+def planned(
+    recipe: Recipe, bank: Path | None, out: Path, models: Sequence[str], seconds: float | None
+) -> tuple[Sweep, Recipe]:
+    """A new sweep, before anything is written, and the recipe that its students share.
+
+    Args:
+        bank: a finished run whose images the students start with; None: the sweep makes them.
+        models: the students; empty: those that are proposed for the teacher.
+        seconds: time for the students, and for the bank if there is none.
+
+    Raises:
+        UsageError: a student is listed twice, or none can be built.
+    """
+    teacher = recipe.teacher
+    if bank is not None:
+        recipe = actions.on_bank(recipe, bank)
+    elif recipe.student.bank is not None:
+        bank = Path(recipe.student.bank)
+    params = results.teacher_params(recipe, bank)
+    chosen = require_distinct(models) if models else proposed(params, teacher.input, teacher.classes)
+    students = [StudentRecord(model=model, folder=folder) for model, folder in _folders(chosen)]
+    for each in students:
+        _examine(each, recipe)
+    fit = [each for each in students if each.open]
+    if not any(each.state != "refused" for each in students):
+        raise UsageError(
+            "None of the students can be built.",
+            why="\n".join(f"  - {each.model}: {each.reason}" for each in students),
+            fix="nayer-edge students lists students for an image size.",
+        )
+    sweep = Sweep(
+        name=recipe.name,
+        recipe=portable(recipe, out),
+        seconds=seconds,
+        rounds=rounds_for(len(fit)),
+        students=students,
+        teacher_params=params,
+        created=now(),
+    )
+    return sweep, recipe
+
+
+def run_sweep(
+    recipe: Recipe | None,
+    bank: Path | None,
+    out: Path,
+    models: Sequence[str] = (),
+    seconds: float | None = None,
+    *,
+    fresh: bool = False,
+    display: Display | None = None,
+) -> Sweep:
+    """Runs a sweep in a folder, or continues it where it stopped.
+
+    Args:
+        recipe: what the students share; None: continue the sweep in `out`.
+        bank, models, seconds: see `planned`.
+        fresh: empty the folder first.
+
+    Returns:
+        The finished sweep; its `verdict` is "pass" if a student passes.
+
+    Raises:
+        UsageError: the folder holds something else or another sweep, a student is listed twice, the time is too short,
+            or the disk is too small.
+        IntegrityError: a run of the sweep was altered.
+    """
+    with lock_folder(out):
+        if fresh:
+            _clear(out)
+        sweep = read_sweep(out) if (out / RECORD).is_file() else None
+        if sweep is not None and (recipe is None or any(each.target for each in sweep.students)):
+            _require_same(sweep, recipe, bank, out, models, seconds)
+            recipe = recipe_of(sweep.recipe, out)
+        elif recipe is None:
+            raise UsageError(f"{out} is not the folder of a sweep: it has no {RECORD}.")
+        elif sweep is None and not is_vacant(out):
+            raise UsageError(
+                f"{out} is neither empty nor the folder of a sweep.", fix="Choose another folder with --out."
+            )
+        else:
+            # No student has begun yet: everything may still be planned in another way.
+            (out / HOLDOUT).unlink(missing_ok=True)
+            sweep, recipe = planned(recipe, bank, out, models, seconds)
+            write_sweep(out, sweep)
+        work = _Work(sweep, recipe, out, display)
+        work.prepare()
+        while work.open and sweep.done < sweep.rounds:
+            work.run_round()
+        work.finish()
+    return sweep
+
+
+def default_seconds(run: RunFolder, students: int) -> float:
+    """Time for the students where none was given: less than half of what their runs would take alone.
+
+    Args:
+        run: the one that made the bank.
+    """
+    alone = sum(record.seconds for name, record in run.manifest.steps.items() if name not in ("teacher", "lte"))
+    return max(60.0, round(DEFAULT_SHARE * alone * students))
+
+
+def as_commands(sweep: Sweep, bank: Path | None, out: Path, name: str, settings: Sequence[str] = ()) -> list[str]:
+    """The command lines that give every student an equal share of all the time, for a scheduler to run in parallel.
+
+    Args:
+        bank: the run whose images the students start with; None: the first line makes it.
+        name: the recipe or run folder, as typed.
+        settings: `--set` items, as typed.
+    """
+    typed = [shlex.quote(name), *(word for each in settings for word in ("--set", shlex.quote(each)))]
+    open_ = [each for each in sweep.students if each.open]
+    lines, seconds = [], sweep.seconds
+    if bank is None:
+        first = "" if seconds is None else f" --budget {round(seconds * BANK_SHARE)}s"
+        bank = out / BANK
+        lines.append(f"nayer-edge distill {' '.join(typed)}{first} --out {shlex.quote(str(bank))}")
+        seconds = seconds and seconds * (1 - BANK_SHARE)
+    elif seconds is None:
+        seconds = default_seconds(RunFolder.open(bank), len(open_))
+    time = "" if seconds is None else f" --budget {max(1, round(seconds / max(len(open_), 1)))}s"
+    return [
+        *lines,
+        *(
+            f"nayer-edge distill {' '.join(typed)} --bank {shlex.quote(str(bank))}{time} "
+            f"--set student.model={shlex.quote(each.model)} --out {shlex.quote(str(out / each.folder))}"
+            for each in open_
+        ),
+    ]
+
+
+class _Work:
+    """A sweep at work in its folder."""
+
+    def __init__(self, sweep: Sweep, recipe: Recipe, out: Path, display: Display | None) -> None:
+        self.sweep, self.recipe, self.out, self.display = sweep, recipe, out, display
+        self.progress: Progress = Silent() if display is None else display.progress
+        self.errors: list[NayerEdgeError] = []
+        """of the students that failed"""
+        self.images = torch.empty(0)
+        self.answers = torch.empty(0)
+
+    @property
+    def open(self) -> list[StudentRecord]:
+        """The students that may still get time."""
+        return [each for each in self.sweep.students if each.open]
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left for the students."""
+        return (self.sweep.seconds or 0.0) - self.sweep.spent
+
+    def tell(self, text: str) -> None:
+        if self.display is not None:
+            self.display.console.print(Text(inert(text)), soft_wrap=True)
+
+    def save(self) -> None:
+        write_sweep(self.out, self.sweep)
+
+    def root(self, student: StudentRecord) -> Path:
+        return self.out / student.folder
+
+    # -------------------------------------------------------------- before the first round
+
+    def prepare(self) -> None:
+        """Makes or takes the bank, draws the images that all students share, and sets the time."""
+        failed = [each for each in self.sweep.students if each.state == "failed"]
+        for each in failed:
+            # What failed may work this time: more memory, more space.
+            each.state, each.reason = "training" if each.target else "waiting", ""
+        if failed:
+            self.sweep.done = min(self.sweep.done, self.sweep.rounds - 1)
+        if not self.open or self.sweep.done >= self.sweep.rounds:
+            # Nobody needs a bank.
+            return
+        source = self.bank()
+        run = RunFolder.open(source)
+        if self.sweep.bank is None:
+            images = run.manifest.steps["student"].numbers.get("bank images")
+            self.sweep.bank = Bank(
+                run=portable(actions.on_bank(self.recipe, source), self.out)["student"]["bank"],
+                name=str(run.manifest.recipe.get("name")),
+                digest=bank_digest(source) or "",
+                images=int(images) if isinstance(images, int | float) else None,
+            )
+            self.sweep.hardware = provenance.hardware()
+        self.recipe = actions.on_bank(self.recipe, source)
+        if self.sweep.seconds is None:
+            self.sweep.seconds = default_seconds(run, len(self.open))
+            told = duration(self.sweep.seconds)
+            self.tell(f"No --budget was given: {told} for the students, {DEFAULT_SHARE:.0%} of their runs alone.")
+        self.save()
+        _require_space(self.open, source, self.out)
+        self.shared_images(run)
+        self.plan_first()
+        self.save()
+
+    def bank(self) -> Path:
+        """The run whose images the students start with, made if there is none."""
+        if self.recipe.student.bank is not None:
+            return Path(self.recipe.student.bank)
+        root = self.out / BANK
+        limit = None if self.sweep.seconds is None else self.sweep.seconds * BANK_SHARE
+        made = root / MANIFEST
+        if not (made.is_file() and "student" in RunFolder.open(root).manifest.steps):
+            began = time.monotonic()
+            chosen, _ = actions.timed(self.recipe, None, root, actions.Time(budget=limit))
+            actions.make(chosen, root, last="student", display=self.display)
+            if limit is not None:
+                self.sweep.spent += time.monotonic() - began
+                self.save()
+        return root
+
+    def shared_images(self, run: RunFolder) -> None:
+        """Reads or draws the images that all students are compared on, and the teacher's answers."""
+        path = self.out / HOLDOUT
+        recipe = recipe_of(run.manifest.recipe, run.root)
+        if not path.is_file():
+            source = SyntheticSource.open(*(run.artifact(name) for name in ("teacher", "lte", "student")), recipe, run)
+            count = max(min(source.ready("validate"), MOST_IMAGES), LEAST_IMAGES)
+            self.progress.start("draw images to compare on", source.steps("validate", count))
+            images = source.draw("validate", count, self.progress)
+            self.progress.finish()
+            answers = torch.from_numpy(source.teacher_logits(images)).argmax(dim=1)
+            save_tensors(path, {"images": torch.from_numpy(as_bytes(images)), "answers": answers})
+        tensors = load_tensors(path, "the images of a sweep")
+        try:
+            self.images, self.answers = tensors["images"], tensors["answers"]
+        except KeyError as error:
+            raise IntegrityError(f"{path} does not hold the images of a sweep.", fix=f"Remove it: rm {path}") from error
+
+    def recipe_for(self, student: StudentRecord) -> Recipe:
+        """The recipe of a student, before its sizes are planned."""
+        model = Student(model=located(student.model, Path.cwd()), bank=self.recipe.student.bank)
+        return self.recipe.model_copy(update={"student": model})
+
+    def plan_first(self) -> None:
+        """Plans the first round: with fewer rounds, if the shares would be too short for a useful student."""
+        waiting = [each for each in self.open if each.target is None]
+        if not waiting or self.sweep.done:
+            return
+        while True:
+            seconds = share(self.left, self.sweep.rounds, len(self.open))
+            short: dict[str, TooShortError] = {}
+            for each in waiting:
+                try:
+                    chosen, _ = actions.timed(
+                        self.recipe_for(each), None, self.root(each), actions.Time(budget=max(seconds, 1.0))
+                    )
+                except TooShortError as error:
+                    short[each.model] = error
+                    if self.sweep.rounds > 1:
+                        break
+                else:
+                    each.target = Target(round=1, seconds=seconds, sections=_sections(chosen))
+            if not short or self.sweep.rounds == 1:
+                break
+            self.sweep.rounds -= 1
+        if len(short) == len(waiting):
+            least = max(error.least for error in short.values()) * len(self.open)
+            if self.made_bank:
+                least /= 1 - BANK_SHARE
+            raise UsageError(
+                f"{duration(self.sweep.seconds or 0)} are too short for {len(self.open)} students.",
+                why=next(iter(short.values())).why,
+                fix=f"Use at least {duration(least * 1.1)}, or fewer students.",
+            )
+        for each in waiting:
+            if each.model in short:
+                self.end(each, "stopped", f"its share of {duration(seconds)} is too short: {short[each.model].why}")
+
+    @property
+    def made_bank(self) -> bool:
+        """Whether the sweep made its bank itself."""
+        return (self.out / BANK).is_dir()
+
+    # -------------------------------------------------------------- rounds
+
+    def run_round(self) -> None:
+        """Gives every student that is left its share of this round, then decides who goes on.
+
+        Raises:
+            NayerEdgeError: no student could be trained at all.
+        """
+        number = self.sweep.done + 1
+        taking_part = [each for each in self.open if not any(made.round == number for made in each.shares)]
+        for place, each in enumerate(taking_part):
+            # A share that failed is repeated first.
+            if each.target is None or any(made.round == each.target.round for made in each.shares):
+                seconds = share(self.left, self.sweep.rounds - self.sweep.done, len(taking_part) - place)
+                each.target = self.extended(each, number, seconds)
+            if each.open:
+                self.train(each)
+        if self.errors and not any(each.shares for each in self.sweep.students):
+            # What ends every run is not the students' fault.
+            raise self.errors[0]
+        self.judge(number)
+
+    def extended(self, student: StudentRecord, number: int, seconds: float) -> Target | None:
+        """The plan of a further share; None ends the student."""
+        root = self.root(student)
+        try:
+            chosen, _ = actions.timed(actions.recipe_in(root), str(root), root, actions.Time(more=max(seconds, 1.0)))
+        except UsageError as error:
+            self.end(student, "stopped", f"{error.what} {error.why}".strip())
+            return student.target
+        return Target(round=number, seconds=seconds, sections=_sections(chosen))
+
+    def train(self, student: StudentRecord) -> None:
+        """Brings a student's run to its target and measures it."""
+        target = student.target
+        assert target is not None
+        self.tell(
+            f"{student.model}: share {target.round} of {self.sweep.rounds}, {duration(target.seconds)}"
+            f" ({self.root(student)})"
+        )
+        student.state = "training"
+        self.save()
+        began = time.monotonic()
+        try:
+            run = actions.make(
+                with_sections(self.recipe_for(student), target.sections),
+                self.root(student),
+                last="gate",
+                display=self.display,
+            )
+            agreement = self.agreement(run)
+        except (UsageError, MissingError, TrainingError, IntegrityError) as error:
+            if isinstance(error, IntegrityError) and _altered(self.root(student), Path(self.recipe.student.bank or "")):
+                raise
+            self.errors.append(error)
+            self.end(student, "failed", " ".join(f"{error.what} {error.why}".split()))
+            self.tell(f"{student.model} failed: {student.reason}")
+            return
+        finally:
+            self.sweep.spent += time.monotonic() - began
+            self.save()
+        verdict = results.refresh(student, self.root(student), self.sweep)
+        assert verdict is not None
+        student.shares.append(
+            Share(
+                round=target.round,
+                seconds=target.seconds,
+                spent=time.monotonic() - began,
+                trained_seconds=_trained_seconds(run),
+                agreement=agreement,
+                verdict=verdict,
+                finished=now(),
+            )
+        )
+        student.state = "waiting"
+        self.save()
+
+    def agreement(self, run: RunFolder) -> results.Bounds:
+        """Agreement of the FP32 student with the teacher on the images that all students share."""
+        student = load_classifier(run.path(STUDENT))
+        logits = logits_of(student, self.images, choose("cpu", "fp32"))
+        same = int((logits.argmax(dim=1) == self.answers).sum())
+        return results.bounds(same, len(self.images), self.recipe.gate.accuracy.confidence)
+
+    def judge(self, number: int) -> None:
+        """Decides who goes on, and records why the others do not."""
+        measured = [each for each in self.sweep.students if each.shares and (each.open or each.state == "passes")]
+        decided = decide([_standing(each) for each in measured], self.sweep.rounds - number)
+        for each in measured:
+            self.apply(each, decided[each.model])
+        self.sweep.done = number
+        self.save()
+
+    def apply(self, student: StudentRecord, decision: Decision) -> None:
+        if decision.action == "continue":
+            student.state, student.reason = "waiting", decision.reason
+        elif decision.action == "pass":
+            self.end(student, "passes", decision.reason)
+        else:
+            self.end(student, "stopped", decision.reason)
+            self.tell(f"{student.model} is stopped: {decision.reason}.")
+
+    def end(self, student: StudentRecord, state: Any, reason: str) -> None:
+        student.state, student.reason, student.ended = state, reason, now()
+        self.save()
+
+    # -------------------------------------------------------------- the answer
+
+    def finish(self) -> None:
+        """Reads what every run measured, also those that were continued by hand, and writes the answer and the page."""
+        for each in self.sweep.students:
+            results.refresh(each, self.root(each), self.sweep)
+        results.conclude(self.sweep, self.out)
+        self.save()
+        write_page(self.sweep, self.recipe.gate, self.out / PAGE)
+
+
+def _folders(models: Sequence[str]) -> list[tuple[str, str]]:
+    """A folder for every student, from its name."""
+    found: dict[str, str] = {}
+    for model in models:
+        plain = re.sub(r"[^A-Za-z0-9]+", "_", model.rpartition(":")[2] or model).strip("_") or "student"
+        name, number = plain, 2
+        while name in (*found.values(), BANK):
+            name, number = f"{plain}_{number}", number + 1
+        found[model] = name
+    return list(found.items())
+
+
+def _examine(student: StudentRecord, recipe: Recipe) -> None:
+    """Fills in what a student costs, or why it does not take part."""
+    teacher = recipe.teacher
+    if student.model == teacher.model and not teacher.arguments:
+        student.state, student.reason = "refused", "it is the teacher's own network"
+        return
+    try:
+        cost = cost_of(located(student.model, Path.cwd()), teacher.input, teacher.classes, recipe.gate)
+    except (UsageError, MissingError, IntegrityError) as error:
+        student.state, student.reason = "refused", " ".join(f"{error.what} {error.why}".split())
+        return
+    student.params, student.macs, student.int8_bytes = cost.params, cost.macs, cost.int8_bytes
+    if reason := cannot_pass(cost, recipe.gate):
+        student.state, student.reason, student.ended = "stopped", f"more training cannot help: {reason}", now()
+
+
+def _require_same(
+    sweep: Sweep, recipe: Recipe | None, bank: Path | None, out: Path, models: Sequence[str], seconds: float | None
+) -> None:
+    """Raises UsageError if the folder's sweep is not the one that is asked for."""
+    differing = []
+    if recipe is not None and recipe.name != sweep.name:
+        differing.append(f"the recipe is '{sweep.name}', not '{recipe.name}'")
+    if models and set(require_distinct(models)) != {each.model for each in sweep.students}:
+        differing.append(f"its students are {', '.join(each.model for each in sweep.students)}")
+    if seconds is not None and sweep.seconds is not None and seconds != sweep.seconds:
+        differing.append(f"its time is {duration(sweep.seconds)}")
+    if bank is not None and sweep.bank is not None and bank_digest(bank) != sweep.bank.digest:
+        held = recipe_of(sweep.recipe, out).student.bank
+        # A bank that has grown since is still the sweep's.
+        if held is None or Path(held).resolve() != bank.resolve():
+            differing.append(f"its bank is {sweep.bank.run}")
+    if differing:
+        raise UsageError(
+            f"{out} holds another sweep.",
+            why="; ".join(differing) + ".",
+            fix=f"To continue it: nayer-edge sweep {shlex.quote(str(out))}\n"
+            "Otherwise choose another folder with --out, or start over with --fresh.",
+        )
+
+
+def _require_space(students: Sequence[StudentRecord], source: Path, out: Path) -> None:
+    """Raises UsageError if the disk has no room for the runs."""
+    run = RunFolder.open(source)
+    bank = run.manifest.files[BANK_FILE].bytes
+    linked = 0
+    if source.stat().st_dev != out.stat().st_dev:
+        linked = sum(run.manifest.files[name].bytes for name in run.artifact("teacher").files.values()) + 2 * bank
+    need = sum(BANK_COPIES * bank + 40 * (each.params or 0) + linked for each in students if not each.shares)
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise UsageError(
+            f"The disk is too small for {len(students)} students.",
+            why=f"Their runs need about {need / 1e9:.2g} GB beside each other, and {out} has {free / 1e9:.2g} GB free.",
+            fix="Free some space, choose another folder with --out, or name fewer students.",
+        )
+
+
+def _clear(out: Path) -> None:
+    """Empties the folder of a sweep."""
+    if not (out / RECORD).is_file():
+        if is_vacant(out):
+            return
+        raise UsageError(
+            f"{out} is not empty and not the folder of a sweep, so --fresh will not empty it.",
+            fix="Choose another folder with --out, or empty this one yourself.",
+        )
+    sweep = read_sweep(out)
+    for name in (*(each.folder for each in sweep.students), BANK):
+        folder = out / name
+        if Path(name).name == name and folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+    # The record goes last: until then an interruption leaves the folder recognisable.
+    for name in (HOLDOUT, PAGE, RECORD):
+        (out / name).unlink(missing_ok=True)
+
+
+def _altered(*roots: Path) -> bool:
+    """Whether a run was changed since it was made."""
+    try:
+        return any(RunFolder.open(root).problems() for root in roots if (root / MANIFEST).exists())
+    except IntegrityError:
+        return True
+
+
+def _sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    values = recipe.model_dump(mode="json", by_alias=True)
+    return {name: values[name] for name in SECTIONS if values[name] is not None}
+
+
+def _standing(student: StudentRecord) -> Standing:
+    last = student.shares[-1]
+    return Standing(
+        student.model,
+        float(student.int8_bytes or student.params or 0),
+        last.agreement.value,
+        last.verdict == "pass",
+        results.limit_missed(student),
+    )
+
+
+def _trained_seconds(run: RunFolder) -> float:
+    try:
+        lines = [json.loads(line) for line in run.path(METRICS).read_text(encoding="utf-8").splitlines()]
+        return sum(float(line["seconds"]) for line in lines)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{run.path(METRICS)} is not readable as metrics.", why=f"{error}") from error

@@ -1,0 +1,113 @@
+"""The stop rule: half of those that can still pass go on, and nobody is trained who cannot be the answer."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nayer_edge.pipelines.sweep.halving import Standing, decide, pareto, rounds_for, share, way_on
+
+standings = st.lists(
+    st.builds(
+        Standing,
+        name=st.uuids().map(str),
+        size=st.integers(1, 50).map(float),
+        agreement=st.floats(0, 1),
+        passes=st.booleans(),
+        excluded=st.sampled_from(["", "", "size"]),
+    ),
+    min_size=1,
+    max_size=12,
+    unique_by=lambda each: each.name,
+)
+
+
+def names(standings: list[Standing], rounds_left: int, action: str) -> list[str]:
+    decided = decide(standings, rounds_left)
+    return [each.name for each in standings if decided[each.name].action == action]
+
+
+def test_the_better_half_goes_on() -> None:
+    five = [Standing(name, 10, agreement) for name, agreement in zip("abcde", (0.5, 0.9, 0.7, 0.8, 0.6), strict=True)]
+    assert names(five, 2, "continue") == ["b", "c", "d"]
+    assert names(five, 0, "continue") == []
+    assert "place 4 of 5, of which 3 go on" in decide(five, 1)["e"].reason
+
+
+def test_of_equals_the_smaller_goes_on() -> None:
+    assert names([Standing("large", 20, 0.9), Standing("small", 10, 0.9)], 1, "continue") == ["small"]
+
+
+def test_only_smaller_ones_go_on_beside_one_that_passes() -> None:
+    mixed = [
+        Standing("tiny", 1, 0.6),
+        Standing("small", 2, 0.7),
+        Standing("middle", 3, 0.9, passes=True),
+        Standing("large", 4, 0.99, passes=True),
+        Standing("huge", 5, 0.98),
+    ]
+    assert names(mixed, 1, "pass") == ["middle"]
+    assert names(mixed, 1, "continue") == ["small"]
+    assert decide(mixed, 1)["huge"].reason == "middle passes and is smaller"
+
+
+def test_what_no_training_can_help_is_stopped_whatever_its_rank() -> None:
+    found = decide([Standing("best", 9, 0.99, excluded="size 9 B, limit 5 B"), Standing("other", 3, 0.5)], 1)
+    assert (found["best"].action, found["other"].action) == ("stop", "continue")
+    assert "limit 5 B" in found["best"].reason
+
+
+@given(standings, st.integers(0, 4))
+def test_every_student_gets_one_decision(found: list[Standing], rounds_left: int) -> None:
+    decided = decide(found, rounds_left)
+    assert decided.keys() == {each.name for each in found}
+    passing = [each for each in found if each.passes]
+    answers = names(found, rounds_left, "pass")
+    assert len(answers) == bool(passing)
+    for each in found:
+        action = decided[each.name].action
+        if answers:
+            answer = next(other for other in found if other.name == answers[0])
+            assert each.size >= answer.size or not each.passes, "no smaller one passes"
+            assert action != "continue" or each.size < answer.size
+        if action == "continue":
+            assert rounds_left
+            assert not each.excluded
+    open_ = [e for e in found if not e.passes and not e.excluded and not (answers and e.size >= answer.size)]
+    going = names(found, rounds_left, "continue")
+    assert len(going) == (math.ceil(len(open_) / 2) if rounds_left else 0)
+    worst = min((e.agreement for e in found if e.name in going), default=0.0)
+    assert all(e.agreement <= worst for e in open_ if e.name not in going) or not going
+
+
+@given(st.integers(1, 100))
+def test_the_halving_ends_with_one(count: int) -> None:
+    """⌈log₂ n⌉ rounds, as in the papers, and shares that add up to the time."""
+    left, spent, rounds = [Standing(f"{i}", 1, i / count) for i in range(count)], 0.0, rounds_for(count)
+    for number in range(rounds):
+        spent += len(left) * share(1000.0 - spent, rounds - number, len(left))
+        going = names(left, 1, "continue")
+        left = [each for each in left if each.name in going]
+    assert len(left) == 1
+    assert math.isclose(spent, 1000.0)
+
+
+def test_no_time_is_no_share() -> None:
+    assert share(-5.0, 2, 3) == 0.0
+
+
+def test_more_time_or_a_larger_student() -> None:
+    assert way_on([(60, 0.8)], 0.1) == "time"
+    # 0.05 for a doubling: two more give 0.1.
+    assert way_on([(60, 0.80), (120, 0.85)], 0.09) == "time"
+    assert way_on([(60, 0.80), (120, 0.85)], 0.11) == "larger"
+    assert way_on([(60, 0.80), (120, 0.80)], 0.01) == "larger"
+    assert way_on([(60, 0.50), (120, 0.80), (240, 0.81)], 0.1) == "larger", "the last doubling counts"
+
+
+def test_the_pareto_front() -> None:
+    points = {"a": (1, 0.5), "b": (2, 0.9), "c": (3, 0.8), "d": (4, 0.95), "e": (2, 0.7)}
+    assert pareto(points) == ["a", "b", "d"]
+    assert pareto({}) == []

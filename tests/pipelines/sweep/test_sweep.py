@@ -1,0 +1,410 @@
+"""A sweep: one bank, a share for every student, an answer; interrupted anywhere it goes on where it was."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import shutil
+import signal
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from rich.console import Console
+
+import nayer_edge as ne
+from nayer_edge.config import InputSpec
+from nayer_edge.errors import UsageError
+from nayer_edge.pipelines import actions
+from nayer_edge.pipelines.cli.sweeping import sweep_table
+from nayer_edge.pipelines.gate.policy import Policy
+from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
+from nayer_edge.pipelines.run import run_recipe
+from nayer_edge.pipelines.schemas import load
+from nayer_edge.pipelines.show import Display
+from nayer_edge.pipelines.sweep import candidates, page, results, running
+from nayer_edge.pipelines.sweep.record import (
+    Bank,
+    Measured,
+    Missed,
+    Share,
+    StudentRecord,
+    Sweep,
+    Target,
+    read_sweep,
+    write_sweep,
+)
+from nayer_edge.runtime.progress import Silent
+from nayer_edge.storage.run_folder import RunFolder
+
+Invoke = Callable[..., Any]
+SETTINGS = (
+    *("device=cpu", "precision=fp32", "teacher.model=nayer:resnet8", "teach.epochs=2"),
+    *("student.model=nayer:resnet8_w8", "generator.channels=8", "generator.noisy_dim=32"),
+    *("synthesis.batch=20", "synthesis.g_steps=2", "synthesis.warmup_rounds=4", "synthesis.rounds=2"),
+    *("synthesis.reserve=0.4", "synthesis.g_life=1000"),
+    *("distill.warmup_epochs=1", "distill.epochs=4", "distill.decay_epochs=1", "distill.steps=3", "distill.batch=16"),
+    *("distill.views=2", "distill.holdout_rounds=1", "distill.optimizer=muon", "distill.schedule=constant"),
+    *("export.calibration_images=20", "export.calibration_method=minmax", "export.sensitivity=false"),
+    "export.max_drop=1.0",
+)
+STUDENTS = ("nayer:resnet8_w4", "nayer:resnet8_w6", "nayer:nothing")
+TINY = {"distill": {"epochs": 3, "warmup_epochs": 0, "decay_epochs": 1}}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, whose bank the students start with. Read only."""
+    root = tmp_path_factory.mktemp("runs") / "source"
+    run_recipe(load_recipe("digits", list(SETTINGS)), root, last="student")
+    return root
+
+
+class StopsAfter(Silent):
+    """Interrupts after so many steps, as a second Ctrl-C does."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def advance(self, count: int = 1) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def display(steps: int | None = None) -> Display:
+    """A listener that shows nothing, and interrupts after so many steps."""
+    found = Display(Console(file=io.StringIO()))
+    found.progress = Silent() if steps is None else StopsAfter(steps)
+    return found
+
+
+@pytest.fixture(scope="module")
+def done(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sweep of two rounds, which was interrupted twice. Read only.
+
+    Its plan is smaller than any that `--budget` makes.
+    """
+    out = tmp_path_factory.mktemp("runs") / "sweep"
+    plan, recipe = running.planned(actions.recipe_in(source), source, out, STUDENTS, 1000.0)
+    assert plan.rounds == 1, "two students that can be built"
+    plan.rounds = 2
+    for each in plan.students[:2]:
+        each.target = Target(round=1, seconds=5, sections=TINY)
+    out.mkdir()
+    write_sweep(out, plan)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # In the first student's second epoch, after the images to compare on; then in its validation.
+    for steps in (45, 200):
+        with pytest.raises(KeyboardInterrupt):
+            running.run_sweep(None, None, out, display=display(steps))
+    plan = read_sweep(out)
+    assert plan.students[0].state == "training"
+    assert not plan.students[0].shares
+    work = running._Work(plan, recipe_of(plan.recipe, out), out, None)
+    work.prepare()
+    work.run_round()
+    # Time for a few epochs more.
+    (kept,) = work.open
+    run = RunFolder.open(out / kept.folder)
+    rest = sum(run.manifest.steps[name].seconds for name in ("onnx", "int8", "engine", "validate", "gate"))
+    epoch = max(json.loads(line)["seconds"] for line in run.path("metrics.jsonl").read_text().splitlines())
+    plan.seconds = plan.spent + rest + 8 * epoch
+    work.save()
+    running.run_sweep(recipe, source, out, STUDENTS)
+    return out
+
+
+def test_every_student_gets_its_share_once(done: Path) -> None:
+    sweep = read_sweep(done)
+    small, large, nothing = sweep.students
+    assert sweep.done == 2
+    assert nothing.state == "refused"
+    assert "no network 'nayer:nothing'" in nothing.reason
+    assert sorted(len(each.shares) for each in (small, large)) == [1, 2], "half goes on"
+    for each in (small, large):
+        run = RunFolder.open(done / each.folder)
+        assert (run.problems(), run.unexpected_files()) == ([], [])
+        assert run.manifest.recipe["student"]["model"] == each.model
+        lines = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+        assert {line["phase"] for line in lines} == {"distill"}, "no filling"
+        assert (len(lines) > 3) == (len(each.shares) == 2), "no time twice"
+        assert each.state == "stopped"
+        assert each.ended
+        assert {artifact.name for artifact in each.artifacts} == {"fp32", "int8.cpu"}
+    stopped = next(each for each in (small, large) if len(each.shares) == 1)
+    assert "place 2 of 2" in stopped.reason
+    kept = next(each for each in (small, large) if len(each.shares) == 2)
+    assert stopped.shares[0].agreement.value <= kept.shares[0].agreement.value
+
+
+def test_its_record_follows_the_schema(done: Path) -> None:
+    values = json.loads((done / "sweep.json").read_text())
+    jsonschema.validate(values, load("sweep"))
+    assert values["schema"] == "nayer-edge/sweep/1"
+    assert values["verdict"] == "fail"
+    assert str(done.parents[1]) not in json.dumps([values["recipe"], values["bank"]]), "it can be moved"
+
+
+def test_a_finished_sweep_is_read_again(done: Path, tmp_path: Path, invoke: Invoke) -> None:
+    # Where its bank cannot be found.
+    copied = Path(shutil.copytree(done, tmp_path / "some" / "where" / "sweep"))
+    before = read_sweep(copied)
+    answer = invoke("sweep", copied)
+    assert answer.code == 1, answer.err
+    assert max(len(line) for line in answer.out.splitlines() if not line.startswith(("Page", "  nayer-edge"))) <= 80
+    assert "No student passes." in answer.out
+    assert "nayer-edge " in answer.out
+    assert read_sweep(copied).spent == before.spent
+    # Continued by hand, or judged by another policy: the sweep says what is so now.
+    small = copied / before.students[0].folder
+    run = RunFolder.open(small)
+    run.manifest.recipe["gate"] = {"artifacts": ["int8.cpu"], "accuracy": {}, "parity": {}}
+    run.save()
+    answer = invoke("sweep", copied, "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert found["answer"] == before.students[0].model
+    assert shlex.split(found["command"]) == ["nayer-edge", "export", str(small), "--int8"]
+    assert "is the smallest student that passes" in (copied / "sweep.html").read_text()
+
+
+def test_an_altered_student_is_found(done: Path, tmp_path: Path, invoke: Invoke) -> None:
+    copied = Path(shutil.copytree(done, tmp_path / "sweep"))
+    graph = copied / read_sweep(copied).students[0].folder / "export/student.int8.cpu.onnx"
+    data = graph.read_bytes()
+    graph.unlink()
+    graph.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    answer = invoke("sweep", copied)
+    assert (answer.code, "was altered" in answer.err) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--students", "nayer:resnet8,nayer:resnet8"), "Listed twice: nayer:resnet8"),
+        (("--students", "nayer:nothing"), "None of the students can be built"),
+        (("--students", "nayer:resnet8", "--budget", "soon"), "is not a duration"),
+    ],
+)
+def test_what_is_refused(words: tuple[str, ...], message: str, source: Path, tmp_path: Path, invoke: Invoke) -> None:
+    answer = invoke("sweep", source, *words, "--out", tmp_path / "sweep")
+    assert (answer.code, message in answer.err) == (2, True), answer.err
+    assert not (tmp_path / "sweep" / "sweep.json").exists()
+
+
+def test_another_sweep_is_not_continued(done: Path, source: Path, tmp_path: Path, invoke: Invoke) -> None:
+    answer = invoke("sweep", source, "--students", "nayer:resnet20", "--out", done)
+    assert (answer.code, "holds another sweep" in answer.err) == (2, True), answer.err
+    answer = invoke("sweep", source, "--students", ",".join(STUDENTS), "--budget", "9s", "--out", done)
+    assert (answer.code, "its time is" in answer.err) == (2, True), answer.err
+    answer = invoke("sweep", done, "--set", "seed=1")
+    assert (answer.code, "as it was planned" in answer.err) == (2, True), answer.err
+    (tmp_path / "notes.txt").write_text("mine")
+    answer = invoke("sweep", source, "--students", "nayer:resnet8", "--out", tmp_path)
+    assert (answer.code, "neither empty nor" in answer.err) == (2, True), answer.err
+    answer = invoke("sweep", source, "--students", "nayer:resnet8", "--out", tmp_path, "--fresh")
+    assert answer.code == 2
+    assert (tmp_path / "notes.txt").is_file()
+
+
+def test_too_little_time_and_space(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, out = actions.recipe_in(source), tmp_path / "sweep"
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _path: usage(1, 1, 1000))
+        with pytest.raises(UsageError, match="disk is too small"):
+            running.run_sweep(recipe, source, out, STUDENTS[:1], 5.0)
+    # Nothing was begun, so another time may be given.
+    with pytest.raises(UsageError, match="too short for 1 students") as caught:
+        running.run_sweep(recipe, source, out, STUDENTS[:1], 6.0)
+    assert "Use at least" in caught.value.fix
+    assert not (out / "resnet8_w4").exists()
+
+
+def test_a_dry_run_prints_equal_lines(source: Path, tmp_path: Path, invoke: Invoke) -> None:
+    out = tmp_path / "sweep"
+    words = ("--students", ",".join(STUDENTS), "--budget", "10m", "--set", "seed=1", "--out", out, "--dry-run")
+    answer = invoke("sweep", source, *words, "--json")
+    assert answer.code == 0, answer.err
+    lines = [shlex.split(line) for line in json.loads(answer.out)["commands"]]
+    assert [line[line.index("--out") + 1] for line in lines] == [str(out / "resnet8_w4"), str(out / "resnet8_w6")]
+    for line in lines:
+        assert line[:3] == ["nayer-edge", "distill", str(source)]
+        assert line[line.index("--bank") + 1] == str(source)
+        assert line[line.index("--budget") + 1] == "300s"
+        assert "seed=1" in line
+    assert not out.exists()
+    answer = invoke("sweep", "digits", *words)
+    assert answer.code == 0, answer.err
+    lines = [line for line in answer.out.splitlines() if line.startswith("nayer-edge")]
+    assert lines[0].endswith(f"--budget 150s --out {out}/bank")
+    assert f"--bank {out}/bank --budget 225s" in lines[1]
+
+
+def test_from_python(done: Path) -> None:
+    found = ne.sweep(done)
+    assert (found.record.verdict, found.best) == ("fail", None)
+    assert found.run("nayer:resnet8_w4").path == done / "resnet8_w4"
+    with pytest.raises(UsageError, match="no run of"):
+        found.run("nayer:nothing")
+
+
+# ------------------------------------------------------------------ candidates
+
+
+def test_proposals_are_spread_over_the_sizes() -> None:
+    sizes = {f"s{size}": size for size in (5_000, 5_500, 6_000, 20_000, 21_000, 80_000, 300_000)}
+    chosen = candidates.spread(sizes)
+    assert chosen == ["s5000", "s6000", "s21000", "s80000", "s300000"]
+    assert candidates.spread({"b": 2, "a": 1}) == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_proposals_suit_the_teacher() -> None:
+    spec = InputSpec(channels=1, height=16, width=16, mean=(0.5,), std=(0.5,))
+    found = candidates.proposed(272_474, spec, ["a", "b", "c"])
+    assert 3 <= len(found) <= candidates.FEW
+    costs = [candidates.cost_of(model, spec, ["a", "b", "c"], Policy()) for model in found]
+    params = [cost.params for cost in costs]
+    assert params == sorted(params)
+    assert 2_000 <= params[0] <= 6_000
+    assert params[-1] <= 272_474 / 3
+    with pytest.raises(UsageError, match="No student is proposed"):
+        candidates.proposed(3_000, spec, ["a", "b", "c"])
+
+
+def test_only_a_clear_excess_stops_a_student_before_training() -> None:
+    policy = Policy.model_validate({"latency": {"max_p95_ms": 1.0}, "size": {"max_bytes": 1000}})
+
+    def excess(p95: float, size: int) -> str:
+        cost = candidates.StudentCost("a", 1, 1, size, True, 1.0, 1.0, 1, 9.0, p95)
+        return candidates.cannot_pass(cost, policy)
+
+    assert excess(1.2, 1040) == ""
+    assert "1.3 ms" in excess(1.3, 10)
+    assert "1,100 bytes" in excess(0.5, 1100)
+
+
+# ------------------------------------------------------------------ the answer
+
+
+def rate(value: float, n: int = 600) -> results.Bounds:
+    return results.bounds(round(value * n), n, 0.95)
+
+
+def student(name: str, size: int, accuracy: float, *, missed: str = "", shares: tuple[float, ...] = ()) -> Any:
+    """A student with INT8 accuracy, a check that it misses, and agreement after shares of a minute each."""
+    limit = {"accuracy_drop_vs_teacher": 0.04, "size": 1000.0, "latency_p95": 1.0}
+    observed = {"accuracy_drop_vs_teacher": 0.99 - accuracy, "size": float(size), "latency_p95": 1.1}
+    misses = [
+        Missed(check=missed, artifact="int8.cpu", observed=observed[missed], bound=None, limit=limit[missed],
+               verdict="fail", detail=f"{name} misses {missed}.")
+    ] if missed else []  # fmt: skip
+    return StudentRecord(
+        model=name, folder=name, state="stopped", reason="the time is over", params=size, int8_bytes=size,
+        shares=[
+            Share(round=n, seconds=60, spent=60, trained_seconds=60.0 * n, agreement=rate(agreed), verdict="fail",
+                  finished="")
+            for n, agreed in enumerate(shares, 1)
+        ],
+        artifacts=[
+            Measured(name="fp32", accuracy=rate(accuracy), p95_ms=2.0, size_bytes=4 * size),
+            Measured(name="int8.cpu", accuracy=rate(accuracy), p95_ms=0.5, size_bytes=size,
+                     verdict="fail" if missed else "pass"),
+        ],
+        missed=misses,
+    )  # fmt: skip
+
+
+def concluded(*students: Any) -> Sweep:
+    recipe = load_recipe("digits").model_dump(mode="json", by_alias=True)
+    sweep = Sweep(name="digits", recipe=recipe, students=list(students), seconds=300, rounds=2, done=2, kind="holdout",
+                  images="600 labelled images: digits", teacher_accuracy=0.99,
+                  bank=Bank(run="../digits", name="digits", digest="0", images=2000))  # fmt: skip
+    results.conclude(sweep, Path("runs/sweep"))
+    return sweep
+
+
+def test_the_smallest_that_passes_is_the_answer() -> None:
+    short = student("tiny", 500, 0.9, missed="accuracy_drop_vs_teacher")
+    sweep = concluded(student("large", 3000, 0.99), short, student("small", 1000, 0.98))
+    assert (sweep.verdict, sweep.answer) == ("pass", "small")
+    assert sweep.command == "nayer-edge export runs/sweep/small --int8"
+    assert "1,000 parameters, int8.cpu 1.0 kB, 0.500 ms, 98.00 % right" in sweep.sentence
+
+
+@pytest.mark.parametrize(
+    ("found", "way", "command"),
+    [
+        (student("a", 500, 0.94, missed="accuracy_drop_vs_teacher", shares=(0.9,)), "time", "--more"),
+        (student("a", 500, 0.94, missed="accuracy_drop_vs_teacher", shares=(0.9, 0.93)), "time", "--more"),
+        (student("a", 500, 0.90, missed="accuracy_drop_vs_teacher", shares=(0.9, 0.901)), "larger", "students"),
+        (student("a", 1500, 0.99, missed="size"), "limit", "--print-policy"),
+    ],
+)
+def test_none_passes(found: Any, way: str, command: str) -> None:
+    sweep = concluded(found)
+    assert (sweep.verdict, sweep.answer, sweep.students[0].way) == ("fail", None, way)
+    assert found.missed[0].detail in sweep.sentence
+    assert command in sweep.command
+    assert results.advice(found)
+    table = io.StringIO()
+    Console(file=table, width=80).print(sweep_table(sweep))
+    assert found.missed[0].detail in " ".join(table.getvalue().split())
+
+
+def test_a_latency_near_its_limit_does_not_exclude_a_student() -> None:
+    assert results.limit_missed(student("a", 500, 0.99, missed="latency_p95")) == ""
+    assert results.limit_missed(student("a", 1500, 0.99, missed="size")) == "a misses size"
+
+
+def test_the_page_draws_students_limits_and_the_front() -> None:
+    policy = Policy.model_validate({"size": {"max_bytes": 2000}})
+    sweep = concluded(
+        student("tiny<b>", 500, 0.90, missed="accuracy_drop_vs_teacher"),
+        student("small", 1000, 0.98),
+        student("poor", 1500, 0.95, missed="size"),
+    )
+    html = page.render(sweep, policy)
+    assert html == page.render(sweep, policy), "equal records give equal pages"
+    assert "tiny&lt;b&gt;" in html
+    assert "<b>" not in html
+    assert "http" not in html.replace("http-equiv", "")
+    assert html.count('class="limit"') == 3, "accuracy in both drawings, size in one"
+    spots = page._spots(sweep, "size_bytes")
+    drawing = page.scatter(spots, 2000.0, 0.95, str, "bytes")
+    assert drawing is not None
+    assert drawing.limit_x is not None
+    assert drawing.limit_y is not None
+    by_cost = sorted(drawing.points, key=lambda point: point.x)
+    assert [point.label for point in by_cost if point.series == 2] == ["tiny<b>", "small", "poor"]
+    assert all(point.high <= point.y <= point.low for point in drawing.points), "up is better"
+    assert [point.passes for point in by_cost if point.series == 2] == [False, True, False]
+    inside = [at for point in drawing.points for at in (point.low, point.high)]
+    assert drawing.top <= min(inside)
+    assert max(inside) <= drawing.bottom
+    front = {(point.x, point.y) for point in by_cost if point.series == 2 and point.label != "poor"}
+    assert set(drawing.front) == front
+    assert page.scatter([], None, None, str, "ms") is None
+
+
+@pytest.mark.slow
+def test_digits_from_the_bank_of_a_run(tmp_path: Path, invoke: Invoke) -> None:
+    """With no other flag than students and time, it names a student that passes, whose artifact gates."""
+    root = tmp_path / "digits"
+    run_recipe(load_recipe("digits"), root)
+    models = "nayer:resnet8_w4,nayer:resnet8_w8,nayer:resnet8"
+    answer = invoke("sweep", root, "--students", models, "--budget", "4m", "--out", tmp_path / "sweep", "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    jsonschema.validate(found, load("sweep"))
+    best = next(each for each in found["students"] if each["model"] == found["answer"])
+    assert invoke("gate", tmp_path / "sweep" / best["folder"]).code == 0
+    smaller = [each for each in found["students"] if each["int8_bytes"] < best["int8_bytes"]]
+    assert all(each["missed"] for each in smaller)

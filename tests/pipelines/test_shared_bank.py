@@ -1,0 +1,279 @@
+"""A run on another run's bank: no filling, the same teacher, whole lineage, and as resumable as any other run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nayer_edge as ne
+from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.memory_bank import MemoryBank
+from nayer_edge.pipelines import actions, shared_bank
+from nayer_edge.pipelines.costs import budget, planning
+from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.recipes.schema import Recipe
+from nayer_edge.pipelines.run import run_recipe
+from nayer_edge.pipelines.steps import CHECKPOINT, SOURCE, START_FILES
+from nayer_edge.pipelines.trust.sbom import make_sbom
+from nayer_edge.runtime.progress import Silent
+from nayer_edge.storage.files import sha256_of
+from nayer_edge.storage.run_folder import RunFolder
+
+Invoke = Callable[..., Any]
+SETTINGS = (
+    *("device=cpu", "precision=fp32", "teacher.model=nayer:resnet8", "teach.epochs=1"),
+    *("student.model=nayer:resnet8_w8", "generator.channels=8", "generator.noisy_dim=32"),
+    *("synthesis.batch=20", "synthesis.g_steps=2", "synthesis.warmup_rounds=4", "synthesis.rounds=2"),
+    *("synthesis.reserve=0.4", "synthesis.g_life=1000"),
+    *("distill.warmup_epochs=1", "distill.epochs=4", "distill.decay_epochs=1", "distill.steps=3", "distill.batch=16"),
+    *("distill.views=2", "distill.holdout_rounds=1", "distill.optimizer=muon", "distill.schedule=constant"),
+)
+STUDENT = "student/student.safetensors"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, whose bank others start with. Read only."""
+    root = tmp_path_factory.mktemp("runs") / "source"
+    run_recipe(load_recipe("digits", list(SETTINGS)), root, last="student")
+    return root
+
+
+def recipe(bank: Path, *more: str) -> Recipe:
+    """Of another student on this bank, as the command line plans it."""
+    settings = [*SETTINGS, "student.model=nayer:resnet8_w4", *more]
+    if any(setting.startswith("teacher.weights") for setting in more):
+        settings.remove("teach.epochs=1")
+    chosen = actions.read_recipe("digits", settings, bank)
+    return actions.timed(chosen, "digits", bank.parent / "nowhere", actions.Time())[0]
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of six epochs on the source's bank. Read only."""
+    root = tmp_path_factory.mktemp("runs") / "whole"
+    run_recipe(recipe(source, "distill.epochs=7", "distill.decay_epochs=2"), root, last="student")
+    return root
+
+
+class StopsAfter(Silent):
+    """Interrupts after so many steps, as Ctrl-C does; at once as a second one does."""
+
+    def __init__(self, steps: int, *, at_once: bool = False) -> None:
+        self.left, self.at_once = steps, at_once
+
+    def advance(self, count: int = 1) -> None:
+        self.left -= count
+        if self.left < 0 and self.at_once:
+            raise KeyboardInterrupt
+        if self.left < 0 <= self.left + count:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_it_starts_with_the_other_runs_images(source: Path, whole: Path) -> None:
+    run, first = RunFolder.open(whole), RunFolder.open(source)
+    lines = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["distill"] * 6, "no filling"
+    cpu = torch.device("cpu")
+    for name in ("bank.safetensors", "reserve.safetensors"):
+        before, now = MemoryBank.load(first.path(name), cpu), MemoryBank.load(run.path(name), cpu)
+        assert torch.equal(now.images[: len(before)], before.images), name
+        assert len(now) > len(before), "and makes images as any run does"
+    for name in ("teacher/teacher.safetensors", "lte.safetensors"):
+        assert run.path(name).samefile(first.path(name)), "a link, not a copy"
+    assert (run.problems(), run.unexpected_files()) == ([], [])
+    assert not any(run.path(name).exists() for name in START_FILES.values())
+
+
+def test_its_lineage_is_recorded(source: Path, whole: Path) -> None:
+    run, first = RunFolder.open(whole), RunFolder.open(source)
+    taken = {name: first.manifest.files[name].sha256 for name in ("bank.safetensors", "reserve.safetensors")}
+    facts = json.loads(run.path(SOURCE).read_text())
+    assert {name: facts["files"][name]["sha256"] for name in taken} == taken
+    assert facts["manifest_sha256"] == sha256_of(source / "manifest.json")
+    assert set(taken.values()) <= set(run.manifest.files[STUDENT].parents)
+    bom = json.loads(make_sbom(run))
+    parts = {part["name"]: part for part in bom["components"]}
+    assert parts["digits: bank.safetensors"]["hashes"][0]["content"] == taken["bank.safetensors"]
+    made_from = {each["ref"]: each.get("dependsOn", []) for each in bom["dependencies"]}
+    assert parts["digits: bank.safetensors"]["bom-ref"] in made_from[parts[STUDENT]["bom-ref"]]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_interrupted_it_ends_with_the_same_bits(at_once: bool, source: Path, whole: Path, tmp_path: Path) -> None:
+    root, copied = tmp_path / "run", Path(shutil.copytree(source, tmp_path / "source"))
+    chosen = recipe(copied, "distill.epochs=7", "distill.decay_epochs=2")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        # At once: before the first checkpoint. Otherwise after the second epoch.
+        run_recipe(chosen, root, last="student", progress=StopsAfter(3 if at_once else 10, at_once=at_once))
+    assert (root / CHECKPOINT).is_file() != at_once
+    # What it started with is its own now.
+    shutil.rmtree(copied)
+    done = run_recipe(actions.timed(actions.recipe_in(root), str(root), root, actions.Time())[0], root, last="student")
+    for name in (STUDENT, "bank.safetensors", "reserve.safetensors", "generator/generator.safetensors"):
+        assert sha256_of(done.path(name)) == sha256_of(whole / name), name
+
+
+def test_more_time_is_one_long_run(source: Path, whole: Path, tmp_path: Path, invoke: Invoke) -> None:
+    root, copied = tmp_path / "run", Path(shutil.copytree(source, tmp_path / "source"))
+    run_recipe(recipe(copied, "distill.epochs=5"), root, last="student")
+    shutil.rmtree(copied)
+    longer = recipe(source, "distill.epochs=7", "distill.decay_epochs=2", "distill.warmup_epochs=1")
+    done = run_recipe(longer, root, last="student")
+    assert sha256_of(done.path(STUDENT)) == sha256_of(whole / STUDENT)
+    assert SOURCE in done.manifest.files
+    assert set(json.loads(done.path(SOURCE).read_text())["files"]) >= {"bank.safetensors"}
+    assert planning.with_more(actions.recipe_in(root), done, 36_000.0).distill.epochs > 7
+    answer = invoke("run", root, "--finish", "5m")
+    assert (answer.code, "student is finished" in answer.err) == (2, True)
+
+
+def test_an_interrupted_run_ends_early(source: Path, tmp_path: Path, invoke: Invoke) -> None:
+    root = tmp_path / "run"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(
+            recipe(source, "distill.epochs=1000", "distill.decay_epochs=200"), root, last="student",
+            progress=StopsAfter(20),
+        )  # fmt: skip
+    answer = invoke("run", root, "--finish", "30s", "--until", "student")
+    assert answer.code == 0, answer.err
+    assert len((root / "metrics.jsonl").read_text().splitlines()) < 999
+
+
+def test_the_other_run_may_go_on(source: Path, tmp_path: Path) -> None:
+    """Its bank grows; the runs that started with it stay what they are."""
+    grown, root = Path(shutil.copytree(source, tmp_path / "source")), tmp_path / "run"
+    run_recipe(recipe(grown), root, last="student")
+    before = sha256_of(root / STUDENT)
+    run_recipe(load_recipe("digits", [*SETTINGS, "distill.epochs=6"]), grown, last="student")
+    assert shared_bank.read_source(RunFolder.open(root)).digest
+    run_recipe(actions.recipe_in(root), root, last="student")
+    assert sha256_of(root / STUDENT) == before
+    # Another bank makes another run, wherever it lies.
+    with pytest.raises(UsageError, match="made with other settings"):
+        run_recipe(recipe(Path(shutil.copytree(grown, tmp_path / "moved"))), root, last="student")
+    run_recipe(recipe(source), root, last="student")
+    assert sha256_of(root / STUDENT) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("teach.epochs=2",), "teach.epochs: 1 → 2"),
+        (('teacher.classes=["a","b","c","d","e","f","g","h","i","j"]',), "class 0 is 'zero' there and 'a' here"),
+        (("teacher.input.height=20",), "height 16 → 20"),
+        (("teacher.model=nayer:resnet20",), "teacher.model"),
+    ],
+)
+def test_another_teacher_is_refused(
+    settings: tuple[str, ...], message: str, source: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    words = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
+    answer = invoke("distill", "digits", "--bank", source, *words, "--out", tmp_path / "run")
+    assert answer.code == 2, answer.err
+    assert message in answer.err
+    assert "nayer-edge distill" in answer.err, "it says what to type"
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_are_compared_not_names(source: Path, tmp_path: Path) -> None:
+    """The bank's own weights under another name are the same teacher; other weights are not."""
+    weights = Path(shutil.copy(source / "teacher/teacher.safetensors", tmp_path / "mine.safetensors"))
+    mine = recipe(source, f"teacher.weights={weights}")
+    run = run_recipe(mine, tmp_path / "run", last="student")
+    assert run.manifest.steps["student"].numbers["started from"] == "digits"
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors[next(iter(tensors))] += 1
+    save_file(tensors, weights)
+    with pytest.raises(UsageError, match="another teacher") as caught:
+        recipe(source, f"teacher.weights={weights}")
+    assert "the weights differ" in caught.value.why
+
+
+def test_an_altered_run_is_refused(source: Path, tmp_path: Path, invoke: Invoke) -> None:
+    copied = Path(shutil.copytree(source, tmp_path / "source"))
+    bank = copied / "bank.safetensors"
+    data = bytearray(bank.read_bytes())
+    data[-1] ^= 1
+    bank.write_bytes(data)
+    words = [word for setting in SETTINGS for word in ("--set", setting)]
+    answer = invoke("distill", "digits", "--bank", copied, *words, "--out", tmp_path / "run")
+    assert answer.code == 4, answer.err
+    assert "bank.safetensors was altered" in answer.err
+
+
+def test_what_was_taken_over_is_checked_again(source: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(source), root, last="student", progress=StopsAfter(0, at_once=True))
+    taken = root / START_FILES["bank"]
+    data = bytearray(taken.read_bytes())
+    data[-1] ^= 1
+    taken.unlink()  # a link: the other run must not change
+    taken.write_bytes(data)
+    with pytest.raises(IntegrityError, match="was altered since"):
+        run_recipe(recipe(source), root, last="student")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("nothing", "is not a run folder"), ("unfinished", "no finished student")]
+)
+def test_what_is_no_bank(place: str, message: str, source: Path, tmp_path: Path, invoke: Invoke) -> None:
+    if place == "unfinished":
+        copied = RunFolder.open(Path(shutil.copytree(source, tmp_path / place)))
+        del copied.manifest.steps["student"]
+        copied.save()
+    answer = invoke("distill", "digits", "--bank", tmp_path / place, "--out", tmp_path / "run")
+    assert (answer.code, message in answer.err) == (2, True), answer.err
+    assert "nayer-edge run" in answer.err or "--bank" in answer.err
+
+
+def test_a_budget_plans_no_fill() -> None:
+    costs = budget.Costs(synthesis_step=0.08, adversary=0.03, student_step=0.2, teacher_batch=0.1, rest=60)
+    made, usual = budget.plan(3600, costs, 10, fill=False), budget.plan(3600, costs, 10)
+    assert (made.warmup_epochs, made.seconds["fill"]) == (0, 0)
+    assert made.total == pytest.approx(usual.total, rel=0.05)
+    assert made.steps_in_all > usual.steps_in_all
+    sections = budget.settings(3600, made, costs, 64)
+    planned = planning.with_sections(load_recipe("digits"), {"distill": sections["distill"]})
+    assert planned.distill.warmup_epochs == 0
+    assert "of images" not in budget.described(made, costs, 256)[0][1]
+
+
+def test_a_budget_by_the_command_line(source: Path, tmp_path: Path, invoke: Invoke) -> None:
+    """From the run's own recipe; its generator and rounds are kept."""
+    words = ("--bank", source, "--budget", "10h", "--until", "lte", "--out", tmp_path / "run")
+    answer = invoke("run", source, *words)
+    assert answer.code == 0, answer.err
+    done = RunFolder.open(tmp_path / "run").manifest.recipe
+    assert (done["distill"]["warmup_epochs"], done["budget"]["fill_seconds"]) == (0, 0)
+    assert (done["synthesis"]["batch"], done["generator"]["channels"]) == (20, 8)
+
+
+def test_from_python(source: Path, tmp_path: Path) -> None:
+    teacher = ne.load_teacher(
+        source / "teacher/teacher.safetensors",
+        model="nayer:resnet8",
+        classes=load_recipe("digits").teacher.classes,
+        input=ne.InputSpec(channels=1, height=16, width=16, mean=0.5, std=0.5),
+    )
+    settings = {
+        "distill": {"epochs": 1, "warmup_epochs": 0, "steps": 3, "batch": 16, "holdout_rounds": 1},
+        "synthesis": {"rounds": 1, "g_steps": 2},
+        "device": "cpu",
+    }
+    run = ne.distill(teacher, "nayer:resnet8_w4", tmp_path / "run", bank=ne.open(source), **settings)
+    assert run.recipe.student.bank == str(source.resolve())
+    assert RunFolder.open(run.path).manifest.steps["student"].numbers["started from"] == "digits"
