@@ -21,6 +21,7 @@ from ..image_grid import class_strips
 from ..measurements import PREDICTIONS_PATH, ArtifactReport, Paired, Report
 from ..recipes.loading import last_part
 from ..recipes.schema import Recipe
+from ..steps import BANK
 from . import charts
 from .charts import Bar
 from .predictions import read_predictions
