@@ -12,6 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 from .onnx_file import metadata_of, read_onnx
 from .plain_graph import attribute, constants, output_channel_axis, producers
 from .runners import OrtRunner
+from .runtimes import describe
 from .targets import FLOAT_ONLY_OPS, QUANTIZABLE_OPS, QuantizableOp, Target, get_target, is_arm, why_ineligible
 
 # What ONNX Runtime fuses a quantizable operator and the Q/DQ pairs around it into.
@@ -59,6 +60,7 @@ def int8_coverage(path: Path, target: str | Target = "cpu") -> Coverage:
 
     Raises:
         IntegrityError: the file is damaged.
+        MissingError: the target's runtime is not installed.
     """
     target = get_target(target) if isinstance(target, str) else target
     model = read_onnx(path)
@@ -71,6 +73,10 @@ def int8_coverage(path: Path, target: str | Target = "cpu") -> Coverage:
         }
         verified = is_arm() == (target.name == "arm")
         missing = "ONNX Runtime did not fuse it: an input or output is not quantized"
+    elif target.runtime == "openvino":
+        running = set(describe(target.runtime, path)["int8"])
+        verified = True
+        missing = "OpenVINO computes it in float"
     else:
         by_output = producers(model)
         running = {n.name for n in eligible if _reads_dequantized(n, by_output)}

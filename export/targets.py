@@ -15,6 +15,9 @@ from nayer_edge.errors import UsageError, nearest
 FP16_SCALES = 19
 """first opset whose QuantizeLinear accepts FP16 scales"""
 Precision = Literal["fp32", "fp16", "int8"]
+Runtime = Literal["onnxruntime", "tensorrt", "tensorrt_rtx", "openvino"]
+FILE_SUFFIXES = (".onnx", ".engine")
+"""endings of the files that are shipped"""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Target:
 
     Attributes:
         name: value of --target.
-        runtime: runs the artifact.
+        runtime: runs the artifact. Runtimes other than ONNX Runtime and TensorRT have a module in runtimes/.
         activations: integer type of activations.
         symmetric: activations have zero point 0 (TensorRT's parser rejects any other).
         weights: integer type of weights; always symmetric, with one scale per output channel.
@@ -36,12 +39,15 @@ class Target:
         rest: type of everything that is not quantized.
         precisions: precisions that are useful on this target.
         engine: an engine is built from the ONNX file.
+        suffix: ending of its files. ".onnx": the runtime reads ONNX, and INT8 is a graph with Q/DQ by the rules of this
+            row.
+        extra: the extra of this package that installs the runtime.
         session_options: ONNX Runtime session options that emulate this device.
         why: reasons, for the report and for readers.
     """
 
     name: str
-    runtime: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+    runtime: Runtime
     activations: Literal["uint8", "int8"]
     symmetric: bool
     weights: Literal["int8"]
@@ -52,6 +58,8 @@ class Target:
     rest: Literal["float32", "float16"]
     precisions: tuple[Precision, ...]
     engine: bool
+    suffix: str
+    extra: str
     session_options: tuple[tuple[str, str], ...]
     why: str
 
@@ -72,6 +80,8 @@ TARGETS: dict[str, Target] = {
             rest="float32",
             precisions=("fp32", "int8"),
             engine=False,
+            suffix=".onnx",
+            extra="cpu",
             session_options=(),
             why="x86 multiplies unsigned by signed bytes; ONNX Runtime does not fuse signed activations on x86, where "
             "they run no faster than FP32. Processors without VNNI (AVX2: Intel before 2019, AMD before Zen 4) add two "
@@ -90,6 +100,8 @@ TARGETS: dict[str, Target] = {
             rest="float32",
             precisions=("fp32", "int8"),
             engine=False,
+            suffix=".onnx",
+            extra="cpu",
             # The default in ONNX Runtime's ARM builds; on x86 it shows what an ARM device would fuse.
             session_options=(("session.qdqisint8allowed", "1"),),
             why="ARM multiplies signed by signed bytes (SDOT); a zero point uses all 8 bits after a ReLU and lets the "
@@ -108,6 +120,8 @@ TARGETS: dict[str, Target] = {
             rest="float16",
             precisions=("fp32", "fp16", "int8"),
             engine=True,
+            suffix=".onnx",
+            extra="gpu",
             session_options=(),
             why="The parser rejects INT32 biases and zero points; Q/DQ between a convolution and the ReLU or Add after "
             "it prevents their fusion; strongly typed engines run everything else in the type given in the graph.",
@@ -125,12 +139,37 @@ TARGETS: dict[str, Target] = {
             rest="float16",
             precisions=("fp32", "fp16", "int8"),
             engine=True,
+            suffix=".onnx",
+            extra="rtx",
             session_options=(),
             why="As tensorrt. Its support matrix lists INT8 as weight-only, so FP16 is offered as well, and the actual "
             "precision of the layers is read from the engine when a GPU is available to load it.",
         ),
+        Target(
+            name="openvino",
+            runtime="openvino",
+            activations="uint8",
+            symmetric=False,
+            weights="int8",
+            weight_max=64,
+            bias="int32",
+            outputs=True,
+            residual="both",
+            rest="float32",
+            precisions=("fp32", "int8"),
+            engine=False,
+            suffix=".onnx",
+            extra="openvino",
+            session_options=(),
+            why="OpenVINO reads ONNX files. WHY",
+        ),
     )
 }
+
+
+def has_module(target: Target) -> bool:
+    """Whether the target's runtime has a module in runtimes/, which builds or checks its FP32 and INT8 files."""
+    return target.runtime not in ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 def get_target(name: str) -> Target:

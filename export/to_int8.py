@@ -29,6 +29,7 @@ from .plain_graph import constants, copy_of, make_plain
 from .qat.train import QatTrainer
 from .qdq import calibrated_tensors, with_dead_tensors, with_qdq
 from .runners import OrtRunner, as_bytes
+from .runtimes import open_runner, require
 from .sensitivity import (
     LayerError,
     LayerSensitivity,
@@ -101,7 +102,7 @@ def to_int8(
         calibration_images: (n, C, H, W), float32 in [0, 1] or uint8; they set the ranges of activations.
         target: its rules apply (targets.py).
         method: how ranges are found. "auto" quantizes by every method and keeps the one whose top-1 agrees best with
-            FP32 on the hold-out, in ONNX Runtime; ties are broken by mean KL divergence.
+            FP32 on the hold-out, in the real runtime; ties are broken by mean KL divergence.
         holdout_images: like calibration_images, but disjoint from them; required by "auto", `max_drop` and `qat`.
         rest: type of everything that is not quantized; the target's by default.
         nodes_to_exclude: eligible nodes that stay in float in any case.
@@ -117,6 +118,7 @@ def to_int8(
     Raises:
         UsageError: no or wrong images, an unknown method or target, nothing to quantize, already quantized, or an
             operator that QAT does not support.
+        MissingError: the target's runtime is not installed.
         TrainingError: QAT diverged.
         IntegrityError: the FP32 file is damaged.
     """
@@ -192,7 +194,12 @@ def to_int8(
         "sensitivity": [row.as_record() for row in rows],
         "final": None if search.agreement is None else search.agreement.as_record(),
         "ranges": {name: list(ends) for name, ends in sorted(search.ranges[search.method].items())},
-        "versions": {"nayer-edge": __version__, "onnx": onnx.__version__, "onnxruntime": ort.__version__},
+        "versions": {
+            "nayer-edge": __version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": ort.__version__,
+            **({"openvino": require(target.runtime)} if target.runtime == "openvino" else {}),
+        },
     }
     return Int8Result(path, target.name, search.method, search.scores, coverage, tuple(excluded), record, digest)
 
@@ -264,7 +271,7 @@ class _Search:
         return bias_corrected(self.graph, errors) if errors else self.graph
 
     def measure(self, excluded: Collection[str]) -> Agreement:
-        """Agreement of `quantized` with FP32 on the hold-out, in ONNX Runtime."""
+        """Agreement of `quantized` with FP32 on the hold-out, in the target's runtime or, for engines, ONNX Runtime."""
         return agreement(self._fp32_logits, self._logits(excluded))
 
     def holds(self, max_drop: float) -> bool:
@@ -280,6 +287,9 @@ class _Search:
         assert self.holdout is not None
         candidate = self.folder / "candidate.onnx"
         _write(self.quantized(excluded), candidate, self.source, {})
+        if self.target.runtime == "openvino":
+            with open_runner(self.target.runtime, candidate) as runner:
+                return runner.infer(self.holdout)
         return run_onnx(candidate, self.holdout, as_written=not is_native(self.target))
 
     def calibrate(self, methods: Sequence[str]) -> None:
@@ -379,6 +389,8 @@ def _rank(score: Agreement) -> tuple[float, float]:
 
 def measured_in(target: Target) -> str:
     """How agreement scores are measured, for quantization.json."""
+    if target.runtime == "openvino":
+        return f"OpenVINO {require(target.runtime)}, CPU"
     if is_native(target):
         return "ONNX Runtime, CPUExecutionProvider"
     return "ONNX Runtime on this processor, Q/DQ computed in float: the arithmetic of the graph, not of the device"

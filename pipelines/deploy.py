@@ -12,13 +12,14 @@ import torch
 
 from nayer_edge import generator as generators
 from nayer_edge.augment import crop_and_flip
-from nayer_edge.errors import IntegrityError, MissingError
+from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, UsageError
 from nayer_edge.export.fp16 import fp32_nodes, to_fp16
 from nayer_edge.export.onnx_file import opset_of, read_onnx
 from nayer_edge.export.parity import compare, edge_cases
 from nayer_edge.export.qat.train import QatTrainer, Schedule
 from nayer_edge.export.runners import OrtRunner, TorchRunner
-from nayer_edge.export.targets import TARGETS
+from nayer_edge.export.runtimes import describe, require
+from nayer_edge.export.targets import TARGETS, has_module
 from nayer_edge.export.to_engine import to_engine
 from nayer_edge.export.to_int8 import FP16_IMAGES, to_int8
 from nayer_edge.export.to_onnx import to_onnx
@@ -29,7 +30,7 @@ from nayer_edge.models.load import load_classifier
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import random_stream
 from nayer_edge.runtime.progress import Progress
-from nayer_edge.storage.files import read_json, write_json
+from nayer_edge.storage.files import read_json, sha256_of, write_json
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.synthesis import draw_images
 
@@ -40,6 +41,8 @@ from .steps import STEPS, settings_of
 FP32 = "export/student.fp32.onnx"
 FP16 = "export/student.fp16.onnx"
 ENGINES = "export/engines.json"
+RUNTIMES = "export/runtimes.json"
+"""the FP32 and INT8 files of runtimes other than ONNX Runtime and TensorRT, and what their runtimes make of them"""
 QUANTIZATION = "export/quantization.json"
 
 PERIOD = 4
@@ -51,8 +54,14 @@ PARITY_TOLERANCE = 1e-3
 
 
 def int8_file(target: str) -> str:
-    """Path of a target's quantized graph in the run folder."""
-    return f"export/student.int8.{target}.onnx"
+    """Path of a target's quantized file in the run folder."""
+    return f"export/student.int8.{target}{TARGETS[target].suffix}"
+
+
+def fp32_file(target: str) -> str:
+    """Path of a target's FP32 file in the run folder; one ONNX file serves all runtimes that read ONNX."""
+    suffix = TARGETS[target].suffix
+    return FP32 if suffix == ".onnx" else f"export/student.fp32.{target}{suffix}"
 
 
 def make_onnx(student: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
@@ -122,13 +131,24 @@ def make_int8(
     """Quantizes for each target, calibrated with images from the trained generator.
 
     A target's file stays as it is, with its record, if only the list of targets changed: what was measured of it holds.
+    What a runtime of the table cannot take, or lacks a package for, is recorded with the reason; the rest is made.
     """
     needed = [*(name for part in (teacher, lte, student) for name in part.files.values()), onnx.files["fp32 onnx"]]
-    kept = _kept_targets(needed, config, out)
+    kept, kept_runtimes = _kept_targets(needed, config, out)
     missing = [target for target in config.export.targets if target not in kept]
-    made = _quantize(teacher, lte, student, onnx, missing, config, out, progress) if missing else {}
+    refused = {target: why for target in missing if has_module(TARGETS[target]) and (why := _why_not(target, out))}
+    missing = [target for target in missing if target not in refused]
+    made = _quantize(teacher, lte, student, onnx, missing, refused, config, out, progress) if missing else {}
     files, records, numbers = {}, {}, {}
+    runtimes = []
     for target in config.export.targets:
+        if has_module(TARGETS[target]):
+            found = kept_runtimes[target] if target in kept else _runtime_records(target, refused.get(target), out)
+            runtimes += found
+            for record in found:
+                numbers[record["name"]] = "not built" if record["status"] != "built" else record["runtime"]
+        if target in refused:
+            continue
         record = records[target] = {**kept, **made}[target]
         files[f"int8 {target} onnx"] = int8_file(target)
         numbers[f"{target} method"] = record["method"]
@@ -138,7 +158,38 @@ def make_int8(
         if stay := record.get("fp32_nodes"):
             numbers[f"{target} keeps in fp32"] = "; ".join(f"{node} ({why})" for node, why in stay)
     write_json(out.path(QUANTIZATION), records)
-    return Artifact("int8", {**files, "quantization": QUANTIZATION}, numbers)
+    files["quantization"] = QUANTIZATION
+    if runtimes:
+        write_json(out.path(RUNTIMES), runtimes)
+        files["runtimes"] = RUNTIMES
+    return Artifact("int8", files, numbers)
+
+
+def _why_not(target: str, out: RunFolder) -> str:
+    """Why a runtime cannot take the FP32 student at all; empty if it can. Cheap: no image is drawn for it."""
+    try:
+        describe(TARGETS[target].runtime, out.path(fp32_file(target)))
+    except (MissingError, UsageError) as error:
+        return _one_line(error)
+    return ""
+
+
+def _runtime_records(target: str, refused: str | None, out: RunFolder) -> list[dict[str, Any]]:
+    """The entries of a target in runtimes.json: one for each precision."""
+    runtime, found = TARGETS[target].runtime, []
+    for precision, file in (("fp32", fp32_file(target)), ("int8", int8_file(target))):
+        record = {"name": f"{precision}.{target}", "file": file, "target": target, "precision": precision}
+        if refused is not None:
+            found.append({**record, "status": "unavailable", "reason": refused})
+            continue
+        facts = describe(runtime, out.path(file))
+        version = {"runtime": runtime, "version": require(runtime)}
+        found.append({**record, "status": "built", **version, "sha256": sha256_of(out.path(file)), **facts})
+    return found
+
+
+def _one_line(error: NayerEdgeError) -> str:
+    return " ".join(f"{error}".split())
 
 
 def _changes(step: str, out: RunFolder, config: Recipe, *, but: tuple[str, ...]) -> list[str]:
@@ -155,13 +206,23 @@ def _changes(step: str, out: RunFolder, config: Recipe, *, but: tuple[str, ...])
     )
 
 
-def _kept_targets(needed: Sequence[str], config: Recipe, out: RunFolder) -> dict[str, Any]:
-    """target → its entry in quantization.json, for the wanted targets whose files need not be made again."""
+def _kept_targets(
+    needed: Sequence[str], config: Recipe, out: RunFolder
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """For the wanted targets whose files need not be made again: target → its entry in quantization.json, and target →
+    its entries in runtimes.json."""
     if _changes("int8", out, config, but=("targets",)):
-        return {}
+        return {}, {}
     held = [name for name in config.export.targets if out.former_file(int8_file(name), "int8", needed)]
     records = read_json(out.path(QUANTIZATION), "the record of quantization") if held else {}
-    return {name: records[name] for name in held if name in records}
+    runtimes: dict[str, list[dict[str, Any]]] = {}
+    if out.former_file(RUNTIMES, "int8", needed):
+        for entry in read_json(out.path(RUNTIMES), "the list of runtimes' files"):
+            runtimes.setdefault(entry["target"], []).append(entry)
+    kept = {
+        name: records[name] for name in held if name in records and (not has_module(TARGETS[name]) or name in runtimes)
+    }
+    return kept, runtimes
 
 
 def _quantize(
@@ -170,11 +231,16 @@ def _quantize(
     student: Artifact,
     onnx: Artifact,
     targets: Sequence[str],
+    refused: dict[str, str],
     config: Recipe,
     out: RunFolder,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Quantizes for these targets; returns their entries of quantization.json."""
+    """Quantizes for these targets; returns their entries of quantization.json.
+
+    Args:
+        refused: gets the reason for each target whose runtime does not take the quantized network.
+    """
     source = SyntheticSource.open(teacher, lte, student, config, out)
     wanted = config.export.calibration_images
     purposes = ("calibration", "calibration hold-out")
@@ -186,19 +252,25 @@ def _quantize(
     teacher_logits = None if trainer is None else source.teacher_logits(holdout)
     records = {}
     for target in targets:
-        result = to_int8(
-            out.path(onnx.files["fp32 onnx"]),
-            out.path(int8_file(target)),
-            calibration,
-            target,
-            method=config.export.calibration_method,
-            holdout_images=holdout,
-            max_drop=config.export.max_drop,
-            sensitivity=config.export.sensitivity,
-            qat=trainer,
-            teacher_logits=teacher_logits,
-        )
-        records[target] = result.record
+        try:
+            result = to_int8(
+                out.path(onnx.files["fp32 onnx"]),
+                out.path(int8_file(target)),
+                calibration,
+                target,
+                method=config.export.calibration_method,
+                holdout_images=holdout,
+                max_drop=config.export.max_drop,
+                sensitivity=config.export.sensitivity,
+                qat=trainer,
+                teacher_logits=teacher_logits,
+            )
+        except (MissingError, UsageError) as error:
+            if not has_module(TARGETS[target]):
+                raise
+            refused[target] = _one_line(error)
+        else:
+            records[target] = result.record
     return records
 
 

@@ -132,8 +132,8 @@ STEPS = (
             "distill",
             *_TRAINING,
         ),
-        "export/student.int8.<target>.onnx export/quantization.json",
-        ("export/student.int8.*.onnx", "export/quantization.json"),
+        "export/student.int8.<target>.onnx export/quantization.json export/runtimes.json",
+        ("export/student.int8.*.onnx", "export/quantization.json", "export/runtimes.json"),
     ),
     Step(
         "engine",
