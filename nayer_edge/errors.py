@@ -104,6 +104,7 @@ EXTRA_OF = {
     "jinja2": "cpu",
     "pyarrow": "cpu",
     "PIL": "cpu",
+    "openvino": "openvino",
 }
 """top-level module → the extra that installs it"""
 

