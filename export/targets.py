@@ -41,7 +41,8 @@ class Target:
         engine: an engine is built from the ONNX file.
         suffix: ending of its files. ".onnx": the runtime reads ONNX, and INT8 is a graph with Q/DQ by the rules of this
             row.
-        extra: the extra of this package that installs the runtime.
+        packages: what a runtime with a module in runtimes/ needs to build and to run its files, the runtime first. An
+            extra of the target's name installs them.
         session_options: ONNX Runtime session options that emulate this device.
         why: reasons, for the report and for readers.
     """
@@ -59,7 +60,7 @@ class Target:
     precisions: tuple[Precision, ...]
     engine: bool
     suffix: str
-    extra: str
+    packages: tuple[str, ...]
     session_options: tuple[tuple[str, str], ...]
     why: str
 
@@ -81,7 +82,7 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "int8"),
             engine=False,
             suffix=".onnx",
-            extra="cpu",
+            packages=(),
             session_options=(),
             why="x86 multiplies unsigned by signed bytes; ONNX Runtime does not fuse signed activations on x86, where "
             "they run no faster than FP32. Processors without VNNI (AVX2: Intel before 2019, AMD before Zen 4) add two "
@@ -101,7 +102,7 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "int8"),
             engine=False,
             suffix=".onnx",
-            extra="cpu",
+            packages=(),
             # The default in ONNX Runtime's ARM builds; on x86 it shows what an ARM device would fuse.
             session_options=(("session.qdqisint8allowed", "1"),),
             why="ARM multiplies signed by signed bytes (SDOT); a zero point uses all 8 bits after a ReLU and lets the "
@@ -121,7 +122,7 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "fp16", "int8"),
             engine=True,
             suffix=".onnx",
-            extra="gpu",
+            packages=(),
             session_options=(),
             why="The parser rejects INT32 biases and zero points; Q/DQ between a convolution and the ReLU or Add after "
             "it prevents their fusion; strongly typed engines run everything else in the type given in the graph.",
@@ -140,7 +141,7 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "fp16", "int8"),
             engine=True,
             suffix=".onnx",
-            extra="rtx",
+            packages=(),
             session_options=(),
             why="As tensorrt. Its support matrix lists INT8 as weight-only, so FP16 is offered as well, and the actual "
             "precision of the layers is read from the engine when a GPU is available to load it.",
@@ -159,7 +160,7 @@ TARGETS: dict[str, Target] = {
             precisions=("fp32", "int8"),
             engine=False,
             suffix=".onnx",
-            extra="openvino",
+            packages=("openvino",),
             session_options=(),
             why="OpenVINO reads ONNX files. WHY",
         ),
@@ -168,8 +169,8 @@ TARGETS: dict[str, Target] = {
 
 
 def has_module(target: Target) -> bool:
-    """Whether the target's runtime has a module in runtimes/, which builds or checks its FP32 and INT8 files."""
-    return target.runtime not in ("onnxruntime", "tensorrt", "tensorrt_rtx")
+    """Whether the target's runtime has a module in runtimes/, which runs and reads back its FP32 and INT8 files."""
+    return bool(target.packages)
 
 
 def get_target(name: str) -> Target:

@@ -7,6 +7,7 @@ import hashlib
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ from .sensitivity import (
     most_sensitive_first,
     search_mixed_precision,
 )
-from .targets import FP16_SCALES, Target, get_target, is_native, quantized_operators
+from .targets import FP16_SCALES, Target, get_target, has_module, is_native, quantized_operators
 
 Method = Literal["auto", "minmax", "percentile", "entropy", "mse"]
 FP16_IMAGES = 256
@@ -198,7 +199,7 @@ def to_int8(
             "nayer-edge": __version__,
             "onnx": onnx.__version__,
             "onnxruntime": ort.__version__,
-            **({"openvino": require(target.runtime)} if target.runtime == "openvino" else {}),
+            **{package: metadata.version(package) for package in target.packages},
         },
     }
     return Int8Result(path, target.name, search.method, search.scores, coverage, tuple(excluded), record, digest)
@@ -287,8 +288,8 @@ class _Search:
         assert self.holdout is not None
         candidate = self.folder / "candidate.onnx"
         _write(self.quantized(excluded), candidate, self.source, {})
-        if self.target.runtime == "openvino":
-            with open_runner(self.target.runtime, candidate) as runner:
+        if has_module(self.target):
+            with open_runner(self.target, candidate) as runner:
                 return runner.infer(self.holdout)
         return run_onnx(candidate, self.holdout, as_written=not is_native(self.target))
 
@@ -389,8 +390,8 @@ def _rank(score: Agreement) -> tuple[float, float]:
 
 def measured_in(target: Target) -> str:
     """How agreement scores are measured, for quantization.json."""
-    if target.runtime == "openvino":
-        return f"OpenVINO {require(target.runtime)}, CPU"
+    if has_module(target):
+        return f"{target.runtime} {require(target)} on this processor"
     if is_native(target):
         return "ONNX Runtime, CPUExecutionProvider"
     return "ONNX Runtime on this processor, Q/DQ computed in float: the arithmetic of the graph, not of the device"

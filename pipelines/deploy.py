@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,23 +134,27 @@ def make_int8(
     What a runtime of the table cannot take, or lacks a package for, is recorded with the reason; the rest is made.
     """
     needed = [*(name for part in (teacher, lte, student) for name in part.files.values()), onnx.files["fp32 onnx"]]
-    kept, kept_runtimes = _kept_targets(needed, config, out)
+    kept, runtimes = _kept_targets(needed, config, out)
     missing = [target for target in config.export.targets if target not in kept]
-    refused = {target: why for target in missing if has_module(TARGETS[target]) and (why := _why_not(target, out))}
-    missing = [target for target in missing if target not in refused]
-    made = _quantize(teacher, lte, student, onnx, missing, refused, config, out, progress) if missing else {}
+    lacking = {f"{precision}.{t}": why for t in missing if (why := _why_not(t, out)) for precision in ("fp32", "int8")}
+    possible = [target for target in missing if f"int8.{target}" not in lacking]
+    made = _quantize(teacher, lte, student, onnx, possible, lacking, config, out, progress) if possible else {}
     files, records, numbers = {}, {}, {}
-    runtimes = []
     for target in config.export.targets:
         if has_module(TARGETS[target]):
-            found = kept_runtimes[target] if target in kept else _runtime_records(target, refused.get(target), out)
-            runtimes += found
-            for record in found:
-                numbers[record["name"]] = "not built" if record["status"] != "built" else record["runtime"]
-        if target in refused:
+            if target not in kept:
+                runtimes[target] = [
+                    _runtime_record(name, lacking, out) for name in (f"fp32.{target}", f"int8.{target}")
+                ]
+            for entry in runtimes[target]:
+                numbers[entry["name"]] = "not built" if entry["status"] != "built" else f"in {entry['runtime']}"
+                if entry["status"] == "built" and entry["file"] != FP32:
+                    files[f"{entry['precision']} {target}"] = entry["file"]
+        else:
+            files[f"int8 {target} onnx"] = int8_file(target)
+        if f"int8.{target}" in lacking:
             continue
         record = records[target] = {**kept, **made}[target]
-        files[f"int8 {target} onnx"] = int8_file(target)
         numbers[f"{target} method"] = record["method"]
         if record["finetune"]:
             numbers[f"{target} QAT gain"] = _short(record["finetune"]["gain"])
@@ -159,33 +163,40 @@ def make_int8(
             numbers[f"{target} keeps in fp32"] = "; ".join(f"{node} ({why})" for node, why in stay)
     write_json(out.path(QUANTIZATION), records)
     files["quantization"] = QUANTIZATION
-    if runtimes:
-        write_json(out.path(RUNTIMES), runtimes)
+    if listed := [entry for target in config.export.targets for entry in runtimes.get(target, ())]:
+        write_json(out.path(RUNTIMES), listed)
         files["runtimes"] = RUNTIMES
     return Artifact("int8", files, numbers)
 
 
-def _why_not(target: str, out: RunFolder) -> str:
-    """Why a runtime cannot take the FP32 student at all; empty if it can. Cheap: no image is drawn for it."""
+def _why_not(name: str, out: RunFolder) -> str:
+    """Why the runtime of a target cannot take the student at all; empty if it can. Cheap: no image is drawn for it."""
+    target = TARGETS[name]
+    if not has_module(target):
+        return ""
     try:
-        describe(TARGETS[target].runtime, out.path(fp32_file(target)))
+        require(target)
+        if target.suffix == ".onnx":
+            describe(target, out.path(FP32))
     except (MissingError, UsageError) as error:
         return _one_line(error)
     return ""
 
 
-def _runtime_records(target: str, refused: str | None, out: RunFolder) -> list[dict[str, Any]]:
-    """The entries of a target in runtimes.json: one for each precision."""
-    runtime, found = TARGETS[target].runtime, []
-    for precision, file in (("fp32", fp32_file(target)), ("int8", int8_file(target))):
-        record = {"name": f"{precision}.{target}", "file": file, "target": target, "precision": precision}
-        if refused is not None:
-            found.append({**record, "status": "unavailable", "reason": refused})
-            continue
-        facts = describe(runtime, out.path(file))
-        version = {"runtime": runtime, "version": require(runtime)}
-        found.append({**record, "status": "built", **version, "sha256": sha256_of(out.path(file)), **facts})
-    return found
+def _runtime_record(name: str, lacking: Mapping[str, str], out: RunFolder) -> dict[str, Any]:
+    """The entry of an artifact in runtimes.json.
+
+    Args:
+        name: of the artifact: "int8.openvino".
+        lacking: name → why it could not be built.
+    """
+    precision, _, target = name.partition(".")
+    file = fp32_file(target) if precision == "fp32" else int8_file(target)
+    record = {"name": name, "file": file, "target": target, "precision": precision}
+    if name in lacking:
+        return {**record, "status": "unavailable", "reason": lacking[name]}
+    version, facts = require(TARGETS[target]), describe(TARGETS[target], out.path(file))
+    return {**record, "status": "built", "version": version, "sha256": sha256_of(out.path(file)), **facts}
 
 
 def _one_line(error: NayerEdgeError) -> str:
@@ -213,14 +224,18 @@ def _kept_targets(
     its entries in runtimes.json."""
     if _changes("int8", out, config, but=("targets",)):
         return {}, {}
-    held = [name for name in config.export.targets if out.former_file(int8_file(name), "int8", needed)]
+    held = [
+        name
+        for name in config.export.targets
+        if all(out.former_file(file, "int8", needed) for file in {fp32_file(name), int8_file(name)} - {FP32})
+    ]
     records = read_json(out.path(QUANTIZATION), "the record of quantization") if held else {}
     runtimes: dict[str, list[dict[str, Any]]] = {}
     if out.former_file(RUNTIMES, "int8", needed):
         for entry in read_json(out.path(RUNTIMES), "the list of runtimes' files"):
             runtimes.setdefault(entry["target"], []).append(entry)
     kept = {
-        name: records[name] for name in held if name in records and (not has_module(TARGETS[name]) or name in runtimes)
+        name: records[name] for name in held if name in records and (name in runtimes or not has_module(TARGETS[name]))
     }
     return kept, runtimes
 
@@ -231,7 +246,7 @@ def _quantize(
     student: Artifact,
     onnx: Artifact,
     targets: Sequence[str],
-    refused: dict[str, str],
+    lacking: dict[str, str],
     config: Recipe,
     out: RunFolder,
     progress: Progress,
@@ -239,7 +254,7 @@ def _quantize(
     """Quantizes for these targets; returns their entries of quantization.json.
 
     Args:
-        refused: gets the reason for each target whose runtime does not take the quantized network.
+        lacking: artifact → why it could not be built; gets what a runtime refuses.
     """
     source = SyntheticSource.open(teacher, lte, student, config, out)
     wanted = config.export.calibration_images
@@ -253,7 +268,7 @@ def _quantize(
     records = {}
     for target in targets:
         try:
-            result = to_int8(
+            records[target] = to_int8(
                 out.path(onnx.files["fp32 onnx"]),
                 out.path(int8_file(target)),
                 calibration,
@@ -264,13 +279,11 @@ def _quantize(
                 sensitivity=config.export.sensitivity,
                 qat=trainer,
                 teacher_logits=teacher_logits,
-            )
+            ).record
         except (MissingError, UsageError) as error:
             if not has_module(TARGETS[target]):
                 raise
-            refused[target] = _one_line(error)
-        else:
-            records[target] = result.record
+            lacking[f"int8.{target}"] = _one_line(error)
     return records
 
 

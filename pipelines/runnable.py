@@ -123,7 +123,7 @@ def open_all(
                 # For another device, Q/DQ pairs run as written instead of fused into this CPU's INT8 kernels.
                 runner: Any = OrtRunner(path, threads=threads, target=target, as_written=not is_native(target))
             elif has_module(get_target(candidate.target)):
-                runner = open_runner(candidate.runtime, path, threads)
+                runner = open_runner(get_target(candidate.target), path, threads)
             else:
                 runner = TensorRtRunner(path, flavour=candidate.runtime)
             opened[candidate.name] = stack.enter_context(runner)

@@ -340,7 +340,7 @@ def _report(
     if coverage is not None:
         verified = coverage.verified and coverage.int8 > 0
     elif reads and candidate.precision == "fp32":
-        verified = not (has_module(target) and describe(candidate.runtime, path)["int8"])
+        verified = not (has_module(target) and describe(target, path)["int8"])
     else:
         verified = candidate.verified
     broken = seen.not_finite[name]

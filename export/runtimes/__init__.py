@@ -1,45 +1,64 @@
 """Runtimes besides ONNX Runtime and TensorRT: one module each, imported only when a target asks for it.
 
-A module has a runner, and `describe`, which reads from a file what its runtime makes of it.
+A module has a runner (a context manager, see runners.py) and `describe`, which reads back what its runtime makes of a
+file. One whose files are not ONNX has `build`, too, which makes them from a PyTorch network.
 """
 
 from __future__ import annotations
 
 import importlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nayer_edge.errors import missing_extra
+
 from ..runners import Runner
+from ..targets import Target
+
+RUNNERS = {"openvino": "OpenVinoRunner"}
+"""runtime, and name of its module → its runner"""
 
 
-def module_of(runtime: str) -> Any:
-    """The module of a runtime: `require`, `open_runner`, `describe`."""
-    return importlib.import_module(f"{__name__}.{runtime}")
+def module_of(target: Target) -> Any:
+    """The module of a target's runtime."""
+    return importlib.import_module(f"{__name__}.{target.runtime}")
 
 
-def require(runtime: str) -> str:
-    """The version of a runtime's package.
+def require(target: Target) -> str:
+    """The installed version of a target's runtime.
 
     Raises:
-        MissingError: it is not installed; the message has the line that installs it.
+        MissingError: a package that the target needs is not installed; the message has the line that installs it.
     """
-    return module_of(runtime).require()
+    for package in target.packages:
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError as error:
+            raise missing_extra(package, target.name, f"Target '{target.name}'") from error
+    return metadata.version(target.packages[0])
 
 
-def open_runner(runtime: str, path: Path, threads: int | None = None) -> Runner:
-    """A runner, not yet entered.
+def open_runner(target: Target, path: Path, threads: int | None = None) -> Runner:
+    """A runner for a file of the target, not yet entered.
 
     Args:
         threads: by default all that the process may use.
     """
-    return module_of(runtime).open_runner(path, threads=threads)
+    return getattr(module_of(target), RUNNERS[target.runtime])(path, threads=threads)
 
 
-def describe(runtime: str, path: Path) -> dict[str, Any]:
-    """What the runtime makes of a file, as JSON: its interface, and the layers that run in INT8 and in float.
+def describe(target: Target, path: Path) -> dict[str, Any]:
+    """What the target's runtime makes of a file, as JSON.
+
+    Returns:
+        `batch` ("any", or the number of images that it takes at a time), `inputs` and `outputs` (name, dtype, shape,
+        scale, zero_point), `int8` and `float` (kind of operator → count and layers), `coverage` (eligible, int8,
+        fraction, not_int8), and what else the runtime tells.
 
     Raises:
         MissingError: the runtime is not installed.
-        IntegrityError: it does not load the file.
+        UsageError: it lacks an operator of the file.
+        IntegrityError: the file is damaged, or this version of the runtime does not load it.
     """
-    return module_of(runtime).describe(path)
+    return module_of(target).describe(path)

@@ -14,10 +14,12 @@ from onnx import ModelProto
 from nayer_edge.errors import IntegrityError, UsageError, missing_extra
 from nayer_edge.runtime.provenance import usable_cores
 
+from ..coverage import eligible_nodes, excluded_nodes
 from ..onnx_file import read_onnx
 from ..runners import BATCH, as_bytes, in_batches
+from ..targets import get_target
 
-MULTIPLIES = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNCell", "RNNSeq")
+PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNCell", "RNNSeq")
 """layer types of the compiled model that multiply and accumulate"""
 BYTES = ("u8", "i8")
 DEVICE = "CPU"
@@ -33,15 +35,6 @@ def import_openvino() -> Any:
         return importlib.import_module("openvino")
     except ImportError as error:
         raise missing_extra("openvino", "openvino", "Target 'openvino'") from error
-
-
-def require() -> str:
-    """The version of OpenVINO, without its build number.
-
-    Raises:
-        MissingError: it is not installed.
-    """
-    return str(import_openvino().__version__).partition("-")[0]
 
 
 class OpenVinoRunner:
@@ -78,7 +71,7 @@ class OpenVinoRunner:
         try:
             self._compiled = core.compile_model(core.read_model(str(self.path)), DEVICE, options)
         except Exception as error:
-            raise _refusal(self.path, graph, f"{error}", require()) from error
+            raise _refusal(self.path, graph, f"{error}", _version(vino)) from error
         self._request = self._compiled.create_infer_request()
         self._bytes = self._compiled.input(0).get_element_type() == vino.Type.u8
         return self
@@ -106,54 +99,79 @@ class OpenVinoRunner:
                 fix="Compare this shape with the model's input specification.",
             ) from error
 
-    def precisions(self) -> dict[str, str]:
-        """Layer of the ONNX file → type in which OpenVINO multiplies it ("u8", "i8", "f32", …), by its compiled model.
-
-        A layer that was fused with others has the type of the whole.
-        """
-        found = {}
-        for layer in self._compiled.get_runtime_model().get_ops():
-            facts = layer.get_rt_info()
-            if facts["layerType"].astype(str) in MULTIPLIES:
-                for name in facts["originalLayersNames"].astype(str).split(","):
-                    found[name] = facts["runtimePrecision"].astype(str)
+    def operators(self) -> list[tuple[str, list[str], str]]:
+        """(kind, names in the ONNX file of what was fused into it, type in which it computes: "u8", "i8", "f32", …) for
+        every operator of the compiled model."""
+        found = []
+        for operator in self._compiled.get_runtime_model().get_ops():
+            facts = operator.get_rt_info()
+            kind, names, computes = (
+                facts[key].astype(str) for key in ("layerType", "originalLayersNames", "runtimePrecision")
+            )
+            if kind not in ("Const", "Input", "Output"):
+                found.append((kind, names.split(","), computes))
         return found
 
-    def interface(self) -> dict[str, Any]:
-        """Name, type and shape of the input and the output; -1 is a dimension of any size."""
-        ends = {"input": self._compiled.input(0), "output": self._compiled.output(0)}
+    def ends(self) -> dict[str, list[dict[str, Any]]]:
+        """Name, type and shape of inputs and outputs; -1 is a dimension of any size."""
         return {
-            end: {
-                "name": port.get_any_name(),
-                "type": port.get_element_type().to_dtype().name,
-                "shape": [dim.get_length() if dim.is_static else -1 for dim in port.get_partial_shape()],
-            }
-            for end, port in ends.items()
+            key: [
+                {
+                    "name": port.get_any_name(),
+                    "dtype": port.get_element_type().to_dtype().name,
+                    "shape": [dim.get_length() if dim.is_static else -1 for dim in port.get_partial_shape()],
+                    "scale": None,
+                    "zero_point": None,
+                }
+                for port in ports
+            ]
+            for key, ports in (("inputs", self._compiled.inputs), ("outputs", self._compiled.outputs))
         }
 
 
-def open_runner(path: Path, *, threads: int | None = None) -> OpenVinoRunner:
-    """A runner, not yet entered."""
-    return OpenVinoRunner(path, threads=threads)
-
-
 def describe(path: Path) -> dict[str, Any]:
-    """What OpenVINO makes of an ONNX file: its interface, and the layers that it multiplies in INT8 and in float.
+    """What OpenVINO makes of an ONNX file: `describe` in runtimes/__init__.py lists the keys.
+
+    A layer of the file counts as INT8 where the operator that it became part of multiplies bytes.
 
     Raises:
         MissingError: OpenVINO is not installed.
         UsageError: it lacks an operator of the file.
         IntegrityError: the file is damaged.
     """
-    names = {name: node.name for node in read_onnx(path).graph.node for name in (*node.output, node.name)}
+    model = read_onnx(path)
+    names = {name: node.name for node in model.graph.node for name in (*node.output, node.name)}
     with OpenVinoRunner(path, threads=1) as runner:
-        layers = {names[name]: kind for name, kind in runner.precisions().items() if name in names}
-        interface = runner.interface()
+        operators, ends = runner.operators(), runner.ends()
+    by_type: dict[str, dict[str, dict[str, Any]]] = {"int8": {}, "float": {}}
+    running = set()
+    for kind, fused, computes in operators:
+        layers = sorted({names[name] for name in fused if name in names})
+        where = by_type["int8" if computes in BYTES else "float"].setdefault(kind, {"count": 0, "layers": []})
+        where["count"] += 1
+        where["layers"] += layers
+        if kind in PRODUCTS and computes in BYTES:
+            running.update(layers)
+    eligible, ineligible = eligible_nodes(model, get_target("openvino"))
+    excluded = excluded_nodes(model)
+    not_int8 = [
+        [node.name, excluded.get(node.name, "OpenVINO computes it in float")]
+        for node in eligible
+        if node.name not in running
+    ]
+    int8 = len(eligible) - len(not_int8)
     return {
-        **interface,
-        "batch": "any" if interface["input"]["shape"][0] == -1 else interface["input"]["shape"][0],
-        "int8": sorted(name for name, kind in layers.items() if kind in BYTES),
-        "float": sorted(name for name, kind in layers.items() if kind not in BYTES),
+        "runtime": "openvino",
+        "batch": "any" if ends["inputs"][0]["shape"][0] == -1 else ends["inputs"][0]["shape"][0],
+        **ends,
+        **by_type,
+        "coverage": {
+            "eligible": len(eligible),
+            "int8": int8,
+            "fraction": int8 / len(eligible) if eligible else 0.0,
+            "not_int8": not_int8,
+            "excluded": [list(entry) for entry in ineligible],
+        },
     }
 
 
@@ -173,6 +191,10 @@ def _refusal(path: Path, graph: ModelProto, message: str, version: str) -> Usage
         why=_last_line(message),
         fix="Export it again with: nayer-edge export RUN --int8 --target openvino",
     )
+
+
+def _version(vino: Any) -> str:
+    return str(vino.__version__).partition("-")[0]
 
 
 def _last_line(text: str) -> str:

@@ -16,6 +16,8 @@ import pytest
 from nayer_edge.data.datasets import digits
 from nayer_edge.errors import UsageError
 from nayer_edge.export.runners import OrtRunner
+from nayer_edge.export.runtimes import open_runner
+from nayer_edge.export.targets import get_target
 from nayer_edge.pipelines import actions, deploy
 from nayer_edge.pipelines.costs import bench
 from nayer_edge.pipelines.deploy import QUANTIZATION, RUNTIMES, int8_file
@@ -67,12 +69,12 @@ def test_both_precisions_are_built_and_read_back(measured: Callable[[str], Path]
         assert (entry["status"], entry["target"]) == ("built", target)
         assert entry["sha256"] == sha256_of(root / entry["file"])
         assert entry["version"]
-    assert fp32["int8"] == []
-    assert len(fp32["float"]) == len(int8["int8"]) + len(int8["float"]) == 10
+    assert fp32["int8"] == {}
+    assert (fp32["coverage"]["int8"], int8["coverage"]["int8"], int8["coverage"]["eligible"]) == (0, 10, 10)
     record = read_json(root / QUANTIZATION, "")[target]
     assert record["file_sha256"] == int8["sha256"]
     assert record["calibration"]["sha256"] == read_json(root / QUANTIZATION, "")["cpu"]["calibration"]["sha256"]
-    assert record["coverage"]["int8"] == len(int8["int8"])
+    assert record["coverage"]["fraction"] == 1.0
     assert int8["version"] in record["measured_in"]
 
 
@@ -176,7 +178,7 @@ def test_a_target_without_its_runtime_is_missed_and_nothing_else(
 def test_what_a_runtime_lacks_is_told_and_the_rest_is_exported(
     finished: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    def refuse(_runtime: str, path: Path) -> None:
+    def refuse(_target: Any, path: Path) -> None:
         raise UsageError(f"It lacks an operator of {path.name}: Det (layer 'volume').")
 
     monkeypatch.setattr(deploy, "describe", refuse)
@@ -233,9 +235,7 @@ def test_the_example_runs_with_the_runtime_alone(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    from nayer_edge.export.runtimes import open_runner
-
-    with open_runner(target, root / int8_file(target), threads=1) as runner:
+    with open_runner(get_target(target), root / int8_file(target), threads=1) as runner:
         wanted = runner.infer(images)
     assert done.stdout.strip() == str(wanted.argmax(axis=1))
     with OrtRunner(root / deploy.FP32, threads=1) as runner:

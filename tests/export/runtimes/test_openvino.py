@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from nayer_edge.export.coverage import int8_coverage
 from nayer_edge.export.runners import OrtRunner
 from nayer_edge.export.runtimes import describe, require
 from nayer_edge.export.runtimes.openvino import OpenVinoRunner
+from nayer_edge.export.targets import get_target
 from nayer_edge.export.to_int8 import run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 
 pytest.importorskip("openvino")
+TARGET = get_target("openvino")
 LAYERS = ["0", "2.conv", "2.depthwise", "5"]
 
 
@@ -62,24 +65,31 @@ def test_it_computes_what_onnx_runtime_computes(tmp_path: Path, channels: int) -
 
 def test_an_fp32_file_runs_in_float_and_says_so(tmp_path: Path) -> None:
     path, _ = exported(tmp_path)
-    found = describe("openvino", path)
-    assert (found["int8"], found["float"], found["batch"]) == ([], LAYERS, "any")
-    assert found["input"] == {"name": "images", "type": "float32", "shape": [-1, 3, 12, 20]}
-    assert found["output"] == {"name": "logits", "type": "float32", "shape": [-1, 5]}
+    found = describe(TARGET, path)
+    assert (found["int8"], found["batch"]) == ({}, "any")
+    assert found["float"]["Convolution"]["count"] == 3
+    assert set(LAYERS[:3]) <= set(found["float"]["Convolution"]["layers"])
+    (source,), (target,) = found["inputs"], found["outputs"]
+    assert (source["name"], source["dtype"], source["shape"]) == ("images", "float32", [-1, 3, 12, 20])
+    assert (target["name"], target["dtype"], target["shape"]) == ("logits", "float32", [-1, 5])
+    assert found["coverage"]["int8"] == 0
+    assert [name for name, _ in found["coverage"]["not_int8"]] == LAYERS
 
 
 def test_every_layer_of_a_quantized_file_runs_in_int8(tmp_path: Path) -> None:
     path, images = exported(tmp_path)
     result = to_int8(path, tmp_path / "q.onnx", images[:12], "openvino", holdout_images=images[12:], method="minmax")
-    assert describe("openvino", tmp_path / "q.onnx")["int8"] == LAYERS
+    found = describe(TARGET, tmp_path / "q.onnx")
+    assert (found["coverage"]["int8"], found["coverage"]["not_int8"]) == (4, [])
+    assert found["int8"]["Convolution"]["count"] == 3
     assert (result.coverage.fraction, result.coverage.verified) == (1.0, True)
-    assert result.record["measured_in"] == f"OpenVINO {require('openvino')}, CPU"
-    assert result.record["versions"]["openvino"] == require("openvino")
+    assert result.record["measured_in"] == f"openvino {require(TARGET)} on this processor"
+    assert result.record["versions"]["openvino"] == require(TARGET)
     with OpenVinoRunner(tmp_path / "q.onnx", threads=1) as runner:
-        found = runner.infer(images)
+        logits = runner.infer(images)
     fp32, wanted = run_onnx(path, images), run_onnx(tmp_path / "q.onnx", images, as_written=True)
     noise = np.abs(wanted - fp32).mean()
-    assert 0 < np.abs(found - fp32).mean() < 2 * noise
+    assert 0 < np.abs(logits - fp32).mean() < 2 * noise
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -113,7 +123,7 @@ def test_an_operator_that_openvino_lacks_is_named_with_its_layer(tmp_path: Path)
     with OrtRunner(tmp_path / "m.onnx", threads=1):
         pass
     with pytest.raises(UsageError, match=r"lacks an operator of m\.onnx: Det \(layer 'volume'\)"):
-        describe("openvino", tmp_path / "m.onnx")
+        describe(TARGET, tmp_path / "m.onnx")
 
 
 def test_what_is_no_sound_file_is_refused(tmp_path: Path) -> None:
@@ -134,7 +144,8 @@ def test_what_is_no_sound_file_is_refused(tmp_path: Path) -> None:
 def test_without_the_package_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = exported(tmp_path)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    for call in (lambda: require("openvino"), lambda: describe("openvino", path)):
-        with pytest.raises(MissingError, match=r"pip install 'nayer-edge\[openvino\]'") as caught:
-            call()
-        assert caught.value.exit_code == 3
+    with pytest.raises(MissingError, match=r"pip install 'nayer-edge\[openvino\]'") as caught:
+        describe(TARGET, path)
+    assert caught.value.exit_code == 3
+    with pytest.raises(MissingError, match=r"pip install 'nayer-edge\[openvino\]'"):
+        require(dataclasses.replace(TARGET, packages=("no-such-package",)))
