@@ -164,7 +164,8 @@ def quiet(harmless: re.Pattern[str] | None = None) -> Iterator[list[str]]:
     """Hides a runtime's or converter's developer messages: warnings, log lines, and lines that native code prints.
 
     Native code writes to file descriptor 2. It is redirected while the block runs; afterwards every line is printed
-    that does not match `harmless`. With `harmless=None` all lines are hidden (converters), unless the block fails.
+    that does not match `harmless`. With `harmless=None` all lines are hidden (converters). If the block fails, nothing
+    is printed: the lines are for the caller's error message.
 
     Yields:
         a list that holds the native lines, printed or not, after the block.

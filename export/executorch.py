@@ -100,6 +100,8 @@ def build(
             # The handles of operators, which tie the file's nodes to layers, exist only after lowering.
             edge._config_methods = {_PROVENANCE: provenance(RUNTIME, versions, facts)}
             executable = edge.to_executorch()
+        except UsageError:
+            raise
         except Exception as error:
             raise _unsupported(error, program) from error
     _require_kernels(executable.executorch_program.execution_plan[0].operators, outside)
@@ -217,6 +219,8 @@ def _import_runtime() -> tuple[Any, Any]:
             from executorch.runtime import Runtime
         except ModuleNotFoundError as error:
             raise missing_extra(error.name or RUNTIME, "executorch", "Running .pte files") from error
+        # The first look at the thread pool prints the notes about /sys.
+        portable_lib._threadpool_get_thread_count()
         return Runtime.get(), portable_lib
 
 
@@ -243,17 +247,17 @@ class ExecuTorchRunner:
     def __enter__(self) -> Self:
         data = read_whole(self.path)
         runtime, native = _import_runtime()
-        with quiet(_HARMLESS) as lines:
-            before = native._threadpool_get_thread_count()
-            native._unsafe_reset_threadpool(self.threads)
-            try:
+        before, lines = native._threadpool_get_thread_count(), []
+        try:
+            with quiet(_HARMLESS) as lines:
+                native._unsafe_reset_threadpool(self.threads)
                 self._method = runtime.load_program(data).load_method(_METHOD)
-            except (RuntimeError, KeyError, ValueError) as error:
-                native._unsafe_reset_threadpool(before)
-                said = [line for line in lines if not _HARMLESS.search(line)]
-                installed = versions_of([RUNTIME])[RUNTIME]
-                why = said[-1] if said else first_line(error)
-                raise does_not_load(self.path, RUNTIME, installed, why) from error
+        except (RuntimeError, KeyError, ValueError) as error:
+            native._unsafe_reset_threadpool(before)
+            # The exception says only a number; the reason was printed.
+            said = [line for line in lines if line.strip() and not _HARMLESS.search(line)]
+            installed = versions_of([RUNTIME])[RUNTIME]
+            raise does_not_load(self.path, RUNTIME, installed, said[-1] if said else first_line(error)) from error
         self._restore = lambda: native._unsafe_reset_threadpool(before)
         self._shape = tuple(self._method.metadata.input_tensor_meta(0).sizes())
         return self
@@ -283,8 +287,8 @@ def describe(path: Path) -> dict[str, Any]:
     """Reads a .pte file: input, output, operators in INT8 and in float, delegated and not.
 
     Returns:
-        `inputs`, `outputs` (name, dtype, shape), `conversions` (scale and zero point where the file quantizes and
-        dequantizes), `int8` and `float` (operator → count and layers), `delegated` and `not_delegated`
+        `inputs`, `outputs` (name, dtype, shape), `conversions` (scale, to six decimals, and zero point where the file
+        quantizes and dequantizes), `int8` and `float` (operator → count and layers), `delegated` and `not_delegated`
         (operator → count), `coverage` of convolutions and matrix products, `built_with` (versions), `batch`.
 
     Raises:

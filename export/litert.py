@@ -98,7 +98,11 @@ def build(
             kept = [name for name, _, layer in layers if is_within(layer, float_layers)]
             content = _quantized(content, calibration, [*before, *kept])
         versions = versions_of(_PACKAGES)
-        facts = {"precision": precision, "float_layers": sorted(float_layers), "before_first": before}
+        facts = {
+            "precision": precision,
+            "layers": {name: layer for name, _, layer in layers},
+            "float_layers": sorted(float_layers),
+        }
         content = _with_metadata(content, provenance(RUNTIME, versions, facts))
     write_atomic(path, lambda temporary: temporary.write_bytes(content))
     found = describe(path)
@@ -278,7 +282,7 @@ def _open(path: Path, threads: int) -> Any:
         IntegrityError, MissingError: see `LiteRtRunner`.
     """
     data = read_whole(path)
-    with quiet(_HARMLESS) as lines:
+    with quiet(_HARMLESS):
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ModuleNotFoundError as error:
@@ -289,7 +293,6 @@ def _open(path: Path, threads: int) -> Any:
         except (ValueError, RuntimeError) as error:
             why = first_line(error)
             raise does_not_load(path, RUNTIME, versions_of([RUNTIME])[RUNTIME], why) from error
-    del lines
     return interpreter
 
 
@@ -360,6 +363,7 @@ def describe(path: Path) -> dict[str, Any]:
     """
     interpreter = _open(path, 1)
     origin = provenance_in(path.read_bytes())
+    layers, in_float = origin.get("layers", {}), origin.get("float_layers", [])
     tensors = {tensor["index"]: tensor for tensor in interpreter.get_tensor_details()}
     steps = interpreter._get_ops_details()
     operators = [step for step in steps if step["op_name"] != "DELEGATE"]
@@ -381,7 +385,7 @@ def describe(path: Path) -> dict[str, Any]:
             )
             continue
         int8 = result["dtype"] == np.int8 and tensors[step["inputs"][0]]["dtype"] == np.int8
-        rows.append((kind, result["name"], int8))
+        rows.append((kind, _written_layer(result["name"], layers), int8))
     products = [row for row in rows if row[0] in _PRODUCTS]
     int8_products = sum(int8 for _, _, int8 in products)
     return {
@@ -400,13 +404,8 @@ def describe(path: Path) -> dict[str, Any]:
             "int8": int8_products,
             "fraction": int8_products / len(products) if products else 0.0,
             "not_int8": [
-                [
-                    _without_kind(name, kind),
-                    ON_REQUEST
-                    if is_within(_without_kind(name, kind), origin.get("float_layers", []))
-                    else "the quantizer left it in float",
-                ]
-                for kind, name, int8 in products
+                [layer or kind, ON_REQUEST if is_within(layer, in_float) else "the quantizer left it in float"]
+                for kind, layer, int8 in products
                 if not int8
             ],
         },
@@ -427,16 +426,19 @@ def _end(name: str, tensor: Mapping[str, Any]) -> dict[str, Any]:
 
 def _by_kind(rows: Collection[tuple[str, str, bool]], *, int8: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for kind, name, quantized in rows:
+    for kind, layer, quantized in rows:
         if quantized == int8:
             entry = found.setdefault(kind, {"count": 0, "layers": []})
             entry["count"] += 1
-            entry["layers"].append(_without_kind(name, kind))
+            if layer:
+                entry["layers"].append(layer)
     return dict(sorted(found.items()))
 
 
-def _without_kind(name: str, kind: str) -> str:
-    return re.sub(rf"\.{kind}(\.\d+)?(_quantized|_dequant)?$", "", name)
+def _written_layer(tensor: str, layers: Mapping[str, str]) -> str:
+    """The layer of a tensor; the quantizer adds a suffix to the names of some."""
+    known = [name for name in layers if tensor.startswith(name)]
+    return layers[max(known, key=len)] if known else ""
 
 
 def _delegated(steps: Collection[Mapping[str, Any]]) -> set[int]:
