@@ -171,8 +171,8 @@ def to_int8(
         "method": search.method,
         "methods": {m: s.as_record() for m, s in search.scores.items()},
         "measured_in": measured_in(target),
-        "calibration": _images_record(calibration, provenance),
-        "holdout": None if holdout is None else _images_record(holdout, provenance),
+        "calibration": images_record(calibration, provenance),
+        "holdout": None if holdout is None else images_record(holdout, provenance),
         "activations": target.activations + (" symmetric" if target.symmetric else " asymmetric"),
         "weights": f"{target.weights} symmetric per channel, at most ±{target.weight_max}",
         "bias": target.bias,
@@ -456,6 +456,7 @@ def _write(model: ModelProto, path: Path, source: ModelProto, metadata: Mapping[
     write_onnx(copy, path)
 
 
-def _images_record(images: np.ndarray, provenance: str) -> dict[str, Any]:
+def images_record(images: np.ndarray, provenance: str) -> dict[str, Any]:
+    """Number, digest and origin of images, for quantization.json."""
     digest = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
     return {"n": len(images), "sha256": digest, "provenance": provenance}

@@ -19,6 +19,7 @@ from nayer_edge.export.parity import compare, edge_cases
 from nayer_edge.export.qat.train import QatTrainer, Schedule
 from nayer_edge.export.runners import OrtRunner, TorchRunner
 from nayer_edge.export.runtimes import describe, require
+from nayer_edge.export.runtimes.quantize import to_fp32_file, to_int8_file
 from nayer_edge.export.targets import TARGETS, has_module
 from nayer_edge.export.to_engine import to_engine
 from nayer_edge.export.to_int8 import FP16_IMAGES, to_int8
@@ -268,6 +269,9 @@ def _quantize(
     records = {}
     for target in targets:
         try:
+            if TARGETS[target].suffix != ".onnx":
+                records[target] = _built_by_runtime(target, student, calibration, holdout, lacking, config, out)
+                continue
             records[target] = to_int8(
                 out.path(onnx.files["fp32 onnx"]),
                 out.path(int8_file(target)),
@@ -285,6 +289,37 @@ def _quantize(
                 raise
             lacking[f"int8.{target}"] = _one_line(error)
     return records
+
+
+def _built_by_runtime(
+    name: str,
+    student: Artifact,
+    calibration: np.ndarray,
+    holdout: np.ndarray,
+    lacking: dict[str, str],
+    config: Recipe,
+    out: RunFolder,
+) -> dict[str, Any]:
+    """Builds FP32 and INT8 files with the tools of a target's runtime; returns its entry of quantization.json."""
+    target, weights = TARGETS[name], out.path(student.files["student"])
+    network = load_classifier(weights)
+    shape = network.spec.shape
+    try:
+        to_fp32_file(network, shape, out.path(fp32_file(name)), target)
+    except (MissingError, UsageError) as error:
+        lacking[f"fp32.{name}"] = _one_line(error)
+        raise
+    return to_int8_file(
+        network,
+        shape,
+        out.path(int8_file(name)),
+        target,
+        calibration,
+        holdout,
+        max_drop=config.export.max_drop,
+        sensitivity=config.export.sensitivity,
+        parent_sha256=sha256_of(weights),
+    )
 
 
 def _qat_trainer(

@@ -16,7 +16,7 @@ from nayer_edge.errors import missing_extra
 from ..runners import Runner
 from ..targets import Target
 
-RUNNERS = {"openvino": "OpenVinoRunner"}
+RUNNERS = {"openvino": "OpenVinoRunner", "executorch": "ExecuTorchRunner", "litert": "LiteRtRunner"}
 """runtime, and name of its module → its runner"""
 
 

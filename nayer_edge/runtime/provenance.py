@@ -21,6 +21,11 @@ PACKAGES = (
     "tensorrt",
     "tensorrt_rtx_cu13",
     "openvino",
+    "executorch",
+    "torchao",
+    "ai-edge-litert",
+    "ai-edge-quantizer",
+    "litert-torch",
     "numpy",
 )
 

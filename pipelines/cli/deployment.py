@@ -22,7 +22,7 @@ NOISY = 3.0
     epilog=example(
         "nayer-edge export runs/digits --int8 --target cpu,tensorrt-rtx",
         "nayer-edge export runs/digits --int8 --target arm --only",
-        "nayer-edge export runs/digits --int8 --target cpu,openvino",
+        "nayer-edge export runs/digits --int8 --target openvino,executorch,litert",
         "nayer-edge export runs/digits --int8 --qat",
     )
 )
@@ -49,8 +49,8 @@ def export(
         list[str] | None,
         typer.Option(
             "--target",
-            help="cpu, arm, tensorrt, tensorrt-rtx, openvino; comma-separated or repeated. Added to those that the run "
-            "has.",
+            help="cpu, arm, tensorrt, tensorrt-rtx, openvino, executorch, litert; comma-separated or repeated. Added to "
+            "those that the run has.",
         ),
     ] = None,
     only: Annotated[

@@ -27,8 +27,8 @@ from nayer_edge.storage.files import read_json, sha256_of
 from nayer_edge.storage.run_folder import RunFolder
 
 Invoke = Callable[..., Any]
-PACKAGES = {"openvino": "openvino"}
-"""target → the package of its runtime"""
+PACKAGES = {"openvino": "openvino", "executorch": "executorch", "litert": "ai_edge_litert"}
+"""target → the module of its runtime"""
 TARGETS = tuple(PACKAGES)
 
 

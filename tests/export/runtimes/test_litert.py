@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.export.edge_file import BuiltFile
-from nayer_edge.export.litert import ON_REQUEST, LiteRtRunner, build, describe
 from nayer_edge.export.runners import TorchRunner
+from nayer_edge.export.runtimes.edge_file import BuiltFile
+from nayer_edge.export.runtimes.litert import ON_REQUEST, LiteRtRunner, build, describe
 
 for package in ("ai_edge_litert", "ai_edge_quantizer", "litert_torch"):
     pytest.importorskip(package, reason="the extra 'litert' is not installed")

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.export.edge_file import BuiltFile
-from nayer_edge.export.executorch import ON_REQUEST, ExecuTorchRunner, build, describe
 from nayer_edge.export.runners import TorchRunner
+from nayer_edge.export.runtimes.edge_file import BuiltFile
+from nayer_edge.export.runtimes.executorch import ON_REQUEST, ExecuTorchRunner, build, describe
 
 pytest.importorskip("executorch", reason="the extra 'executorch' is not installed")
 pytest.importorskip("torchao", reason="the extra 'executorch' is not installed")

@@ -25,6 +25,7 @@ from nayer_edge.errors import UsageError, missing_extra
 from nayer_edge.runtime.provenance import usable_cores
 from nayer_edge.storage.files import sha256_of, write_atomic
 
+from ..runners import in_batches
 from .edge_file import (
     INPUT,
     OUTPUT,
@@ -41,7 +42,6 @@ from .edge_file import (
     read_whole,
     versions_of,
 )
-from .runners import _in_batches
 
 RUNTIME = "executorch"
 BACKEND = "XnnpackBackend"
@@ -271,7 +271,7 @@ class ExecuTorchRunner:
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Logits (n, classes), float32."""
-        return _in_batches(self._run, images, self._shape[0])
+        return in_batches(self._run, images, self._shape[0])
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         if images.shape[1:] != self._shape[1:]:
