@@ -162,9 +162,9 @@ TARGETS: dict[str, Target] = {
             suffix=".onnx",
             packages=("openvino",),
             session_options=(),
-            why="OpenVINO reads our Q/DQ graphs and computes the same layers in INT8 whether activations are UINT8 or INT8, "
-            "symmetric or not; of these, asymmetric ones agree best with FP32 (ResNet-8, MobileNetV3-small). Its kernels "
-            "for processors without VNNI overflow with 8-bit weights, as ONNX Runtime's do, so weights have 7 bits.",
+            why="OpenVINO reads our Q/DQ graphs, and computes the same layers in INT8 whether activations are UINT8 or "
+            "INT8, symmetric or not (ResNet-8, MobileNetV3-small). Symmetric ones were a little further from FP32. Its "
+            "kernels for processors without VNNI overflow with 8-bit weights, as ONNX Runtime's do.",
         ),
         Target(
             name="executorch",
@@ -182,7 +182,7 @@ TARGETS: dict[str, Target] = {
             suffix=".pte",
             packages=("executorch", "torchao"),
             session_options=(),
-            why="What XNNPACK's own quantizer makes, through torchao. The file converts float32 images and logits itself.",
+            why="What XNNPACK's own quantizer makes, through torchao. The file converts float32 images and logits.",
         ),
         Target(
             name="litert",

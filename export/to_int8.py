@@ -124,6 +124,8 @@ def to_int8(
         IntegrityError: the FP32 file is damaged.
     """
     target = get_target(target) if isinstance(target, str) else target
+    if target.suffix != ".onnx":
+        raise UsageError(f"Target '{target.name}' takes no ONNX file: its own quantizer makes its files.")
     rest = rest or target.rest
     source = read_onnx(fp32_path, external_data=True)
     if rest == "float16" and opset_of(source) < FP16_SCALES:

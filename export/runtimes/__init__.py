@@ -44,7 +44,11 @@ def open_runner(target: Target, path: Path, threads: int | None = None) -> Runne
 
     Args:
         threads: by default all that the process may use.
+
+    Raises:
+        MissingError: a package that the target needs is not installed.
     """
+    require(target)
     return getattr(module_of(target), RUNNERS[target.runtime])(path, threads=threads)
 
 
@@ -61,4 +65,5 @@ def describe(target: Target, path: Path) -> dict[str, Any]:
         UsageError: it lacks an operator of the file.
         IntegrityError: the file is damaged, or this version of the runtime does not load it.
     """
+    require(target)
     return module_of(target).describe(path)

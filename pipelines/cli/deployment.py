@@ -49,8 +49,8 @@ def export(
         list[str] | None,
         typer.Option(
             "--target",
-            help="cpu, arm, tensorrt, tensorrt-rtx, openvino, executorch, litert; comma-separated or repeated. Added to "
-            "those that the run has.",
+            help="cpu, arm, tensorrt, tensorrt-rtx, openvino, executorch, litert; comma-separated or repeated. Added "
+            "to those that the run has.",
         ),
     ] = None,
     only: Annotated[

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nayer_edge.data.datasets import digits
 from nayer_edge.errors import UsageError
 from nayer_edge.export.runners import OrtRunner
 from nayer_edge.export.runtimes import open_runner
-from nayer_edge.export.targets import get_target
+from nayer_edge.export.targets import TARGETS, get_target
 from nayer_edge.pipelines import actions, deploy
 from nayer_edge.pipelines.costs import bench
 from nayer_edge.pipelines.deploy import QUANTIZATION, RUNTIMES, int8_file
@@ -29,10 +30,9 @@ from nayer_edge.storage.run_folder import RunFolder
 Invoke = Callable[..., Any]
 PACKAGES = {"openvino": "openvino", "executorch": "executorch", "litert": "ai_edge_litert"}
 """target → the module of its runtime"""
-TARGETS = tuple(PACKAGES)
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(params=PACKAGES)
 def target(request: pytest.FixtureRequest) -> str:
     """Each target whose runtime is installed."""
     pytest.importorskip(PACKAGES[request.param])
@@ -52,6 +52,11 @@ def measured(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         return made[target]
 
     return of
+
+
+def gone(patch: pytest.MonkeyPatch, target: str) -> None:
+    """As if a package that the target needs were not installed."""
+    patch.setitem(TARGETS, target, replace(TARGETS[target], packages=("no-such-package",)))
 
 
 def report_of(root: Path) -> dict[str, dict[str, Any]]:
@@ -151,7 +156,7 @@ def test_a_target_without_its_runtime_is_missed_and_nothing_else(
     finished: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, PACKAGES[target], None)
+        gone(patch, target)
         answer = invoke("export", finished, "--int8", "--target", f"arm,{target}")
         assert answer.code == 3
         told = " ".join(answer.err.split())
@@ -193,7 +198,7 @@ def test_a_measurement_stays_where_the_runtime_is_gone(
 ) -> None:
     root = Path(shutil.copytree(measured(target), tmp_path / "runs" / "digits"))
     before = report_of(root)[f"int8.{target}"]
-    monkeypatch.setitem(sys.modules, PACKAGES[target], None)
+    gone(monkeypatch, target)
     actions.export(root, int8=True, targets=["arm"])
     assert sha256_of(root / int8_file(target)) == before["sha256"]
     actions.validate(root)
@@ -212,9 +217,14 @@ def test_a_file_that_was_cut_short_stops_everything(
         assert invoke(command, root).code == 4, command
 
 
-EXAMPLES = {"openvino": "OpenVINO"}
+EXAMPLES = {"openvino": "OpenVINO", "executorch": "ExecuTorch", "litert": "LiteRT"}
 """target → the section of docs/DEPLOYING.md whose example runs its file"""
-ALONE = ("torch", "onnx", "onnxruntime", "transformers", "nayer_edge", "sklearn")
+ALONE = {
+    "openvino": ("torch", "onnx", "onnxruntime", "nayer_edge"),
+    "executorch": ("torchvision", "onnx", "onnxruntime", "nayer_edge"),
+    "litert": ("torch", "jax", "onnx", "onnxruntime", "nayer_edge"),
+}
+"""target → what the example must do without"""
 
 
 def test_the_example_runs_with_the_runtime_alone(
@@ -228,7 +238,7 @@ def test_the_example_runs_with_the_runtime_alone(
     np.save(root.parents[1] / "images.npy", images)
     done = subprocess.run(
         [sys.executable, "-c", example(EXAMPLES[target])],
-        env={"PATH": "", **without(*ALONE)},
+        env={"PATH": "", **without(*ALONE[target])},
         cwd=root.parents[1],
         capture_output=True,
         text=True,
