@@ -105,6 +105,11 @@ EXTRA_OF = {
     "pyarrow": "cpu",
     "PIL": "cpu",
     "openvino": "openvino",
+    "executorch": "executorch",
+    "torchao": "executorch",
+    "ai_edge_litert": "litert",
+    "ai_edge_quantizer": "litert",
+    "litert_torch": "litert",
 }
 """top-level module → the extra that installs it"""
 
