@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +27,7 @@ from nayer_edge.errors import IntegrityError, UsageError
 Precision = Literal["fp32", "int8"]
 INPUT = "images"
 OUTPUT = "logits"
+ON_REQUEST = "kept in float on request"
 _MARK = '{"nayer_edge.file": '
 _EXAMPLES = 2
 
@@ -102,6 +103,13 @@ def check_request(
 def is_within(layer: str, modules: Collection[str]) -> bool:
     """Whether a layer is one of these modules or inside one."""
     return any(layer == name or layer.startswith(f"{name}.") for name in modules)
+
+
+def why_in_float(layer: str, origin: Mapping[str, Any]) -> str:
+    """Why a convolution or matrix product does not run in INT8, from the provenance of its file."""
+    if origin.get("precision") == "fp32":
+        return "the file is FP32"
+    return ON_REQUEST if is_within(layer, origin.get("float_layers", [])) else "the quantizer left it in float"
 
 
 def versions_of(packages: Sequence[str]) -> dict[str, str]:

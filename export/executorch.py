@@ -40,12 +40,12 @@ from .edge_file import (
     quiet,
     read_whole,
     versions_of,
+    why_in_float,
 )
 from .runners import _in_batches
 
 RUNTIME = "executorch"
 BACKEND = "XnnpackBackend"
-ON_REQUEST = "kept in float on request"
 _METHOD = "forward"
 _PROVENANCE = "provenance"
 _PACKAGES = ("executorch", "torchao", "torch")
@@ -342,7 +342,7 @@ def describe(path: Path) -> dict[str, Any]:
         "float": _by_kind(operators, int8=False),
         "delegated": dict(sorted(Counter(kind for kind, _, _ in operators).items())),
         "not_delegated": dict(sorted(calls.items())),
-        "coverage": _coverage(operators, origin.get("float_layers", [])),
+        "coverage": _coverage(operators, origin),
     }
 
 
@@ -408,7 +408,7 @@ def _by_kind(operators: Collection[_Operator], *, int8: bool) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _coverage(operators: Collection[_Operator], float_layers: Collection[str]) -> dict[str, Any]:
+def _coverage(operators: Collection[_Operator], origin: Mapping[str, Any]) -> dict[str, Any]:
     products = [operator for operator in operators if operator[0] in _PRODUCTS]
     int8 = sum(quantized for _, _, quantized in products)
     return {
@@ -416,8 +416,6 @@ def _coverage(operators: Collection[_Operator], float_layers: Collection[str]) -
         "int8": int8,
         "fraction": int8 / len(products) if products else 0.0,
         "not_int8": [
-            [layer or kind, ON_REQUEST if is_within(layer, float_layers) else "the quantizer left it in float"]
-            for kind, layer, quantized in products
-            if not quantized
+            [layer or kind, why_in_float(layer, origin)] for kind, layer, quantized in products if not quantized
         ],
     }

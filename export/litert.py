@@ -40,12 +40,12 @@ from .edge_file import (
     quiet,
     read_whole,
     versions_of,
+    why_in_float,
 )
 from .runners import _in_batches
 
 RUNTIME = "ai-edge-litert"
 BACKEND = "XNNPACK"
-ON_REQUEST = "kept in float on request"
 _SIGNATURE = "serving_default"
 _PACKAGES = ("ai-edge-litert", "litert-torch", "ai-edge-quantizer", "torch")
 _HARMLESS = re.compile(r"^(INFO|VERBOSE): |^[IW]\d{4} |absl::InitializeLog")
@@ -110,7 +110,7 @@ def build(
         "runtime": RUNTIME,
         "backend": BACKEND,
         "precision": precision,
-        "quantizer": "ai-edge-quantizer, static_wi8_ai8" if precision == "int8" else None,
+        "quantizer": "ai-edge-quantizer, static_wi8_ai8, minimum and maximum" if precision == "int8" else None,
         "versions": versions,
         "calibration": {"n": len(calibration)} if precision == "int8" and calibration is not None else None,
         "batch": 1,
@@ -244,8 +244,9 @@ def _before_first_product(operators: Collection[_Named_op]) -> list[str]:
 
 def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str]) -> bytes:
     try:
-        from ai_edge_quantizer import qtyping, quantizer
+        from ai_edge_quantizer import calibrator, qtyping, quantizer
         from ai_edge_quantizer.algorithm_manager import AlgorithmName
+        from ai_edge_quantizer.utils import qsv_utils
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "ai_edge_quantizer", "litert", "INT8 for LiteRT") from error
     operation = qtyping.TFLOperationName
@@ -259,8 +260,11 @@ def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str
             f"^{re.escape(name)};$", operation.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
         )
     images = [{INPUT: np.ascontiguousarray(image[None], np.float32)} for image in calibration]
-    ranges = work.calibrate({_SIGNATURE: images}, num_threads=1)
-    return bytes(work.quantize(ranges, enable_progress_report=False, enable_progress_bar=False).quantized_model)
+    # By default, ranges are a moving average over the images, which clips values and depends on their order.
+    ranges = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
+    ranges.calibrate({_SIGNATURE: images}, work._recipe_manager)
+    result = work.quantize(ranges.get_model_qsvs(), enable_progress_report=False, enable_progress_bar=False)
+    return bytes(result.quantized_model)
 
 
 def _with_metadata(content: bytes, line: str) -> bytes:
@@ -363,7 +367,7 @@ def describe(path: Path) -> dict[str, Any]:
     """
     interpreter = _open(path, 1)
     origin = provenance_in(path.read_bytes())
-    layers, in_float = origin.get("layers", {}), origin.get("float_layers", [])
+    layers = origin.get("layers", {})
     tensors = {tensor["index"]: tensor for tensor in interpreter.get_tensor_details()}
     steps = interpreter._get_ops_details()
     operators = [step for step in steps if step["op_name"] != "DELEGATE"]
@@ -403,11 +407,7 @@ def describe(path: Path) -> dict[str, Any]:
             "eligible": len(products),
             "int8": int8_products,
             "fraction": int8_products / len(products) if products else 0.0,
-            "not_int8": [
-                [layer or kind, ON_REQUEST if is_within(layer, in_float) else "the quantizer left it in float"]
-                for kind, layer, int8 in products
-                if not int8
-            ],
+            "not_int8": [[layer or kind, why_in_float(layer, origin)] for kind, layer, int8 in products if not int8],
         },
     }
 

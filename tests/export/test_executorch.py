@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.export.edge_file import BuiltFile
-from nayer_edge.export.executorch import ON_REQUEST, ExecuTorchRunner, build, describe
+from nayer_edge.export.edge_file import ON_REQUEST, BuiltFile
+from nayer_edge.export.executorch import ExecuTorchRunner, build, describe
 from nayer_edge.export.runners import TorchRunner
 
 pytest.importorskip("executorch", reason="the extra 'executorch' is not installed")

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.export.edge_file import BuiltFile
-from nayer_edge.export.litert import ON_REQUEST, LiteRtRunner, build, describe
+from nayer_edge.export.edge_file import ON_REQUEST, BuiltFile
+from nayer_edge.export.litert import LiteRtRunner, build, describe
 from nayer_edge.export.runners import TorchRunner
 
 for package in ("ai_edge_litert", "ai_edge_quantizer", "litert_torch"):
