@@ -162,6 +162,11 @@ def read_whole(path: Path) -> bytes:
         raise IntegrityError(f"{path} does not exist.", fix="Export it with: nayer-edge export RUN") from error
 
 
+def top_level(error: ModuleNotFoundError, default: str) -> str:
+    """The package that an import misses."""
+    return (error.name or default).partition(".")[0]
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return (f"{error}".strip() or type(error).__name__).splitlines()[0]

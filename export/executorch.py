@@ -39,6 +39,7 @@ from .edge_file import (
     provenance_in,
     quiet,
     read_whole,
+    top_level,
     versions_of,
     why_in_float,
 )
@@ -86,7 +87,7 @@ def build(
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
         except ModuleNotFoundError as error:
-            raise missing_extra(error.name or RUNTIME, "executorch", "Building .pte files") from error
+            raise missing_extra(top_level(error, RUNTIME), "executorch", "Building .pte files") from error
         program = _traced(network, shape)
         try:
             if precision == "int8":
@@ -218,7 +219,7 @@ def _import_runtime() -> tuple[Any, Any]:
             from executorch.extension.pybindings import portable_lib
             from executorch.runtime import Runtime
         except ModuleNotFoundError as error:
-            raise missing_extra(error.name or RUNTIME, "executorch", "Running .pte files") from error
+            raise missing_extra(top_level(error, RUNTIME), "executorch", "Running .pte files") from error
         # The first look at the thread pool prints the notes about /sys.
         portable_lib._threadpool_get_thread_count()
         return Runtime.get(), portable_lib
@@ -300,7 +301,7 @@ def describe(path: Path) -> dict[str, Any]:
         try:
             from executorch.exir._serialize._program import deserialize_pte_binary
         except ModuleNotFoundError as error:
-            raise missing_extra(error.name or RUNTIME, "executorch", "Reading .pte files") from error
+            raise missing_extra(top_level(error, RUNTIME), "executorch", "Reading .pte files") from error
         try:
             program = deserialize_pte_binary(data).program
             plan = next(plan for plan in program.execution_plan if plan.name == _METHOD)

@@ -39,6 +39,7 @@ from .edge_file import (
     provenance_in,
     quiet,
     read_whole,
+    top_level,
     versions_of,
     why_in_float,
 )
@@ -131,7 +132,7 @@ def _converted(network: _Named, shape: tuple[int, int, int]) -> bytes:
         try:
             import litert_torch
         except ModuleNotFoundError as error:
-            raise missing_extra(error.name or "litert_torch", "litert", "Building .tflite files") from error
+            raise missing_extra(top_level(error, "litert_torch"), "litert", "Building .tflite files") from error
         try:
             with torch.no_grad():
                 model = litert_torch.convert(network, sample_kwargs={INPUT: torch.full((1, *shape), 0.5)})
@@ -173,11 +174,11 @@ def _unsupported(error: Exception, network: _Named, shape: tuple[int, int, int])
     )
 
 
-_Named_op = tuple[str, str, str]
+_NamedOperator = tuple[str, str, str]
 """(name of the output tensor, operator, layer)"""
 
 
-def _named_after_layers(content: bytes, network: _Named) -> tuple[bytes, list[_Named_op]]:
+def _named_after_layers(content: bytes, network: _Named) -> tuple[bytes, list[_NamedOperator]]:
     """Names input, output and every operator's result after layers; returns operators in the order of execution."""
     from ai_edge_litert.tools import flatbuffer_utils
 
@@ -189,7 +190,7 @@ def _named_after_layers(content: bytes, network: _Named) -> tuple[bytes, list[_N
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
     }
     uses: Counter[str] = Counter()
-    found: list[_Named_op] = []
+    found: list[_NamedOperator] = []
     for operator in graph.operators:
         kind = _kind(flatbuffer_utils, model, operator)
         texts = [graph.tensors[operator.outputs[0]].name]
@@ -233,7 +234,7 @@ def _layer_of(texts: list[bytes], scopes: Mapping[str, str], preferred: Collecti
     return chosen[-1].removeprefix("network").removeprefix(".") if chosen else ""
 
 
-def _before_first_product(operators: Collection[_Named_op]) -> list[str]:
+def _before_first_product(operators: Collection[_NamedOperator]) -> list[str]:
     names = []
     for name, kind, _ in operators:
         if kind in _PRODUCTS:
@@ -248,7 +249,7 @@ def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str
         from ai_edge_quantizer.algorithm_manager import AlgorithmName
         from ai_edge_quantizer.utils import qsv_utils
     except ModuleNotFoundError as error:
-        raise missing_extra(error.name or "ai_edge_quantizer", "litert", "INT8 for LiteRT") from error
+        raise missing_extra(top_level(error, "ai_edge_quantizer"), "litert", "INT8 for LiteRT") from error
     operation = qtyping.TFLOperationName
     work = quantizer.Quantizer(content)
     work.add_static_config(".*", operation.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
@@ -290,7 +291,7 @@ def _open(path: Path, threads: int) -> Any:
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ModuleNotFoundError as error:
-            raise missing_extra(error.name or "ai_edge_litert", "litert", "Running .tflite files") from error
+            raise missing_extra(top_level(error, "ai_edge_litert"), "litert", "Running .tflite files") from error
         try:
             interpreter = Interpreter(model_content=data, num_threads=threads)
             interpreter.allocate_tensors()

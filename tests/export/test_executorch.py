@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from nayer_edge.export.edge_file import ON_REQUEST, BuiltFile
 from nayer_edge.export.executorch import ExecuTorchRunner, build, describe
 from nayer_edge.export.runners import TorchRunner
 
-pytest.importorskip("executorch", reason="the extra 'executorch' is not installed")
-pytest.importorskip("torchao", reason="the extra 'executorch' is not installed")
+pytestmark = pytest.mark.skipif(
+    any(find_spec(package) is None for package in ("executorch", "torchao")),
+    reason="the extra 'executorch' is not installed",
+)
 
 SHAPE = (3, 16, 16)
 Student = Callable[[tuple[int, int, int]], nn.Module]

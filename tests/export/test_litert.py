@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from nayer_edge.export.edge_file import ON_REQUEST, BuiltFile
 from nayer_edge.export.litert import LiteRtRunner, build, describe
 from nayer_edge.export.runners import TorchRunner
 
-for package in ("ai_edge_litert", "ai_edge_quantizer", "litert_torch"):
-    pytest.importorskip(package, reason="the extra 'litert' is not installed")
+pytestmark = pytest.mark.skipif(
+    any(find_spec(package) is None for package in ("ai_edge_litert", "ai_edge_quantizer", "litert_torch")),
+    reason="the extra 'litert' is not installed",
+)
 
 SHAPE = (3, 16, 16)
 Student = Callable[[tuple[int, int, int]], nn.Module]
