@@ -54,6 +54,7 @@ _PACKAGES = ("executorch", "torchao", "torch")
 _HARMLESS = re.compile(r"^\[cpuinfo_utils\.cpp:\d+\]")
 _PRODUCTS = ("Conv2d", "DepthwiseConv2d", "ConvTranspose2d", "FullyConnected", "BatchMatrixMultiply")
 _INT8 = ("xnn_datatype_qint8", "xnn_datatype_quint8")
+_STANDARD = "Replace that layer with standard operators; `nayer-edge students` lists students that can be exported."
 _DTYPES = {"BYTE": "uint8", "CHAR": "int8", "HALF": "float16", "FLOAT": "float32"}
 
 
@@ -197,10 +198,12 @@ def _require_kernels(operators: Collection[Any], outside: Mapping[str, str]) -> 
 
 def _unsupported(error: Exception, program: torch.export.ExportedProgram) -> UsageError:
     names = re.findall(r"aten(?:::|\.)(\w+)", f"{error}")
+    if not names:
+        return UsageError("ExecuTorch cannot convert the model.", why=first_line(error), fix=_STANDARD)
     for node in program.graph.nodes:
         if node.op == "call_function" and any(f"aten.{name}." in f"{node.target}." for name in names):
             return _no_operator(f"aten::{names[0]}", _layer(node), first_line(error))
-    return _no_operator(f"aten::{names[0]}" if names else "used by the model", "", first_line(error))
+    return _no_operator(f"aten::{names[0]}", "", first_line(error))
 
 
 def _no_operator(name: str, layer: str, why: str) -> UsageError:
@@ -208,7 +211,7 @@ def _no_operator(name: str, layer: str, why: str) -> UsageError:
     return UsageError(
         f"ExecuTorch does not have the operator {name}{where}.",
         why=why,
-        fix="Replace that layer with standard operators; `nayer-edge students` lists students that can be exported.",
+        fix=_STANDARD,
     )
 
 

@@ -89,7 +89,7 @@ def build(
         MissingError: litert-torch, ai-edge-quantizer or ai-edge-litert is not installed.
     """
     check_request(network, shape, precision, calibration, float_layers)
-    named = _Named(copy_for_export(network, shape))
+    named = _Named(copy_for_export(network, shape)).eval()
     with quiet():
         content = _converted(named, shape)
         content, layers = _named_after_layers(content, named)
@@ -157,21 +157,20 @@ def _without_progress() -> Iterator[None]:
 
 
 def _unsupported(error: Exception, network: _Named, shape: tuple[int, int, int]) -> NayerEdgeError:
+    fix = "Replace that layer with standard operators; `nayer-edge students` lists students that can be exported."
     found = re.search(r"aten(?:::|\.)(\w+)", f"{error}")
-    name, layer = (f"aten::{found.group(1)}", "") if found else ("used by the model", "")
-    if found:
-        with contextlib.suppress(Exception):
-            program = torch.export.export(network, (), {INPUT: torch.full((1, *shape), 0.5)}, strict=False)
-            for node in (*program.graph.nodes, *program.run_decompositions().graph.nodes):
-                if f"aten.{found.group(1)}." in f"{node.target}." and (stack := node.meta.get("nn_module_stack")):
-                    layer = str(list(stack.values())[-1][0]).removeprefix("network").removeprefix(".")
-                    break
+    if not found:
+        return UsageError("LiteRT's converter cannot convert the model.", why=first_line(error), fix=fix)
+    name, layer = found.group(1), ""
+    with contextlib.suppress(Exception):
+        program = torch.export.export(network, (), {INPUT: torch.full((1, *shape), 0.5)}, strict=False)
+        for node in (*program.graph.nodes, *program.run_decompositions().graph.nodes):
+            if f"aten.{name}." in f"{node.target}." and (stack := node.meta.get("nn_module_stack")):
+                layer = str(list(stack.values())[-1][0]).removeprefix("network").removeprefix(".")
+                break
     where = f" (layer '{layer}')" if layer else ""
-    return UsageError(
-        f"LiteRT's converter does not have the operator {name}{where}.",
-        why=first_line(error),
-        fix="Replace that layer with standard operators; `nayer-edge students` lists students that can be exported.",
-    )
+    what = f"LiteRT's converter does not have the operator aten::{name}{where}."
+    return UsageError(what, why=first_line(error), fix=fix)
 
 
 _NamedOperator = tuple[str, str, str]

@@ -162,14 +162,14 @@ def test_another_version_of_the_runtime_is_named(int8: BuiltFile, tmp_path: Path
 
 class Odd(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.inv(x + torch.eye(4))
+        return torch.special.bessel_j0(x)
 
 
 def test_an_operator_that_is_missing_is_named_with_its_layer(tmp_path: Path) -> None:
     network = nn.Sequential()
     network.add_module("odd", Odd())
     network.add_module("flat", nn.Flatten())
-    with pytest.raises(UsageError, match=r"operator .*inv.*layer 'odd'"):
+    with pytest.raises(UsageError, match=r"operator .*bessel_j0.*layer 'odd'"):
         build(network, (1, 4, 4), tmp_path / "m.tflite", precision="fp32")
     assert not (tmp_path / "m.tflite").exists()
 
