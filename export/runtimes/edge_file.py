@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +27,7 @@ from nayer_edge.errors import IntegrityError, UsageError
 Precision = Literal["fp32", "int8"]
 INPUT = "images"
 OUTPUT = "logits"
+ON_REQUEST = "kept in float on request"
 _MARK = '{"nayer_edge.file": '
 _EXAMPLES = 2
 
@@ -104,6 +105,13 @@ def is_within(layer: str, modules: Collection[str]) -> bool:
     return any(layer == name or layer.startswith(f"{name}.") for name in modules)
 
 
+def why_in_float(layer: str, origin: Mapping[str, Any]) -> str:
+    """Why a convolution or matrix product does not run in INT8, from the provenance of its file."""
+    if origin.get("precision") == "fp32":
+        return "the file is FP32"
+    return ON_REQUEST if is_within(layer, origin.get("float_layers", [])) else "the quantizer left it in float"
+
+
 def versions_of(packages: Sequence[str]) -> dict[str, str]:
     """Installed version of each package."""
     return {package: metadata.version(package) for package in packages}
@@ -152,6 +160,11 @@ def read_whole(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise IntegrityError(f"{path} does not exist.", fix="Export it with: nayer-edge export RUN") from error
+
+
+def top_level(error: ModuleNotFoundError, default: str) -> str:
+    """The package that an import misses."""
+    return (error.name or default).partition(".")[0]
 
 
 def first_line(error: BaseException) -> str:

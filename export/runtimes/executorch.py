@@ -40,12 +40,13 @@ from .edge_file import (
     provenance_in,
     quiet,
     read_whole,
+    top_level,
     versions_of,
+    why_in_float,
 )
 
 RUNTIME = "executorch"
 BACKEND = "XnnpackBackend"
-ON_REQUEST = "kept in float on request"
 _METHOD = "forward"
 _PROVENANCE = "provenance"
 _PACKAGES = ("executorch", "torchao", "torch")
@@ -53,6 +54,7 @@ _PACKAGES = ("executorch", "torchao", "torch")
 _HARMLESS = re.compile(r"^\[cpuinfo_utils\.cpp:\d+\]")
 _PRODUCTS = ("Conv2d", "DepthwiseConv2d", "ConvTranspose2d", "FullyConnected", "BatchMatrixMultiply")
 _INT8 = ("xnn_datatype_qint8", "xnn_datatype_quint8")
+_STANDARD = "Replace that layer with standard operators; `nayer-edge students` lists students that can be exported."
 _DTYPES = {"BYTE": "uint8", "CHAR": "int8", "HALF": "float16", "FLOAT": "float32"}
 
 
@@ -86,7 +88,7 @@ def build(
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
         except ModuleNotFoundError as error:
-            raise missing_extra(error.name or RUNTIME, "executorch", "Building .pte files") from error
+            raise missing_extra(top_level(error, RUNTIME), "executorch", "Building .pte files") from error
         program = _traced(network, shape)
         try:
             if precision == "int8":
@@ -196,10 +198,12 @@ def _require_kernels(operators: Collection[Any], outside: Mapping[str, str]) -> 
 
 def _unsupported(error: Exception, program: torch.export.ExportedProgram) -> UsageError:
     names = re.findall(r"aten(?:::|\.)(\w+)", f"{error}")
+    if not names:
+        return UsageError("ExecuTorch cannot convert the model.", why=first_line(error), fix=_STANDARD)
     for node in program.graph.nodes:
         if node.op == "call_function" and any(f"aten.{name}." in f"{node.target}." for name in names):
             return _no_operator(f"aten::{names[0]}", _layer(node), first_line(error))
-    return _no_operator(f"aten::{names[0]}" if names else "used by the model", "", first_line(error))
+    return _no_operator(f"aten::{names[0]}", "", first_line(error))
 
 
 def _no_operator(name: str, layer: str, why: str) -> UsageError:
@@ -207,7 +211,7 @@ def _no_operator(name: str, layer: str, why: str) -> UsageError:
     return UsageError(
         f"ExecuTorch does not have the operator {name}{where}.",
         why=why,
-        fix="Replace that layer with standard operators; `nayer-edge students` lists students that can be exported.",
+        fix=_STANDARD,
     )
 
 
@@ -218,7 +222,7 @@ def _import_runtime() -> tuple[Any, Any]:
             from executorch.extension.pybindings import portable_lib
             from executorch.runtime import Runtime
         except ModuleNotFoundError as error:
-            raise missing_extra(error.name or RUNTIME, "executorch", "Running .pte files") from error
+            raise missing_extra(top_level(error, RUNTIME), "executorch", "Running .pte files") from error
         # The first look at the thread pool prints the notes about /sys.
         portable_lib._threadpool_get_thread_count()
         return Runtime.get(), portable_lib
@@ -300,7 +304,7 @@ def describe(path: Path) -> dict[str, Any]:
         try:
             from executorch.exir._serialize._program import deserialize_pte_binary
         except ModuleNotFoundError as error:
-            raise missing_extra(error.name or RUNTIME, "executorch", "Reading .pte files") from error
+            raise missing_extra(top_level(error, RUNTIME), "executorch", "Reading .pte files") from error
         try:
             program = deserialize_pte_binary(data).program
             plan = next(plan for plan in program.execution_plan if plan.name == _METHOD)
@@ -342,7 +346,7 @@ def describe(path: Path) -> dict[str, Any]:
         "float": _by_kind(operators, int8=False),
         "delegated": dict(sorted(Counter(kind for kind, _, _ in operators).items())),
         "not_delegated": dict(sorted(calls.items())),
-        "coverage": _coverage(operators, origin.get("float_layers", [])),
+        "coverage": _coverage(operators, origin),
     }
 
 
@@ -408,7 +412,7 @@ def _by_kind(operators: Collection[_Operator], *, int8: bool) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _coverage(operators: Collection[_Operator], float_layers: Collection[str]) -> dict[str, Any]:
+def _coverage(operators: Collection[_Operator], origin: Mapping[str, Any]) -> dict[str, Any]:
     products = [operator for operator in operators if operator[0] in _PRODUCTS]
     int8 = sum(quantized for _, _, quantized in products)
     return {
@@ -416,8 +420,6 @@ def _coverage(operators: Collection[_Operator], float_layers: Collection[str]) -
         "int8": int8,
         "fraction": int8 / len(products) if products else 0.0,
         "not_int8": [
-            [layer or kind, ON_REQUEST if is_within(layer, float_layers) else "the quantizer left it in float"]
-            for kind, layer, quantized in products
-            if not quantized
+            [layer or kind, why_in_float(layer, origin)] for kind, layer, quantized in products if not quantized
         ],
     }

@@ -40,12 +40,13 @@ from .edge_file import (
     provenance_in,
     quiet,
     read_whole,
+    top_level,
     versions_of,
+    why_in_float,
 )
 
 RUNTIME = "ai-edge-litert"
 BACKEND = "XNNPACK"
-ON_REQUEST = "kept in float on request"
 _SIGNATURE = "serving_default"
 _PACKAGES = ("ai-edge-litert", "litert-torch", "ai-edge-quantizer", "torch")
 _HARMLESS = re.compile(r"^(INFO|VERBOSE): |^[IW]\d{4} |absl::InitializeLog")
@@ -88,7 +89,7 @@ def build(
         MissingError: litert-torch, ai-edge-quantizer or ai-edge-litert is not installed.
     """
     check_request(network, shape, precision, calibration, float_layers)
-    named = _Named(copy_for_export(network, shape))
+    named = _Named(copy_for_export(network, shape)).eval()
     with quiet():
         content = _converted(named, shape)
         content, layers = _named_after_layers(content, named)
@@ -110,7 +111,7 @@ def build(
         "runtime": RUNTIME,
         "backend": BACKEND,
         "precision": precision,
-        "quantizer": "ai-edge-quantizer, static_wi8_ai8" if precision == "int8" else None,
+        "quantizer": "ai-edge-quantizer, static_wi8_ai8, minimum and maximum" if precision == "int8" else None,
         "versions": versions,
         "calibration": {"n": len(calibration)} if precision == "int8" and calibration is not None else None,
         "batch": 1,
@@ -131,7 +132,7 @@ def _converted(network: _Named, shape: tuple[int, int, int]) -> bytes:
         try:
             import litert_torch
         except ModuleNotFoundError as error:
-            raise missing_extra(error.name or "litert_torch", "litert", "Building .tflite files") from error
+            raise missing_extra(top_level(error, "litert_torch"), "litert", "Building .tflite files") from error
         try:
             with torch.no_grad():
                 model = litert_torch.convert(network, sample_kwargs={INPUT: torch.full((1, *shape), 0.5)})
@@ -156,28 +157,27 @@ def _without_progress() -> Iterator[None]:
 
 
 def _unsupported(error: Exception, network: _Named, shape: tuple[int, int, int]) -> NayerEdgeError:
+    fix = "Replace that layer with standard operators; `nayer-edge students` lists students that can be exported."
     found = re.search(r"aten(?:::|\.)(\w+)", f"{error}")
-    name, layer = (f"aten::{found.group(1)}", "") if found else ("used by the model", "")
-    if found:
-        with contextlib.suppress(Exception):
-            program = torch.export.export(network, (), {INPUT: torch.full((1, *shape), 0.5)}, strict=False)
-            for node in (*program.graph.nodes, *program.run_decompositions().graph.nodes):
-                if f"aten.{found.group(1)}." in f"{node.target}." and (stack := node.meta.get("nn_module_stack")):
-                    layer = str(list(stack.values())[-1][0]).removeprefix("network").removeprefix(".")
-                    break
+    if not found:
+        return UsageError("LiteRT's converter cannot convert the model.", why=first_line(error), fix=fix)
+    name, layer = found.group(1), ""
+    with contextlib.suppress(Exception):
+        program = torch.export.export(network, (), {INPUT: torch.full((1, *shape), 0.5)}, strict=False)
+        for node in (*program.graph.nodes, *program.run_decompositions().graph.nodes):
+            if f"aten.{name}." in f"{node.target}." and (stack := node.meta.get("nn_module_stack")):
+                layer = str(list(stack.values())[-1][0]).removeprefix("network").removeprefix(".")
+                break
     where = f" (layer '{layer}')" if layer else ""
-    return UsageError(
-        f"LiteRT's converter does not have the operator {name}{where}.",
-        why=first_line(error),
-        fix="Replace that layer with standard operators; `nayer-edge students` lists students that can be exported.",
-    )
+    what = f"LiteRT's converter does not have the operator aten::{name}{where}."
+    return UsageError(what, why=first_line(error), fix=fix)
 
 
-_Named_op = tuple[str, str, str]
+_NamedOperator = tuple[str, str, str]
 """(name of the output tensor, operator, layer)"""
 
 
-def _named_after_layers(content: bytes, network: _Named) -> tuple[bytes, list[_Named_op]]:
+def _named_after_layers(content: bytes, network: _Named) -> tuple[bytes, list[_NamedOperator]]:
     """Names input, output and every operator's result after layers; returns operators in the order of execution."""
     from ai_edge_litert.tools import flatbuffer_utils
 
@@ -189,7 +189,7 @@ def _named_after_layers(content: bytes, network: _Named) -> tuple[bytes, list[_N
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
     }
     uses: Counter[str] = Counter()
-    found: list[_Named_op] = []
+    found: list[_NamedOperator] = []
     for operator in graph.operators:
         kind = _kind(flatbuffer_utils, model, operator)
         texts = [graph.tensors[operator.outputs[0]].name]
@@ -233,7 +233,7 @@ def _layer_of(texts: list[bytes], scopes: Mapping[str, str], preferred: Collecti
     return chosen[-1].removeprefix("network").removeprefix(".") if chosen else ""
 
 
-def _before_first_product(operators: Collection[_Named_op]) -> list[str]:
+def _before_first_product(operators: Collection[_NamedOperator]) -> list[str]:
     names = []
     for name, kind, _ in operators:
         if kind in _PRODUCTS:
@@ -244,10 +244,11 @@ def _before_first_product(operators: Collection[_Named_op]) -> list[str]:
 
 def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str]) -> bytes:
     try:
-        from ai_edge_quantizer import qtyping, quantizer
+        from ai_edge_quantizer import calibrator, qtyping, quantizer
         from ai_edge_quantizer.algorithm_manager import AlgorithmName
+        from ai_edge_quantizer.utils import qsv_utils
     except ModuleNotFoundError as error:
-        raise missing_extra(error.name or "ai_edge_quantizer", "litert", "INT8 for LiteRT") from error
+        raise missing_extra(top_level(error, "ai_edge_quantizer"), "litert", "INT8 for LiteRT") from error
     operation = qtyping.TFLOperationName
     work = quantizer.Quantizer(content)
     work.add_static_config(".*", operation.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
@@ -259,8 +260,11 @@ def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str
             f"^{re.escape(name)};$", operation.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
         )
     images = [{INPUT: np.ascontiguousarray(image[None], np.float32)} for image in calibration]
-    ranges = work.calibrate({_SIGNATURE: images}, num_threads=1)
-    return bytes(work.quantize(ranges, enable_progress_report=False, enable_progress_bar=False).quantized_model)
+    # By default, ranges are a moving average over the images, which clips values and depends on their order.
+    ranges = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
+    ranges.calibrate({_SIGNATURE: images}, work._recipe_manager)
+    result = work.quantize(ranges.get_model_qsvs(), enable_progress_report=False, enable_progress_bar=False)
+    return bytes(result.quantized_model)
 
 
 def _with_metadata(content: bytes, line: str) -> bytes:
@@ -286,7 +290,7 @@ def _open(path: Path, threads: int) -> Any:
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ModuleNotFoundError as error:
-            raise missing_extra(error.name or "ai_edge_litert", "litert", "Running .tflite files") from error
+            raise missing_extra(top_level(error, "ai_edge_litert"), "litert", "Running .tflite files") from error
         try:
             interpreter = Interpreter(model_content=data, num_threads=threads)
             interpreter.allocate_tensors()
@@ -363,7 +367,7 @@ def describe(path: Path) -> dict[str, Any]:
     """
     interpreter = _open(path, 1)
     origin = provenance_in(path.read_bytes())
-    layers, in_float = origin.get("layers", {}), origin.get("float_layers", [])
+    layers = origin.get("layers", {})
     tensors = {tensor["index"]: tensor for tensor in interpreter.get_tensor_details()}
     steps = interpreter._get_ops_details()
     operators = [step for step in steps if step["op_name"] != "DELEGATE"]
@@ -403,11 +407,7 @@ def describe(path: Path) -> dict[str, Any]:
             "eligible": len(products),
             "int8": int8_products,
             "fraction": int8_products / len(products) if products else 0.0,
-            "not_int8": [
-                [layer or kind, ON_REQUEST if is_within(layer, in_float) else "the quantizer left it in float"]
-                for kind, layer, int8 in products
-                if not int8
-            ],
+            "not_int8": [[layer or kind, why_in_float(layer, origin)] for kind, layer, int8 in products if not int8],
         },
     }
 

@@ -49,7 +49,7 @@ def patterns(n: int, shape: tuple[int, int, int], seed: int) -> tuple[np.ndarray
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 10, (n,), generator=generator)
     images = nn.functional.interpolate(base[labels], size=(height, width))
-    noisy = images + 0.3 * torch.randn(n, *shape, generator=generator)
+    noisy = images + 0.15 * torch.randn(n, *shape, generator=generator)
     return noisy.clamp(0, 1).numpy(), labels.numpy()
 
 

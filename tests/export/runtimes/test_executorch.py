@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from torch import nn
 
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.export.runners import TorchRunner
-from nayer_edge.export.runtimes.edge_file import BuiltFile
-from nayer_edge.export.runtimes.executorch import ON_REQUEST, ExecuTorchRunner, build, describe
+from nayer_edge.export.runtimes.edge_file import ON_REQUEST, BuiltFile
+from nayer_edge.export.runtimes.executorch import ExecuTorchRunner, build, describe
 
-pytest.importorskip("executorch", reason="the extra 'executorch' is not installed")
-pytest.importorskip("torchao", reason="the extra 'executorch' is not installed")
+pytestmark = pytest.mark.skipif(
+    any(find_spec(package) is None for package in ("executorch", "torchao")),
+    reason="the extra 'executorch' is not installed",
+)
 
 SHAPE = (3, 16, 16)
 Student = Callable[[tuple[int, int, int]], nn.Module]
