@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nayer_edge.errors import UsageError
+from nayer_edge.errors import MissingError, UsageError
 from nayer_edge.export.runtimes import describe, module_of, require
 from nayer_edge.export.runtimes.quantize import to_fp32_file, to_int8_file
 from nayer_edge.export.targets import TARGETS, Target
@@ -26,10 +26,10 @@ RUNNERS = {"executorch": "ExecuTorchRunner", "litert": "LiteRtRunner"}
 @pytest.fixture(params=RUNNERS)
 def target(request: pytest.FixtureRequest) -> Target:
     """Each target with a quantizer of its own that is installed."""
-    for module in {"executorch": ("executorch", "torchao"), "litert": ("ai_edge_litert", "ai_edge_quantizer")}[
-        request.param
-    ]:
-        pytest.importorskip(module)
+    try:
+        require(TARGETS[request.param])
+    except MissingError as error:
+        pytest.skip(f"{error}")
     return TARGETS[request.param]
 
 
