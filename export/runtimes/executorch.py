@@ -8,6 +8,8 @@ delegated, and memory is planned for the largest batch.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import re
 import tempfile
@@ -50,8 +52,9 @@ BACKEND = "XnnpackBackend"
 _METHOD = "forward"
 _PROVENANCE = "provenance"
 _PACKAGES = ("executorch", "torchao", "torch")
-# On x86, the runtime looks for ARM's core types under /sys and says that it found none.
-_HARMLESS = re.compile(r"^\[cpuinfo_utils\.cpp:\d+\]")
+# On x86, the runtime looks for ARM's core types under /sys and says that it found none. It reports every change of
+# its number of threads, too.
+_HARMLESS = re.compile(r"^\[cpuinfo_utils\.cpp:\d+\]|^\[threadpool\.cpp:\d+\] Resetting threadpool")
 _PRODUCTS = ("Conv2d", "DepthwiseConv2d", "ConvTranspose2d", "FullyConnected", "BatchMatrixMultiply")
 _INT8 = ("xnn_datatype_qint8", "xnn_datatype_quint8")
 _STANDARD = "Replace that layer with standard operators; `nayer-edge students` lists students that can be exported."
@@ -200,7 +203,10 @@ def _unsupported(error: Exception, program: torch.export.ExportedProgram) -> Usa
     names = re.findall(r"aten(?:::|\.)(\w+)", f"{error}")
     if not names:
         return UsageError("ExecuTorch cannot convert the model.", why=first_line(error), fix=_STANDARD)
-    for node in program.graph.nodes:
+    nodes = list(program.graph.nodes)
+    with contextlib.suppress(Exception):
+        nodes += program.run_decompositions().graph.nodes
+    for node in nodes:
         if node.op == "call_function" and any(f"aten.{name}." in f"{node.target}." for name in names):
             return _no_operator(f"aten::{names[0]}", _layer(node), first_line(error))
     return _no_operator(f"aten::{names[0]}", "", first_line(error))
@@ -257,12 +263,13 @@ class ExecuTorchRunner:
                 native._unsafe_reset_threadpool(self.threads)
                 self._method = runtime.load_program(data).load_method(_METHOD)
         except (RuntimeError, KeyError, ValueError) as error:
-            native._unsafe_reset_threadpool(before)
+            with quiet(_HARMLESS):
+                native._unsafe_reset_threadpool(before)
             # The exception says only a number; the reason was printed.
             said = [line for line in lines if line.strip() and not _HARMLESS.search(line)]
             installed = versions_of([RUNTIME])[RUNTIME]
             raise does_not_load(self.path, RUNTIME, installed, said[-1] if said else first_line(error)) from error
-        self._restore = lambda: native._unsafe_reset_threadpool(before)
+        self._restore = functools.partial(native._unsafe_reset_threadpool, before)
         self._shape = tuple(self._method.metadata.input_tensor_meta(0).sizes())
         return self
 
@@ -271,7 +278,8 @@ class ExecuTorchRunner:
     ) -> None:
         self._method = None
         if self._restore:
-            self._restore()
+            with quiet(_HARMLESS):
+                self._restore()
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Logits (n, classes), float32."""
