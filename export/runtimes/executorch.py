@@ -234,6 +234,13 @@ def _import_runtime() -> tuple[Any, Any]:
         return Runtime.get(), portable_lib
 
 
+def _use_threads(native: Any, threads: int) -> None:
+    """Sets the size of the process's thread pool. Methods that are loaded hold on to the pool, so one of the right size
+    is left alone: several runners with as many threads can be open at once."""
+    if native._threadpool_get_thread_count() != threads:
+        native._unsafe_reset_threadpool(threads)
+
+
 class ExecuTorchRunner:
     """A .pte file in ExecuTorch's runtime, with XNNPACK. The process's thread pool is restored on exit.
 
@@ -251,6 +258,7 @@ class ExecuTorchRunner:
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         self.path, self.threads = path, threads or usable_cores()
+        self._program: Any = None
         self._method: Any = None
         self._restore: Callable[[], None] | None = None
 
@@ -260,23 +268,25 @@ class ExecuTorchRunner:
         before, lines = native._threadpool_get_thread_count(), []
         try:
             with quiet(_HARMLESS) as lines:
-                native._unsafe_reset_threadpool(self.threads)
-                self._method = runtime.load_program(data).load_method(_METHOD)
+                _use_threads(native, self.threads)
+                # The program owns the file's bytes, which the method reads: it must live as long.
+                self._program = runtime.load_program(data)
+                self._method = self._program.load_method(_METHOD)
         except (RuntimeError, KeyError, ValueError) as error:
             with quiet(_HARMLESS):
-                native._unsafe_reset_threadpool(before)
+                _use_threads(native, before)
             # The exception says only a number; the reason was printed.
             said = [line for line in lines if line.strip() and not _HARMLESS.search(line)]
             installed = versions_of([RUNTIME])[RUNTIME]
             raise does_not_load(self.path, RUNTIME, installed, said[-1] if said else first_line(error)) from error
-        self._restore = functools.partial(native._unsafe_reset_threadpool, before)
+        self._restore = functools.partial(_use_threads, native, before)
         self._shape = tuple(self._method.metadata.input_tensor_meta(0).sizes())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._method = None
+        self._method = self._program = None
         if self._restore:
             with quiet(_HARMLESS):
                 self._restore()

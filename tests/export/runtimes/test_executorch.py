@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -207,3 +208,16 @@ def test_mobilenet(mobilenet: nn.Module, tmp_path: Path) -> None:
     assert found["coverage"]["fraction"] > 0.9
     assert all(layer and reason for layer, reason in found["coverage"]["not_int8"])
     assert agreement(mobilenet, built, images) >= 0.8
+
+
+def test_files_can_be_open_at_the_same_time(
+    fp32: BuiltFile, int8: BuiltFile, make_student: Student, draw_patterns: Draw
+) -> None:
+    """Each keeps its program and the process's thread pool alive."""
+    images = draw_patterns(20, SHAPE, seed=2)
+    wanted = expected(make_student(SHAPE), images)
+    with ExecuTorchRunner(fp32.path, threads=2) as first, ExecuTorchRunner(int8.path, threads=2) as second:
+        gc.collect()
+        np.testing.assert_allclose(first.infer(images), wanted, atol=1e-4)
+        assert (second.infer(images).argmax(1) == wanted.argmax(1)).mean() > 0.9
+        np.testing.assert_allclose(first.infer(images), wanted, atol=1e-4)
