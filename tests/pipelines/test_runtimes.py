@@ -17,7 +17,7 @@ import pytest
 from nayer_edge.data.datasets import digits
 from nayer_edge.errors import MissingError, UsageError
 from nayer_edge.export.runners import OrtRunner
-from nayer_edge.export.runtimes import open_runner, require
+from nayer_edge.export.runtimes import module_of, open_runner, require
 from nayer_edge.export.targets import TARGETS, get_target
 from nayer_edge.pipelines import actions, deploy
 from nayer_edge.pipelines.costs import bench
@@ -52,6 +52,7 @@ def measured(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
             made[target] = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp(target) / "runs" / "digits"))
             actions.export(made[target], int8=True, targets=[target])
             actions.validate(made[target])
+            actions.make(actions.recipe_in(made[target]), made[target], last="report")
         return made[target]
 
     return of
@@ -134,11 +135,10 @@ def test_bench_compares_with_fp32_in_the_same_runtime(measured: Callable[[str], 
 
 def test_page_bill_of_materials_and_lineage_name_them(measured: Callable[[str], Path], target: str) -> None:
     pytest.importorskip("cyclonedx")
-    from nayer_edge.pipelines.report.page import render
     from nayer_edge.pipelines.trust.sbom import make_sbom
 
     run = RunFolder.open(measured(target))
-    page = render(actions.recipe_in(run.root), run)
+    page = (run.root / "report.html").read_text()
     assert "Other runtimes" in page
     assert f"<code>int8.{target}</code>" in page
     parts = {part["name"]: part for part in json.loads(make_sbom(run))["components"]}
@@ -186,10 +186,11 @@ def test_a_target_without_its_runtime_is_missed_and_nothing_else(
 def test_what_a_runtime_lacks_is_told_and_the_rest_is_exported(
     finished: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    def refuse(_target: Any, path: Path) -> None:
-        raise UsageError(f"It lacks an operator of {path.name}: Det (layer 'volume').")
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        raise UsageError("It lacks an operator: Det (layer 'volume').")
 
-    monkeypatch.setattr(deploy, "describe", refuse)
+    reads_onnx = TARGETS[target].suffix == ".onnx"
+    monkeypatch.setattr(module_of(TARGETS[target]), "describe" if reads_onnx else "build", refuse)
     answer = invoke("export", finished, "--int8", "--target", f"arm,{target}")
     assert answer.code == 3
     assert "Det (layer 'volume')" in " ".join(answer.err.split())
