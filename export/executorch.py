@@ -260,7 +260,9 @@ class ExecuTorchRunner:
         before, lines = native._threadpool_get_thread_count(), []
         try:
             with quiet(_HARMLESS) as lines:
-                native._unsafe_reset_threadpool(self.threads)
+                # A new pool only where the number changes: whatever holds the old one must not run again.
+                if self.threads != before:
+                    native._unsafe_reset_threadpool(self.threads)
                 self._method = runtime.load_program(data).load_method(_METHOD)
         except (RuntimeError, KeyError, ValueError) as error:
             with quiet(_HARMLESS):
@@ -269,7 +271,8 @@ class ExecuTorchRunner:
             said = [line for line in lines if line.strip() and not _HARMLESS.search(line)]
             installed = versions_of([RUNTIME])[RUNTIME]
             raise does_not_load(self.path, RUNTIME, installed, said[-1] if said else first_line(error)) from error
-        self._restore = functools.partial(native._unsafe_reset_threadpool, before)
+        if self.threads != before:
+            self._restore = functools.partial(native._unsafe_reset_threadpool, before)
         self._shape = tuple(self._method.metadata.input_tensor_meta(0).sizes())
         return self
 
