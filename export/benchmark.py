@@ -35,7 +35,7 @@ class Timing:
         p95: 95th percentile, milliseconds.
         p99: 99th percentile, milliseconds.
         images_per_s: batch / median latency.
-        ratio: speed-up over the first runner: median over turns of (its median latency / this runner's).
+        ratio: speed-up over its reference: median over turns of (the reference's median latency / this runner's).
     """
 
     runner: str
@@ -57,16 +57,18 @@ def benchmark(
     runs: int = 100,
     warmup: int = 10,
     max_seconds: float = 60.0,
+    references: Mapping[str, str] | None = None,
 ) -> list[Timing]:
     """Times open runners in turns, on random images (the speed of a network does not depend on them).
 
     Args:
-        runners: label → runner, already entered; ratios refer to the first.
+        runners: label → runner, already entered.
         input_shape: (C, H, W).
         batches: images per call.
         runs: timed calls per runner and batch size, rounded up to whole turns.
         warmup: untimed calls before them.
         max_seconds: per batch size; no new turn starts after it (at least one is measured).
+        references: label → label of the runner that its ratio refers to; the first where there is none of that label.
 
     Returns:
         one entry per runner and batch size, in their order.
@@ -81,8 +83,10 @@ def benchmark(
         images = np.random.default_rng(0).random((batch, *input_shape), dtype=np.float32)
         seconds = _interleaved(list(runners.values()), images, runs, warmup, max_seconds)
         typical = np.median(seconds, axis=2)
+        columns = {label: column for column, label in enumerate(runners)}
         for column, (label, runner) in enumerate(runners.items()):
             own = seconds[:, column].ravel()
+            reference = columns.get((references or {}).get(label, ""), 0)
             p50, p95, p99 = np.percentile(own, [50, 95, 99]) * 1000
             found.append(
                 Timing(
@@ -94,7 +98,7 @@ def benchmark(
                     p95=float(p95),
                     p99=float(p99),
                     images_per_s=float(batch / p50 * 1000),
-                    ratio=float(np.median(typical[:, 0] / typical[:, column])),
+                    ratio=float(np.median(typical[:, reference] / typical[:, column])),
                 )
             )
     return found

@@ -12,7 +12,17 @@ from onnx import ModelProto, NodeProto, TensorProto
 from .onnx_file import metadata_of, read_onnx
 from .plain_graph import attribute, constants, output_channel_axis, producers
 from .runners import OrtRunner
-from .targets import FLOAT_ONLY_OPS, QUANTIZABLE_OPS, QuantizableOp, Target, get_target, is_arm, why_ineligible
+from .runtimes import describe
+from .targets import (
+    FLOAT_ONLY_OPS,
+    QUANTIZABLE_OPS,
+    QuantizableOp,
+    Target,
+    get_target,
+    has_module,
+    is_arm,
+    why_ineligible,
+)
 
 # What ONNX Runtime fuses a quantizable operator and the Q/DQ pairs around it into.
 INT8_KERNELS = {
@@ -59,8 +69,13 @@ def int8_coverage(path: Path, target: str | Target = "cpu") -> Coverage:
 
     Raises:
         IntegrityError: the file is damaged.
+        MissingError: the target's runtime is not installed.
     """
     target = get_target(target) if isinstance(target, str) else target
+    if has_module(target):
+        found = describe(target, path)["coverage"]
+        not_int8, ineligible = ([(name, why) for name, why in found.get(key, ())] for key in ("not_int8", "excluded"))
+        return Coverage(found["eligible"], found["int8"], found["fraction"], not_int8, ineligible, verified=True)
     model = read_onnx(path)
     eligible, ineligible = eligible_nodes(model, target)
     if target.runtime == "onnxruntime":
@@ -76,15 +91,24 @@ def int8_coverage(path: Path, target: str | Target = "cpu") -> Coverage:
         running = {n.name for n in eligible if _reads_dequantized(n, by_output)}
         verified = False
         missing = "an input is not quantized"
-    excluded = set(metadata_of(model).get(EXCLUDED_NODES, "").split("\n"))
-    not_int8 = [
-        (n.name, "excluded from quantization (mixed precision)" if n.name in excluded else missing)
-        for n in eligible
-        if n.name not in running
-    ]
+    excluded = excluded_nodes(model)
+    not_int8 = [(n.name, excluded.get(n.name, missing)) for n in eligible if n.name not in running]
     int8 = len(eligible) - len(not_int8)
     fraction = int8 / len(eligible) if eligible else 0.0
-    return Coverage(len(eligible), int8, fraction, not_int8, ineligible, verified)
+    return Coverage(
+        eligible=len(eligible),
+        int8=int8,
+        fraction=fraction,
+        not_int8=not_int8,
+        ineligible=ineligible,
+        verified=verified,
+    )
+
+
+def excluded_nodes(model: ModelProto) -> dict[str, str]:
+    """Nodes of an INT8 file that were excluded from quantization → why they are not in INT8."""
+    names = metadata_of(model).get(EXCLUDED_NODES, "").split("\n")
+    return dict.fromkeys(names, "excluded from quantization (mixed precision)")
 
 
 def eligible_nodes(model: ModelProto, target: Target) -> tuple[list[NodeProto], list[tuple[str, str]]]:

@@ -52,7 +52,12 @@ class Runner(Protocol):
         ...
 
 
-def _in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch: int) -> np.ndarray:
+def in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch: int) -> np.ndarray:
+    """Logits (n, classes), float32, of images (n, C, H, W), passed to `run` in batches.
+
+    Raises:
+        UsageError: these are no images, or none.
+    """
     if images.ndim != 4 or len(images) == 0:
         raise UsageError(
             f"Images of shape {images.shape} cannot be run.",
@@ -103,7 +108,7 @@ class TorchRunner:
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Logits (n, classes), float32."""
-        return _in_batches(self._run, images, self._batch)
+        return in_batches(self._run, images, self._batch)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -166,7 +171,7 @@ class OrtRunner:
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Logits (n, classes), float32."""
-        return _in_batches(self._run, images, self._fixed or self._batch)
+        return in_batches(self._run, images, self._fixed or self._batch)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         if self._session is None:
@@ -288,7 +293,7 @@ class TensorRtRunner:
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Logits (n, classes), float32."""
-        return _in_batches(self._run, images, self._largest)
+        return in_batches(self._run, images, self._largest)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         pixels = as_bytes(images) if self._bytes else images.astype(np.float32, copy=False)

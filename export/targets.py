@@ -15,6 +15,9 @@ from nayer_edge.errors import UsageError, nearest
 FP16_SCALES = 19
 """first opset whose QuantizeLinear accepts FP16 scales"""
 Precision = Literal["fp32", "fp16", "int8"]
+Runtime = Literal["onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "executorch", "litert"]
+FILE_SUFFIXES = (".onnx", ".engine", ".pte", ".tflite")
+"""endings of the files that are shipped"""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Target:
 
     Attributes:
         name: value of --target.
-        runtime: runs the artifact.
+        runtime: runs the artifact. Runtimes other than ONNX Runtime and TensorRT have a module in runtimes/.
         activations: integer type of activations.
         symmetric: activations have zero point 0 (TensorRT's parser rejects any other).
         weights: integer type of weights; always symmetric, with one scale per output channel.
@@ -36,12 +39,16 @@ class Target:
         rest: type of everything that is not quantized.
         precisions: precisions that are useful on this target.
         engine: an engine is built from the ONNX file.
+        suffix: ending of its files. ".onnx": the runtime reads ONNX, and INT8 is a graph with Q/DQ by the rules of this
+            row.
+        packages: what a runtime with a module in runtimes/ needs to build and to run its files, the runtime first. An
+            extra of the target's name installs them.
         session_options: ONNX Runtime session options that emulate this device.
         why: reasons, for the report and for readers.
     """
 
     name: str
-    runtime: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+    runtime: Runtime
     activations: Literal["uint8", "int8"]
     symmetric: bool
     weights: Literal["int8"]
@@ -52,6 +59,8 @@ class Target:
     rest: Literal["float32", "float16"]
     precisions: tuple[Precision, ...]
     engine: bool
+    suffix: str
+    packages: tuple[str, ...]
     session_options: tuple[tuple[str, str], ...]
     why: str
 
@@ -72,6 +81,8 @@ TARGETS: dict[str, Target] = {
             rest="float32",
             precisions=("fp32", "int8"),
             engine=False,
+            suffix=".onnx",
+            packages=(),
             session_options=(),
             why="x86 multiplies unsigned by signed bytes; ONNX Runtime does not fuse signed activations on x86, where "
             "they run no faster than FP32. Processors without VNNI (AVX2: Intel before 2019, AMD before Zen 4) add two "
@@ -90,6 +101,8 @@ TARGETS: dict[str, Target] = {
             rest="float32",
             precisions=("fp32", "int8"),
             engine=False,
+            suffix=".onnx",
+            packages=(),
             # The default in ONNX Runtime's ARM builds; on x86 it shows what an ARM device would fuse.
             session_options=(("session.qdqisint8allowed", "1"),),
             why="ARM multiplies signed by signed bytes (SDOT); a zero point uses all 8 bits after a ReLU and lets the "
@@ -108,6 +121,8 @@ TARGETS: dict[str, Target] = {
             rest="float16",
             precisions=("fp32", "fp16", "int8"),
             engine=True,
+            suffix=".onnx",
+            packages=(),
             session_options=(),
             why="The parser rejects INT32 biases and zero points; Q/DQ between a convolution and the ReLU or Add after "
             "it prevents their fusion; strongly typed engines run everything else in the type given in the graph.",
@@ -125,12 +140,75 @@ TARGETS: dict[str, Target] = {
             rest="float16",
             precisions=("fp32", "fp16", "int8"),
             engine=True,
+            suffix=".onnx",
+            packages=(),
             session_options=(),
             why="As tensorrt. Its support matrix lists INT8 as weight-only, so FP16 is offered as well, and the actual "
             "precision of the layers is read from the engine when a GPU is available to load it.",
         ),
+        Target(
+            name="openvino",
+            runtime="openvino",
+            activations="uint8",
+            symmetric=False,
+            weights="int8",
+            weight_max=64,
+            bias="int32",
+            outputs=True,
+            residual="both",
+            rest="float32",
+            precisions=("fp32", "int8"),
+            engine=False,
+            suffix=".onnx",
+            packages=("openvino",),
+            session_options=(),
+            why="OpenVINO reads our Q/DQ graphs, and computes the same layers in INT8 whether activations are UINT8 or "
+            "INT8, symmetric or not (ResNet-8, MobileNetV3-small). Symmetric ones were a little further from FP32. Its "
+            "kernels for processors without VNNI overflow with 8-bit weights, as ONNX Runtime's do.",
+        ),
+        Target(
+            name="executorch",
+            runtime="executorch",
+            activations="int8",
+            symmetric=False,
+            weights="int8",
+            weight_max=127,
+            bias="int32",
+            outputs=True,
+            residual="both",
+            rest="float32",
+            precisions=("fp32", "int8"),
+            engine=False,
+            suffix=".pte",
+            packages=("executorch", "torchao"),
+            session_options=(),
+            why="What XNNPACK's own quantizer makes, through torchao. The file converts float32 images and logits.",
+        ),
+        Target(
+            name="litert",
+            runtime="litert",
+            activations="int8",
+            symmetric=False,
+            weights="int8",
+            weight_max=127,
+            bias="int32",
+            outputs=True,
+            residual="both",
+            rest="float32",
+            precisions=("fp32", "int8"),
+            engine=False,
+            suffix=".tflite",
+            packages=("ai-edge-litert", "ai-edge-quantizer", "litert-torch"),
+            session_options=(),
+            why="What ai-edge-quantizer makes of the converted network. Input and output stay float32.",
+        ),
     )
 }
+
+
+def has_module(target: Target) -> bool:
+    """Whether the target's runtime has a module in runtimes/, which runs and reads back its FP32 and INT8 files."""
+    return bool(target.packages)
 
 
 def get_target(name: str) -> Target:

@@ -7,6 +7,7 @@ import hashlib
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from .plain_graph import constants, copy_of, make_plain
 from .qat.train import QatTrainer
 from .qdq import calibrated_tensors, with_dead_tensors, with_qdq
 from .runners import OrtRunner, as_bytes
+from .runtimes import open_runner, require
 from .sensitivity import (
     LayerError,
     LayerSensitivity,
@@ -37,7 +39,7 @@ from .sensitivity import (
     most_sensitive_first,
     search_mixed_precision,
 )
-from .targets import FP16_SCALES, Target, get_target, is_native, quantized_operators
+from .targets import FP16_SCALES, Target, get_target, has_module, is_native, quantized_operators
 
 Method = Literal["auto", "minmax", "percentile", "entropy", "mse"]
 FP16_IMAGES = 256
@@ -101,7 +103,7 @@ def to_int8(
         calibration_images: (n, C, H, W), float32 in [0, 1] or uint8; they set the ranges of activations.
         target: its rules apply (targets.py).
         method: how ranges are found. "auto" quantizes by every method and keeps the one whose top-1 agrees best with
-            FP32 on the hold-out, in ONNX Runtime; ties are broken by mean KL divergence.
+            FP32 on the hold-out, in the real runtime; ties are broken by mean KL divergence.
         holdout_images: like calibration_images, but disjoint from them; required by "auto", `max_drop` and `qat`.
         rest: type of everything that is not quantized; the target's by default.
         nodes_to_exclude: eligible nodes that stay in float in any case.
@@ -119,10 +121,13 @@ def to_int8(
     Raises:
         UsageError: no or wrong images, an unknown method or target, nothing to quantize, already quantized, or an
             operator that QAT does not support.
+        MissingError: the target's runtime is not installed.
         TrainingError: QAT diverged.
         IntegrityError: the FP32 file is damaged.
     """
     target = get_target(target) if isinstance(target, str) else target
+    if target.suffix != ".onnx":
+        raise UsageError(f"Target '{target.name}' takes no ONNX file: its own quantizer makes its files.")
     rest = rest or target.rest
     source = read_onnx(fp32_path, external_data=True)
     if rest == "float16" and opset_of(source) < FP16_SCALES:
@@ -181,8 +186,8 @@ def to_int8(
         "method": search.method,
         "methods": {m: s.as_record() for m, s in search.scores.items()},
         "measured_in": measured_in(target),
-        "calibration": _images_record(calibration, provenance),
-        "holdout": None if holdout is None else _images_record(holdout, provenance),
+        "calibration": images_record(calibration, provenance),
+        "holdout": None if holdout is None else images_record(holdout, provenance),
         "activations": target.activations + (" symmetric" if target.symmetric else " asymmetric"),
         "weights": f"{target.weights} symmetric per channel, at most ±{target.weight_max}",
         "bias": target.bias,
@@ -205,7 +210,12 @@ def to_int8(
         "sensitivity": [row.as_record() for row in rows],
         "final": None if search.agreement is None else search.agreement.as_record(),
         "ranges": {name: list(ends) for name, ends in sorted(search.ranges[search.method].items())},
-        "versions": {"nayer-edge": __version__, "onnx": onnx.__version__, "onnxruntime": ort.__version__},
+        "versions": {
+            "nayer-edge": __version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": ort.__version__,
+            **{package: metadata.version(package) for package in target.packages},
+        },
     }
     return Int8Result(path, target.name, search.method, search.scores, coverage, tuple(excluded), record, digest)
 
@@ -279,7 +289,7 @@ class _Search:
         return bias_corrected(self.graph, errors) if errors else self.graph
 
     def measure(self, excluded: Collection[str]) -> Agreement:
-        """Agreement of `quantized` with FP32 on the hold-out, in ONNX Runtime."""
+        """Agreement of `quantized` with FP32 on the hold-out, in the target's runtime or, for engines, ONNX Runtime."""
         return agreement(self._fp32_logits, self._logits(excluded), self.labels)
 
     def holds(self, max_drop: float) -> bool:
@@ -295,6 +305,9 @@ class _Search:
         assert self.holdout is not None
         candidate = self.folder / "candidate.onnx"
         _write(self.quantized(excluded), candidate, self.source, {})
+        if has_module(self.target):
+            with open_runner(self.target, candidate) as runner:
+                return runner.infer(self.holdout)
         return run_onnx(candidate, self.holdout, as_written=not is_native(self.target))
 
     def calibrate(self, methods: Sequence[str]) -> None:
@@ -394,6 +407,8 @@ def _rank(score: Agreement) -> tuple[float, float]:
 
 def measured_in(target: Target) -> str:
     """How agreement scores are measured, for quantization.json."""
+    if has_module(target):
+        return f"{target.runtime} {require(target)} on this processor"
     if is_native(target):
         return "ONNX Runtime, CPUExecutionProvider"
     return "ONNX Runtime on this processor, Q/DQ computed in float: the arithmetic of the graph, not of the device"
@@ -458,6 +473,7 @@ def _write(model: ModelProto, path: Path, source: ModelProto, metadata: Mapping[
     write_onnx(copy, path)
 
 
-def _images_record(images: np.ndarray, provenance: str) -> dict[str, Any]:
+def images_record(images: np.ndarray, provenance: str) -> dict[str, Any]:
+    """Number, digest and origin of images, for quantization.json."""
     digest = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
     return {"n": len(images), "sha256": digest, "provenance": provenance}

@@ -104,6 +104,12 @@ EXTRA_OF = {
     "jinja2": "cpu",
     "pyarrow": "cpu",
     "PIL": "cpu",
+    "openvino": "openvino",
+    "executorch": "executorch",
+    "torchao": "executorch",
+    "ai_edge_litert": "litert",
+    "ai_edge_quantizer": "litert",
+    "litert_torch": "litert",
 }
 """top-level module → the extra that installs it"""
 

@@ -6,7 +6,7 @@ They take paths and values, print nothing, and raise on errors. Heavy modules ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -175,13 +175,20 @@ def timed(
 
 
 def make(
-    recipe: Recipe, root: Path, *, last: str | None = None, fresh: bool = False, display: Display | None = None
+    recipe: Recipe,
+    root: Path,
+    *,
+    last: str | None = None,
+    fresh: bool = False,
+    again: Collection[str] = (),
+    display: Display | None = None,
 ) -> RunFolder:
     """Runs a recipe in a folder, or continues it where it stopped; shows progress if a display is given.
 
     Args:
         last: the last step to run; default: all steps.
         fresh: empty the folder first.
+        again: steps to run although nothing that they read has changed.
 
     Raises:
         NayerEdgeError: see `nayer_edge.pipelines.run.run_recipe`.
@@ -189,9 +196,17 @@ def make(
     from .run import run_recipe
 
     if display is None:
-        return run_recipe(recipe, root, last=last, fresh=fresh)
+        return run_recipe(recipe, root, last=last, fresh=fresh, again=again)
     with display.showing(recipe.name, root):
-        return run_recipe(recipe, root, last=last, fresh=fresh, progress=display.progress, on_event=display.show_event)
+        return run_recipe(
+            recipe,
+            root,
+            last=last,
+            fresh=fresh,
+            again=again,
+            progress=display.progress,
+            on_event=display.show_event,
+        )
 
 
 @dataclass(frozen=True)
@@ -272,11 +287,12 @@ def export(
     settings: Mapping[str, Any] | None = None,
     display: Display | None = None,
 ) -> RunFolder:
-    """Exports FP32 ONNX and, with `int8`, one quantized graph per target and the targets' engines.
+    """Exports FP32 ONNX and, with `int8`, one quantized graph per target, the targets' engines, and the files of other
+    runtimes.
 
     Targets are added to those of the run, whose files stay as they are. Arguments that are None or empty default to the
-    run's recipe. An engine that cannot be built on this machine is recorded as unavailable and the export continues;
-    `require_engines` then raises.
+    run's recipe. What cannot be built on this machine is recorded as unavailable and the export continues;
+    `require_engines` then raises. The next export tries it again.
 
     Args:
         only: the targets replace those of the run, whose files are removed.
@@ -310,7 +326,12 @@ def export(
     values = {**recipe.export.model_dump(), **changes}
     section = checked(Export, values, "Invalid export settings:", "Correct them; nothing was started.")
     recipe = recipe.model_copy(update={"export": section})
-    return make(recipe, root, last="engine" if int8 else "onnx", display=display)
+    again = {
+        "engine" if record["file"].endswith(".engine") else "int8"
+        for record in unavailable(open_run(root))
+        if record["target"] in section.targets
+    }
+    return make(recipe, root, last="engine" if int8 else "onnx", again=again, display=display)
 
 
 def targets_in(items: Iterable[str]) -> list[str]:
@@ -320,6 +341,8 @@ def targets_in(items: Iterable[str]) -> list[str]:
 
 def not_validated(run: RunFolder) -> list[str]:
     """Names of the exported files that the last report does not cover."""
+    from nayer_edge.export.targets import FILE_SUFFIXES
+
     from .measurements import REPORT_PATH
 
     files = run.manifest.files
@@ -327,29 +350,34 @@ def not_validated(run: RunFolder) -> list[str]:
     return sorted(
         Path(name).name
         for name, record in files.items()
-        if name.endswith((".onnx", ".engine")) and record.sha256 not in measured
+        if name.endswith(FILE_SUFFIXES) and record.sha256 not in measured
     )
 
 
+def unavailable(run: RunFolder) -> list[dict[str, Any]]:
+    """The entries of engines.json and runtimes.json for files that could not be built."""
+    from .runnable import not_graphs
+
+    return [record for record in not_graphs(run) if record["status"] == "unavailable"]
+
+
 def require_engines(run: RunFolder, targets: Iterable[str] = ()) -> None:
-    """Raises MissingError if a requested engine could not be built on this machine.
+    """Raises MissingError if a requested engine, or a file of another runtime, could not be built on this machine.
 
     Args:
         targets: those that were asked for this time; empty: all of the run.
     """
-    from nayer_edge.storage.files import read_json
-
-    records, asked = (
-        read_json(run.path(run.artifact("engine").files["engines"]), "the list of engines"),
-        targets_in(targets),
-    )
-    missing = [each for each in records if each["status"] == "unavailable" and (not asked or each["target"] in asked)]
+    asked = targets_in(targets)
+    missing = [each for each in unavailable(run) if not asked or each["target"] in asked]
     if missing:
         names = ", ".join(record["name"] for record in missing)
+        engines = all(record["file"].endswith(".engine") for record in missing)
         raise MissingError(
             f"Everything was exported except {names}.",
             why="\n".join(dict.fromkeys(record["reason"] for record in missing)),
-            fix="Build them where that is installed, or export only the ONNX files with --no-engine.",
+            fix="Build them where that is installed, or export only the ONNX files with --no-engine."
+            if engines
+            else "Then repeat the command: what was exported stays as it is.",
         )
 
 

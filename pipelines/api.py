@@ -689,15 +689,10 @@ def _check(classifier: Classifier) -> None:
 
 def _exported(run: RunFolder) -> dict[str, Path]:
     """The exported files by their names in a report."""
-    from nayer_edge.storage.files import read_json
+    from .runnable import candidates
 
-    from .deploy import ENGINES
-    from .runnable import engines, graphs
-
-    held = run.manifest.files
-    records = read_json(run.path(ENGINES), "the list of engines") if ENGINES in held else []
-    candidates = [*graphs(recipe_of(run.manifest.recipe, run.root)), *engines(records)]
-    return {candidate.name: run.path(candidate.file) for candidate in candidates if candidate.file in held}
+    listed, held = candidates(recipe_of(run.manifest.recipe, run.root), run), run.manifest.files
+    return {candidate.name: run.path(candidate.file) for candidate in listed if candidate.file in held}
 
 
 def _display(progress: bool) -> Display | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch
 
 from nayer_edge import generator as generators
 from nayer_edge.augment import crop_and_flip
-from nayer_edge.errors import IntegrityError, MissingError
+from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, UsageError
 from nayer_edge.export.fp16 import fp32_nodes, to_fp16
 from nayer_edge.export.onnx_file import opset_of, read_onnx
 from nayer_edge.export.parity import compare, edge_cases
 from nayer_edge.export.qat.train import QatTrainer, Schedule
 from nayer_edge.export.runners import OrtRunner, TorchRunner
-from nayer_edge.export.targets import TARGETS
+from nayer_edge.export.runtimes import describe, require
+from nayer_edge.export.runtimes.quantize import to_fp32_file, to_int8_file
+from nayer_edge.export.targets import TARGETS, has_module
 from nayer_edge.export.to_engine import to_engine
 from nayer_edge.export.to_int8 import FP16_IMAGES, to_int8
 from nayer_edge.export.to_onnx import to_onnx
@@ -29,7 +31,7 @@ from nayer_edge.models.load import load_classifier
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import random_stream
 from nayer_edge.runtime.progress import Progress
-from nayer_edge.storage.files import read_json, write_json
+from nayer_edge.storage.files import read_json, sha256_of, write_json
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.synthesis import draw_images
 
@@ -40,6 +42,8 @@ from .steps import STEPS, settings_of
 FP32 = "export/student.fp32.onnx"
 FP16 = "export/student.fp16.onnx"
 ENGINES = "export/engines.json"
+RUNTIMES = "export/runtimes.json"
+"""the FP32 and INT8 files of runtimes other than ONNX Runtime and TensorRT, and what their runtimes make of them"""
 QUANTIZATION = "export/quantization.json"
 
 PERIOD = 4
@@ -51,8 +55,14 @@ PARITY_TOLERANCE = 1e-3
 
 
 def int8_file(target: str) -> str:
-    """Path of a target's quantized graph in the run folder."""
-    return f"export/student.int8.{target}.onnx"
+    """Path of a target's quantized file in the run folder."""
+    return f"export/student.int8.{target}{TARGETS[target].suffix}"
+
+
+def fp32_file(target: str) -> str:
+    """Path of a target's FP32 file in the run folder; one ONNX file serves all runtimes that read ONNX."""
+    suffix = TARGETS[target].suffix
+    return FP32 if suffix == ".onnx" else f"export/student.fp32.{target}{suffix}"
 
 
 def make_onnx(student: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
@@ -122,15 +132,30 @@ def make_int8(
     """Quantizes for each target, calibrated with images from the trained generator.
 
     A target's file stays as it is, with its record, if only the list of targets changed: what was measured of it holds.
+    What a runtime of the table cannot take, or lacks a package for, is recorded with the reason; the rest is made.
     """
     needed = [*(name for part in (teacher, lte, student) for name in part.files.values()), onnx.files["fp32 onnx"]]
-    kept = _kept_targets(needed, config, out)
+    kept, runtimes = _kept_targets(needed, config, out)
     missing = [target for target in config.export.targets if target not in kept]
-    made = _quantize(teacher, lte, student, onnx, missing, config, out, progress) if missing else {}
+    lacking = {f"{precision}.{t}": why for t in missing if (why := _why_not(t, out)) for precision in ("fp32", "int8")}
+    possible = [target for target in missing if f"int8.{target}" not in lacking]
+    made = _quantize(teacher, lte, student, onnx, possible, lacking, config, out, progress) if possible else {}
     files, records, numbers = {}, {}, {}
     for target in config.export.targets:
+        if has_module(TARGETS[target]):
+            if target not in kept:
+                runtimes[target] = [
+                    _runtime_record(name, lacking, out) for name in (f"fp32.{target}", f"int8.{target}")
+                ]
+            for entry in runtimes[target]:
+                numbers[entry["name"]] = "not built" if entry["status"] != "built" else f"in {entry['runtime']}"
+                if entry["status"] == "built" and entry["file"] != FP32:
+                    files[f"{entry['precision']} {target}"] = entry["file"]
+        else:
+            files[f"int8 {target} onnx"] = int8_file(target)
+        if f"int8.{target}" in lacking:
+            continue
         record = records[target] = {**kept, **made}[target]
-        files[f"int8 {target} onnx"] = int8_file(target)
         numbers[f"{target} method"] = record["method"]
         if record["finetune"]:
             numbers[f"{target} QAT gain"] = _short(record["finetune"]["gain"])
@@ -138,7 +163,45 @@ def make_int8(
         if stay := record.get("fp32_nodes"):
             numbers[f"{target} keeps in fp32"] = "; ".join(f"{node} ({why})" for node, why in stay)
     write_json(out.path(QUANTIZATION), records)
-    return Artifact("int8", {**files, "quantization": QUANTIZATION}, numbers)
+    files["quantization"] = QUANTIZATION
+    if listed := [entry for target in config.export.targets for entry in runtimes.get(target, ())]:
+        write_json(out.path(RUNTIMES), listed)
+        files["runtimes"] = RUNTIMES
+    return Artifact("int8", files, numbers)
+
+
+def _why_not(name: str, out: RunFolder) -> str:
+    """Why the runtime of a target cannot take the student at all; empty if it can. Cheap: no image is drawn for it."""
+    target = TARGETS[name]
+    if not has_module(target):
+        return ""
+    try:
+        require(target)
+        if target.suffix == ".onnx":
+            describe(target, out.path(FP32))
+    except (MissingError, UsageError) as error:
+        return _one_line(error)
+    return ""
+
+
+def _runtime_record(name: str, lacking: Mapping[str, str], out: RunFolder) -> dict[str, Any]:
+    """The entry of an artifact in runtimes.json.
+
+    Args:
+        name: of the artifact: "int8.openvino".
+        lacking: name → why it could not be built.
+    """
+    precision, _, target = name.partition(".")
+    file = fp32_file(target) if precision == "fp32" else int8_file(target)
+    record = {"name": name, "file": file, "target": target, "precision": precision}
+    if name in lacking:
+        return {**record, "status": "unavailable", "reason": lacking[name]}
+    version, facts = require(TARGETS[target]), describe(TARGETS[target], out.path(file))
+    return {**record, "status": "built", "version": version, "sha256": sha256_of(out.path(file)), **facts}
+
+
+def _one_line(error: NayerEdgeError) -> str:
+    return " ".join(f"{error}".split())
 
 
 def _changes(step: str, out: RunFolder, config: Recipe, *, but: tuple[str, ...]) -> list[str]:
@@ -155,13 +218,27 @@ def _changes(step: str, out: RunFolder, config: Recipe, *, but: tuple[str, ...])
     )
 
 
-def _kept_targets(needed: Sequence[str], config: Recipe, out: RunFolder) -> dict[str, Any]:
-    """target → its entry in quantization.json, for the wanted targets whose files need not be made again."""
+def _kept_targets(
+    needed: Sequence[str], config: Recipe, out: RunFolder
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """For the wanted targets whose files need not be made again: target → its entry in quantization.json, and target →
+    its entries in runtimes.json."""
     if _changes("int8", out, config, but=("targets",)):
-        return {}
-    held = [name for name in config.export.targets if out.former_file(int8_file(name), "int8", needed)]
+        return {}, {}
+    held = [
+        name
+        for name in config.export.targets
+        if all(out.former_file(file, "int8", needed) for file in {fp32_file(name), int8_file(name)} - {FP32})
+    ]
     records = read_json(out.path(QUANTIZATION), "the record of quantization") if held else {}
-    return {name: records[name] for name in held if name in records}
+    runtimes: dict[str, list[dict[str, Any]]] = {}
+    if out.former_file(RUNTIMES, "int8", needed):
+        for entry in read_json(out.path(RUNTIMES), "the list of runtimes' files"):
+            runtimes.setdefault(entry["target"], []).append(entry)
+    kept = {
+        name: records[name] for name in held if name in records and (name in runtimes or not has_module(TARGETS[name]))
+    }
+    return kept, runtimes
 
 
 def _quantize(
@@ -170,11 +247,16 @@ def _quantize(
     student: Artifact,
     onnx: Artifact,
     targets: Sequence[str],
+    lacking: dict[str, str],
     config: Recipe,
     out: RunFolder,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Quantizes for these targets; returns their entries of quantization.json."""
+    """Quantizes for these targets; returns their entries of quantization.json.
+
+    Args:
+        lacking: artifact → why it could not be built; gets what a runtime refuses.
+    """
     source = SyntheticSource.open(teacher, lte, student, config, out)
     wanted = config.export.calibration_images
     purposes = ("calibration", "calibration hold-out")
@@ -186,20 +268,62 @@ def _quantize(
     teacher_logits = source.teacher_logits(holdout)
     records = {}
     for target in targets:
-        result = to_int8(
-            out.path(onnx.files["fp32 onnx"]),
-            out.path(int8_file(target)),
-            calibration,
-            target,
-            method=config.export.calibration_method,
-            holdout_images=holdout,
-            max_drop=config.export.max_drop,
-            sensitivity=config.export.sensitivity,
-            qat=trainer,
-            teacher_logits=teacher_logits,
-        )
-        records[target] = result.record
+        try:
+            if TARGETS[target].suffix != ".onnx":
+                records[target] = _built_by_runtime(
+                    target, student, calibration, holdout, teacher_logits, lacking, config, out
+                )
+                continue
+            records[target] = to_int8(
+                out.path(onnx.files["fp32 onnx"]),
+                out.path(int8_file(target)),
+                calibration,
+                target,
+                method=config.export.calibration_method,
+                holdout_images=holdout,
+                max_drop=config.export.max_drop,
+                sensitivity=config.export.sensitivity,
+                qat=trainer,
+                teacher_logits=teacher_logits,
+            ).record
+        except (MissingError, UsageError) as error:
+            if not has_module(TARGETS[target]):
+                raise
+            lacking[f"int8.{target}"] = _one_line(error)
     return records
+
+
+def _built_by_runtime(
+    name: str,
+    student: Artifact,
+    calibration: np.ndarray,
+    holdout: np.ndarray,
+    teacher_logits: np.ndarray,
+    lacking: dict[str, str],
+    config: Recipe,
+    out: RunFolder,
+) -> dict[str, Any]:
+    """Builds FP32 and INT8 files with the tools of a target's runtime; returns its entry of quantization.json."""
+    target, weights = TARGETS[name], out.path(student.files["student"])
+    network = load_classifier(weights)
+    shape = network.spec.shape
+    try:
+        to_fp32_file(network, shape, out.path(fp32_file(name)), target)
+    except (MissingError, UsageError) as error:
+        lacking[f"fp32.{name}"] = _one_line(error)
+        raise
+    return to_int8_file(
+        network,
+        shape,
+        out.path(int8_file(name)),
+        target,
+        calibration,
+        holdout,
+        teacher_logits=teacher_logits,
+        max_drop=config.export.max_drop,
+        sensitivity=config.export.sensitivity,
+        parent_sha256=sha256_of(weights),
+    )
 
 
 def _qat_trainer(

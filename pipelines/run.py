@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,7 @@ def run_recipe(
     *,
     last: str | None = None,
     fresh: bool = False,
+    again: Collection[str] = (),
     progress: Progress | None = None,
     on_event: Callable[[StepEvent], None] = lambda _event: None,
 ) -> RunFolder:
@@ -56,6 +57,7 @@ def run_recipe(
     Args:
         last: the last step to run; all steps by default.
         fresh: empty the folder first.
+        again: steps to run although nothing that they read has changed.
 
     Raises:
         UsageError: the folder belongs to another recipe, or a changed setting would discard finished training.
@@ -64,7 +66,7 @@ def run_recipe(
     steps, digest = until(last), read_once()
     # Report all foreseeable errors before writing anything.
     plans = _checked(recipe, steps, None if fresh else _found(root), digest)
-    stale = [plan.step for plan in plans if plan.stale]
+    stale = [plan.step for plan in plans if plan.stale or plan.step.name in again]
     if {"teacher", "lte", "student"} & {step.name for step in stale}:
         _check_bank(recipe, root, fresh)
     preflight.check(recipe, stale, root)
@@ -78,7 +80,7 @@ def run_recipe(
         run, former = _take_over(run, values, root, extends=any(plan.extends for plan in plans))
         remove_temporaries(root)
         for plan in plans:
-            _run_step(plan, recipe, run, former, progress or Silent(), on_event)
+            _run_step(plan, recipe, run, former, progress or Silent(), on_event, plan.step.name in again)
             if plan.step.name == "student" and _extension(run) == _length_of(values):
                 # Only now does the longer run replace the finished one.
                 _adopt(run, values)
@@ -184,6 +186,7 @@ def _run_step(
     former: dict[str, Any],
     progress: Progress,
     on_event: Callable[[StepEvent], None],
+    again: bool,
 ) -> None:
     step = plan.step
     inputs = [run.artifact(name) for name in step.inputs]
@@ -200,13 +203,13 @@ def _run_step(
                 why="; ".join(altered) + ".",
                 fix="Restore the file, or start over with --fresh.",
             )
-        if record.digest == digest:
+        if record.digest == digest and not again:
             # The files of an extension that is not asked for now are kept for later.
             if _extension(run) is None:
                 _discard_scratch(step, run)
             on_event(StepEvent(step, "kept", "already finished", record.seconds, dict(record.numbers)))
             return
-        reason = "; ".join(plan.changes) or "its inputs changed"
+        reason = "; ".join(plan.changes) or ("tried again" if record.digest == digest else "its inputs changed")
     run.require_intact(list(input_hashes))
     on_event(StepEvent(step, "started", reason, 0.0, {}))
     # A step that trains forgets its former result itself, when the new one is complete.

@@ -146,8 +146,15 @@ STEPS = (
             "distill",
             *_TRAINING,
         ),
-        "export/student.int8.<target>.onnx export/quantization.json",
-        ("export/student.int8.*.onnx", "export/quantization.json"),
+        "export/student.int8.<target>.onnx export/student.<precision>.<target>.<ext> export/quantization.json "
+        "export/runtimes.json",
+        (
+            "export/student.int8.*.onnx",
+            "export/student.*.pte",
+            "export/student.*.tflite",
+            "export/quantization.json",
+            "export/runtimes.json",
+        ),
     ),
     Step(
         "engine",

@@ -26,7 +26,8 @@ from nayer_edge.errors import NayerEdgeError, UsageError
 from nayer_edge.export.benchmark import Timing, benchmark
 from nayer_edge.export.coverage import int8_coverage
 from nayer_edge.export.runners import BATCH, Runner, TorchRunner, as_bytes
-from nayer_edge.export.targets import TARGETS, get_target
+from nayer_edge.export.runtimes import describe
+from nayer_edge.export.targets import TARGETS, get_target, has_module
 from nayer_edge.models.load import load_classifier
 from nayer_edge.runtime import provenance
 from nayer_edge.runtime.progress import Progress
@@ -51,7 +52,8 @@ from .measurements import (
 )
 from .plausibility import NO_REPEATS, Repeats, doubts, repeats, require_plausible
 from .recipes.schema import Recipe
-from .runnable import Candidate, engines, graphs, open_all
+from .runnable import Candidate, not_graphs, open_all
+from .runnable import candidates as candidates_of
 
 TOP = 5
 LATENCY_RUNS = 200
@@ -106,15 +108,14 @@ def make_report(
     progress: Progress,
 ) -> Artifact:
     """Runs all networks and writes `predictions.npz` and `report.json`."""
-    del onnx, int8
+    del onnx, int8, engine
     images = _images(teacher, lte, student, config, out, progress)
     networks = {
         "teacher": load_classifier(out.path(teacher.files["teacher"])),
         "student": load_classifier(out.path(student.files["student"])),
     }
     classes, shape = networks["student"].classes, networks["student"].spec.shape
-    records = read_json(out.path(engine.files["engines"]), "the list of engines")
-    candidates = [*graphs(config), *engines(records)]
+    candidates, records = candidates_of(config, out), not_graphs(out)
     with contextlib.ExitStack() as stack:
         opened, refused = open_all(candidates, out, stack)
         with TorchRunner(networks["teacher"]) as teacher_runner, TorchRunner(networks["student"]) as student_runner:
@@ -124,8 +125,9 @@ def make_report(
         doubted = _doubts(seen, images, out.path(teacher.files["teacher card"]), config) if images.truth else ()
         if not config.validate_.allow_implausible:
             require_plausible(doubted, images.stream.name)
-        here = [c.name for c in candidates if c.name in opened and c.timed]
-        timings = benchmark({name: opened[name] for name in here}, shape, runs=LATENCY_RUNS) if here else []
+        here = {c.name: c.reference for c in candidates if c.name in opened and c.timed}
+        timed = {name: opened[name] for name in here}
+        timings = benchmark(timed, shape, runs=LATENCY_RUNS, references=here) if here else []
     labels = images.stream.labels if images.truth else None
     earlier = _earlier(out, [*teacher.files.values(), *student.files.values()], seen)
     reports = []
@@ -328,16 +330,19 @@ def _report(
         "sha256": sha256_of(path),
     }
     if refused is not None:
-        # A built engine only lacks its GPU; a graph lacks an installed runtime.
+        # A built engine only lacks its GPU, or a file its runtime; a graph lacks ONNX Runtime.
         status = "unavailable" if candidate.runtime == "onnxruntime" else "not_run"
         reason = " ".join(f"{refused}".split())
         return ArtifactReport(**facts, status=status, reason=reason, precision_verified=candidate.verified)
-    graph = candidate.runtime == "onnxruntime"
-    coverage = int8_coverage(path, get_target(candidate.target)) if graph and candidate.precision == "int8" else None
+    target = get_target(candidate.target)
+    reads = candidate.runtime == "onnxruntime" or has_module(target)
+    coverage = int8_coverage(path, target) if reads and candidate.precision == "int8" else None
     if coverage is not None:
         verified = coverage.verified and coverage.int8 > 0
+    elif reads and candidate.precision == "fp32":
+        verified = not (has_module(target) and describe(target, path)["int8"])
     else:
-        verified = candidate.verified or (graph and candidate.precision == "fp32")
+        verified = candidate.verified
     broken = seen.not_finite[name]
     return ArtifactReport(
         **facts,
@@ -389,7 +394,7 @@ def _per_class(
 
 
 def _not_built(records: Sequence[Mapping[str, Any]]) -> list[ArtifactReport]:
-    """The requested engines that could not be built on this machine, with reasons."""
+    """The requested engines and files of other runtimes that could not be built on this machine, with reasons."""
     return [
         ArtifactReport(
             **{key: record[key] for key in ("name", "file", "target", "precision", "reason")},
@@ -407,7 +412,9 @@ def _timed(report: ArtifactReport, timing: Timing) -> ArtifactReport:
             "latency_ms": Latency(p50=timing.p50, p95=timing.p95),
             "threads": timing.threads,
             # FP32 runs on the CPU, so there is no comparable baseline for a GPU engine.
-            "speedup_vs_fp32": timing.ratio if report.runtime == "onnxruntime" else None,
+            "speedup_vs_fp32": None
+            if get_target(report.target).engine and report.runtime != "onnxruntime"
+            else timing.ratio,
         }
     )
 

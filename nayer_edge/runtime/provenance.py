@@ -20,6 +20,12 @@ PACKAGES = (
     "onnxruntime-gpu",
     "tensorrt",
     "tensorrt_rtx_cu13",
+    "openvino",
+    "executorch",
+    "torchao",
+    "ai-edge-litert",
+    "ai-edge-quantizer",
+    "litert-torch",
     "numpy",
 )
 

@@ -22,6 +22,7 @@ NOISY = 3.0
     epilog=example(
         "nayer-edge export runs/digits --int8 --target cpu,tensorrt-rtx",
         "nayer-edge export runs/digits --int8 --target arm --only",
+        "nayer-edge export runs/digits --int8 --target openvino,executorch,litert",
         "nayer-edge export runs/digits --int8 --qat",
     )
 )
@@ -48,7 +49,8 @@ def export(
         list[str] | None,
         typer.Option(
             "--target",
-            help="cpu, arm, tensorrt, tensorrt-rtx; comma-separated or repeated. Added to those that the run has.",
+            help="cpu, arm, tensorrt, tensorrt-rtx, openvino, executorch, litert; comma-separated or repeated. Added "
+            "to those that the run has.",
         ),
     ] = None,
     only: Annotated[
@@ -68,9 +70,10 @@ def export(
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Exports ONNX files: FP32, with --int8 a quantized graph per target, and their engines.
+    """Exports ONNX files: FP32, with --int8 a quantized file per target, and their engines.
 
-    If this machine cannot build an engine, everything else is still exported and the exit code is 3.
+    If this machine cannot build an engine, or lacks a target's runtime, everything else is still exported and the exit
+    code is 3.
     """
     if finetune is not None:
         warn_renamed("--finetune" if finetune else "--no-finetune", "--qat" if finetune else "--no-qat")

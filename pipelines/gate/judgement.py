@@ -123,7 +123,8 @@ def judge(report: Report, policy: Policy, baseline: Baseline | None = None) -> V
     names = dict.fromkeys(policy.artifacts)
     checks = [check for name in names for check in _judge_artifact(report, policy, baseline, name)]
     if policy.parity.max_abs_diff is not None:
-        checks.append(_parity(report, policy.parity.max_abs_diff))
+        fp32 = [name for name in names if name.startswith(f"{FP32}.")]
+        checks += [_parity(report, name, policy.parity.max_abs_diff) for name in (FP32, *fp32)]
     deciding = {check.verdict for check in checks if not check.advisory}
     overall: Outcome = "fail" if "fail" in deciding else "inconclusive" if "inconclusive" in deciding else "pass"
     return Verdict(overall, tuple(checks), baseline=baseline)
@@ -139,7 +140,8 @@ def _judge_artifact(report: Report, policy: Policy, baseline: Baseline | None, n
         return
     alpha = round(1 - policy.accuracy.confidence, 12)
     synthetic = report.dataset.kind == "synthetic"
-    is_reference = found.precision == FP32
+    # FP32 in another runtime is compared with the reference, too; its speed is measured against itself.
+    is_reference = found.name == FP32
     if (limit := policy.accuracy.max_drop_vs_fp32) is not None and not is_reference:
         if synthetic:
             yield _synthetic_drop_vs_fp32(report, found, limit, alpha)
@@ -160,7 +162,7 @@ def _judge_artifact(report: Report, policy: Policy, baseline: Baseline | None, n
         yield _coverage(found, limit)
     if (limit := policy.latency.max_p95_ms) is not None:
         yield _latency(found, limit)
-    if (limit := policy.latency.min_speedup_vs_fp32) is not None and not is_reference:
+    if (limit := policy.latency.min_speedup_vs_fp32) is not None and found.precision != FP32:
         yield _speedup(found, limit)
     if (limit := policy.size.max_bytes) is not None:
         yield _size(found, limit)
@@ -449,10 +451,10 @@ def _size(artifact: ArtifactReport, limit: int) -> Check:
     return _plain("size", artifact, artifact.size_bytes, limit, verdict, detail)
 
 
-def _parity(report: Report, limit: float) -> Check:
-    found = _find(report, FP32)
+def _parity(report: Report, name: str, limit: float) -> Check:
+    found = _find(report, name)
     if isinstance(found, str):
-        return Check("parity", FP32, None, None, limit, "fail", found)
+        return Check("parity", name, None, None, limit, "fail", found)
     if found.status != "measured" or found.max_abs_diff is None:
         return _missing("parity", found, limit, "difference from the torch student")
     difference = found.max_abs_diff

@@ -17,7 +17,7 @@ from nayer_edge.storage.files import read_json, write_bytes
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.text import inert
 
-from ..deploy import ENGINES, QUANTIZATION
+from ..deploy import ENGINES, QUANTIZATION, RUNTIMES
 from ..distill import METRICS, TEACHER, card_of
 from ..gate import wording
 from ..gate.verdict import VERDICT_PATH, load_report, read_verdict
@@ -108,6 +108,7 @@ def render(config: Recipe, run: RunFolder) -> str:
         predictions=predictions_of(run, config, report, focus),
         calibrations=calibrations(read_json(run.path(QUANTIZATION), "the record of quantization"), focus),
         engines=read_json(run.path(ENGINES), "the list of engines"),
+        runtimes=read_json(run.path(RUNTIMES), "the list of runtimes' files") if RUNTIMES in run.manifest.files else [],
         recipe=recipe,
         recipe_link="data:application/toml;base64," + base64.b64encode(recipe.encode()).decode(),
         beside=beside,

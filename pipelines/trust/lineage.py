@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nayer_edge.export.targets import get_target
 from nayer_edge.storage.run_folder import FileRecord, Manifest
 
 from ..deploy import FP16, FP32, int8_file
@@ -32,14 +33,14 @@ class Link:
 def chain(manifest: Manifest, artifact: ArtifactReport) -> list[Link]:
     """The files from the teacher to an artifact, in order: each was made from earlier ones or together with the
     previous one."""
-    quantized = artifact.precision.startswith("int8")
+    quantized, target = artifact.precision.startswith("int8"), get_target(artifact.target)
     files = {
         TEACHER: "teacher",
         EMBEDDINGS: "label-text embeddings",
         **({SOURCE: "first images of another run"} if SOURCE in manifest.files else {}),
         GENERATOR: "generator",
         STUDENT: "student",
-        FP32: "student as ONNX",
+        **({FP32: "student as ONNX"} if target.suffix == ".onnx" else {}),
         **({FP16: "in FP16"} if artifact.precision == "fp16" else {}),
         # Calibrated with images from the generator.
         **({int8_file(artifact.target): "quantized"} if quantized else {}),

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nayer_edge.errors import IntegrityError, missing_extra
+from nayer_edge.export.targets import FILE_SUFFIXES
 from nayer_edge.storage.files import read_json, sha256_of
 from nayer_edge.storage.run_folder import MANIFEST, FileRecord, RunFolder
 from nayer_edge.text import inert
@@ -34,7 +35,6 @@ NO_DATA = (
     "from the teacher's weights and the class names."
 )
 NETWORKS = ("teacher", "student", "generator")
-SUFFIXES = (".onnx", ".engine")
 DATA = ("bank", "lte", "predictions", "metrics")
 
 
@@ -118,7 +118,7 @@ def _file(name: str, record: FileRecord, run: str | None = None) -> Component:
     from cyclonedx.model import HashAlgorithm, HashType
     from cyclonedx.model.component import Component, ComponentType
 
-    if record.kind in NETWORKS or name.endswith(SUFFIXES):
+    if record.kind in NETWORKS or name.endswith(FILE_SUFFIXES):
         kind = ComponentType.MACHINE_LEARNING_MODEL
     else:
         kind = ComponentType.DATA if record.kind in DATA else ComponentType.FILE
@@ -226,7 +226,7 @@ def _metrics(name: str, role: str, report: Report | None) -> list[dict[str, str]
     """Top-1 accuracy and agreement from the report; the slice names the kind of images."""
     if report is None or role == "generator":
         return []
-    if name.endswith(SUFFIXES):
+    if name.endswith(FILE_SUFFIXES):
         found: Network | ArtifactReport | None = next((a for a in report.artifacts if a.file == name), None)
     else:
         found = report.teacher if role == "teacher" else report.student

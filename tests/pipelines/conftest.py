@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,19 @@ class Answer:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session")
+def example() -> Callable[[str], str]:
+    """The Python example in a section of docs/DEPLOYING.md."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "DEPLOYING.md").read_text(encoding="utf-8")
+
+    def of(section: str) -> str:
+        (part,) = re.findall(rf"^## {section}\n(.+?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+        (code,) = re.findall(r"```python\n(.+?)```", part, re.DOTALL)
+        return code
+
+    return of
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +59,13 @@ def test_the_reference_shows_the_limits_that_hold_without_a_word() -> None:
 
 
 def test_the_example_of_using_the_onnx_file_runs(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    example: Callable[[str], str],
 ) -> None:
-    text = (ROOT / "docs" / "DEPLOYING.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
+    code = example("The ONNX file")
     shutil.copytree(tiny_run, tmp_path / "runs" / "digits")
     digits = data.load("digits", "holdout", load_recipe("digits").teacher.input, load_recipe("digits").teacher.classes)
     file = tmp_path / "runs" / "digits" / "export" / "student.int8.cpu.onnx"

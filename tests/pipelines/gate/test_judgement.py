@@ -322,6 +322,28 @@ def test_parity_is_checked_on_fp32_even_if_only_int8_ships(fp32: ArtifactReport 
     assert the(verdict, "parity", "fp32").verdict == verdict.verdict == expected
 
 
+def test_fp32_in_another_runtime_is_an_artifact_and_not_the_reference() -> None:
+    """Its answers and its logits are compared with the student's; its speed has nothing to be compared with."""
+    policy = policy_of(
+        artifacts=["fp32.litert", "int8.litert"],
+        accuracy={"max_drop_vs_fp32": 0.015},
+        parity={"max_abs_diff": 1e-3},
+        latency={"min_speedup_vs_fp32": 2.0},
+    )
+
+    def judged(**changes: Any) -> Verdict:
+        other = measured("fp32.litert", **{"speedup_vs_fp32": 1.0, **changes})
+        return judge(report_of(measured("fp32"), other, measured("int8.litert")), policy)
+
+    good = judged()
+    assert good.verdict == "pass"
+    assert {check.artifact for check in good.checks if check.name == "parity"} == {"fp32", "fp32.litert"}
+    assert {check.artifact for check in good.checks if check.name == "speedup_vs_fp32"} == {"int8.litert"}
+    assert the(judged(max_abs_diff=0.1), "parity", "fp32.litert").verdict == "fail"
+    lost = PairedCounts(vs_fp32=paired(60, 0), vs_teacher=paired(60, 0))
+    assert the(judged(paired=lost), "accuracy_drop_vs_fp32", "fp32.litert").verdict == "fail"
+
+
 @pytest.mark.parametrize(("agreement", "expected"), [(0.99, "pass"), (0.96, "inconclusive"), (0.9, "fail")])
 def test_agreement(agreement: float, expected: str) -> None:
     verdict = judge(report_of(measured("int8.cpu", agreement=agreement)), policy_of(agreement={"min": 0.95}))

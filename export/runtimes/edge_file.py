@@ -1,0 +1,205 @@
+"""What the files of ExecuTorch and LiteRT have in common: the request, provenance inside the file, a quiet terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from nayer_edge import __version__
+from nayer_edge.errors import IntegrityError, UsageError
+
+Precision = Literal["fp32", "int8"]
+INPUT = "images"
+OUTPUT = "logits"
+ON_REQUEST = "kept in float on request"
+_MARK = '{"nayer_edge.file": '
+_EXAMPLES = 2
+
+
+@dataclass(frozen=True)
+class BuiltFile:
+    """A file for an edge runtime and how it was made.
+
+    Attributes:
+        path: the file.
+        record: JSON-serialisable: quantizer, versions, calibration images, batch, what stays in float and why.
+        sha256: of the file.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    sha256: str
+
+
+def copy_for_export(network: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
+    """A copy on the CPU, in float32 and evaluation mode, that was run on images of this shape.
+
+    Raises:
+        UsageError: it does not take such images, or does not return (n, classes).
+    """
+    network = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+    network = network.to(memory_format=torch.contiguous_format)
+    try:
+        with torch.no_grad():
+            logits = network(torch.full((_EXAMPLES, *shape), 0.5))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise UsageError(
+            f"The model does not take images of shape {shape}.",
+            why=first_line(error),
+            fix="Set the input specification (channels, height, width) to what the model was trained on.",
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[0] != _EXAMPLES:
+        raise UsageError(
+            "The model does not return logits of shape (batch, classes).",
+            fix="Wrap it so that forward(images) returns one tensor of logits.",
+        )
+    return network
+
+
+def check_request(
+    network: nn.Module,
+    shape: tuple[int, int, int],
+    precision: Precision,
+    calibration: np.ndarray | None,
+    float_layers: Collection[str],
+) -> None:
+    """Checks the arguments of `build`.
+
+    Raises:
+        UsageError: unknown precision or layer, or calibration images that are missing or of another shape.
+    """
+    if precision not in ("fp32", "int8"):
+        raise UsageError(f"Unknown precision '{precision}'.", fix="Use fp32 or int8.")
+    if precision == "int8" and (calibration is None or len(calibration) == 0):
+        raise UsageError("INT8 needs calibration images.", fix="Pass at least one; a few hundred work well.")
+    if precision == "int8" and calibration is not None and calibration.shape[1:] != tuple(shape):
+        raise UsageError(
+            f"The calibration images have shape {calibration.shape[1:]}; the model takes {tuple(shape)}.",
+            fix="Pass an array of shape (n, channels, height, width).",
+        )
+    known = {name for name, _ in network.named_modules() if name}
+    if unknown := sorted(set(float_layers) - known):
+        raise UsageError(
+            f"The model has no layer {', '.join(unknown)}.", fix="Use the names of the model's named_modules()."
+        )
+
+
+def is_within(layer: str, modules: Collection[str]) -> bool:
+    """Whether a layer is one of these modules or inside one."""
+    return any(layer == name or layer.startswith(f"{name}.") for name in modules)
+
+
+def why_in_float(layer: str, origin: Mapping[str, Any]) -> str:
+    """Why a convolution or matrix product does not run in INT8, from the provenance of its file."""
+    if origin.get("precision") == "fp32":
+        return "the file is FP32"
+    return ON_REQUEST if is_within(layer, origin.get("float_layers", [])) else "the quantizer left it in float"
+
+
+def versions_of(packages: Sequence[str]) -> dict[str, str]:
+    """Installed version of each package."""
+    return {package: metadata.version(package) for package in packages}
+
+
+def provenance(runtime: str, versions: dict[str, str], facts: dict[str, Any]) -> str:
+    """The line of JSON that is put into a file, so that its origin can be read without its runtime."""
+    line = {"runtime": runtime, "nayer_edge": __version__, "versions": versions, **facts}
+    return _MARK + json.dumps(line, sort_keys=True) + "}"
+
+
+def provenance_in(data: bytes) -> dict[str, Any]:
+    """The provenance in a file's bytes; empty if there is none."""
+    start = data.find(_MARK.encode())
+    if start < 0:
+        return {}
+    # JSON from json.dumps is ASCII; what follows it in the file is not part of it.
+    text = data[start : start + 2**20].decode("latin-1")
+    try:
+        return json.JSONDecoder().raw_decode(text)[0]["nayer_edge.file"]
+    except (ValueError, KeyError):
+        return {}
+
+
+def does_not_load(path: Path, runtime: str, installed: str, why: str) -> IntegrityError:
+    """The error for a file that the runtime refuses; it names the version that built the file, if it is another."""
+    builder = provenance_in(path.read_bytes()).get("versions", {}).get(runtime)
+    if builder and builder != installed:
+        return IntegrityError(
+            f"{runtime} {installed} does not load {path}.",
+            why=f"The file was built by {runtime} {builder}. {why}",
+            fix=f"Install {runtime}=={builder}, or export the file again with this version.",
+        )
+    return IntegrityError(
+        f"{runtime} {installed} does not load {path}.", why=why, fix="Export it again with: nayer-edge export RUN"
+    )
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        IntegrityError: there is no such file.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{path} does not exist.", fix="Export it with: nayer-edge export RUN") from error
+
+
+def top_level(error: ModuleNotFoundError, default: str) -> str:
+    """The package that an import misses."""
+    return (error.name or default).partition(".")[0]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (f"{error}".strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def quiet(harmless: re.Pattern[str] | None = None) -> Iterator[list[str]]:
+    """Hides a runtime's or converter's developer messages: warnings, log lines, and lines that native code prints.
+
+    Native code writes to file descriptor 2. It is redirected while the block runs; afterwards every line is printed
+    that does not match `harmless`. With `harmless=None` all lines are hidden (converters). If the block fails, nothing
+    is printed: the lines are for the caller's error message.
+
+    Yields:
+        a list that holds the native lines, printed or not, after the block.
+    """
+    lines: list[str] = []
+    level = logging.root.manager.disable
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        before = os.dup(2)
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+            logging.disable(level)
+            caught.seek(0)
+            lines += caught.read().decode(errors="replace").splitlines()
+    shown = [line for line in lines if harmless is not None and line.strip() and not harmless.search(line)]
+    for line in shown:
+        sys.stderr.write(f"{line}\n")

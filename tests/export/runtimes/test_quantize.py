@@ -1,0 +1,99 @@
+"""Runtimes that quantize networks themselves: the record, the limit on the drop, FP32 files that are not faithful."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nayer_edge.errors import MissingError, UsageError
+from nayer_edge.export.runtimes import describe, module_of, require
+from nayer_edge.export.runtimes.quantize import to_fp32_file, to_int8_file
+from nayer_edge.export.targets import TARGETS, Target
+from nayer_edge.export.to_int8 import to_int8
+from nayer_edge.storage.files import sha256_of
+
+SHAPE = (3, 8, 12)
+PARENT = "0" * 64
+RUNNERS = {"executorch": "ExecuTorchRunner", "litert": "LiteRtRunner"}
+
+
+@pytest.fixture(params=RUNNERS)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Each target with a quantizer of its own that is installed."""
+    try:
+        require(TARGETS[request.param])
+    except MissingError as error:
+        pytest.skip(f"{error}")
+    return TARGETS[request.param]
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).eval()
+
+
+def images(n: int, seed: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).random((n, *SHAPE), np.float32)
+    return drawn * np.linspace(0.2, 1, n, dtype=np.float32)[:, None, None, None]
+
+
+def test_both_files_and_the_record(target: Target, network: nn.Module, tmp_path: Path) -> None:
+    to_fp32_file(network, SHAPE, tmp_path / "fp32", target)
+    assert describe(target, tmp_path / "fp32")["coverage"]["int8"] == 0
+    record = to_int8_file(
+        network, SHAPE, tmp_path / "int8", target, images(16, 0), images(32, 1), max_drop=0.5, parent_sha256=PARENT
+    )
+    json.dumps(record, allow_nan=False)
+    assert record["file_sha256"] == sha256_of(tmp_path / "int8")
+    assert record["coverage"]["int8"] == describe(target, tmp_path / "int8")["coverage"]["int8"] == 2
+    assert (record["float_nodes"], record["drop_held"], record["fall_back"][0]["float_layers"]) == ([], True, 0)
+    assert (record["calibration"]["n"], record["holdout"]["n"], record["final"]["n"]) == (16, 32, 32)
+    assert require(target) in record["measured_in"]
+    assert record["build"]["batch"] == 1
+    assert record["build"]["batch_reason"]
+    assert record["build"]["float_layers_reach"]
+
+
+def test_the_limit_is_held_in_the_runtime(
+    target: Target, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime that answers nonsense while the classifier is in INT8: the classifier stays in float, and no more."""
+    runner = getattr(module_of(target), RUNNERS[target.name])
+    real: Callable[..., np.ndarray] = runner.infer
+
+    def infer(self: object, given: np.ndarray) -> np.ndarray:
+        logits = real(self, given)
+        in_float = {layer for layer, _ in describe(target, self.path)["coverage"]["not_int8"]}  # type: ignore[attr-defined]
+        return logits if "4" in in_float else -logits
+
+    monkeypatch.setattr(runner, "infer", infer)
+    record = to_int8_file(
+        network, SHAPE, tmp_path / "int8", target, images(16, 0), images(32, 1), max_drop=0.2, parent_sha256=PARENT
+    )
+    assert (record["float_nodes"], record["drop_held"]) == (["4"], True)
+    assert [row["node"] for row in record["sensitivity"]] == ["0", "4"]
+    assert [name for name, _ in record["coverage"]["not_int8"]] == ["4"]
+
+
+def test_an_fp32_file_that_computes_something_else_is_refused(
+    target: Target, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = getattr(module_of(target), RUNNERS[target.name])
+    real: Callable[..., np.ndarray] = runner.infer
+    monkeypatch.setattr(runner, "infer", lambda self, given: real(self, given) + 0.01)
+    with pytest.raises(UsageError, match="does not compute the same logits"):
+        to_fp32_file(network, SHAPE, tmp_path / "fp32", target)
+    assert not (tmp_path / "fp32").exists()
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_such_a_target_takes_no_onnx_file(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="takes no ONNX file"):
+        to_int8(tmp_path / "m.onnx", tmp_path / "q.onnx", images(4, 0), name)
