@@ -84,7 +84,7 @@ def decide(standings: Sequence[Standing], rounds_left: int) -> dict[str, Decisio
         elif each.excluded:
             found[each.name] = Decision("stop", f"more training cannot help: {each.excluded}")
         elif passing is not None and (each.passes or each.size >= passing.size):
-            found[each.name] = Decision("stop", f"{passing.name} passes and is smaller")
+            found[each.name] = Decision("stop", f"the smaller {passing.name} passes")
     open_ = sorted(
         (each for each in standings if each.name not in found), key=lambda each: (-each.agreement, each.size, each.name)
     )

@@ -102,7 +102,7 @@ def test_importing_is_light_and_shows_every_name() -> None:
 def test_the_names_are_the_functions_of_the_pipelines() -> None:
     shown = {name: getattr(ne, name) for name in ne.__all__ if name != "__version__"}
     of_api = {name for name, value in shown.items() if value.__module__ == api.__name__}
-    assert of_api == {"InputSpec", "Run", "Teacher", "distill", "load_teacher", "open", "run"}
+    assert of_api == {"InputSpec", "Run", "Teacher", "distill", "load_teacher", "open", "run", "sweep"}
     assert all(issubclass(shown[name], ne.NayerEdgeError) for name in shown.keys() - of_api)
     with pytest.raises(AttributeError, match="no attribute 'destill'"):
         _ = ne.destill  # type: ignore[attr-defined]

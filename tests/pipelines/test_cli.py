@@ -431,6 +431,7 @@ def json_commands(root: Path, folder: Path) -> dict[str, list[str | Path]]:
         "sbom": [root],
         "recipes": [],
         "students": ["--input", "1x16x16", "--no-latency"],
+        "sweep": [root, "--students", "nayer:resnet8_w4", "--out", folder / "sweep", "--dry-run"],
         "doctor": [],
         "lte build": ["digits"],
         "lte show": ["digits"],

@@ -50,7 +50,7 @@ def test_only_smaller_ones_go_on_beside_one_that_passes() -> None:
     ]
     assert names(mixed, 1, "pass") == ["middle"]
     assert names(mixed, 1, "continue") == ["small"]
-    assert decide(mixed, 1)["huge"].reason == "middle passes and is smaller"
+    assert decide(mixed, 1)["huge"].reason == "the smaller middle passes"
 
 
 def test_what_no_training_can_help_is_stopped_whatever_its_rank() -> None:
