@@ -148,8 +148,11 @@ def make_int8(
                     _runtime_record(name, lacking, out) for name in (f"fp32.{target}", f"int8.{target}")
                 ]
             for entry in runtimes[target]:
-                numbers[entry["name"]] = "not built" if entry["status"] != "built" else f"in {entry['runtime']}"
-                if entry["status"] == "built" and entry["file"] != FP32:
+                if entry["status"] != "built":
+                    numbers[entry["name"]] = "not built"
+                    continue
+                numbers[entry["name"]] = f"{out.path(entry['file']).stat().st_size / 1e6:.2f} MB"
+                if entry["file"] != FP32:
                     files[f"{entry['precision']} {target}"] = entry["file"]
         else:
             files[f"int8 {target} onnx"] = int8_file(target)
@@ -197,7 +200,8 @@ def _runtime_record(name: str, lacking: Mapping[str, str], out: RunFolder) -> di
     if name in lacking:
         return {**record, "status": "unavailable", "reason": lacking[name]}
     version, facts = require(TARGETS[target]), describe(TARGETS[target], out.path(file))
-    return {**record, "status": "built", "version": version, "sha256": sha256_of(out.path(file)), **facts}
+    built = {"status": "built", "version": version, "sha256": sha256_of(out.path(file))}
+    return {**record, **built, **facts, "runtime": TARGETS[target].runtime}
 
 
 def _one_line(error: NayerEdgeError) -> str:

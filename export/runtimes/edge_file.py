@@ -192,7 +192,9 @@ def quiet(harmless: re.Pattern[str] | None = None) -> Iterator[list[str]]:
         before = os.dup(2)
         os.dup2(caught.fileno(), 2)
         try:
-            yield lines
+            # Some bindings print through Python's stderr, which is not always file descriptor 2.
+            with open(2, "w", closefd=False) as stream, contextlib.redirect_stderr(stream):
+                yield lines
         finally:
             sys.stderr.flush()
             os.dup2(before, 2)

@@ -77,7 +77,7 @@ def test_both_precisions_are_built_and_read_back(measured: Callable[[str], Path]
     for entry in (fp32, int8):
         assert (entry["status"], entry["target"]) == ("built", target)
         assert entry["sha256"] == sha256_of(root / entry["file"])
-        assert entry["version"]
+        assert (entry["runtime"], bool(entry["version"])) == (target, True)
     assert fp32["int8"] == {}
     assert (fp32["coverage"]["int8"], int8["coverage"]["int8"], int8["coverage"]["eligible"]) == (0, 10, 10)
     record = read_json(root / QUANTIZATION, "")[target]
