@@ -324,7 +324,7 @@ def describe(path: Path) -> dict[str, Any]:
         except ModuleNotFoundError as error:
             raise missing_extra(top_level(error, RUNTIME), "executorch", "Reading .pte files") from error
         try:
-            program = deserialize_pte_binary(data).program
+            program: Any = deserialize_pte_binary(data).program
             plan = next(plan for plan in program.execution_plan if plan.name == _METHOD)
             graphs = [
                 _xnnpack_graph(program.backend_delegate_data[delegate.processed.index].data)

@@ -181,7 +181,7 @@ def _named_after_layers(content: bytes, network: _Named) -> tuple[bytes, list[_N
     """Names input, output and every operator's result after layers; returns operators in the order of execution."""
     from ai_edge_litert.tools import flatbuffer_utils
 
-    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    model: Any = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
     graph, scopes = model.subgraphs[0], _scopes(network)
     products = {
         name
@@ -263,15 +263,16 @@ def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str
     # By default, ranges are a moving average over the images, which clips values and depends on their order.
     ranges = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
     ranges.calibrate({_SIGNATURE: images}, work._recipe_manager)
-    result = work.quantize(ranges.get_model_qsvs(), enable_progress_report=False, enable_progress_bar=False)
+    result: Any = work.quantize(ranges.get_model_qsvs(), enable_progress_report=False, enable_progress_bar=False)
     return bytes(result.quantized_model)
 
 
 def _with_metadata(content: bytes, line: str) -> bytes:
     from ai_edge_litert.tools import flatbuffer_utils
 
-    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
-    buffer, entry = flatbuffer_utils.schema_fb.BufferT(), flatbuffer_utils.schema_fb.MetadataT()
+    model: Any = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    schema: Any = flatbuffer_utils.schema_fb
+    buffer, entry = schema.BufferT(), schema.MetadataT()
     buffer.data = np.frombuffer(line.encode(), np.uint8)
     model.buffers.append(buffer)
     entry.name, entry.buffer = b"nayer_edge", len(model.buffers) - 1

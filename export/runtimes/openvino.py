@@ -86,7 +86,7 @@ class OpenVinoRunner:
         return in_batches(self._run, images, self._batch)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
-        if self._compiled is None:
+        if self._request is None:
             raise RuntimeError("OpenVinoRunner is a context manager: use it in a with statement")
         pixels = as_bytes(images) if self._bytes else images.astype(np.float32, copy=False)
         try:

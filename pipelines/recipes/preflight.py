@@ -181,9 +181,11 @@ def _processes(recipe: Recipe) -> list[str]:
 def _disk(recipe: Recipe, root: Path) -> list[str]:
     """Why the images do not fit on the disk, where the last checkpoint stays until the next one is whole."""
     existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free + sum(
-        path.stat().st_size for name in (CHECKPOINT, BANK) if (path := root / name).is_file()
-    )
+    disk = shutil.disk_usage(existing)
+    if not disk.total:
+        # No file system for files, such as /proc: writing says what is wrong.
+        return []
+    free = disk.free + sum(path.stat().st_size for name in (CHECKPOINT, BANK) if (path := root / name).is_file())
     images = images_of(recipe)
     if recipe.student.bank and (taken := Path(recipe.student.bank) / BANK).is_file():
         images += taken.stat().st_size // _pixels(recipe)

@@ -71,7 +71,7 @@ def refresh(student: StudentRecord, root: Path, sweep: Sweep) -> Outcome | None:
             observed=check.observed,
             bound=check.bound,
             limit=check.limit,
-            verdict=check.verdict,
+            verdict="fail" if check.verdict == "fail" else "inconclusive",
             detail=check.detail,
         )
         for check in _failing(verdict)
@@ -84,8 +84,9 @@ def refresh(student: StudentRecord, root: Path, sweep: Sweep) -> Outcome | None:
 def limit_missed(student: StudentRecord) -> str:
     """The limit that a student misses however long it is trained; empty if there is none."""
     for missed in student.missed:
-        fixed = missed.check in _FIXED and missed.observed is not None and missed.limit is not None
-        if fixed and missed.observed > _NOISE[missed.check] * missed.limit:
+        if missed.check not in _FIXED or missed.observed is None or missed.limit is None:
+            continue
+        if missed.observed > _NOISE[missed.check] * missed.limit:
             return missed.detail.rstrip(".")
     return ""
 

@@ -284,7 +284,8 @@ class _Work:
         path = self.out / HOLDOUT
         recipe = recipe_of(run.manifest.recipe, run.root)
         if not path.is_file():
-            source = SyntheticSource.open(*(run.artifact(name) for name in ("teacher", "lte", "student")), recipe, run)
+            teacher, lte, student = (run.artifact(name) for name in ("teacher", "lte", "student"))
+            source = SyntheticSource.open(teacher, lte, student, recipe, run)
             count = max(min(source.ready("validate"), MOST_IMAGES), LEAST_IMAGES)
             self.progress.start("draw images to compare on", source.steps("validate", count))
             images = source.draw("validate", count, self.progress)

@@ -72,11 +72,15 @@ def make_sbom(run: RunFolder) -> str:
     by_hash: dict[str, Component] = {held.files[name].sha256: part for name, part in files.items()}
     # Files of the run that this one started from, except those that are the same here (teacher and embeddings).
     source = read_source(run) if SOURCE in held.files else None
-    others = {
-        entry["sha256"]: _file(name, FileRecord(**entry, step="student"), run=source.run)
-        for name, entry in (source.files.items() if source else ())
-        if entry["sha256"] not in by_hash
-    }
+    others = (
+        {
+            entry["sha256"]: _file(name, FileRecord(**entry, step="student"), run=source.run)
+            for name, entry in source.files.items()
+            if entry["sha256"] not in by_hash
+        }
+        if source
+        else {}
+    )
     by_hash |= others
     lineage = [
         Dependency(

@@ -19,7 +19,7 @@ from nayer_edge.export.onnx_file import metadata_of
 from nayer_edge.export.qat.graph_network import GraphNetwork
 from nayer_edge.export.qat.train import QatTrainer, Schedule, train
 from nayer_edge.export.qdq import with_qdq
-from nayer_edge.export.targets import TARGETS
+from nayer_edge.export.targets import TARGETS, has_module
 from nayer_edge.export.to_int8 import QAT, Int8Result, prepared, run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.runtime.progress import Silent
@@ -182,7 +182,11 @@ def test_targets_of_one_scheme_share_a_network(fp32: Path, student: nn.Module, t
 
     shared = trainer(student, epochs=1, steps=2)
     shared.progress = Listener()
-    results = {name: quantize(fp32, tmp_path / f"{name}.onnx", shared, name) for name in TARGETS}
+    results = {
+        name: quantize(fp32, tmp_path / f"{name}.onnx", shared, name)
+        for name, target in TARGETS.items()
+        if not has_module(target)
+    }
     assert trained == ["QAT for cpu", "QAT for arm", "QAT for tensorrt"]
     assert results["tensorrt-rtx"].record["finetune"]["first"] == "tensorrt"
     learnt = [results[name].record["finetune"]["loss"] for name in ("tensorrt", "tensorrt-rtx")]
@@ -260,5 +264,8 @@ def test_agreement_with_the_teacher_is_recorded(fp32: Path, student: nn.Module, 
     )  # fmt: skip
     record = result.record["finetune"]["vs_teacher"]
     assert record["fp32"]["top1"] == 1.0
-    assert record["calibrated"] == result.record["finetune"]["calibrated"], "here the teacher is the FP32 student"
-    assert record["finetuned"] == result.record["finetune"]["finetuned"]
+    # Here the teacher is the FP32 student: every changed answer is lost.
+    for version in ("calibrated", "finetuned"):
+        found = result.record["finetune"][version]
+        changed = round((1 - found["top1"]) * found["n"])
+        assert found == {**record[version], "lost": changed, "gained": 0}
