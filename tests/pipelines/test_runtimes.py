@@ -30,9 +30,11 @@ from nayer_edge.storage.run_folder import RunFolder
 Invoke = Callable[..., Any]
 PACKAGES = {"openvino": "openvino", "executorch": "executorch", "litert": "ai_edge_litert"}
 """target → the module of its runtime"""
+# Each file that ExecuTorch builds takes half a minute of processor time; tests/export/runtimes has its small form.
+SLOW = {"executorch": [pytest.mark.slow]}
 
 
-@pytest.fixture(params=PACKAGES)
+@pytest.fixture(params=[pytest.param(name, marks=SLOW.get(name, [])) for name in PACKAGES])
 def target(request: pytest.FixtureRequest) -> str:
     """Each target whose runtime is installed."""
     try:

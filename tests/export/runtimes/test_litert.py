@@ -131,7 +131,7 @@ def test_threads_are_taken_and_the_terminal_stays_clean(fp32: BuiltFile, capfd: 
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 16), (13, 16, 24)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 16, 16), marks=pytest.mark.slow), (13, 16, 24)])
 def test_channels_and_rectangles(
     shape: tuple[int, int, int], make_student: Student, draw_patterns: Draw, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ PARENT = "0" * 64
 RUNNERS = {"executorch": "ExecuTorchRunner", "litert": "LiteRtRunner"}
 
 
-@pytest.fixture(params=RUNNERS)
+@pytest.fixture(params=[pytest.param("executorch", marks=pytest.mark.slow), "litert"])
 def target(request: pytest.FixtureRequest) -> Target:
     """Each target with a quantizer of its own that is installed."""
     try:
