@@ -48,7 +48,7 @@ def of_run(run: RunFolder) -> dict[str, Any]:
         "teacher_top1": report["teacher"]["top1"],
         "engine_seconds": steps["engine"].seconds if "engine" in steps else None,
         "settings": {key: run.manifest.recipe[key] for key in ("synthesis", "distill")},
-        "artefacts": [of_artifact(found) for found in report["artifacts"]],
+        "artifacts": [of_artifact(found) for found in report["artifacts"]],
     }
 
 
