@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,18 +24,27 @@ PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNCell
 """layer types of the compiled model that multiply and accumulate"""
 BYTES = ("u8", "i8")
 DEVICE = "CPU"
+TELEMETRY = "openvino_telemetry"
 
 
 def import_openvino() -> Any:
-    """The package `openvino`.
+    """The package `openvino`, without its telemetry, which reports every import and needs a home directory.
 
     Raises:
         MissingError: it is not installed.
     """
+    modules: dict[str, Any] = sys.modules
+    hide = TELEMETRY not in modules
+    if hide:
+        # OpenVINO goes on without the package that sends the reports.
+        modules[TELEMETRY] = None
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
         raise missing_extra("openvino", "openvino", "Target 'openvino'") from error
+    finally:
+        if hide:
+            del modules[TELEMETRY]
 
 
 class OpenVinoRunner:

@@ -1,1 +1,14 @@
 """Labelled images from files: which formats are read, and how a set too large for memory is streamed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """`digits`, which was here before it moved to `datasets`; imported late, since it needs torch."""
+    if name == "digits":
+        from nayer_edge.data.datasets import digits
+
+        return digits
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

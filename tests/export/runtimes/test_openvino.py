@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -149,3 +151,14 @@ def test_without_the_package_the_line_that_installs_it(tmp_path: Path, monkeypat
     assert caught.value.exit_code == 3
     with pytest.raises(MissingError, match=r"pip install 'nayer-edge\[openvino\]'"):
         require(dataclasses.replace(TARGET, packages=("no-such-package",)))
+
+
+def test_nothing_is_reported_and_no_home_is_needed() -> None:
+    """OpenVINO reports its import to its makers, unless the package that does so is missing."""
+    program = (
+        "import sys; from nayer_edge.export.runtimes.openvino import import_openvino; import_openvino();"
+        "print([name for name in sys.modules if name.startswith('openvino_telemetry')])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
