@@ -33,7 +33,7 @@ def lies(kit: Kit, tries: int) -> Tally:
         sets = [part for setting in (*settings, f"seed={number}") for part in ("--set", setting.format(twins=twins))]
         root = kit.room()
         outcome = processes.run("run", recipe, "--out", root, "--until", "student", *sets)
-        wrong = outcome.wrong(1, 2)
+        wrong = outcome.wrong(2, 5)
         if not wrong and not all(re.search(word, outcome.err) for word in words):
             wrong = f"it does not say {' and '.join(words)}: {outcome.err}"
         if not wrong and (root / "student" / "student.safetensors").exists():
