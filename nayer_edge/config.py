@@ -20,6 +20,8 @@ from pydantic import (
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=4, le=4096)]
+"""pixels of an image's side"""
 Fit = Literal["exact", "stretch", "center-crop"]
 """what happens to an image of another size than the model's: error, resize, or resize and crop"""
 Arguments = dict[str, bool | int | float | str]
@@ -38,9 +40,9 @@ class InputSpec(Section):
 
     channels: Count = 3
     """1: greyscale; 3: RGB"""
-    height: Annotated[int, Field(ge=4, le=4096)] = 32
+    height: Side = 32
     """pixels"""
-    width: Annotated[int, Field(ge=4, le=4096)] = 32
+    width: Side = 32
     """pixels"""
     mean: tuple[float, ...] = (0.5,)
     """one value per channel, or one for all channels"""
@@ -101,6 +103,9 @@ class Teacher(Section):
     """class names in the order of the classifier's outputs, or a file of class names, relative to the recipe"""
     input: InputSpec = InputSpec()
     """omitted keys default to the library's metadata of the weights, if it has any"""
+    resize: tuple[Side, Side] | None = None
+    """height and width that the network needs, if it cannot take images of the input's size: the teacher resizes them,
+    bilinearly with antialiasing; so a network for 224 pixels can teach a student for 32"""
     input_from: str = ""
     """where the input specification came from; filled in when the recipe is read"""
 

@@ -93,6 +93,8 @@ class Teacher:
             have BatchNorm layers.
         classes: the K class names in the order of the logits, or a text, JSON or CSV file that lists them.
         input: the input specification that it was trained with.
+        resize: height and width that the module needs, if it cannot take images of the input's size. The teacher then
+            resizes them, and the student sees them as they are.
 
     Attributes:
         model: its name, such as "memory:ResNet@<digest of its weights>" or "torchvision:resnet18".
@@ -106,17 +108,24 @@ class Teacher:
         MissingError: torch is not installed.
     """
 
-    def __init__(self, module: nn.Module, *, classes: Labels, input: config.InputSpec) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        classes: Labels,
+        input: config.InputSpec,
+        resize: tuple[int, int] | None = None,
+    ) -> None:
         with _at_work():
             from nayer_edge.models.classifier import Classifier
             from nayer_edge.models.load import weights_digest
 
             network = _copy_of(module)
-            values = {"model": MEMORY, "classes": _class_names(classes), "input": _plain(input)}
+            values = {"model": MEMORY, "classes": _class_names(classes), "input": _plain(input), "resize": resize}
             section = checked(config.Teacher, values, "Invalid teacher:", "Correct its classes or input.")
-            classifier = Classifier(
-                network, f"{MEMORY}:{type(network).__name__}", section.input, section.classes
-            ).eval()
+            rebuild = {} if resize is None else {"resize": list(resize)}
+            kind = f"{MEMORY}:{type(network).__name__}"
+            classifier = Classifier(network, kind, section.input, section.classes, rebuild).eval()
             _check(classifier)
             name = in_memory.name_of(network, weights_digest(classifier))
         self._section = section.model_copy(update={"model": name, "input_from": "the program"})
@@ -147,6 +156,7 @@ def load_teacher(
     model: str,
     classes: Labels,
     input: config.InputSpec | None = None,
+    resize: tuple[int, int] | None = None,
     weights_key: str | None = None,
     weights_ignore: Sequence[str] = (),
     arguments: Mapping[str, bool | int | float | str] | None = None,
@@ -162,6 +172,7 @@ def load_teacher(
         classes: class names in the order of the logits, or a text, JSON or CSV file that lists them.
         input: the input specification that it was trained with; omitted values default to the library's metadata for
             the weights.
+        resize: see `Teacher`.
         weights_key: their key in the file, needed if it contains several state dicts ("state_dict_ema").
         weights_ignore: prefixes of parameter names in the file to ignore ("projector.").
         arguments: further arguments for building the network.
@@ -191,6 +202,7 @@ def load_teacher(
             "weights_ignore": tuple(weights_ignore),
             "arguments": dict(arguments or {}),
             "classes": _class_names(classes),
+            "resize": resize,
             **({} if input is None else {"input": _plain(input)}),
         }
         section = checked(config.Teacher, values, "Invalid teacher:", "Correct the arguments.")

@@ -11,15 +11,18 @@ from typing import Any, Literal
 from nayer_edge.config import Augment, InputSpec, Teacher
 from nayer_edge.errors import UsageError
 from nayer_edge.labels.class_names import read_labels
-from nayer_edge.models.load import build_classifier, load_teacher, untrained_teacher
+from nayer_edge.models import published
+from nayer_edge.models.adapt import TRACE_PIXELS
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import build_classifier, check_forward, load_teacher, untrained_teacher
 from nayer_edge.models.names import parse
 
 from ..costs.fitting import device_at_hand
-from ..costs.model_cost import cost_of
+from ..costs.model_cost import cost_of, cost_of_network
 from ..costs.planning import plan_for
 from ..recipes.checking import checked
 from .inspect_checkpoint import Findings, Guess
-from .parsing import checked_name, named_after, parse_shape, parse_values
+from .parsing import checked_name, named_after, parse_shape, parse_size, parse_values
 from .sizes import TRIAL, Effort, pad_for, student_for
 from .starter_recipe import Proposal
 
@@ -52,6 +55,7 @@ class Given:
     model: str | None = None
     labels: Path | None = None
     input: str | None = None
+    resize: str | None = None
     mean: str | None = None
     std: str | None = None
     student: str | None = None
@@ -155,10 +159,18 @@ def settle(found: Findings, given: Given) -> Proposal:
     spec, spec_origin = _spec(found, given)
     classes, labels, labels_origin = _class_names(found, given)
     weights = None if found.path.is_dir() else str(found.path.resolve())
-    teacher = Teacher(model=model, weights=weights, weights_key=given.key, classes=classes, input=spec)
+    teacher = Teacher(
+        model=model,
+        weights=weights,
+        weights_key=given.key,
+        classes=classes,
+        input=spec,
+        resize=None if given.resize is None else parse_size(given.resize, "--resize"),
+    )
     # The same checks as `run`: the weights load and are finite, and a forward pass works.
-    network, _ = load_teacher(teacher, untrained_teacher(teacher))
-    cost = cost_of(model, spec, len(classes))
+    untrained = _that_runs(teacher)
+    network, _ = load_teacher(teacher, untrained)
+    cost = cost_of_network(network)
     device = device_at_hand(given.device)
     student = given.student or student_for(spec, len(classes), cost, model)
     if student == model:
@@ -178,6 +190,7 @@ def settle(found: Findings, given: Given) -> Proposal:
         classes=classes,
         labels=labels,
         spec=spec,
+        resize=network.resize,
         student=student,
         data=given.data,
         flip=given.flip,
@@ -189,6 +202,29 @@ def settle(found: Findings, given: Given) -> Proposal:
         batch_norms=found.batch_norms,
         origins={"input": spec_origin, "labels": labels_origin},
     )
+
+
+def _that_runs(teacher: Teacher) -> Classifier:
+    """The untrained network; one that cannot take images of the given size gets them in its library's size."""
+    network = untrained_teacher(teacher)
+    try:
+        check_forward(network)
+    except UsageError:
+        size = _size_in_library(teacher)
+        if teacher.resize is not None or size in (None, teacher.input.shape[1:]):
+            raise
+        network = untrained_teacher(teacher.model_copy(update={"resize": size}))
+        check_forward(network)
+    return network
+
+
+def _size_in_library(teacher: Teacher) -> tuple[int, int] | None:
+    """The image size that the network's library builds it for; None if it is unknown."""
+    source = parse(teacher.model).source
+    if source not in ("torchvision", "timm", "hf"):
+        return None
+    found, _ = published.input_of(teacher.model, teacher.weights)
+    return found.get("height", TRACE_PIXELS), found.get("width", TRACE_PIXELS)
 
 
 def _spec(found: Findings, given: Given) -> tuple[InputSpec, str]:

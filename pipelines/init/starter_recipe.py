@@ -45,6 +45,7 @@ class Proposal:
     classes: tuple[str, ...]
     labels: Path | None
     spec: InputSpec
+    resize: tuple[int, int] | None
     student: str
     data: str | None
     flip: bool
@@ -120,7 +121,7 @@ def recipe_text(proposal: Proposal, out: Path, labels: Path | None) -> str:
 {_entries(model=model, **weights)}
 # Class names, in the order of the outputs, from: {_comment(proposal.origins.get("labels", ""))}.
 {_entries(classes=_near(labels, folder) if labels else proposal.classes)}
-
+{_resize(proposal.resize)}
 # The input that the teacher was trained with, from: {_comment(proposal.origins.get("input", ""))}.
 # Wrong values here are a common cause of a poor student: verify every value marked as a guess.
 [teacher.input]
@@ -225,6 +226,13 @@ def _near(path: Path, folder: Path) -> str:
 def _entries(**values: Any) -> str:
     """Keys and values as TOML lines, without the last line break."""
     return to_toml(values).removesuffix("\n")
+
+
+def _resize(size: tuple[int, int] | None) -> str:
+    if size is None:
+        return ""
+    comment = "# Height and width that the network needs: the teacher resizes its images."
+    return f"{comment}\n{_entries(resize=size)}\n"
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -24,7 +24,7 @@ from nayer_edge.pipelines.costs import step_costs
 from nayer_edge.pipelines.costs.model_cost import cost_of
 from nayer_edge.pipelines.gate.statistics import drop_upper
 from nayer_edge.pipelines.init.inspect_checkpoint import look
-from nayer_edge.pipelines.init.parsing import parse_shape, parse_values
+from nayer_edge.pipelines.init.parsing import parse_shape, parse_size, parse_values
 from nayer_edge.pipelines.init.sizes import student_for
 from nayer_edge.pipelines.recipes import preflight
 from nayer_edge.pipelines.recipes.loading import load_recipe
@@ -544,6 +544,25 @@ def test_what_is_wrong_at_first_sight_is_said_at_once(here: Path, spawn: Invoke,
         assert message in answer.err
 
 
+def test_a_network_for_one_image_size_only(here: Path, invoke: Invoke) -> None:
+    """LeViT's attention biases belong to a number of positions: 224 pixels, or the size given with --resize."""
+    pytest.importorskip("timm")
+    torch.save(weights_of("timm:levit_128s"), "levit.pt")
+    known = ("init", "levit.pt", "--model", "timm:levit_128s", "--labels", "labels.txt", *TRIAL, "--yes")
+    answer = invoke(*known, "--input", "3x32x32", "--mean", "0.5", "--std", "0.5", "--out", "a.toml")
+    assert answer.code == 0, answer.err
+    assert "resized to 224×224" in answer.out
+    teacher = load_recipe("a.toml").teacher
+    assert (teacher.resize, teacher.input.shape) == ((224, 224), (3, 32, 32))
+    assert invoke(*known, "--input", "3x224x224", "--out", "b.toml").code == 0
+    assert load_recipe("b.toml").teacher.resize is None, "as large as it wants them"
+    answer = invoke(*known, "--input", "3x32x32", "--resize", "100x100", "--out", "c.toml")
+    assert answer.code == 2
+    assert "resized to 100×100" in answer.err
+    assert "teacher.resize" in answer.err
+    assert not Path("c.toml").exists()
+
+
 def test_the_channels_that_the_weights_have(here: Path, invoke: Invoke) -> None:
     """The option is wrong, not the file."""
     torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
@@ -642,6 +661,14 @@ def test_image_sizes(text: str, shape: tuple[int, int, int]) -> None:
 def test_no_image_sizes(text: str) -> None:
     with pytest.raises(UsageError):
         parse_shape(text, 3)
+
+
+def test_the_size_that_a_network_needs() -> None:
+    assert parse_size("224x192", "--resize") == (224, 192)
+    assert parse_size("224", "--resize") == (224, 224)
+    for text in ("", "3x224x224", "a", "-4"):
+        with pytest.raises(UsageError, match="height and a width"):
+            parse_size(text, "--resize")
 
 
 def test_numbers() -> None:
