@@ -350,6 +350,7 @@ def _report(
         status="measured",
         reason=f"its output is not finite on {broken:,} of {len(seen.ranks[name]):,} images" if broken else None,
         precision_verified=verified and not broken,
+        simulated=not candidate.timed,
         max_abs_diff=seen.max_abs_diff[name],
         int8_coverage=coverage.fraction if coverage else None,
     )
