@@ -38,8 +38,27 @@ class Compute:
             yield
 
     def place(self, model: Placed) -> Placed:
-        """Moves a model to the device, in channels-last memory format."""
-        return model.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        """Moves a model to the device, in channels-last memory format where that is safe."""
+        unsafe = self.device.type == "cpu" and _overflows_in_channels_last(model)
+        order = torch.contiguous_format if unsafe else torch.channels_last
+        return model.to(self.device, memory_format=order)  # pyright: ignore[reportCallIssue]
+
+
+def _overflows_in_channels_last(model: nn.Module) -> bool:
+    """Whether training it in channels-last format would corrupt memory on this processor.
+
+    Without AVX-512, oneDNN (torch 2.15) writes beyond its buffers when it computes the weight gradient of a strided 1×1
+    convolution with 2 to 7 input channels in that format. The process then aborts, here or later.
+    """
+    if "AVX512" in torch.backends.cpu.get_cpu_capability():
+        return False
+    return any(
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and 1 < module.in_channels // module.groups < 8
+        for module in model.modules()
+    )
 
 
 def choose(

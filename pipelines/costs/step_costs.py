@@ -70,7 +70,6 @@ def time_steps(
     made = a_round(False)
     run.bank.add(made.images, made.labels)
     images = torch.rand(student_batch, *teacher.spec.shape, device=compute.device)
-    images = images.to(memory_format=torch.channels_last)
 
     def answer() -> torch.Tensor:
         with torch.no_grad(), compute.autocast():
