@@ -52,14 +52,14 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=300, help="timed calls of each file")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    figures = kept(given.json) or {"rows": {}}
+    figures = kept(given.json) or {"rows": {}, **origin()}
     for root in given.runs:
         run = RunFolder.open(root)
         for target in given.targets.split(","):
             name = f"{root.name} {target}"
             if name in figures["rows"] or int8_file(target) not in run.manifest.files:
                 continue
-            figures["rows"][name] = {**row(run, target, given.images, given.calls), **origin()}
+            figures["rows"][name] = row(run, target, given.images, given.calls)
             keep(given.json, figures)
     print(table(figures["rows"]))
 
