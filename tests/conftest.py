@@ -202,7 +202,7 @@ def _read_torchlib_once() -> None:
     from torch.onnx._internal.exporter import _registration
 
     registry = _registration.ONNXRegistry
-    registry.from_torchlib = functools.cache(registry.from_torchlib)
+    registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
 
 
 def pytest_unconfigure() -> None:
