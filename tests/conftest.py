@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,9 +39,11 @@ os.environ["COLUMNS"] = "80"
 os.environ.pop("FORCE_COLOR", None)
 
 # In float32, and with enough steps for the student to tell classes apart: its outputs then depend neither on the
-# processor nor on chance, and are not one class everywhere.
+# processor nor on chance, and are not one class everywhere. The teacher is right on 0.93 to 0.95 of the hold-out (three
+# seeds); the recipe's WRN-16-2 takes five times as long for 0.87 to 0.90.
 TINY = (
     "precision=fp32",
+    "teacher.model=nayer:wrn_10_1",
     "distill.epochs=3",
     "distill.warmup_epochs=1",
     "distill.steps=20",
@@ -49,6 +53,7 @@ TINY = (
     "synthesis.g_steps=3",
     "synthesis.warmup_rounds=2",
     "teach.epochs=2",
+    "teach.batch=32",
     "export.calibration_images=20",
     "export.calibration_method=minmax",
     "export.sensitivity=false",
@@ -68,7 +73,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_settings() -> list[str]:
     """`--set` items that make the digits recipe run in seconds."""
     return list(TINY)
@@ -186,8 +191,18 @@ def _part(text: str) -> tuple[int, int]:
 
 def pytest_collection_finish() -> None:
     """Takes what was imported out of garbage collection, which would visit it again and again and free none of it."""
+    if "nayer_edge.export.to_onnx" in sys.modules:
+        _read_torchlib_once()
     gc.collect()
     gc.freeze()
+
+
+def _read_torchlib_once() -> None:
+    """For every graph, torch's exporter parses the source of its 500 operators anew: a third of a small export."""
+    from torch.onnx._internal.exporter import _registration
+
+    registry = _registration.ONNXRegistry
+    registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
 
 
 def pytest_unconfigure() -> None:

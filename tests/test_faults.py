@@ -27,6 +27,14 @@ def test_nothing_is_lost() -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_nothing_is_lost_without_space_or_memory() -> None:
+    command = [sys.executable, "-m", "tests.faults", "--short", "--tries", "1", "disk", "memory", "quota", "temporary"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1700)
+    assert done.stdout.splitlines()[-1] == "4 kinds of fault, 4 tries, 0 losses", done.stdout + done.stderr
+
+
 def test_a_loss_is_counted_and_ends_with_exit_1() -> None:
     """Losses are counted: without hash checks, every altered byte is one."""
     program = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 import shutil
@@ -235,10 +236,12 @@ def _write_digits(folder: Path) -> None:
 
 
 def _warm() -> None:
-    """A cache that every export would fill anew; nothing here starts a thread."""
+    """What every export would read anew; nothing here starts a thread."""
     from torch.onnx._internal.exporter import _registration
 
-    _registration.ONNXRegistry.from_torchlib()
+    registry = _registration.ONNXRegistry
+    registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+    registry.from_torchlib(opset_version=20)
 
 
 def files_of(root: Path) -> Iterator[Path]:

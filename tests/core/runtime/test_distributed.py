@@ -6,8 +6,10 @@ of addition. The student's draws are each rank's own, so there only a step on a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -210,7 +212,6 @@ def work_all(world: World, out: Path) -> dict[str, Any]:
         "steps": student_steps(begin(world, **WHOLE_GROUPS)),
         "norms": {name: normalised(name, world) for name in NORMS},
         "run": finished(begin(world, **LONGER)),
-        "small bank": finished(begin(world, **SMALL_BANK)),
         "cached": finished(begin(world, **CACHED)),
         "gradients": averaged(world),
         "another number": another_number,
@@ -249,20 +250,36 @@ def work_failing(world: World, out: Path) -> None:
         raise
 
 
-def worker(out: Path) -> None:
+def work_command(out: Path, command: list[str]) -> None:
+    """The command line, in a world of its own: a store does not serve two. Writes what it prints."""
+    from nayer_edge.pipelines.cli import main
+
+    life = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "command"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main(command)
+    (out / f"said{os.environ['RANK']}").write_text(printed.getvalue())
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = life
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def worker(out: Path, command: list[str]) -> None:
     """One start for all tests, because starting takes longer than they do."""
     # The agent's handler, which a fork inherits, would wait for the end of a collective.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        work(out)
+        work(out, command)
     except BaseException:
         traceback.print_exc()
         raise
 
 
-def work(out: Path) -> None:
+def work(out: Path, command: list[str]) -> None:
     torch.set_num_threads(1)
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if life == 0:
+        work_command(out, command)
     with joined() as world:
         if life == 0:
             torch.save(work_all(world, out), out / f"all{world.rank}.pt")
@@ -274,6 +291,7 @@ def work(out: Path) -> None:
 if __name__ == "__main__":
     # As `torchrun --standalone --max-restarts=1`, whose workers would import torch four times: these are forked.
     small()
+    importlib.import_module("nayer_edge.pipelines.distill")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -284,7 +302,7 @@ if __name__ == "__main__":
         max_restarts=1,
         start_method="fork",
     )
-    elastic_launch(config, worker)(Path(sys.argv[1]))
+    elastic_launch(config, worker)(Path(sys.argv[1]), sys.argv[2:])
     sys.exit()
 
 
@@ -324,13 +342,31 @@ class Launch:
         return [torch.load(self.folder / f"{what}{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
+def without_student(finished: Path, root: Path) -> Path:
+    """A copy of a finished run up to its label embeddings."""
+    from nayer_edge.storage.run_folder import RunFolder
+
+    shutil.copytree(finished, root)
+    run = RunFolder.open(root)
+    for step in list(run.manifest.steps)[2:]:
+        run.remove_leftovers(run.forget(step))
+    return root
+
+
+def distill_command(root: Path, tiny_settings: Sequence[str]) -> list[str]:
+    """`distill` of a short run, whose teacher and warm-up are those of `tiny_run`."""
+    settings = [*tiny_settings, "distill.epochs=2", "distill.steps=3"]
+    return ["distill", "digits", *(w for text in settings for w in ("--set", text)), "--out", str(root), "--json"]
+
+
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def launch(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path, tiny_settings: Sequence[str]) -> Launch:
     out = tmp_path_factory.mktemp("two")
+    root = without_student(tiny_run, out / "command")
     alone = begin(**WHOLE_GROUPS)
     alone.run_epoch()
     save_checkpoint(alone, out / "one.safetensors")
-    said = started(__file__, out)
+    said = started(__file__, out, *distill_command(root, tiny_settings))
     ended = time.time()
     failed = out / "failed"
     assert failed.is_file(), f"it went wrong before it was meant to:\n{said.stderr}"
@@ -475,7 +511,7 @@ def test_own_draws_change_the_student_as_another_stream_does(two: list[dict[str,
 
 
 def test_both_ranks_end_with_the_same_student(two: list[dict[str, Any]]) -> None:
-    for name in ("run", "cached", "small bank"):
+    for name in ("run", "cached"):
         mine, other = (found[name]["student"] for found in two)
         assert all(torch.equal(mine[key], other[key]) for key in mine), "parameters and running statistics"
 
@@ -499,11 +535,11 @@ def test_the_bank_is_divided_without_loss_or_duplicates(two: list[dict[str, Any]
 
 
 def test_a_full_bank_keeps_the_newest_whole_rounds(two: list[dict[str, Any]]) -> None:
-    parts = [found["small bank"]["bank"] for found in two]
+    parts = [found["cached"]["bank"] for found in two]
     assert [len(part["images"]) for part in parts] == [18, 18]
-    assert [int(part["added"]) for part in parts] == [60, 60]
-    whole = two[0]["small bank"]["whole"]
-    assert int(whole["added"]) == 120
+    assert [int(part["added"]) for part in parts] == [72, 72]
+    whole = two[0]["cached"]["whole"]
+    assert int(whole["added"]) == 144
     bank = MemoryBank.of(whole, torch.device("cpu"), "test")
     images, labels = bank.newest(36)
     locals_ = [MemoryBank.of(part, torch.device("cpu"), "test").newest(18)[0] for part in parts]
@@ -622,39 +658,40 @@ def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------ the command
 
 
-def test_the_command_makes_the_run_folder_of_one_process(tmp_path: Path) -> None:
+def check_folder(root: Path, one: Path) -> None:
+    """`root` holds what one process writes."""
     from nayer_edge.generator import load
     from nayer_edge.models.load import load_classifier
-    from nayer_edge.pipelines.recipes.loading import load_recipe
-    from nayer_edge.pipelines.run import run_recipe
     from nayer_edge.storage.run_folder import RunFolder
 
-    settings = [
-        *("distill.epochs=2", "distill.warmup_epochs=1", "distill.steps=3", "distill.batch=32"),
-        *("distill.holdout_rounds=1", "synthesis.batch=20", "synthesis.g_steps=3", "synthesis.warmup_rounds=2"),
-        *("teacher.model=nayer:wrn_10_1", "teach.epochs=1", "precision=fp32", "device=cpu"),
-    ]
-    one, both = tmp_path / "one", tmp_path / "both"
-    recipe = load_recipe("digits", settings)
-    run_recipe(recipe, one, last="lte")
-    shutil.copytree(one, both)
-    run_recipe(recipe, one, last="student")
-    arguments = [part for setting in settings for part in ("--set", setting)]
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
-    done = started(
-        *torchrun, "-m", "nayer_edge", "distill", "digits", *arguments, "--out", both, "--json", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-
-    assert json.loads(done.stdout)["steps"]["student"]["numbers"]["processes"] == 2, "one process prints"
-    names, wanted = (sorted(p.relative_to(r).as_posix() for r in [root] for p in r.rglob("*")) for root in (both, one))
-    assert names == wanted, "only rank 0 writes, and what one process writes"
-    run = RunFolder.open(both)
+    files = RunFolder.open(one).manifest.files
+    wanted = {name for name, record in files.items() if record.step in ("teacher", "lte", "student")}
+    names = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+    assert names == {*wanted, "manifest.json", ".lock"}, "only rank 0 writes, and what one process writes"
+    run = RunFolder.open(root)
     assert run.problems() == []
-    load_classifier(both / "student/student.safetensors")
-    generator, _memory = load(both / "generator/generator.safetensors")
+    assert run.manifest.steps["student"].numbers["processes"] == 2
+    load_classifier(root / "student/student.safetensors")
+    generator, _memory = load(root / "generator/generator.safetensors")
     assert generator.noisy.weight.shape[0] == 2, "whole, for one process to draw from"
-    bank = MemoryBank.load(both / "bank.safetensors", torch.device("cpu"))
-    assert len(bank) == 60
-    lines = [[json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()] for root in (both, one)]
+    lines = [[json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (root, one)]
     assert lines[0][0]["loss_bn"] == pytest.approx(lines[1][0]["loss_bn"], rel=0.01)
+
+
+def test_the_command_makes_the_run_folder_of_one_process(launch: Launch, tiny_run: Path) -> None:
+    said = [(launch.folder / f"said{rank}").read_text() for rank in range(RANKS)]
+    assert json.loads(said[0])["steps"]["student"]["numbers"]["processes"] == 2, said
+    assert said[1] == "", "one process prints"
+    check_folder(launch.folder / "command", tiny_run)
+    bank = MemoryBank.load(launch.folder / "command" / "bank.safetensors", torch.device("cpu"))
+    assert len(bank) == 60
+
+
+@pytest.mark.slow  # five processes import torch
+def test_torchrun_starts_the_command(tiny_run: Path, tiny_settings: Sequence[str], tmp_path: Path) -> None:
+    root = without_student(tiny_run, tmp_path / "run")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
+    done = started(*torchrun, "-m", "nayer_edge", *distill_command(root, tiny_settings), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"]["student"]["numbers"]["processes"] == 2, "one process prints"
+    check_folder(root, tiny_run)
