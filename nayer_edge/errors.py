@@ -110,6 +110,7 @@ EXTRA_OF = {
     "ai_edge_litert": "litert",
     "ai_edge_quantizer": "litert",
     "litert_torch": "litert",
+    "ray": "ray",
 }
 """top-level module → the extra that installs it"""
 

@@ -541,6 +541,7 @@ def sweep(
     budget: str | None = None,
     out: FilePath | None = None,
     settings: Sequence[str] = (),
+    ray: str | None = None,
     fresh: bool = False,
     progress: bool = False,
     trust_code: bool = False,
@@ -555,6 +556,7 @@ def sweep(
         students: models; default: up to five that suit the teacher.
         budget: time for all students, such as "3h"; default: 40 % of what their runs would take alone.
         out: the folder of the sweep; default: runs/<recipe>-sweep.
+        ray: address of a Ray cluster, whose workers train the students, such as "auto"; default: this machine.
         settings, fresh, progress, trust_code: see `run`.
 
     Raises:
@@ -573,7 +575,7 @@ def sweep(
             list(settings),
             fresh=fresh,
         )
-        record = actions.sweep(order, fresh=fresh, display=_display(progress))
+        record = actions.sweep(order, ray=ray, fresh=fresh, display=_display(progress))
     return Sweep(order.out, record, teacher, trust_code=trust_code)
 
 
