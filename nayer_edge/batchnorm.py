@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nayer_edge import losses
-from nayer_edge.errors import no_batch_norms
+from nayer_edge.errors import UsageError, no_batch_norms
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.distributed import SINGLE, World, across_ranks
 
@@ -222,6 +222,28 @@ def raise_bn_momentum(classifier: Classifier) -> None:
     for norm in batch_norms(classifier):
         if norm.momentum is not None:
             norm.momentum = max(norm.momentum, SHORT_MOMENTUM)
+
+
+def require_prior(network: nn.Module, what: str, prior: str) -> None:
+    """Raises an error for a teacher for which `synthesis.prior` cannot make images.
+
+    Args:
+        what: the network's name in the error message, e.g. "The teacher".
+
+    Raises:
+        UsageError: no BatchNorm with running statistics for the prior "batchnorm"; for any other, BatchNorm without
+            them, which makes an answer depend on the other images of the batch.
+    """
+    if prior == "batchnorm":
+        require_batch_norms(network, what)
+        return
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]
+    if norms:
+        raise UsageError(
+            f"{what} has {len(norms)} BatchNorm layers without running statistics (track_running_stats=False).",
+            why="They normalise with the batch at hand, so that the answer for an image depends on the other images.",
+            fix="Use a teacher that answers for each image alone.",
+        )
 
 
 def require_batch_norms(network: nn.Module, what: str) -> None:

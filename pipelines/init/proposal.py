@@ -13,6 +13,7 @@ from nayer_edge.errors import UsageError
 from nayer_edge.labels.class_names import read_labels
 from nayer_edge.models.load import build_classifier, load_teacher, untrained_teacher
 from nayer_edge.models.names import parse
+from nayer_edge.procedural import EXPECTED, MOST_PIXELS
 
 from ..costs.fitting import device_at_hand
 from ..costs.model_cost import cost_of
@@ -157,7 +158,9 @@ def settle(found: Findings, given: Given) -> Proposal:
     weights = None if found.path.is_dir() else str(found.path.resolve())
     teacher = Teacher(model=model, weights=weights, weights_key=given.key, classes=classes, input=spec)
     # The same checks as `run`: the weights load and are finite, and a forward pass works.
-    network, _ = load_teacher(teacher, untrained_teacher(teacher))
+    network, _ = load_teacher(teacher, untrained_teacher(teacher), found.prior)
+    if found.prior == "procedural":
+        _require_measured(found, spec)
     cost = cost_of(model, spec, len(classes))
     device = device_at_hand(given.device)
     student = given.student or student_for(spec, len(classes), cost, model)
@@ -165,10 +168,13 @@ def settle(found: Findings, given: Given) -> Proposal:
         raise UsageError(f"Teacher and student are both {model}.", fix="Name a smaller network with --student.")
     student_cost = cost_of(student, spec, len(classes))
     sections, words = TRIAL, []
+    if found.prior == "procedural":
+        sections = {**TRIAL, "synthesis": {"prior": found.prior, **TRIAL["synthesis"], "lambda_ce": 0.0}}
     if given.effort == "normal":
         seconds = given.budget or DEFAULT_BUDGET[device.kind]
         augment = Augment(pad=pad_for(spec), flip=given.flip)
-        planned = plan_for(seconds, network, build_classifier(student, spec, classes), augment, device)
+        built = build_classifier(student, spec, classes)
+        planned = plan_for(seconds, network, built, augment, device, prior=found.prior)
         sections, words = {**planned.sections, **IMAGES}, planned.words
     return Proposal(
         name=checked_name(given.name or named_after(found.path)),
@@ -187,8 +193,21 @@ def settle(found: Findings, given: Given) -> Proposal:
         words=words,
         costs=(cost, student_cost),
         batch_norms=found.batch_norms,
+        kind=found.kind,
         origins={"input": spec_origin, "labels": labels_origin},
     )
+
+
+def _require_measured(found: Findings, spec: InputSpec) -> None:
+    """Raises UsageError where nobody has measured what procedural images are worth."""
+    if max(spec.height, spec.width) > MOST_PIXELS:
+        raise UsageError(
+            f"The network in {found.path} has no BatchNorm layers: {found.kind}.",
+            why=f"NAYER matches statistics that BatchNorm stores. Without them there are procedural images: {EXPECTED} "
+            f"Nothing was measured with images of {spec.height}×{spec.width}.",
+            fix="Use a teacher with BatchNorm. To try procedural images nevertheless, write a recipe by hand, with "
+            '[synthesis] prior = "procedural" (docs/REFERENCE.md).',
+        )
 
 
 def _spec(found: Findings, given: Given) -> tuple[InputSpec, str]:
@@ -233,6 +252,8 @@ def summary(found: Findings) -> dict[str, Any]:
         "tensors": found.tensors,
         "parameters": found.parameters,
         "batch_norms": found.batch_norms,
+        "kind": found.kind,
+        "prior": found.prior,
         "classes": found.classes,
         "channels": found.channels,
         "networks": [vars(match) for match in found.matches],
