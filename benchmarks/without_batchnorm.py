@@ -17,6 +17,7 @@ A row is written as soon as it is finished, and rows that are there are not run 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def folded(network: nn.Module) -> nn.Module:
     """The network with every BatchNorm folded into the convolution before it, as deployed networks have it."""
     modules = dict(network.eval().named_modules())
     names = list(modules)
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in itertools.pairwise(names):
         convolution, norm = modules[before], modules[name]
         if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             network.set_submodule(before, fuse_conv_bn_eval(convolution, norm))
