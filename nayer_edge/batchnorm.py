@@ -224,7 +224,7 @@ def raise_bn_momentum(classifier: Classifier) -> None:
             norm.momentum = max(norm.momentum, SHORT_MOMENTUM)
 
 
-def require_prior(network: nn.Module, what: str, prior: str) -> None:
+def require_prior(network: Classifier, what: str, prior: str) -> None:
     """Raises an error for a teacher for which `synthesis.prior` cannot make images.
 
     Args:
@@ -232,7 +232,8 @@ def require_prior(network: nn.Module, what: str, prior: str) -> None:
 
     Raises:
         UsageError: no BatchNorm with running statistics for the prior "batchnorm"; for any other, BatchNorm without
-            them, which makes an answer depend on the other images of the batch.
+            them, which makes an answer depend on the other images of the batch, or position embeddings for images of
+            another size, which some transformers would interpolate without a word.
     """
     if prior == "batchnorm":
         require_batch_norms(network, what)
@@ -244,6 +245,16 @@ def require_prior(network: nn.Module, what: str, prior: str) -> None:
             why="They normalise with the batch at hand, so that the answer for an image depends on the other images.",
             fix="Use a teacher that answers for each image alone.",
         )
+    height, width = network.spec.height, network.spec.width
+    for module in network.modules():
+        # timm's patch embeddings; those of torchvision and transformers refuse other sizes themselves.
+        size = getattr(module, "img_size", None) if hasattr(module, "patch_size") else None
+        if isinstance(size, tuple) and size != (height, width):
+            raise UsageError(
+                f"{what} was built for images of {size[0]}×{size[1]}, and its input is {height}×{width}.",
+                why="Its position embeddings would be interpolated, and it was not trained with them.",
+                fix=f"Correct teacher.input, or build it for this size: teacher.arguments = {{ img_size = {height} }}",
+            )
 
 
 def require_batch_norms(network: nn.Module, what: str) -> None:

@@ -35,7 +35,8 @@ TINY: dict[str, Any] = {
     "lte": {"encoder": "onehot"},
     "export": {"calibration_images": 8, "calibration_method": "minmax", "max_drop": None},
     "validate": {"synthetic_images": 32},
-    "gate": {"artifacts": ["int8.cpu"], "agreement": {"min": 0.01}},
+    # A few steps make no good student.
+    "gate": {"artifacts": ["int8.cpu"], "accuracy": {"max_drop_vs_fp32": 0.99, "max_drop_vs_teacher": 0.99}},
     "device": "cpu",
     "precision": "fp32",
 }
@@ -65,11 +66,11 @@ def test_the_whole_way_without_a_generator(teacher: ne.Teacher, tmp_path: Path, 
     assert not (run.path / "generator" / "generator.safetensors").exists()
     run.export(int8=True, targets=["cpu"])
     report = run.validate()
-    assert report["dataset"] == {**report["dataset"], "kind": "synthetic"}
-    names = [each["name"] for each in report["artifacts"] if each["status"] == "measured"]
+    assert report.dataset.kind == "synthetic"
+    names = [each.name for each in report.artifacts if each.status == "measured"]
     assert {"fp32", "int8.cpu"} <= set(names)
     verdict = run.gate()
-    assert verdict.verdict in {"pass", "inconclusive"}, verdict
+    assert verdict.verdict == "pass", verdict
     images, made_for = run.draw(40)
     assert images.shape == (40, 1, 8, 8)
     again, _ = run.draw(40)
@@ -106,7 +107,7 @@ def test_the_default_prior_names_the_other_one(teacher: ne.Teacher, tmp_path: Pa
     ("arguments", "words"),
     [
         ("{ img_size = 16, patch_size = 5 }", "cannot take images of 1×16×16"),
-        ("{ img_size = 32, patch_size = 4 }", "cannot take images of 1×16×16"),
+        ("{ img_size = 32, patch_size = 4 }", "built for images of 32×32, and its input is 16×16"),
     ],
 )
 def test_a_transformer_of_another_size_is_refused_before_any_work(arguments: str, words: str) -> None:
