@@ -123,6 +123,8 @@ class Epoch:
     """number of classes that the teacher predicts on the newest images"""
     distinct: float = 1.0
     """fraction of the newest images that are not duplicates"""
+    variety: float | None = None
+    """share of the pixels' variance of the newest images that lies within classes"""
     student_spread: float | None = None
     """largest difference between the student's logits on two hold-out images"""
 
@@ -279,7 +281,7 @@ class Distillation:
             self._keep(made)
         newest = rounds[-1].images if rounds else self.bank.newest(health.SAMPLE)[0]
         signs = health.inspect_images(self.teacher, newest, self.compute)
-        shares, distinct = map(self.world.mean, signs)
+        shares, distinct, variety = map(self.world.mean, signs)
         if not len(self.holdout) and epoch >= distill.warmup_epochs - 1:
             self._make_holdout()
         loss_kd, lr = (None, None) if warm else self._train_student(epoch - distill.warmup_epochs, on_step)
@@ -304,6 +306,7 @@ class Distillation:
             synthesis_seconds=max(synthesised - began, 0.0),
             synthetic_classes=int((shares > 0).sum()),
             distinct=float(distinct),
+            variety=None if math.isnan(variety) else float(variety),
             student_spread=None if warm else spread,
         )
         self._check_finite(found)
