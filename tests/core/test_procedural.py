@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -326,3 +327,12 @@ def test_a_teacher_that_looks_at_the_whole_batch_is_refused(
         norm.running_mean = norm.running_var = None
     with pytest.raises(UsageError, match="4 BatchNorm layers without running statistics"):
         Distillation(teacher, label_embeddings, student, settings(**PROCEDURAL), compute)
+
+
+def test_what_init_promises_is_what_was_measured() -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "without_batchnorm.digits.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["summary"]
+    for kind in ("GroupNorm ResNet-20", "ConvNeXt", "ViT"):
+        measured = found[kind]["procedural"]
+        assert measured["seeds"] == 3
+        assert f"{100 * measured['mean']:.1f} %" in procedural.EXPECTED, kind
