@@ -24,6 +24,8 @@ Side = Annotated[int, Field(ge=4, le=4096)]
 """pixels of an image's side"""
 Fit = Literal["exact", "stretch", "center-crop"]
 """what happens to an image of another size than the model's: error, resize, or resize and crop"""
+Prior = Literal["batchnorm", "procedural"]
+"""what makes the images of a run"""
 Arguments = dict[str, bool | int | float | str]
 EMBEDDING_FILES = (".safetensors", ".npz", ".npy")
 """extensions of embedding files"""
@@ -200,6 +202,13 @@ class Generator(Section):
 class Synthesis(Section):
     """A synthesis round, and the number of rounds (paper Alg. 1, Eq. 4 to 8)."""
 
+    prior: Prior = "batchnorm"
+    """what makes images: batchnorm: NAYER's generator, which matches the teacher's BatchNorm statistics; procedural:
+    random textures, shapes and strokes, whose pixels are then optimised (not in the paper); for teachers without
+    BatchNorm. It uses no generator and no label embeddings, of the losses L_ce and L_adv, and not lr, g_life, lambda_bn
+    and bn_momentum"""
+    pixel_step: Positive = 0.1
+    """root mean square by which a step changes the pixels of an image in [0, 1]; of the procedural prior only"""
     batch: Annotated[int, Field(ge=2)] = 400
     """images per round"""
     g_steps: Count = 30

@@ -89,8 +89,8 @@ class Teacher:
     Python, with the same teacher (`open`, or `distill` again), because no file describes the network's architecture.
 
     Args:
-        module: normalised images (B, C, H, W) → logits (B, K), possibly wrapped in a library's output object. It must
-            have BatchNorm layers.
+        module: normalised images (B, C, H, W) → logits (B, K), possibly wrapped in a library's output object. Without
+            BatchNorm layers, `distill` needs the setting synthesis={"prior": "procedural"}.
         classes: the K class names in the order of the logits, or a text, JSON or CSV file that lists them.
         input: the input specification that it was trained with.
         resize: height and width that the module needs, if it cannot take images of the input's size. The teacher then
@@ -102,8 +102,8 @@ class Teacher:
         input: the input specification.
 
     Raises:
-        UsageError: not a module, no BatchNorm layers, it does not accept such images, the number of outputs differs
-            from the number of class names, or the class names are invalid.
+        UsageError: not a module, it does not accept such images, its answers depend on the other images of the batch,
+            the number of outputs differs from the number of class names, or the class names are invalid.
         TrainingError: its outputs are not finite, or the same for every image.
         MissingError: torch is not installed.
     """
@@ -207,7 +207,8 @@ def load_teacher(
         }
         section = checked(config.Teacher, values, "Invalid teacher:", "Correct the arguments.")
         section = with_input(resolved_teacher(section, lambda _key: Path.cwd()))
-        classifier, _ = load.load_teacher(section, load.untrained_teacher(section))
+        untrained = load.untrained_teacher(section)
+        classifier, _ = load.load_teacher(section, untrained, _possible_prior(untrained))
         _check(classifier)
     found = object.__new__(Teacher)
     found._section, found._network = section, None
@@ -689,14 +690,21 @@ def _copy_of(module: Any) -> nn.Module:
         ) from error
 
 
+def _possible_prior(network: Classifier) -> str:
+    """A prior that this teacher can have. Which one a run uses is not known yet; without BatchNorm, one only can."""
+    from nayer_edge.batchnorm import batch_norms
+
+    return "batchnorm" if batch_norms(network) else "procedural"
+
+
 def _check(classifier: Classifier) -> None:
     """Raises an error for a teacher that cannot be distilled."""
-    from nayer_edge.batchnorm import require_batch_norms
+    from nayer_edge.batchnorm import require_prior
     from nayer_edge.distillation import check_teacher
     from nayer_edge.models.load import check_forward
     from nayer_edge.runtime import compute
 
-    require_batch_norms(classifier, f"The teacher {classifier.model}")
+    require_prior(classifier, f"The teacher {classifier.model}", _possible_prior(classifier))
     check_forward(classifier)
     check_teacher(classifier, compute.choose("cpu", "fp32"))
 

@@ -245,7 +245,8 @@ def _images(
         for start in range(0, len(pixels), size):
             yield pixels[start : start + size]
 
-    name = "put aside during distillation" if not steps else "drawn from the trained generator"
+    drawn_from = "drawn from the trained generator" if source.generator is not None else "drawn procedurally"
+    name = "put aside during distillation" if not steps else drawn_from
     return Images(ImageStream(name, labels.astype(np.int64), batches), truth=False)
 
 

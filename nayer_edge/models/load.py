@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from nayer_edge.batchnorm import require_batch_norms
+from nayer_edge.batchnorm import require_prior
 from nayer_edge.config import InputSpec, Teacher
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models import build as sources
@@ -149,11 +149,14 @@ def untrained_teacher(config: Teacher) -> Classifier:
     return build_classifier(config.model, config.input, config.classes, arguments, resize=config.resize)
 
 
-def load_teacher(config: Teacher, random_weights: Classifier) -> tuple[Classifier, dict[str, Any]]:
+def load_teacher(
+    config: Teacher, random_weights: Classifier, prior: str = "batchnorm"
+) -> tuple[Classifier, dict[str, Any]]:
     """Loads the trained teacher.
 
     Args:
         random_weights: the result of `untrained_teacher`.
+        prior: `synthesis.prior`, which decides whether the teacher needs BatchNorm.
 
     Returns:
         The teacher in eval mode, and the card's entries about its weights.
@@ -182,7 +185,7 @@ def load_teacher(config: Teacher, random_weights: Classifier) -> tuple[Classifie
             facts["key"] = key
         if (top1 := published.top1_of(config.model, config.weights)) is not None:
             facts["published_top1"] = top1
-    require_batch_norms(teacher, f"The teacher {teacher.model}")
+    require_prior(teacher, f"The teacher {teacher.model}", prior)
     check_forward(teacher)
     return teacher.eval(), {**facts, **_left_out(loaded)}
 

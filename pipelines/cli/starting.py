@@ -146,7 +146,8 @@ def _show_findings(found: Findings, given: Given) -> None:
     _line("checkpoint", f"{found.path.name}: {found.tensors} tensors{where}")
     _line(
         "",
-        f"{found.parameters:,} parameters, {found.batch_norms} BatchNorm layers, {found.classes} classes, "
+        f"{found.parameters:,} parameters, {found.batch_norms or 'no'} BatchNorm layers"
+        f"{f' ({found.kind})' if found.kind else ''}, {found.classes} classes, "
         f"{found.channels} channel{'s' if found.channels != 1 else ''}",
     )
     for match in found.exact:
@@ -169,6 +170,8 @@ def _show_findings(found: Findings, given: Given) -> None:
 
 
 def _show_plan(plan: Proposal, target: Path) -> None:
+    from nayer_edge.procedural import EXPECTED
+
     spec = plan.spec
     pixels = f"{spec.channels}×{spec.height}×{spec.width}"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
@@ -185,6 +188,8 @@ def _show_plan(plan: Proposal, target: Path) -> None:
     _line("device", f"{plan.device.name}, {plan.device.free_bytes / 2**30:.0f} GiB free")
     for head, text in plan.words:
         _line(head, text)
+    if plan.kind:
+        _line("prior", f"procedural images, since the teacher stores no BatchNorm statistics. {EXPECTED}")
     _line("recipe", str(target))
     stdout().print(
         f"\nNext: nayer-edge run {inert(shlex.quote(str(target)))}", style="bold", highlight=False, soft_wrap=True

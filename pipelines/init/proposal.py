@@ -16,6 +16,7 @@ from nayer_edge.models.adapt import TRACE_PIXELS
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, check_forward, load_teacher, untrained_teacher
 from nayer_edge.models.names import parse
+from nayer_edge.procedural import EXPECTED, MOST_PIXELS
 
 from ..costs.fitting import device_at_hand
 from ..costs.model_cost import cost_of, cost_of_network
@@ -168,8 +169,9 @@ def settle(found: Findings, given: Given) -> Proposal:
         resize=None if given.resize is None else parse_size(given.resize, "--resize"),
     )
     # The same checks as `run`: the weights load and are finite, and a forward pass works.
-    untrained = _that_runs(teacher)
-    network, _ = load_teacher(teacher, untrained)
+    network, _ = load_teacher(teacher, _that_runs(teacher), found.prior)
+    if found.prior == "procedural":
+        _require_measured(found, network)
     cost = cost_of_network(network)
     device = device_at_hand(given.device)
     student = given.student or student_for(spec, len(classes), cost, model)
@@ -177,10 +179,13 @@ def settle(found: Findings, given: Given) -> Proposal:
         raise UsageError(f"Teacher and student are both {model}.", fix="Name a smaller network with --student.")
     student_cost = cost_of(student, spec, len(classes))
     sections, words = TRIAL, []
+    if found.prior == "procedural":
+        sections = {**TRIAL, "synthesis": {"prior": found.prior, **TRIAL["synthesis"], "lambda_ce": 0.0}}
     if given.effort == "normal":
         seconds = given.budget or DEFAULT_BUDGET[device.kind]
         augment = Augment(pad=pad_for(spec), flip=given.flip)
-        planned = plan_for(seconds, network, build_classifier(student, spec, classes), augment, device)
+        built = build_classifier(student, spec, classes)
+        planned = plan_for(seconds, network, built, augment, device, prior=found.prior)
         sections, words = {**planned.sections, **IMAGES}, planned.words
     return Proposal(
         name=checked_name(given.name or named_after(found.path)),
@@ -200,6 +205,7 @@ def settle(found: Findings, given: Given) -> Proposal:
         words=words,
         costs=(cost, student_cost),
         batch_norms=found.batch_norms,
+        kind=found.kind,
         origins={"input": spec_origin, "labels": labels_origin},
     )
 
@@ -225,6 +231,19 @@ def _size_in_library(teacher: Teacher) -> tuple[int, int] | None:
         return None
     found, _ = published.input_of(teacher.model, teacher.weights)
     return found.get("height", TRACE_PIXELS), found.get("width", TRACE_PIXELS)
+
+
+def _require_measured(found: Findings, network: Classifier) -> None:
+    """Raises UsageError where nobody has measured what procedural images are worth."""
+    height, width = network.resize or network.spec.shape[1:]
+    if max(height, width) > MOST_PIXELS:
+        raise UsageError(
+            f"The network in {found.path} has no BatchNorm layers: {found.kind}.",
+            why=f"NAYER matches statistics that BatchNorm stores. Without them there are procedural images: {EXPECTED} "
+            f"Nothing was measured with images of {height}×{width}.",
+            fix="Use a teacher with BatchNorm. To try procedural images nevertheless, write a recipe by hand, with "
+            '[synthesis] prior = "procedural" (docs/REFERENCE.md).',
+        )
 
 
 def _spec(found: Findings, given: Given) -> tuple[InputSpec, str]:
@@ -269,6 +288,8 @@ def summary(found: Findings) -> dict[str, Any]:
         "tensors": found.tensors,
         "parameters": found.parameters,
         "batch_norms": found.batch_norms,
+        "kind": found.kind,
+        "prior": found.prior,
         "classes": found.classes,
         "channels": found.channels,
         "networks": [vars(match) for match in found.matches],
