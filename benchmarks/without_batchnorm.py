@@ -150,7 +150,7 @@ class OnReal(Distillation):
 
 def main() -> None:
     """Runs what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default="digits", help="digits, or labelled images as teach.data (32 pixels, RGB)")
     parser.add_argument("--teachers", default=";".join(TEACHERS), help="separated by ;")
     parser.add_argument("--ways", default=";".join(WAYS), help="separated by ;")
