@@ -232,6 +232,7 @@ def start(tiny_run: Path, root: Path) -> subprocess.Popen[bytes]:
 def leaves(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
     """The settings that make the digits recipe the tiny one."""
     yield "precision", values["precision"]
+    yield "teacher.model", values["teacher"]["model"]
     for section in ("teach", "synthesis", "distill", "export", "validate"):
         for key, value in values[section].items():
             if isinstance(value, int | float | str):

@@ -435,7 +435,8 @@ def test_a_folder_without_safetensors_and_a_damaged_encoder(sentence_encoder: Pa
         build(("cat", "dog"), LTE(encoder=str(sentence_encoder)))
 
 
-@pytest.mark.parametrize("offline", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow  # in `make test`, the process of tests/core/models/test_huggingface.py tries it
+@pytest.mark.parametrize("offline", [True, False])
 def test_an_unreachable_hub(offline: bool) -> None:
     script = """
 from nayer_edge.config import LTE

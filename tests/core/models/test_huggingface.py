@@ -220,9 +220,10 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_an_unreachable_hub(tmp_path: Path) -> None:
-    """In a process whose hub address is a closed port."""
+    """In a process whose hub address is a closed port. The text encoder is here too, to start only one."""
     program = (
-        "from nayer_edge.config import InputSpec\n"
+        "from nayer_edge.config import LTE, InputSpec\n"
+        "from nayer_edge.labels.embeddings import build\n"
         "from nayer_edge.errors import MissingError\n"
         "from nayer_edge.models.names import parse\n"
         "from nayer_edge.models.load import build_classifier\n"
@@ -242,6 +243,13 @@ def test_an_unreachable_hub(tmp_path: Path) -> None:
         "        assert 'not on this machine' in error.what, error.what\n"
         "    else:\n"
         "        raise AssertionError('it went on')\n"
+        "try:\n"
+        "    build(('a', 'b'), LTE(encoder='nobody/an-encoder-that-is-not-there'))\n"
+        "except MissingError as error:\n"
+        "    assert error.what.startswith('The text encoder \\'nobody/an-encoder'), error.what\n"
+        "    assert 'local folder' in error.fix, error.fix\n"
+        "else:\n"
+        "    raise AssertionError('it went on')\n"
     )
     environment = os.environ | {
         "HF_ENDPOINT": "http://127.0.0.1:9",

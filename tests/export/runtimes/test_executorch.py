@@ -92,6 +92,7 @@ def test_the_record_is_json_and_says_what_was_done(int8: BuiltFile) -> None:
     assert "Div" in record["in_float"], "the normalisation"
 
 
+@pytest.mark.slow  # builds another file; test_litert.py has the same for the other quantizer
 def test_named_layers_stay_in_float(make_student: Student, draw_patterns: Draw, tmp_path: Path) -> None:
     network, layers = make_student(SHAPE), ["backbone.layer1", "backbone.fc"]
     calibration = draw_patterns(16, SHAPE, seed=1)
@@ -134,7 +135,7 @@ def test_threads_are_set_and_restored(fp32: BuiltFile, capfd: pytest.CaptureFixt
     assert capfd.readouterr().err == "", "the runtime's notes about /sys must not reach the terminal"
 
 
-@pytest.mark.parametrize("shape", [pytest.param((1, 16, 16), marks=pytest.mark.slow), (13, 16, 24)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 16, 16), marks=pytest.mark.slow), (13, 8, 12)])
 def test_channels_and_rectangles(
     shape: tuple[int, int, int], make_student: Student, draw_patterns: Draw, tmp_path: Path
 ) -> None:
