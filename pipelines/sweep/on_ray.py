@@ -59,7 +59,7 @@ def connected(address: str) -> Iterator[Cluster]:
     # Read when ray is imported.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise missing_extra((error.name or "ray").partition(".")[0], "ray", "--ray") from error
     try:
@@ -196,7 +196,7 @@ class OnRay:
 
     def _examine(self, nodes: Sequence[Node]) -> bool:
         """Whether all machines see the sweep's folder and the bank; raises if one cannot work."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
 
         token = self._out / MARK
         token.write_text(self._token, encoding="utf-8")
@@ -349,10 +349,10 @@ def _functions(ray: Cluster) -> tuple[Any, Any]:
         return {"version": version, "torch": importlib.util.find_spec("torch") is not None, "seen": seen}
 
     def work(values: dict[str, Any], files: dict[str, Any] | None, token: str) -> Any:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
-        from nayer_edge.pipelines.sweep.on_ray import do_with_files
-        from nayer_edge.pipelines.sweep.workers import Task
+        from .on_ray import do_with_files
+        from .workers import Task
 
         if files is None:
             return Task.unpacked(values).do().packed(), None

@@ -79,8 +79,8 @@ from nayer_edge.runtime.compute import choose
 
 torch.set_num_threads(1)
 network = choose("cpu").place(build_classifier("nayer:resnet8_w4", InputSpec(height=16, width=16), list("abc")))
-for _ in range(4):
-    network.train()(torch.rand(16, 3, 16, 16)).sum().backward()
+for order in [torch.contiguous_format, torch.channels_last] * 3:
+    network.train()(torch.rand(16, 3, 16, 16).to(memory_format=order)).sum().backward()
 junk = [torch.randn(count) for count in range(1, 4000, 7)]
 """
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
