@@ -26,6 +26,8 @@ NAMED_FILES = {"teacher.weights": True, "teach.data": False, "validate.data": Tr
 """recipe keys that name the user's files, and whether to hash the contents of a folder (training images may be too many
 to read every time)"""
 
+BANK_DIGEST = "student.bank.sha256"
+"""setting of a step that takes over another run's files: `bank_digest`"""
 TAKEN = ("bank", "generator", "generator card", "images put aside")
 """roles of the files that a run takes over from the run that `student.bank` names"""
 
@@ -121,6 +123,9 @@ def _changes_since_begun(step: Step, values: dict[str, Any], run: RunFolder, dig
     changed = []
     for part in decisive:
         old, new = _settings(part, before, None, digest), _settings(part, values, None, digest)
+        if old.get(BANK_DIGEST, "") is None and new.get(BANK_DIGEST) is not None:
+            # The folder that the run started with is elsewhere now. The checkpoint identifies its images.
+            old[BANK_DIGEST] = new[BANK_DIGEST]
         # A run with a constant schedule can be made longer or shorter at any time.
         changed += [] if _without_length(old) == _without_length(new) else changes_of(old, new)
     return list(dict.fromkeys(changed))
@@ -174,9 +179,8 @@ def _settings(
             found[section]["model"] = model.portable
             count(f"{section}.model", model.path)
     if "student" in found and (bank := found["student"].pop("bank")) is not None:
-        name = "student.bank.sha256"
-        before = record.settings.get(name) if record else None
-        found[name] = before if before and bank == held else bank_digest(Path(bank)) or before
+        before = record.settings.get(BANK_DIGEST) if record else None
+        found[BANK_DIGEST] = before if before and bank == held else bank_digest(Path(bank)) or before
     return found
 
 

@@ -17,10 +17,11 @@ from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.pipelines import actions, shared_bank
 from nayer_edge.pipelines.costs import budget, planning
+from nayer_edge.pipelines.plan import plan_steps, read_once
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.pipelines.steps import CHECKPOINT, SOURCE, START_FILES
+from nayer_edge.pipelines.steps import CHECKPOINT, SOURCE, START_FILES, STEPS
 from nayer_edge.pipelines.trust.sbom import make_sbom
 from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.files import sha256_of
@@ -105,6 +106,9 @@ def test_interrupted_it_ends_with_the_same_bits(
     assert (root / CHECKPOINT).is_file() != at_once
     # What it started with is its own now.
     shutil.rmtree(copied)
+    elsewhere = recipe(source, "distill.epochs=7", "distill.decay_epochs=2")
+    plans = plan_steps(elsewhere, STEPS, RunFolder.open(root), read_once())
+    assert not any(plan.changes for plan in plans), "the same images at another place"
     done = run_recipe(actions.timed(actions.recipe_in(root), str(root), root, actions.Time())[0], root, last="student")
     for name in (STUDENT, "bank.safetensors", "reserve.safetensors", "generator/generator.safetensors"):
         assert sha256_of(done.path(name)) == sha256_of(whole / name), name
