@@ -45,7 +45,8 @@ class LayerSensitivity:
     Attributes:
         node: layer.
         sqnr_db: of its output when its input and weight are quantized.
-        agreement: of the whole model with FP32 when only this layer runs in INT8; None if not measured.
+        agreement: of the whole model with FP32 when only this layer runs in INT8; None if not measured, or if the
+            quantizer fails.
     """
 
     node: str
@@ -185,7 +186,8 @@ def bias_corrected(graph: ModelProto, errors: Mapping[str, LayerError]) -> Model
 
 
 def most_sensitive_first(rows: Sequence[LayerSensitivity]) -> list[str]:
-    """Layers by sensitivity: lowest agreement alone first, then highest divergence, then lowest SQNR."""
+    """Layers by sensitivity: lowest agreement alone first, then highest divergence, then lowest SQNR; those without a
+    measurement before all others."""
 
     def key(row: LayerSensitivity) -> tuple[float, float, float]:
         if row.agreement is None:
@@ -196,7 +198,7 @@ def most_sensitive_first(rows: Sequence[LayerSensitivity]) -> list[str]:
 
 
 def search_mixed_precision(
-    measure: Callable[[Collection[str]], Agreement], order: Sequence[str], max_drop: float
+    measure: Callable[[Collection[str]], Agreement | None], order: Sequence[str], max_drop: float
 ) -> tuple[list[str], Agreement, list[dict[str, Any]]]:
     """The shortest prefix of `order` that must be excluded from quantization to keep the drop within a limit.
 
@@ -205,30 +207,36 @@ def search_mixed_precision(
     so it holds the limit even if the assumption is wrong.
 
     Args:
-        measure: excluded layers → agreement of the resulting model with FP32.
+        measure: excluded layers → agreement of the resulting model with FP32; None if the quantizer fails. With no
+            layer excluded, it must not fail.
         order: most sensitive first.
         max_drop: largest acceptable drop (`Agreement.drop`), a fraction.
 
     Returns:
-        the layers to exclude (all of them if the limit is out of reach), the agreement measured with them, and every
-        measurement, as in quantization.json.
+        the layers to exclude (if the limit is out of reach, as many as could be), the agreement measured with them, and
+        every measurement, as in quantization.json.
     """
     trail: list[dict[str, Any]] = []
+    measured: dict[int, Agreement] = {}
 
-    def at(count: int) -> Agreement:
+    def holds(count: int) -> bool:
         found = measure(order[:count])
-        trail.append({"float_layers": count, **found.as_record()})
-        return found
+        trail.append({"float_layers": count, **({"failed": True} if found is None else found.as_record())})
+        if found is None:
+            return False
+        measured[count] = found
+        return found.drop <= max_drop
 
-    low, high, best = -1, 0, at(0)
-    while best.drop > max_drop and high < len(order):
+    low, high = -1, 0
+    reached = holds(0)
+    while not reached and high < len(order):
         low, high = high, min(max(1, 2 * high), len(order))
-        best = at(high)
-    while best.drop <= max_drop and high - low > 1:
+        reached = holds(high)
+    while reached and high - low > 1:
         middle = (low + high) // 2
-        candidate = at(middle)
-        if candidate.drop <= max_drop:
-            high, best = middle, candidate
+        if holds(middle):
+            high = middle
         else:
             low = middle
-    return list(order[:high]), best, trail
+    chosen = high if reached else max(measured)
+    return list(order[:chosen]), measured[chosen], trail

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nayer_edge import losses
-from nayer_edge.errors import no_batch_norms
+from nayer_edge.errors import UsageError, no_batch_norms
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.distributed import SINGLE, World, across_ranks
 
@@ -222,6 +222,39 @@ def raise_bn_momentum(classifier: Classifier) -> None:
     for norm in batch_norms(classifier):
         if norm.momentum is not None:
             norm.momentum = max(norm.momentum, SHORT_MOMENTUM)
+
+
+def require_prior(network: Classifier, what: str, prior: str) -> None:
+    """Raises an error for a teacher for which `synthesis.prior` cannot make images.
+
+    Args:
+        what: the network's name in the error message, e.g. "The teacher".
+
+    Raises:
+        UsageError: no BatchNorm with running statistics for the prior "batchnorm"; for any other, BatchNorm without
+            them, which makes an answer depend on the other images of the batch, or position embeddings for images of
+            another size, which some transformers would interpolate without a word.
+    """
+    if prior == "batchnorm":
+        require_batch_norms(network, what)
+        return
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]
+    if norms:
+        raise UsageError(
+            f"{what} has {len(norms)} BatchNorm layers without running statistics (track_running_stats=False).",
+            why="They normalise with the batch at hand, so that the answer for an image depends on the other images.",
+            fix="Use a teacher that answers for each image alone.",
+        )
+    height, width = network.spec.height, network.spec.width
+    for module in network.modules():
+        # timm's patch embeddings; those of torchvision and transformers refuse other sizes themselves.
+        size = getattr(module, "img_size", None) if hasattr(module, "patch_size") else None
+        if isinstance(size, tuple) and size != (height, width):
+            raise UsageError(
+                f"{what} was built for images of {size[0]}×{size[1]}, and its input is {height}×{width}.",
+                why="Its position embeddings would be interpolated, and it was not trained with them.",
+                fix=f"Correct teacher.input, or build it for this size: teacher.arguments = {{ img_size = {height} }}",
+            )
 
 
 def require_batch_norms(network: nn.Module, what: str) -> None:

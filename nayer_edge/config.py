@@ -20,8 +20,12 @@ from pydantic import (
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=4, le=4096)]
+"""pixels of an image's side"""
 Fit = Literal["exact", "stretch", "center-crop"]
 """what happens to an image of another size than the model's: error, resize, or resize and crop"""
+Prior = Literal["batchnorm", "procedural"]
+"""what makes the images of a run"""
 Arguments = dict[str, bool | int | float | str]
 EMBEDDING_FILES = (".safetensors", ".npz", ".npy")
 """extensions of embedding files"""
@@ -38,9 +42,9 @@ class InputSpec(Section):
 
     channels: Count = 3
     """1: greyscale; 3: RGB"""
-    height: Annotated[int, Field(ge=4, le=4096)] = 32
+    height: Side = 32
     """pixels"""
-    width: Annotated[int, Field(ge=4, le=4096)] = 32
+    width: Side = 32
     """pixels"""
     mean: tuple[float, ...] = (0.5,)
     """one value per channel, or one for all channels"""
@@ -101,6 +105,9 @@ class Teacher(Section):
     """class names in the order of the classifier's outputs, or a file of class names, relative to the recipe"""
     input: InputSpec = InputSpec()
     """omitted keys default to the library's metadata of the weights, if it has any"""
+    resize: tuple[Side, Side] | None = None
+    """height and width that the network needs, if it cannot take images of the input's size: the teacher resizes them,
+    bilinearly with antialiasing; so a network for 224 pixels can teach a student for 32"""
     input_from: str = ""
     """where the input specification came from; filled in when the recipe is read"""
 
@@ -195,6 +202,13 @@ class Generator(Section):
 class Synthesis(Section):
     """A synthesis round, and the number of rounds (paper Alg. 1, Eq. 4 to 8)."""
 
+    prior: Prior = "batchnorm"
+    """what makes images: batchnorm: NAYER's generator, which matches the teacher's BatchNorm statistics; procedural:
+    random textures, shapes and strokes, whose pixels are then optimised (not in the paper); for teachers without
+    BatchNorm. It uses no generator and no label embeddings, of the losses L_ce and L_adv, and not lr, g_life, lambda_bn
+    and bn_momentum"""
+    pixel_step: Positive = 0.1
+    """root mean square by which a step changes the pixels of an image in [0, 1]; of the procedural prior only"""
     batch: Annotated[int, Field(ge=2)] = 400
     """images per round"""
     g_steps: Count = 30

@@ -25,7 +25,7 @@ from torch import Tensor
 from nayer_edge import generator as generators
 from nayer_edge import health, losses
 from nayer_edge.augment import crop_and_flip, mixup
-from nayer_edge.batchnorm import BatchNormStatistics, synchronise_batchnorms
+from nayer_edge.batchnorm import BatchNormStatistics, require_prior, synchronise_batchnorms
 from nayer_edge.cached_views import ViewCache
 from nayer_edge.config import Distill, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
@@ -37,6 +37,7 @@ from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import weights_digest
 from nayer_edge.optimizers import make_optimizer, set_rate
+from nayer_edge.procedural import procedural_round
 from nayer_edge.runtime.compute import Compute, random_stream
 from nayer_edge.runtime.distributed import SINGLE, World, share_problems
 from nayer_edge.runtime.process import Deferred
@@ -44,6 +45,9 @@ from nayer_edge.runtime.progress import Progress, Silent
 from nayer_edge.storage.files import digest_of
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 from nayer_edge.synthesis import Round, synthesize_round
+
+LATER_KEYS = ("prior", "pixel_step")
+"""keys of [synthesis] that came after the first checkpoints"""
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,13 @@ class Settings:
         It excludes the length of a run with a constant schedule, which can be extended or shortened.
         """
         length = set(vars(Length.of(self.distill))) if self.distill.schedule == "constant" else set()
+        # Keys that came later count only if they are set, so that checkpoints of earlier versions can be continued.
+        defaults = Synthesis()
+        later = {key for key in LATER_KEYS if getattr(self.synthesis, key) == getattr(defaults, key)}
         return digest_of(
             {
                 "generator": self.generator.model_dump(mode="json"),
-                "synthesis": self.synthesis.model_dump(mode="json"),
+                "synthesis": self.synthesis.model_dump(mode="json", exclude=later),
                 "distill": self.distill.model_dump(mode="json", exclude=length),
                 "seed": self.seed,
                 "student": student,
@@ -116,6 +123,8 @@ class Epoch:
     """number of classes that the teacher predicts on the newest images"""
     distinct: float = 1.0
     """fraction of the newest images that are not duplicates"""
+    variety: float | None = None
+    """share of the pixels' variance of the newest images that lies within classes"""
     student_spread: float | None = None
     """largest difference between the student's logits on two hold-out images"""
 
@@ -131,7 +140,7 @@ class Distillation:
             student and generator are identical on all ranks.
 
     Raises:
-        UsageError: the parts do not match, or the teacher has no BatchNorm layers.
+        UsageError: the parts do not match, or the prior cannot make images for this teacher.
         TrainingError: the teacher's outputs are NaN or infinite, or the same for every image.
     """
 
@@ -144,6 +153,7 @@ class Distillation:
         compute: Compute,
         world: World = SINGLE,
     ) -> None:
+        require_prior(teacher, "The teacher", settings.synthesis.prior)
         _check_fit(teacher, embeddings, student)
         _check_shares(settings, len(teacher.classes), world)
         self.settings, self.compute, self.world = settings, compute, world
@@ -158,9 +168,13 @@ class Distillation:
         world.broadcast(student.state_dict().values())
         self.embeddings = embeddings.embeddings.to(compute.device)
         check_teacher(self.teacher, compute)
-        self.statistics = BatchNormStatistics(self.teacher, settings.synthesis.bn_momentum, world)
-        self.generator = new_generator(embeddings, teacher.spec.shape, settings.synthesis, settings.generator, world)
-        compute.place(self.generator)
+        self.has_generator = settings.synthesis.prior == "batchnorm"
+        """whether images come from a generator; the procedural prior has neither `statistics` nor `generator`"""
+        if self.has_generator:
+            config = settings.synthesis
+            self.statistics = BatchNormStatistics(self.teacher, config.bn_momentum, world)
+            self.generator = new_generator(embeddings, teacher.spec.shape, config, settings.generator, world)
+            compute.place(self.generator)
         self.bank = self._new_bank()
         self.views = None
         if settings.distill.views:
@@ -257,7 +271,7 @@ class Distillation:
         count = self._rounds_of(epoch)
         # A run on another run's images goes on with its generator.
         taken_over = epoch == 0 and self.settings.start is not None
-        if count and epoch % synthesis.g_life == 0 and not taken_over:
+        if self.has_generator and count and epoch % synthesis.g_life == 0 and not taken_over:
             generators.initialise(self.generator, self._stream("generator", epoch))
             self.world.broadcast(generators.common_state(self.generator))
         rounds = [self._round(self._stream("round", epoch, number), warm, on_step) for number in range(count)]
@@ -267,7 +281,7 @@ class Distillation:
             self._keep(made)
         newest = rounds[-1].images if rounds else self.bank.newest(health.SAMPLE)[0]
         signs = health.inspect_images(self.teacher, newest, self.compute)
-        shares, distinct = map(self.world.mean, signs)
+        shares, distinct, variety = map(self.world.mean, signs)
         if not len(self.holdout) and epoch >= distill.warmup_epochs - 1:
             self._make_holdout()
         loss_kd, lr = (None, None) if warm else self._train_student(epoch - distill.warmup_epochs, on_step)
@@ -279,7 +293,7 @@ class Distillation:
         found = Epoch(
             epoch=epoch + 1,
             phase="warmup" if warm else "distill",
-            loss_bn=loss_bn,
+            loss_bn=loss_bn if self.has_generator else None,
             loss_ce=loss_ce,
             loss_adv=loss_adv,
             loss_kd=None if loss_kd is None else float(loss_kd),
@@ -292,6 +306,7 @@ class Distillation:
             synthesis_seconds=max(synthesised - began, 0.0),
             synthetic_classes=int((shares > 0).sum()),
             distinct=float(distinct),
+            variety=None if math.isnan(variety) else float(variety),
             student_spread=None if warm else spread,
         )
         self._check_finite(found)
@@ -313,11 +328,15 @@ class Distillation:
 
     def _round(self, random: torch.Generator, warm: bool, on_step: Callable[[], None] = lambda: None) -> Round:
         self.student.eval()
+        student = None if warm else self.student
+        if not self.has_generator:
+            config = self.settings.synthesis
+            return procedural_round(self.teacher, student, config, self.compute, random, on_step, self.world)
         return synthesize_round(
             self.generator,
             self.embeddings,
             self.teacher,
-            None if warm else self.student,
+            student,
             self.statistics,
             self.settings.synthesis,
             self.compute,
@@ -342,13 +361,17 @@ class Distillation:
 
     def _make_holdout(self) -> None:
         """Makes the hold-out with copies of generator and statistics, so that it does not affect training."""
-        kept = self.generator, self.statistics
-        self.generator, self.statistics = copy.deepcopy(self.generator), self.statistics.copy()
+        if self.has_generator:
+            kept = self.generator, self.statistics
+            self.generator, self.statistics = copy.deepcopy(self.generator), self.statistics.copy()
+        else:
+            kept = None
         rounds = [
             self._round(self._stream("holdout", number), warm=True)
             for number in range(self.settings.distill.holdout_rounds)
         ]
-        self.generator, self.statistics = kept
+        if kept is not None:
+            self.generator, self.statistics = kept
         self.holdout = torch.cat([made.images for made in rounds])
 
     def _compare(self) -> tuple[float, float]:
@@ -424,7 +447,9 @@ class Distillation:
         """
         tensors = {f"student.{n}": t for n, t in self.student.backbone.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best_student.items()}
-        tensors |= {f"generator.{n}": t for n, t in generators.whole_state(self.generator, self.world).items()}
+        if self.has_generator:
+            tensors |= {f"generator.{n}": t for n, t in generators.whole_state(self.generator, self.world).items()}
+            tensors |= generators.memory_tensors(self.statistics.memory)
         own = {"holdout": self.holdout}
         if images:
             own |= {f"bank.{n}": t for n, t in self.bank.tensors().items()}
@@ -438,7 +463,6 @@ class Distillation:
             momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum.{index}"] = momentum
-        tensors |= generators.memory_tensors(self.statistics.memory)
         facts = {
             "digest": self.digest,
             "ranks": self.world.size,
@@ -467,14 +491,17 @@ class Distillation:
             raise UsageError(
                 "A run that starts with a full memory bank has no warm-up.", fix="Set distill.warmup_epochs to 0."
             )
-        generator, memory = generators.load(start.generator)
-        if generator.arguments != self.generator.arguments:
-            before, now = generator.arguments, self.generator.arguments
-            differing = [f"{key}: {before[key]} → {now[key]}" for key in now if before.get(key) != now[key]]
-            raise UsageError("The generator of the other run is of another size.", why="; ".join(differing) + ".")
         device = self.compute.device
-        self.generator.load_state_dict(generator.state_dict())
-        self.statistics.memory = memory and [(mean.to(device), variance.to(device)) for mean, variance in memory]
+        if self.has_generator:
+            if start.generator is None:
+                raise UsageError("The other run has no generator.", why="Its images are procedural.")
+            generator, memory = generators.load(start.generator)
+            if generator.arguments != self.generator.arguments:
+                before, now = generator.arguments, self.generator.arguments
+                differing = [f"{key}: {before[key]} → {now[key]}" for key in now if before.get(key) != now[key]]
+                raise UsageError("The generator of the other run is of another size.", why="; ".join(differing) + ".")
+            self.generator.load_state_dict(generator.state_dict())
+            self.statistics.memory = memory and [(mean.to(device), variance.to(device)) for mean, variance in memory]
         for own, path in ((self.bank, start.bank), (self.reserve, start.reserve)):
             if path is not None:
                 taken = MemoryBank.load(path, device)
@@ -501,9 +528,10 @@ class Distillation:
         whole.refill(images, labels, bank.added * self.world.size)
         return whole
 
-    def whole_generator(self) -> Generator:
-        """The generator for one process, on rank 0. Every rank must call it; the others get their own."""
-        return generators.whole(self.generator, self.world)
+    def whole_generator(self) -> Generator | None:
+        """The generator for one process, on rank 0; None if there is none. Every rank must call it; the others get
+        their own."""
+        return generators.whole(self.generator, self.world) if self.has_generator else None
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Restores what `state` returned on rank 0, with the same number of ranks."""
@@ -518,7 +546,6 @@ class Distillation:
         device = self.compute.device
         self.student.backbone.load_state_dict(under("student."))
         self.best_student = {name: tensor.to(device) for name, tensor in under("best.").items()}
-        generators.load_whole_state(self.generator, under("generator."))
         self.bank.restore({name: own(tensor) for name, tensor in under("bank.").items()})
         if reserve := under("reserve."):
             self.reserve.restore({name: own(tensor) for name, tensor in reserve.items()})
@@ -530,8 +557,10 @@ class Distillation:
             if f"momentum.{index}" in tensors:
                 buffer = torch.empty_like(parameter).copy_(tensors[f"momentum.{index}"])
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
-        memory = generators.memory_of(tensors)
-        self.statistics.memory = memory and [(mean.to(device), variance.to(device)) for mean, variance in memory]
+        if self.has_generator:
+            generators.load_whole_state(self.generator, under("generator."))
+            memory = generators.memory_of(tensors)
+            self.statistics.memory = memory and [(mean.to(device), variance.to(device)) for mean, variance in memory]
         if facts.get("asked") == vars(self.asked) != facts["length"]:
             self.set_length(Length(**facts["length"]))
         self.epoch = int(facts["epoch"])
@@ -560,12 +589,12 @@ class Start:
 
     Attributes:
         bank: the images.
-        generator: with the BatchNorm memory, as written by `nayer_edge.generator.save`.
+        generator: with the BatchNorm memory, as written by `nayer_edge.generator.save`; None if it has none.
         reserve: the images put aside; None if there are none.
     """
 
     bank: Path
-    generator: Path
+    generator: Path | None
     reserve: Path | None
 
 
@@ -644,7 +673,7 @@ def distill(
             on_epoch(epoch)
             progress.figures(
                 epoch=f"{epoch.epoch}/{distillation.settings.distill.epochs}",
-                loss=next(loss for loss in (epoch.loss_kd, epoch.loss_bn) if loss is not None),
+                loss=next(loss for loss in (epoch.loss_kd, epoch.loss_bn, epoch.loss_ce) if loss is not None),
                 agreement=epoch.agreement,
                 **{"images/s": epoch.images_per_s},
             )

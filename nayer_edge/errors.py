@@ -77,8 +77,11 @@ def no_batch_norms(what: str, detail: str = "") -> UsageError:
     return UsageError(
         f"{what} has no BatchNorm layers{detail}.",
         why="NAYER synthesises images whose activations match the statistics stored in BatchNorm layers. "
-        "Transformers, ConvNeXt and GroupNorm networks store none, so there is nothing to match.",
-        fix="Use a teacher with BatchNorm (ResNet, WideResNet, VGG-BN, MobileNet, EfficientNet, …).",
+        "Transformers, ConvNeXt and GroupNorm networks store none, nor do networks whose BatchNorms were folded into "
+        "convolutions, so there is nothing to match.",
+        fix="Use procedural images, which need none: --set synthesis.prior=procedural   (measured on digits only, see "
+        "docs/BENCHMARKS.md)\n"
+        "Or use a teacher with BatchNorm (ResNet, WideResNet, VGG-BN, MobileNet, EfficientNet, …).",
     )
 
 
@@ -110,6 +113,7 @@ EXTRA_OF = {
     "ai_edge_litert": "litert",
     "ai_edge_quantizer": "litert",
     "litert_torch": "litert",
+    "ray": "ray",
 }
 """top-level module → the extra that installs it"""
 

@@ -263,15 +263,20 @@ class SweepOrder:
         return cls(recipe, run_folder(name), out or Path("runs") / f"{recipe.name}-sweep", models, seconds)
 
 
-def sweep(order: SweepOrder, *, fresh: bool = False, display: Display | None = None) -> Sweep:
+def sweep(order: SweepOrder, *, ray: str | None = None, fresh: bool = False, display: Display | None = None) -> Sweep:
     """Finds the smallest student that passes the policy, of several that start with the same images.
+
+    Args:
+        ray: address of a Ray cluster, whose workers train the students; None: this machine does.
 
     Raises:
         NayerEdgeError: see `nayer_edge.pipelines.sweep.running.run_sweep`.
     """
     from .sweep.running import run_sweep
 
-    return run_sweep(order.recipe, order.bank, order.out, order.students, order.seconds, fresh=fresh, display=display)
+    return run_sweep(
+        order.recipe, order.bank, order.out, order.students, order.seconds, ray=ray, fresh=fresh, display=display
+    )
 
 
 def export(

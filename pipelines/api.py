@@ -89,10 +89,12 @@ class Teacher:
     Python, with the same teacher (`open`, or `distill` again), because no file describes the network's architecture.
 
     Args:
-        module: normalised images (B, C, H, W) → logits (B, K), possibly wrapped in a library's output object. It must
-            have BatchNorm layers.
+        module: normalised images (B, C, H, W) → logits (B, K), possibly wrapped in a library's output object. Without
+            BatchNorm layers, `distill` needs the setting synthesis={"prior": "procedural"}.
         classes: the K class names in the order of the logits, or a text, JSON or CSV file that lists them.
         input: the input specification that it was trained with.
+        resize: height and width that the module needs, if it cannot take images of the input's size. The teacher then
+            resizes them, and the student sees them as they are.
 
     Attributes:
         model: its name, such as "memory:ResNet@<digest of its weights>" or "torchvision:resnet18".
@@ -100,23 +102,30 @@ class Teacher:
         input: the input specification.
 
     Raises:
-        UsageError: not a module, no BatchNorm layers, it does not accept such images, the number of outputs differs
-            from the number of class names, or the class names are invalid.
+        UsageError: not a module, it does not accept such images, its answers depend on the other images of the batch,
+            the number of outputs differs from the number of class names, or the class names are invalid.
         TrainingError: its outputs are not finite, or the same for every image.
         MissingError: torch is not installed.
     """
 
-    def __init__(self, module: nn.Module, *, classes: Labels, input: config.InputSpec) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        classes: Labels,
+        input: config.InputSpec,
+        resize: tuple[int, int] | None = None,
+    ) -> None:
         with _at_work():
             from nayer_edge.models.classifier import Classifier
             from nayer_edge.models.load import weights_digest
 
             network = _copy_of(module)
-            values = {"model": MEMORY, "classes": _class_names(classes), "input": _plain(input)}
+            values = {"model": MEMORY, "classes": _class_names(classes), "input": _plain(input), "resize": resize}
             section = checked(config.Teacher, values, "Invalid teacher:", "Correct its classes or input.")
-            classifier = Classifier(
-                network, f"{MEMORY}:{type(network).__name__}", section.input, section.classes
-            ).eval()
+            rebuild = {} if resize is None else {"resize": list(resize)}
+            kind = f"{MEMORY}:{type(network).__name__}"
+            classifier = Classifier(network, kind, section.input, section.classes, rebuild).eval()
             _check(classifier)
             name = in_memory.name_of(network, weights_digest(classifier))
         self._section = section.model_copy(update={"model": name, "input_from": "the program"})
@@ -147,6 +156,7 @@ def load_teacher(
     model: str,
     classes: Labels,
     input: config.InputSpec | None = None,
+    resize: tuple[int, int] | None = None,
     weights_key: str | None = None,
     weights_ignore: Sequence[str] = (),
     arguments: Mapping[str, bool | int | float | str] | None = None,
@@ -162,6 +172,7 @@ def load_teacher(
         classes: class names in the order of the logits, or a text, JSON or CSV file that lists them.
         input: the input specification that it was trained with; omitted values default to the library's metadata for
             the weights.
+        resize: see `Teacher`.
         weights_key: their key in the file, needed if it contains several state dicts ("state_dict_ema").
         weights_ignore: prefixes of parameter names in the file to ignore ("projector.").
         arguments: further arguments for building the network.
@@ -191,11 +202,13 @@ def load_teacher(
             "weights_ignore": tuple(weights_ignore),
             "arguments": dict(arguments or {}),
             "classes": _class_names(classes),
+            "resize": resize,
             **({} if input is None else {"input": _plain(input)}),
         }
         section = checked(config.Teacher, values, "Invalid teacher:", "Correct the arguments.")
         section = with_input(resolved_teacher(section, lambda _key: Path.cwd()))
-        classifier, _ = load.load_teacher(section, load.untrained_teacher(section))
+        untrained = load.untrained_teacher(section)
+        classifier, _ = load.load_teacher(section, untrained, _possible_prior(untrained))
         _check(classifier)
     found = object.__new__(Teacher)
     found._section, found._network = section, None
@@ -529,6 +542,7 @@ def sweep(
     budget: str | None = None,
     out: FilePath | None = None,
     settings: Sequence[str] = (),
+    ray: str | None = None,
     fresh: bool = False,
     progress: bool = False,
     trust_code: bool = False,
@@ -543,6 +557,7 @@ def sweep(
         students: models; default: up to five that suit the teacher.
         budget: time for all students, such as "3h"; default: 40 % of what their runs would take alone.
         out: the folder of the sweep; default: runs/<recipe>-sweep.
+        ray: address of a Ray cluster, whose workers train the students, such as "auto"; default: this machine.
         settings, fresh, progress, trust_code: see `run`.
 
     Raises:
@@ -561,7 +576,7 @@ def sweep(
             list(settings),
             fresh=fresh,
         )
-        record = actions.sweep(order, fresh=fresh, display=_display(progress))
+        record = actions.sweep(order, ray=ray, fresh=fresh, display=_display(progress))
     return Sweep(order.out, record, teacher, trust_code=trust_code)
 
 
@@ -675,14 +690,21 @@ def _copy_of(module: Any) -> nn.Module:
         ) from error
 
 
+def _possible_prior(network: Classifier) -> str:
+    """A prior that this teacher can have. Which one a run uses is not known yet; without BatchNorm, one only can."""
+    from nayer_edge.batchnorm import batch_norms
+
+    return "batchnorm" if batch_norms(network) else "procedural"
+
+
 def _check(classifier: Classifier) -> None:
     """Raises an error for a teacher that cannot be distilled."""
-    from nayer_edge.batchnorm import require_batch_norms
+    from nayer_edge.batchnorm import require_prior
     from nayer_edge.distillation import check_teacher
     from nayer_edge.models.load import check_forward
     from nayer_edge.runtime import compute
 
-    require_batch_norms(classifier, f"The teacher {classifier.model}")
+    require_prior(classifier, f"The teacher {classifier.model}", _possible_prior(classifier))
     check_forward(classifier)
     check_teacher(classifier, compute.choose("cpu", "fp32"))
 

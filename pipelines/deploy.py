@@ -28,6 +28,7 @@ from nayer_edge.labels import embeddings as embeddings_of_labels
 from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import load_classifier
+from nayer_edge.procedural import draw_procedural
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import random_stream
 from nayer_edge.runtime.progress import Progress
@@ -420,11 +421,11 @@ class SyntheticSource:
     """Images for calibration and validation that the student was not trained on.
 
     Those that were put aside during distillation come first: they stem from all of training. The rest is drawn from
-    the trained generator, with a separate random stream for every purpose.
+    the trained generator, or is procedural if there is none, with a separate random stream for every purpose.
     """
 
     put_aside: MemoryBank | None
-    generator: generators.Generator
+    generator: generators.Generator | None
     memory: generators.Memory | None
     embeddings: torch.Tensor
     teacher: Classifier
@@ -437,10 +438,12 @@ class SyntheticSource:
     ) -> SyntheticSource:
         """Loads generator, embeddings and teacher onto the recipe's device."""
         compute = computing.choose(config.device, config.precision)
-        generator, memory = generators.load(out.path(student.files["generator"]))
+        generator, memory = None, None
+        if config.synthesis.prior == "batchnorm":
+            generator, memory = generators.load(out.path(student.files["generator"]))
+            compute.place(generator)
         network = load_classifier(out.path(teacher.files["teacher"])).requires_grad_(False)
         embeddings = embeddings_of_labels.load(out.path(lte.files["lte"])).embeddings.to(compute.device)
-        compute.place(generator)
         compute.place(network)
         moved = [(mean.to(compute.device), variance.to(compute.device)) for mean, variance in memory or []]
         kept = student.files.get("images put aside")
@@ -486,13 +489,16 @@ class SyntheticSource:
         def stream(number: int) -> torch.Generator:
             return random_stream(self.config.seed, purpose, number, device=self.compute.device)
 
+        settings, compute = self.config.synthesis, self.compute
+        if self.generator is None:
+            return draw_procedural(self.teacher, settings, compute, stream, count, progress.advance)
         return draw_images(
             self.generator,
             self.embeddings,
             self.teacher,
             self.memory,
-            self.config.synthesis,
-            self.compute,
+            settings,
+            compute,
             stream,
             count,
             progress.advance,

@@ -72,7 +72,7 @@ def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artif
             "teach": config.teach.model_dump(mode="json", exclude={"data"}),
         }
     else:
-        teacher, facts = load_teacher(config.teacher, teacher)
+        teacher, facts = load_teacher(config.teacher, teacher, config.synthesis.prior)
     if config.teacher.input_from:
         facts["input_from"] = config.teacher.input_from
     out.forget("teacher")
@@ -143,9 +143,11 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
     facts = {"distilled_from": run.teacher.model, "select": config.distill.select}
     out.forget("student")
     save_classifier(student, out.path(STUDENT), facts)
-    generators.save(generator, run.statistics.memory, out.path(GENERATOR))
-    bank.save(out.path(BANK))
     made = {"bank": BANK}
+    if generator is not None:
+        generators.save(generator, run.statistics.memory, out.path(GENERATOR))
+        made |= {"generator": GENERATOR, "generator card": card_of(GENERATOR)}
+    bank.save(out.path(BANK))
     if len(reserve):
         reserve.save(out.path(RESERVE))
         made["images put aside"] = RESERVE
@@ -165,8 +167,6 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
         {
             "student": STUDENT,
             "student card": card_of(STUDENT),
-            "generator": GENERATOR,
-            "generator card": card_of(GENERATOR),
             **made,
             "metrics": METRICS,
             "picture": PICTURE,
@@ -205,9 +205,9 @@ def _distil(
     progress: Progress,
     on_epoch: Callable[[Epoch], None],
     start_digest: str | None = None,
-) -> tuple[Distillation, Generator, MemoryBank, MemoryBank]:
-    """The part of the student step that runs on every rank. Returns the finished run and, on rank 0, the generator, the
-    memory bank and the images put aside of all ranks.
+) -> tuple[Distillation, Generator | None, MemoryBank, MemoryBank]:
+    """The part of the student step that runs on every rank. Returns the finished run and, on rank 0, the generator
+    (None if images are procedural), the memory bank and the images put aside of all ranks.
 
     Args:
         start_digest: identifies the files of another run that this one starts from.
@@ -216,8 +216,9 @@ def _distil(
     # A run on another run's bank may have images put aside although it reserves none itself.
     reserve = files["reserve"] if files["reserve"].is_file() else None
     start = None
-    if {"first bank", "first generator"} <= files.keys():
-        start = Start(files["first bank"], files["first generator"], files.get("first images put aside"))
+    generated = config.synthesis.prior == "batchnorm"
+    if "first bank" in files and ("first generator" in files or not generated):
+        start = Start(files["first bank"], files.get("first generator"), files.get("first images put aside"))
     # Only a constant schedule can be continued from before its decay.
     before = Before(files["state"], files["bank"], reserve) if config.distill.schedule == "constant" else None
 

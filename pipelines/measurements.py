@@ -129,6 +129,8 @@ class ArtifactReport(_Part):
     """why it was not measured"""
     precision_verified: bool = False
     """the runtime itself reported this precision"""
+    simulated: bool = False
+    """it is for another device: this machine computed the graph as it is written, without that device's kernels"""
     top1: Rate | None = None
     agreement: Rate | None = None
     """with the teacher"""

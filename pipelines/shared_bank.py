@@ -1,9 +1,10 @@
 """A run that starts with another run's images (`--bank`): what it takes over, and whether that fits.
 
 The images are the work of the teacher and the label embeddings, not of the student, so one memory bank serves every
-student. A run with `student.bank` takes the teacher, the embeddings, the bank, the images put aside, the generator and
-its BatchNorm memory from a finished run, has no warm-up, and goes on making images with its own student. The files are
-hard links where the file system has them, else copies; `student/source.json` keeps their hashes.
+student. A run with `student.bank` takes the teacher, the embeddings, the bank, the images put aside and (unless images
+are procedural) the generator and its BatchNorm memory from a finished run, has no warm-up, and goes on making images
+with its own student. The files are hard links where the file system has them, else copies; `student/source.json` keeps
+their hashes.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def started(recipe: Recipe) -> tuple[Recipe, list[tuple[str, str]]]:
     changes: dict[str, dict[str, Any]] = {
         "lte": other.lte.model_dump(),
         "generator": other.generator.model_dump(),
-        "synthesis": {"batch": other.synthesis.batch},
+        "synthesis": {key: getattr(other.synthesis, key) for key in ("batch", "prior", "pixel_step")},
         "distill": {"epochs": distill.epochs - distill.warmup_epochs, "warmup_epochs": 0},
     }
     if recipe.budget is not None:
@@ -72,7 +73,8 @@ def started(recipe: Recipe) -> tuple[Recipe, list[tuple[str, str]]]:
         values[name] = {**values[name], **section}
     numbers = source.manifest.steps["student"].numbers
     images = f"{numbers.get('bank images', 0):,} images"
-    words = f"{images} of {source.root}, with its teacher, embeddings and generator; rounds of {other.synthesis.batch}"
+    made = "generator" if other.synthesis.prior == "batchnorm" else f"{other.synthesis.prior} prior"
+    words = f"{images} of {source.root}, with its teacher, embeddings and {made}; rounds of {other.synthesis.batch}"
     return Recipe.model_validate(values), [("bank", words)]
 
 
@@ -232,7 +234,7 @@ def _teacher_differences(recipe: Recipe, source: RunFolder) -> list[str]:
     from nayer_edge.runtime.compute import seeded
 
     with seeded(0):
-        network, _ = load_teacher(recipe.teacher, untrained_teacher(recipe.teacher))
+        network, _ = load_teacher(recipe.teacher, untrained_teacher(recipe.teacher), recipe.synthesis.prior)
     there = weights_digest(load_classifier(source.path(source.artifact("teacher").files["teacher"])))
     here = weights_digest(network)
     where = shlex.quote(str(recipe.teacher.weights or recipe.teacher.model))

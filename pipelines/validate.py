@@ -245,7 +245,8 @@ def _images(
         for start in range(0, len(pixels), size):
             yield pixels[start : start + size]
 
-    name = "put aside during distillation" if not steps else "drawn from the trained generator"
+    drawn_from = "drawn from the trained generator" if source.generator is not None else "drawn procedurally"
+    name = "put aside during distillation" if not steps else drawn_from
     return Images(ImageStream(name, labels.astype(np.int64), batches), truth=False)
 
 
@@ -350,6 +351,7 @@ def _report(
         status="measured",
         reason=f"its output is not finite on {broken:,} of {len(seen.ranks[name]):,} images" if broken else None,
         precision_verified=verified and not broken,
+        simulated=not candidate.timed,
         max_abs_diff=seen.max_abs_diff[name],
         int8_coverage=coverage.fraction if coverage else None,
     )

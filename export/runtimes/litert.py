@@ -262,8 +262,16 @@ def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str
     images = [{INPUT: np.ascontiguousarray(image[None], np.float32)} for image in calibration]
     # By default, ranges are a moving average over the images, which clips values and depends on their order.
     ranges = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
-    ranges.calibrate({_SIGNATURE: images}, work._recipe_manager)
-    result: Any = work.quantize(ranges.get_model_qsvs(), enable_progress_report=False, enable_progress_bar=False)
+    try:
+        ranges.calibrate({_SIGNATURE: images}, work._recipe_manager)
+        result: Any = work.quantize(ranges.get_model_qsvs(), enable_progress_report=False, enable_progress_bar=False)
+    except Exception as error:
+        raise UsageError(
+            "LiteRT's quantizer cannot quantize the model"
+            + (f" with {', '.join(in_float)} in float." if in_float else "."),
+            why=first_line(error),
+            fix="Leave out the target litert; `nayer-edge students` lists students that can be exported.",
+        ) from error
     return bytes(result.quantized_model)
 
 

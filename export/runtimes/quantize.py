@@ -82,7 +82,8 @@ def to_int8_file(
         holdout_images: like calibration_images, but disjoint from them.
         teacher_logits: (n, classes), for the hold-out; its answers are the labels by which `max_drop` judges.
         max_drop: largest drop of INT8 against FP32 on the hold-out (`Agreement.drop`). The most sensitive layers are
-            left in float until the limit holds in the runtime, as far as its quantizer allows.
+            left in float until the limit holds in the runtime, as far as its quantizer allows. Choices of layers with
+            which it fails are skipped.
         sensitivity: measure the agreement with each layer alone in INT8, even if none has to stay in float. (Costs one
             file per layer.)
         parent_sha256: of the network's weights, for the record.
@@ -102,7 +103,8 @@ def to_int8_file(
     with tempfile.TemporaryDirectory(prefix="nayer-edge-") as folder:
         labels = None if teacher_logits is None else teacher_logits.argmax(1)
         search = _Search(network, shape, target, calibration, holdout, labels, Path(folder))
-        final, found, rows, trail = search.measure(()), [], [], []
+        search.build(frozenset())
+        final, found, rows, trail = search.agreements[frozenset()], [], [], []
         if sensitivity or (max_drop is not None and final.drop > max_drop):
             rows = [LayerSensitivity(name, math.inf, search.measure(set(layers) - {name})) for name in layers]
         if max_drop is not None:
@@ -137,6 +139,7 @@ def to_int8_file(
         "ranges": {},
         "versions": {"nayer-edge": __version__, **{name: metadata.version(name) for name in target.packages}},
         "build": built.record,
+        **({"failed": search.failed} if search.failed else {}),
     }
 
 
@@ -146,6 +149,7 @@ class _Search:
     Attributes:
         built: layers in float → the file.
         agreements: layers in float → its agreement with FP32 on the hold-out.
+        failed: for each choice of layers with which the quantizer failed, these layers and the reason.
     """
 
     def __init__(
@@ -162,22 +166,36 @@ class _Search:
         self._calibration, self._holdout, self._labels = calibration, holdout, labels
         self.built: dict[frozenset[str], BuiltFile] = {}
         self.agreements: dict[frozenset[str], Agreement] = {}
+        self.failed: list[dict[str, Any]] = []
         with TorchRunner(network) as runner:
             self._fp32_logits = runner.infer(holdout)
 
-    def measure(self, in_float: Collection[str]) -> Agreement:
-        """Agreement with FP32 on the hold-out, in the runtime, with these layers in float."""
+    def measure(self, in_float: Collection[str]) -> Agreement | None:
+        """Agreement with FP32 on the hold-out, in the runtime, with these layers in float; None if the quantizer
+        fails."""
         key = frozenset(in_float)
-        if key not in self.built:
-            path = self._folder / f"{len(self.built)}{self._target.suffix}"
-            self.built[key] = module_of(self._target).build(
-                self._network,
-                self._shape,
-                path,
-                precision="int8",
-                calibration=self._calibration,
-                float_layers=sorted(key),
-            )
-            with open_runner(self._target, path) as runner:
-                self.agreements[key] = agreement(self._fp32_logits, runner.infer(self._holdout), self._labels)
-        return self.agreements[key]
+        if key not in self.built and not any(set(each["float_layers"]) == key for each in self.failed):
+            try:
+                self.build(key)
+            except UsageError as error:
+                self.failed.append({"float_layers": sorted(key), "reason": f"{error.what} {error.why}".strip()})
+        return self.agreements.get(key)
+
+    def build(self, in_float: frozenset[str]) -> None:
+        """Builds and measures one file.
+
+        Raises:
+            UsageError: the runtime or its quantizer lacks an operator, or fails.
+        """
+        path = self._folder / f"{len(self.built)}{self._target.suffix}"
+        built = module_of(self._target).build(
+            self._network,
+            self._shape,
+            path,
+            precision="int8",
+            calibration=self._calibration,
+            float_layers=sorted(in_float),
+        )
+        with open_runner(self._target, path) as runner:
+            self.agreements[in_float] = agreement(self._fp32_logits, runner.infer(self._holdout), self._labels)
+        self.built[in_float] = built

@@ -1,6 +1,7 @@
 """The classifier of teachers and students: a network that takes images in [0, 1].
 
-A `Classifier` includes the normalisation, so that neither a caller nor a device can get it wrong.
+A `Classifier` includes the normalisation, so that neither a caller nor a device can get it wrong. It can also enlarge
+its images for a network that was built for larger ones.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nayer_edge.config import InputSpec
 from nayer_edge.models import build as sources
 
 
 class Classifier(nn.Module):
-    """A backbone with its normalisation: images in [0, 1] → logits.
+    """A backbone with its normalisation and, where `rebuild` has one, its resizing: images in [0, 1] → logits.
 
     Attributes:
         model: its name, for example "nayer:wrn_40_2".
         spec: the input that it expects.
         classes: class names in the order of the logits.
-        rebuild: what else is needed to build it again: arguments, a configuration, library versions.
+        rebuild: what else is needed to build it again: arguments, a configuration, library versions, the size to which
+            images are resized.
     """
 
     mean: Tensor
@@ -48,7 +51,16 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        return sources.logits_in(self.backbone((images - self.mean) / self.std))
+        normalised = (images - self.mean) / self.std
+        if self.resize is not None:
+            normalised = F.interpolate(normalised, self.resize, mode="bilinear", antialias=True)
+        return sources.logits_in(self.backbone(normalised))
+
+    @property
+    def resize(self) -> tuple[int, int] | None:
+        """Height and width that the backbone takes; None: those of the images."""
+        size = self.rebuild.get("resize")
+        return None if size is None else (int(size[0]), int(size[1]))
 
     @property
     def identity(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from nayer_edge.batchnorm import require_batch_norms
+from nayer_edge.batchnorm import require_prior
 from nayer_edge.config import InputSpec, Teacher
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models import build as sources
@@ -31,20 +31,25 @@ def build_classifier(
     classes: Sequence[str],
     arguments: Mapping[str, Any] | None = None,
     rebuild: Mapping[str, Any] | None = None,
+    resize: tuple[int, int] | None = None,
 ) -> Classifier:
     """Builds an untrained classifier by name.
 
     Args:
         model: as in a recipe; see `nayer_edge.models.names`.
         arguments, rebuild: see `nayer_edge.models.build.build`.
+        resize: height and width that the network takes, if not those of the images; default: that in `rebuild`.
 
     Raises:
         UsageError: no such source or network, or it cannot be built.
         MissingError: its library is not installed, or its hub cannot be reached.
         IntegrityError: a `python:` model without --trust-code.
     """
-    built = sources.build(model, spec, classes, arguments, rebuild)
-    return Classifier(built.network, built.name, spec, classes, built.rebuild)
+    resize = resize or (rebuild or {}).get("resize")
+    seen = spec if resize is None else spec.model_copy(update={"height": resize[0], "width": resize[1]})
+    built = sources.build(model, seen, classes, arguments, rebuild)
+    found = built.rebuild if resize is None else {**built.rebuild, "resize": list(resize)}
+    return Classifier(built.network, built.name, spec, classes, found)
 
 
 def check_forward(classifier: Classifier) -> None:
@@ -54,15 +59,17 @@ def check_forward(classifier: Classifier) -> None:
         UsageError: it cannot take images of its input size, or its output has another number of classes.
     """
     device, training = next((p.device for p in classifier.parameters()), torch.device("cpu")), classifier.training
-    spec = classifier.spec
+    spec, size = classifier.spec, classifier.resize
+    resized = "" if size is None else f", resized to {size[0]}×{size[1]}"
     try:
         with torch.no_grad():
             logits = classifier.eval()(torch.zeros(2, *spec.shape, device=device))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise UsageError(
-            f"{classifier.model} cannot take images of {spec.channels}×{spec.height}×{spec.width}.",
+            f"{classifier.model} cannot take images of {spec.channels}×{spec.height}×{spec.width}{resized}.",
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="Check teacher.input; the network may need larger images.",
+            fix="Check teacher.input. If the network takes another size only, set teacher.resize = [height, width]: "
+            "it then resizes its images itself.",
         ) from error
     finally:
         classifier.train(training)
@@ -108,6 +115,9 @@ def load_classifier(weights: Path) -> Classifier:
         model, classes, digest = str(card["model"]), [str(label) for label in card["classes"]], card["sha256"]
         rebuild = dict(card.get("rebuild", {}))
         arguments = dict(rebuild.get("arguments", {}))
+        if "resize" in rebuild:
+            height, width = rebuild["resize"]
+            InputSpec(height=height, width=width)
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise IntegrityError(f"{weights.with_suffix('.json')} is not a model card.", why=f"{error}") from error
     if not weights.is_file() or sha256_of(weights) != digest:
@@ -136,14 +146,17 @@ def untrained_teacher(config: Teacher) -> Classifier:
         UsageError, MissingError, IntegrityError: see `build_classifier`.
     """
     arguments = published.arguments_of(config.model, config.weights) | config.arguments
-    return build_classifier(config.model, config.input, config.classes, arguments)
+    return build_classifier(config.model, config.input, config.classes, arguments, resize=config.resize)
 
 
-def load_teacher(config: Teacher, random_weights: Classifier) -> tuple[Classifier, dict[str, Any]]:
+def load_teacher(
+    config: Teacher, random_weights: Classifier, prior: str = "batchnorm"
+) -> tuple[Classifier, dict[str, Any]]:
     """Loads the trained teacher.
 
     Args:
         random_weights: the result of `untrained_teacher`.
+        prior: `synthesis.prior`, which decides whether the teacher needs BatchNorm.
 
     Returns:
         The teacher in eval mode, and the card's entries about its weights.
@@ -172,7 +185,7 @@ def load_teacher(config: Teacher, random_weights: Classifier) -> tuple[Classifie
             facts["key"] = key
         if (top1 := published.top1_of(config.model, config.weights)) is not None:
             facts["published_top1"] = top1
-    require_batch_norms(teacher, f"The teacher {teacher.model}")
+    require_prior(teacher, f"The teacher {teacher.model}", prior)
     check_forward(teacher)
     return teacher.eval(), {**facts, **_left_out(loaded)}
 

@@ -37,6 +37,11 @@ def trusting(trust: bool = True) -> Iterator[None]:
         _trusted.reset(token)
 
 
+def is_trusted() -> bool:
+    """Whether `python:` models may run here."""
+    return _trusted.get()
+
+
 def require_trust(model: ModelName) -> None:
     """Raises an error for a `python:` model outside of `trusting`.
 

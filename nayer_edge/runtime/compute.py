@@ -38,8 +38,36 @@ class Compute:
             yield
 
     def place(self, model: Placed) -> Placed:
-        """Moves a model to the device, in channels-last memory format."""
-        return model.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        """Moves a model to the device, in channels-last memory format where that is safe."""
+        unsafe = _unsafe_in_channels_last(model) if self.device.type == "cpu" else []
+        for convolution in unsafe:
+            if _contiguous not in convolution._forward_pre_hooks.values():
+                convolution.register_forward_pre_hook(_contiguous)
+        order = torch.contiguous_format if unsafe else torch.channels_last
+        return model.to(self.device, memory_format=order)  # pyright: ignore[reportCallIssue]
+
+
+def _unsafe_in_channels_last(model: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions whose training in channels-last format corrupts memory on this processor.
+
+    Without AVX-512, oneDNN (torch 2.15) writes beyond its buffers when it computes the weight gradient of a strided 1×1
+    convolution with 2 to 7 input channels in that format. The process then aborts, here or later.
+    """
+    if "AVX512" in torch.backends.cpu.get_cpu_capability():
+        return []
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and 1 < module.in_channels // module.groups < 8
+    ]
+
+
+def _contiguous(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Forward pre-hook: the images that a network is given may be channels-last."""
+    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
 
 
 def choose(

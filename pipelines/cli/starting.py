@@ -60,6 +60,10 @@ def init(
     size: Annotated[
         str | None, typer.Option("--input", metavar="CxHxW", help="Its input size, for example 3x224x224.")
     ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option("--resize", metavar="HxW", help="Resize the images for it, if it only takes this size."),
+    ] = None,
     mean: Annotated[
         str | None, typer.Option("--mean", metavar="X,Y,Z", help="Its input normalisation: mean per channel.")
     ] = None,
@@ -117,7 +121,7 @@ def init(
     from ..init.inspect_checkpoint import look
 
     given = recipes.Given(
-        model, labels, size, mean, std, student, key, data, flip, name, device.value, effort.value, seconds
+        model, labels, size, resize, mean, std, student, key, data, flip, name, device.value, effort.value, seconds
     )
     found = look(checkpoint, model, key, channels)
     if not as_json:
@@ -142,7 +146,8 @@ def _show_findings(found: Findings, given: Given) -> None:
     _line("checkpoint", f"{found.path.name}: {found.tensors} tensors{where}")
     _line(
         "",
-        f"{found.parameters:,} parameters, {found.batch_norms} BatchNorm layers, {found.classes} classes, "
+        f"{found.parameters:,} parameters, {found.batch_norms or 'no'} BatchNorm layers"
+        f"{f' ({found.kind})' if found.kind else ''}, {found.classes} classes, "
         f"{found.channels} channel{'s' if found.channels != 1 else ''}",
     )
     for match in found.exact:
@@ -165,10 +170,14 @@ def _show_findings(found: Findings, given: Given) -> None:
 
 
 def _show_plan(plan: Proposal, target: Path) -> None:
+    from nayer_edge.procedural import EXPECTED
+
     spec = plan.spec
     pixels = f"{spec.channels}×{spec.height}×{spec.width}"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
     _line("images", f"{pixels}, mean {mean}, std {std} ({plan.origins['input']})")
+    if plan.resize is not None:
+        _line("", f"resized to {plan.resize[0]}×{plan.resize[1]} in the teacher, which was built for that size")
     first = ", ".join(plan.classes[:4]) + (", …" if len(plan.classes) > 4 else "")
     _line("classes", f"{first} ({plan.origins['labels']})")
     teacher, student = plan.costs
@@ -179,6 +188,8 @@ def _show_plan(plan: Proposal, target: Path) -> None:
     _line("device", f"{plan.device.name}, {plan.device.free_bytes / 2**30:.0f} GiB free")
     for head, text in plan.words:
         _line(head, text)
+    if plan.kind:
+        _line("prior", f"procedural images, since the teacher stores no BatchNorm statistics. {EXPECTED}")
     _line("recipe", str(target))
     stdout().print(
         f"\nNext: nayer-edge run {inert(shlex.quote(str(target)))}", style="bold", highlight=False, soft_wrap=True

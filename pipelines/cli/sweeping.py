@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     epilog=example(
         "nayer-edge sweep runs/digits --students nayer:resnet8_w4,nayer:resnet8_w8,nayer:resnet8 --budget 5m",
         "nayer-edge sweep runs/digits-sweep",
+        "nayer-edge sweep runs/digits --budget 2h --ray auto",
     )
 )
 def sweep(
@@ -53,6 +54,12 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder of the sweep.", show_default="runs/<recipe>-sweep")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", metavar="ADDRESS", help="Train on a Ray cluster: auto, HOST:PORT, or local.", show_default=False
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, and command lines for a scheduler; write nothing.")
     ] = False,
@@ -69,7 +76,7 @@ def sweep(
         _show_plan(order, recipe, settings or [], as_json=as_json)
         return
     display = watched(as_json)
-    found = actions.sweep(order, fresh=fresh, display=display)
+    found = actions.sweep(order, ray=ray, fresh=fresh, display=display)
     if as_json:
         print_json(found.model_dump(mode="json", by_alias=True))
     else:

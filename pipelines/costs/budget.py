@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nayer_edge.config import Distill, Synthesis
+from nayer_edge.config import Distill, Prior, Synthesis
 from nayer_edge.distillation import Epoch, Length
 from nayer_edge.errors import UsageError
 
@@ -34,6 +34,10 @@ VIEWS = 4
 """augmented views per image whose teacher logits are cached"""
 G_STEPS = ((20, 5), (400, 10), (100_000, 20))
 """(maximum number of classes, optimisation steps per round)"""
+PIXEL_STEPS = 1
+"""steps per round of procedural images, which their settings make free of charge"""
+PIXELS: dict[str, Any] = {"lambda_ce": 0.0, "lambda_adv": 0.0}
+"""settings of procedural images: no steps on their pixels, which cost accuracy (`benchmarks/without_batchnorm.py`)"""
 RESERVE = 0.05
 """fraction of the rounds reserved for calibration and as a synthetic hold-out"""
 EPOCHS = 40
@@ -117,7 +121,7 @@ def g_steps_for(classes: int) -> int:
     return next(steps for most, steps in G_STEPS if classes <= most)
 
 
-def plan(budget: float, costs: Costs, classes: int, *, fill: bool = True) -> BudgetPlan:
+def plan(budget: float, costs: Costs, classes: int, *, fill: bool = True, prior: Prior = "batchnorm") -> BudgetPlan:
     """Plans the run that fills a budget.
 
     Args:
@@ -125,11 +129,12 @@ def plan(budget: float, costs: Costs, classes: int, *, fill: bool = True) -> Bud
         classes: the teacher's number of classes.
         fill: make images before the student is trained; False for a run that starts with another run's images. It
             makes as many per student step as any other.
+        prior: what makes images.
 
     Raises:
         UsageError: the budget is too small for a useful student; the message gives the minimum.
     """
-    g_steps = g_steps_for(classes)
+    g_steps = g_steps_for(classes) if prior == "batchnorm" else PIXEL_STEPS
     image = g_steps * costs.synthesis_step / costs.batch
     later_image = g_steps * (costs.synthesis_step + costs.adversary) / costs.batch
     per_step = IMAGES_PER_STEP * costs.student_batch / BATCH
@@ -197,13 +202,20 @@ def seconds_of(synthesis: Synthesis, distill: Distill, costs: Costs) -> float:
     )
 
 
-def settings(budget: float, made: BudgetPlan, costs: Costs, bank_mib: int) -> dict[str, dict[str, Any]]:
+def settings(
+    budget: float, made: BudgetPlan, costs: Costs, bank_mib: int, prior: Prior = "batchnorm"
+) -> dict[str, dict[str, Any]]:
     """The plan as recipe sections: schedule `fast` with the planned sizes.
 
     Args:
         budget: seconds for the whole run.
         bank_mib: limit of the memory bank; larger than the run needs, so that it can be continued.
+        prior: what makes images.
     """
+    # After each re-initialisation of a generator about forty rounds are poor.
+    images: dict[str, Any] = {"g_life": NEVER}
+    if prior != "batchnorm":
+        images = {"prior": prior, **PIXELS}
     return {
         "budget": {
             "seconds": budget,
@@ -215,8 +227,7 @@ def settings(budget: float, made: BudgetPlan, costs: Costs, bank_mib: int) -> di
             "g_steps": made.g_steps,
             "rounds": made.rounds,
             "warmup_rounds": made.warmup_rounds,
-            # After each re-initialisation about forty rounds are poor.
-            "g_life": NEVER,
+            **images,
             "reserve": RESERVE,
         },
         "distill": {
@@ -271,7 +282,7 @@ class Pace:
         Raises:
             ValueError: there is no such epoch.
         """
-        epochs = [epoch for epoch in history if epoch.phase == "distill" and epoch.loss_bn is not None]
+        epochs = [epoch for epoch in history if epoch.phase == "distill" and epoch.loss_ce is not None]
         if not epochs:
             raise ValueError("no student epoch has been trained")
         return cls(

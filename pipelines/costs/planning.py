@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from nayer_edge.config import Augment, Generator
+from nayer_edge.config import Augment, Generator, Prior
 from nayer_edge.distillation import Epoch, Length
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.classifier import Classifier
@@ -51,11 +51,13 @@ def plan_for(
     device: Device,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     bank: Started | None = None,
+    prior: Prior = "batchnorm",
 ) -> Planned:
     """Measures the steps of these networks on the device and plans a run for so many seconds.
 
     Args:
         bank: what the run takes over from another run, whose images it starts with.
+        prior: what makes images.
 
     Raises:
         UsageError: the budget is too small, or the networks do not fit each other.
@@ -68,14 +70,16 @@ def plan_for(
         generator = Generator(channels=generator_channels(spec, classes, costs[0], device))
     else:
         generator, sizes = bank.generator, replace(sizes, batch=bank.batch)
-    measured = time_steps(teacher, student, generator, augment, compute, sizes.batch, sizes.student_batch)
+    measured = time_steps(teacher, student, generator, augment, compute, sizes.batch, sizes.student_batch, prior)
     if bank is not None and bank.rest is not None:
         measured = replace(measured, rest=bank.rest)
-    made = budget.plan(seconds, measured, classes, fill=bank is None)
-    sections = budget.settings(seconds, made, measured, sizes.bank_mib)
+    made = budget.plan(seconds, measured, classes, fill=bank is None, prior=prior)
+    sections = budget.settings(seconds, made, measured, sizes.bank_mib, prior)
     image_bytes = spec.channels * spec.height * spec.width
     words = [*budget.described(made, measured, image_bytes), *(("", why) for why in sizes.reasons.values())]
-    return Planned({**sections, "generator": {"channels": generator.channels}}, words, measured)
+    if prior == "batchnorm":
+        sections["generator"] = {"channels": generator.channels}
+    return Planned(sections, words, measured)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Reci
     with seeded(0):
         teacher = untrained_teacher(recipe.teacher)
         if recipe.teach is None:
-            teacher, _ = load_teacher(recipe.teacher, teacher)
+            teacher, _ = load_teacher(recipe.teacher, teacher, recipe.synthesis.prior)
         student = build_classifier(recipe.student.model, teacher.spec, teacher.classes, recipe.student.arguments)
     device = device_at_hand(recipe.device)
     bank = None
@@ -119,7 +123,9 @@ def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Reci
         # Its generator and batch are in the recipe already.
         rest = _measured_rest(RunFolder.open(Path(recipe.student.bank)))
         bank = Started(recipe.generator, recipe.synthesis.batch, rest)
-    planned = plan_for(seconds, teacher, student, recipe.synthesis.augment, device, recipe.precision, bank)
+    planned = plan_for(
+        seconds, teacher, student, recipe.synthesis.augment, device, recipe.precision, bank, recipe.synthesis.prior
+    )
     return with_sections(recipe, planned.sections), [*planned.words, *_replaced(recipe, planned.costs)]
 
 

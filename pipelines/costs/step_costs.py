@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from nayer_edge import synthesis
-from nayer_edge.config import Augment, Distill, Generator, Synthesis
+from nayer_edge.config import Augment, Distill, Generator, Prior, Synthesis
 from nayer_edge.distillation import Distillation, Settings
 from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.models.classifier import Classifier
@@ -39,6 +39,7 @@ def time_steps(
     compute: Compute,
     batch: int = ROUND,
     student_batch: int = BATCH,
+    prior: Prior = "batchnorm",
 ) -> Costs:
     """Times the steps of these networks, which need not be trained: the cost of a step does not depend on the weights.
 
@@ -47,6 +48,7 @@ def time_steps(
     Args:
         batch: images per synthesis round; at least one per class up to 2 × `ROUND` classes.
         student_batch: images per student step.
+        prior: what makes images.
 
     Raises:
         UsageError: the teacher cannot be distilled from, or the networks do not fit each other.
@@ -58,7 +60,7 @@ def time_steps(
         embeddings = LabelEmbeddings(torch.randn(classes, DIMENSIONS), "random", "", "{label}", tuple(teacher.classes))
     settings = Settings(
         generator,
-        Synthesis(batch=batch, g_steps=steps, augment=augment),
+        Synthesis(prior=prior, batch=batch, g_steps=steps, augment=augment),
         Distill(batch=student_batch, views=1, augment=augment, holdout_rounds=1, optimizer="muon"),
         0,
     )
@@ -70,7 +72,6 @@ def time_steps(
     made = a_round(False)
     run.bank.add(made.images, made.labels)
     images = torch.rand(student_batch, *teacher.spec.shape, device=compute.device)
-    images = images.to(memory_format=torch.channels_last)
 
     def answer() -> torch.Tensor:
         with torch.no_grad(), compute.autocast():

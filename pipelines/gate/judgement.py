@@ -135,7 +135,7 @@ def _judge_artifact(report: Report, policy: Policy, baseline: Baseline | None, n
     if isinstance(found, str):
         yield Check("runtime", name, None, None, None, "fail", found)
         return
-    yield _runtime(found)
+    yield _runtime(found, accept_simulated=policy.accept_simulated)
     if found.status != "measured":
         return
     alpha = round(1 - policy.accuracy.confidence, 12)
@@ -179,12 +179,24 @@ def _find(report: Report, name: str) -> ArtifactReport | str:
     return report.artifacts[known.index(name)]
 
 
-def _runtime(artifact: ArtifactReport) -> Check:
+def _runtime(artifact: ArtifactReport, *, accept_simulated: bool) -> Check:
     reason = f": {artifact.reason.rstrip('.')}" if artifact.reason else ""
     ran = f"{artifact.precision} through {artifact.runtime}"
     if artifact.status != "measured":
         state = "could not be run here" if artifact.status == "unavailable" else "was not run"
         outcome, detail = "fail", f"{artifact.name} {state}{reason}."
+    elif artifact.simulated and accept_simulated:
+        outcome = "pass"
+        detail = (
+            f"{artifact.name} is for another device. This machine computed its graph as written, which the policy "
+            "accepts; its speed and the kernels of the device were not measured."
+        )
+    elif artifact.simulated:
+        outcome = "fail"
+        detail = (
+            f"{artifact.name} is for another device: this machine only computed its graph as written. Validate it "
+            "there, or accept that with accept_simulated = true in the policy."
+        )
     elif not artifact.precision_verified:
         outcome = "fail"
         detail = f"The runtime did not confirm that {artifact.name} ran in {ran}{reason}."

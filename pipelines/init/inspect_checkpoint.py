@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nayer_edge.config import InputSpec
-from nayer_edge.errors import NayerEdgeError, UsageError, no_batch_norms
+from nayer_edge.config import InputSpec, Prior
+from nayer_edge.errors import NayerEdgeError, UsageError
 from nayer_edge.labels.class_names import checked
 from nayer_edge.models import huggingface, published
 from nayer_edge.models.names import ModelName, parse
@@ -55,6 +55,7 @@ class Findings:
         tensors: number of tensors.
         parameters: number of parameters.
         batch_norms: number of BatchNorm layers.
+        kind: what there is instead of BatchNorm, for people; empty if there is BatchNorm.
         classes: outputs of its head.
         channels: channels of the images.
         matches: networks that match exactly, or else the nearest.
@@ -74,6 +75,12 @@ class Findings:
     input: Guess | None
     labels: Guess | None
     outside: tuple[str, ...] = ()
+    kind: str = ""
+
+    @property
+    def prior(self) -> Prior:
+        """What can make images for this teacher."""
+        return "batchnorm" if self.batch_norms else "procedural"
 
     @property
     def exact(self) -> tuple[Match, ...]:
@@ -90,7 +97,7 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
         channels: channels of the images, if known.
 
     Raises:
-        UsageError: no such file, no weights, no BatchNorm layers, or not a classifier.
+        UsageError: no such file, no weights, or not a classifier.
         IntegrityError: the file is damaged, or a pickle that would run code.
     """
     if path.is_dir() and (path / "config.json").is_file():
@@ -99,7 +106,6 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
         return _look_at_folder(path.parent)
     tensors = read_state_dict(path, key)
     shapes = shapes_of(tensors)
-    batch_norms = _require_batch_norms(path, shapes)
     classes = _classes(shapes)
     channels, found = _network(path, shapes, model, channels, classes)
     if not found or not found[0].exact:
@@ -114,7 +120,7 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
     else:
         classes = found[0].classes
         own = {name: value for name, value in tensors.items() if name not in set(found[0].outside)}
-        batch_norms, tensors = _require_batch_norms(path, shapes_of(own)), own
+        tensors = own
     assert classes is not None
     card = _card_beside(path)
     name = model or (found[0].model if found and found[0].exact else None)
@@ -123,7 +129,8 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
         key=key or key_taken(path, key),
         tensors=len(tensors),
         parameters=sum(value.numel() for key, value in tensors.items() if not _is_statistic(key)),
-        batch_norms=batch_norms,
+        batch_norms=_batch_norms(shapes_of(tensors)),
+        kind=_normalised_by(shapes_of(tensors)),
         classes=classes,
         channels=channels,
         matches=tuple(found),
@@ -185,7 +192,6 @@ def _look_at_folder(path: Path) -> Findings:
     parsed = parse(model)
     tensors = huggingface.own_weights(parsed)
     shapes = shapes_of(tensors)
-    batch_norms = _require_batch_norms(path, shapes)
     names = huggingface.published_labels(parsed)
     classes = _classes(shapes)
     # The configuration says which layer is the head.
@@ -198,7 +204,8 @@ def _look_at_folder(path: Path) -> Findings:
         key="",
         tensors=len(tensors),
         parameters=sum(value.numel() for key, value in tensors.items() if not _is_statistic(key)),
-        batch_norms=batch_norms,
+        batch_norms=_batch_norms(shapes),
+        kind=_normalised_by(shapes),
         classes=classes,
         channels=_channels(path, shapes),
         matches=(Match(model, True, len(shapes), len(shapes)),),
@@ -222,12 +229,19 @@ def _is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
-def _require_batch_norms(path: Path, shapes: Shapes) -> int:
-    count = sum(name.endswith("running_mean") for name in shapes)
-    if count == 0:
-        attends = any(re.search(r"attn|attention|qkv", name) for name in shapes)
-        raise no_batch_norms(f"The network in {path}", ": it is a transformer" if attends else "")
-    return count
+def _batch_norms(shapes: Shapes) -> int:
+    return sum(name.endswith("running_mean") for name in shapes)
+
+
+def _normalised_by(shapes: Shapes) -> str:
+    """What a network without BatchNorm has instead; one weight per channel is taken for a normalisation."""
+    if _batch_norms(shapes):
+        return ""
+    if any(re.search(r"attn|attention|qkv|in_proj", name) for name in shapes):
+        return "it is a transformer"
+    if any(name.endswith("weight") and len(shape) == 1 for name, shape in shapes.items()):
+        return "it has LayerNorm, GroupNorm or the like"
+    return "it has no normalisation at all, or one that was folded into its convolutions"
 
 
 def _channels(path: Path, shapes: Shapes) -> int:

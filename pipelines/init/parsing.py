@@ -34,6 +34,18 @@ def parse_shape(text: str, channels: int) -> tuple[int, int, int]:
     return (last, first, second) if last <= MOST_COLOURS < first else (first, second, last)
 
 
+def parse_size(text: str, flag: str) -> tuple[int, int]:
+    """ "224x224" or "224" → (height, width).
+
+    Raises:
+        UsageError: the text has neither form.
+    """
+    parts = re.split(r"[x×,]", text.strip().lower().replace(" ", ""))
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise UsageError(f"'{text}' is not a height and a width.", fix=f"For example: {flag} 224x224")
+    return int(parts[0]), int(parts[-1])
+
+
 def parse_values(text: str, flag: str) -> tuple[float, ...]:
     """ "0.485,0.456,0.406" → numbers.
 

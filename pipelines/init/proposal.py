@@ -11,15 +11,19 @@ from typing import Any, Literal
 from nayer_edge.config import Augment, InputSpec, Teacher
 from nayer_edge.errors import UsageError
 from nayer_edge.labels.class_names import read_labels
-from nayer_edge.models.load import build_classifier, load_teacher, untrained_teacher
+from nayer_edge.models import published
+from nayer_edge.models.adapt import TRACE_PIXELS
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.load import build_classifier, check_forward, load_teacher, untrained_teacher
 from nayer_edge.models.names import parse
+from nayer_edge.procedural import EXPECTED, MOST_PIXELS
 
 from ..costs.fitting import device_at_hand
-from ..costs.model_cost import cost_of
+from ..costs.model_cost import cost_of, cost_of_network
 from ..costs.planning import plan_for
 from ..recipes.checking import checked
 from .inspect_checkpoint import Findings, Guess
-from .parsing import checked_name, named_after, parse_shape, parse_values
+from .parsing import checked_name, named_after, parse_shape, parse_size, parse_values
 from .sizes import TRIAL, Effort, pad_for, student_for
 from .starter_recipe import Proposal
 
@@ -52,6 +56,7 @@ class Given:
     model: str | None = None
     labels: Path | None = None
     input: str | None = None
+    resize: str | None = None
     mean: str | None = None
     std: str | None = None
     student: str | None = None
@@ -155,20 +160,32 @@ def settle(found: Findings, given: Given) -> Proposal:
     spec, spec_origin = _spec(found, given)
     classes, labels, labels_origin = _class_names(found, given)
     weights = None if found.path.is_dir() else str(found.path.resolve())
-    teacher = Teacher(model=model, weights=weights, weights_key=given.key, classes=classes, input=spec)
+    teacher = Teacher(
+        model=model,
+        weights=weights,
+        weights_key=given.key,
+        classes=classes,
+        input=spec,
+        resize=None if given.resize is None else parse_size(given.resize, "--resize"),
+    )
     # The same checks as `run`: the weights load and are finite, and a forward pass works.
-    network, _ = load_teacher(teacher, untrained_teacher(teacher))
-    cost = cost_of(model, spec, len(classes))
+    network, _ = load_teacher(teacher, _that_runs(teacher), found.prior)
+    if found.prior == "procedural":
+        _require_measured(found, network)
+    cost = cost_of_network(network)
     device = device_at_hand(given.device)
     student = given.student or student_for(spec, len(classes), cost, model)
     if student == model:
         raise UsageError(f"Teacher and student are both {model}.", fix="Name a smaller network with --student.")
     student_cost = cost_of(student, spec, len(classes))
     sections, words = TRIAL, []
+    if found.prior == "procedural":
+        sections = {**TRIAL, "synthesis": {"prior": found.prior, **TRIAL["synthesis"], "lambda_ce": 0.0}}
     if given.effort == "normal":
         seconds = given.budget or DEFAULT_BUDGET[device.kind]
         augment = Augment(pad=pad_for(spec), flip=given.flip)
-        planned = plan_for(seconds, network, build_classifier(student, spec, classes), augment, device)
+        built = build_classifier(student, spec, classes)
+        planned = plan_for(seconds, network, built, augment, device, prior=found.prior)
         sections, words = {**planned.sections, **IMAGES}, planned.words
     return Proposal(
         name=checked_name(given.name or named_after(found.path)),
@@ -178,6 +195,7 @@ def settle(found: Findings, given: Given) -> Proposal:
         classes=classes,
         labels=labels,
         spec=spec,
+        resize=network.resize,
         student=student,
         data=given.data,
         flip=given.flip,
@@ -187,8 +205,45 @@ def settle(found: Findings, given: Given) -> Proposal:
         words=words,
         costs=(cost, student_cost),
         batch_norms=found.batch_norms,
+        kind=found.kind,
         origins={"input": spec_origin, "labels": labels_origin},
     )
+
+
+def _that_runs(teacher: Teacher) -> Classifier:
+    """The untrained network; one that cannot take images of the given size gets them in its library's size."""
+    network = untrained_teacher(teacher)
+    try:
+        check_forward(network)
+    except UsageError:
+        size = _size_in_library(teacher)
+        if teacher.resize is not None or size in (None, teacher.input.shape[1:]):
+            raise
+        network = untrained_teacher(teacher.model_copy(update={"resize": size}))
+        check_forward(network)
+    return network
+
+
+def _size_in_library(teacher: Teacher) -> tuple[int, int] | None:
+    """The image size that the network's library builds it for; None if it is unknown."""
+    source = parse(teacher.model).source
+    if source not in ("torchvision", "timm", "hf"):
+        return None
+    found, _ = published.input_of(teacher.model, teacher.weights)
+    return found.get("height", TRACE_PIXELS), found.get("width", TRACE_PIXELS)
+
+
+def _require_measured(found: Findings, network: Classifier) -> None:
+    """Raises UsageError where nobody has measured what procedural images are worth."""
+    height, width = network.resize or network.spec.shape[1:]
+    if max(height, width) > MOST_PIXELS:
+        raise UsageError(
+            f"The network in {found.path} has no BatchNorm layers: {found.kind}.",
+            why=f"NAYER matches statistics that BatchNorm stores. Without them there are procedural images: {EXPECTED} "
+            f"Nothing was measured with images of {height}×{width}.",
+            fix="Use a teacher with BatchNorm. To try procedural images nevertheless, write a recipe by hand, with "
+            '[synthesis] prior = "procedural" (docs/REFERENCE.md).',
+        )
 
 
 def _spec(found: Findings, given: Given) -> tuple[InputSpec, str]:
@@ -233,6 +288,8 @@ def summary(found: Findings) -> dict[str, Any]:
         "tensors": found.tensors,
         "parameters": found.parameters,
         "batch_norms": found.batch_norms,
+        "kind": found.kind,
+        "prior": found.prior,
         "classes": found.classes,
         "channels": found.channels,
         "networks": [vars(match) for match in found.matches],

@@ -13,6 +13,7 @@ from typing import Any
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.models.names import parse
+from nayer_edge.procedural import EXPECTED
 from nayer_edge.storage.files import expanded, write_bytes
 
 from ..costs.fitting import Device
@@ -34,6 +35,7 @@ class Proposal:
     Attributes:
         sections: values of the recipe's other sections.
         words: the plan for a time budget, as (heading, text); empty for a trial.
+        kind: what the teacher has instead of BatchNorm, for people; empty if it has BatchNorm.
         origins: where input and class names come from, for comments.
         labels: the user's file of class names; None if they did not name one.
     """
@@ -45,6 +47,7 @@ class Proposal:
     classes: tuple[str, ...]
     labels: Path | None
     spec: InputSpec
+    resize: tuple[int, int] | None
     student: str
     data: str | None
     flip: bool
@@ -54,6 +57,7 @@ class Proposal:
     words: Sequence[tuple[str, str]]
     costs: tuple[Cost, Cost]
     batch_norms: int
+    kind: str = ""
     origins: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -107,6 +111,9 @@ def recipe_text(proposal: Proposal, out: Path, labels: Path | None) -> str:
     trial = proposal.effort == "trial"
     augment = f"{{ pad = {pad_for(spec)}, flip = {str(proposal.flip).lower()} }}"
     typed = shlex.quote(out.name)
+    layers = (
+        f"{proposal.batch_norms} BatchNorm layers" if not proposal.kind else f"no BatchNorm layers ({proposal.kind})"
+    )
     described = f"{proposal.model} → {proposal.student}, without data" + (" (a trial)" if trial else "")
     return f"""\
 # Written by `nayer-edge init` for {where}.
@@ -116,11 +123,11 @@ def recipe_text(proposal: Proposal, out: Path, labels: Path | None) -> str:
 {_entries(device="cpu") if proposal.device.kind == "cpu" else "# device: a GPU if there is one"}
 
 [teacher]
-# {_count(teacher.parameters)} parameters, {proposal.batch_norms} BatchNorm layers, {_macs(teacher)} per image.
+# {_count(teacher.parameters)} parameters, {layers}, {_macs(teacher)} per image.
 {_entries(model=model, **weights)}
 # Class names, in the order of the outputs, from: {_comment(proposal.origins.get("labels", ""))}.
 {_entries(classes=_near(labels, folder) if labels else proposal.classes)}
-
+{_resize(proposal.resize)}
 # The input that the teacher was trained with, from: {_comment(proposal.origins.get("input", ""))}.
 # Wrong values here are a common cause of a poor student: verify every value marked as a guess.
 [teacher.input]
@@ -135,9 +142,7 @@ std = {_numbers(spec.std)}
 {_entries(model=_model(proposal.student, folder))}
 
 [lte]
-# Class names are embedded once. `nayer-edge lte show {_comment(typed)}` shows which of them are similar.
-encoder = "all-MiniLM-L6-v2"
-prompt = "a photo of a {{label}}"
+{_embeddings(proposal, typed)}
 
 {_section("budget", sections, _BUDGET, proposal.words)}{_section("generator", sections)}\
 {_section("synthesis", sections, _SYNTHESIS)}\
@@ -171,6 +176,7 @@ accuracy = {{ max_drop_vs_fp32 = 0.015, max_drop_vs_teacher = 0.04 }}
 
 _BUDGET = {"seconds": "Planned for this time on this machine; `nayer-edge run … --budget 2h` plans again"}
 _SYNTHESIS = {
+    "prior": f"The teacher stores no BatchNorm statistics, so images are procedural. {EXPECTED.rstrip('.')}",
     "batch": "Images per round, optimisation steps per round, rounds per epoch, and rounds per warm-up epoch",
     "g_life": "Epochs after which the generator starts anew: never, because its first rounds are poor",
     "reserve": "Share of the rounds put aside for calibration and as a synthetic hold-out",
@@ -184,6 +190,15 @@ _DISTILL = {
     "holdout_rounds": "Rounds of images held out to measure agreement with the teacher",
 }
 """a comment above each of these keys"""
+
+
+def _embeddings(proposal: Proposal, typed: str) -> str:
+    if proposal.kind:
+        return '# Not used by procedural images, and so without a language model.\nencoder = "onehot"'
+    return f"""\
+# Class names are embedded once. `nayer-edge lte show {_comment(typed)}` shows which of them are similar.
+encoder = "all-MiniLM-L6-v2"
+prompt = "a photo of a {{label}}\""""
 
 
 def _section(
@@ -225,6 +240,13 @@ def _near(path: Path, folder: Path) -> str:
 def _entries(**values: Any) -> str:
     """Keys and values as TOML lines, without the last line break."""
     return to_toml(values).removesuffix("\n")
+
+
+def _resize(size: tuple[int, int] | None) -> str:
+    if size is None:
+        return ""
+    comment = "# Height and width that the network needs: the teacher resizes its images."
+    return f"{comment}\n{_entries(resize=size)}\n"
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -124,7 +124,7 @@ def _embeddings(recipe: Recipe) -> list[str]:
 def _teacher(recipe: Recipe) -> list[str]:
     from nayer_edge.models.load import untrained_teacher
 
-    return _model("teacher.model", lambda: untrained_teacher(recipe.teacher), teaches=True)
+    return _model("teacher.model", lambda: untrained_teacher(recipe.teacher), recipe.synthesis.prior)
 
 
 def _student(recipe: Recipe) -> list[str]:
@@ -136,17 +136,17 @@ def _student(recipe: Recipe) -> list[str]:
     )
 
 
-def _model(key: str, build: Callable[[], Classifier], *, teaches: bool = False) -> list[str]:
-    """Why a network cannot be built, cannot take the images, or cannot teach without data."""
+def _model(key: str, build: Callable[[], Classifier], prior: str = "") -> list[str]:
+    """Why a network cannot be built, cannot take the images, or, with a prior, cannot teach without data."""
     import torch
 
-    from nayer_edge.batchnorm import require_batch_norms
+    from nayer_edge.batchnorm import require_prior
     from nayer_edge.models.load import check_forward
 
     def tried() -> None:
         network = build()
-        if teaches:
-            require_batch_norms(network, f"The teacher {network.model}")
+        if prior:
+            require_prior(network, f"The teacher {network.model}", prior)
         check_forward(network)
 
     try:

@@ -1,18 +1,19 @@
 """Runs a sweep: a bank, a first share of the time for every student, and the rest for those that can still pass.
 
-Every student is an ordinary run folder, made by the functions that `run --bank` and `run --more` call. `sweep.json` is
-written after every step and says before a share starts what it will bring the run to, so a repetition goes on where
-the sweep was interrupted and gives no time twice.
+Every student is an ordinary run folder, made by the functions that `run --bank` and `run --more` call, here, on several
+GPUs or on a Ray cluster (workers.py). `sweep.json` is written after every step and says before a share starts what it
+will bring the run to, so a repetition goes on where the sweep was interrupted and gives no time twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,12 @@ import torch
 from rich.text import Text
 
 from nayer_edge.config import Student
-from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, TrainingError, UsageError
+from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, UsageError, understood
 from nayer_edge.evaluate import logits_of
 from nayer_edge.export.runners import as_bytes
 from nayer_edge.models.load import load_classifier
-from nayer_edge.models.names import located
+from nayer_edge.models.names import MEMORY, located, parse
+from nayer_edge.models.user_code import is_trusted
 from nayer_edge.runtime import provenance
 from nayer_edge.runtime.compute import choose
 from nayer_edge.runtime.progress import Progress, Silent
@@ -32,7 +34,7 @@ from nayer_edge.storage.run_folder import MANIFEST, RunFolder, is_vacant, lock_f
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 from nayer_edge.text import inert
 
-from .. import actions
+from .. import actions, shared_bank
 from ..costs.budget import TooShortError
 from ..costs.durations import duration
 from ..costs.planning import with_sections
@@ -42,11 +44,12 @@ from ..distill import METRICS, STUDENT
 from ..plan import bank_digest
 from ..recipes.loading import portable, recipe_of
 from ..recipes.schema import Recipe
-from . import results
+from . import on_ray, results
 from .candidates import cannot_pass, cost_of, proposed, require_distinct
 from .halving import Decision, Standing, decide, rounds_for, share
 from .page import write_page
 from .record import BANK, PAGE, RECORD, Bank, Share, StudentRecord, Sweep, Target, now, read_sweep, write_sweep
+from .workers import Here, OnDevices, Result, Task, gpus, sections_of
 
 if TYPE_CHECKING:
     from ..show import Display
@@ -61,8 +64,6 @@ DEFAULT_SHARE = 0.4
 """of what the students' runs would take alone, if no time is given"""
 BANK_COPIES = 4
 """disk space of a run in sizes of the bank that it starts with: its own bank, which has grown, twice"""
-SECTIONS = ("lte", "generator", "synthesis", "distill", "budget")
-"""parts of a recipe that a plan fills in"""
 
 
 def planned(
@@ -114,6 +115,7 @@ def run_sweep(
     models: Sequence[str] = (),
     seconds: float | None = None,
     *,
+    ray: str | None = None,
     fresh: bool = False,
     display: Display | None = None,
 ) -> Sweep:
@@ -122,6 +124,7 @@ def run_sweep(
     Args:
         recipe: what the students share; None: continue the sweep in `out`.
         bank, models, seconds: see `planned`.
+        ray: address of the Ray cluster that trains the students.
         fresh: empty the folder first.
 
     Returns:
@@ -129,10 +132,11 @@ def run_sweep(
 
     Raises:
         UsageError: the folder holds something else or another sweep, a student is listed twice, the time is too short,
-            or the disk is too small.
+            or the disk is too small; no such cluster, or it cannot do this.
+        MissingError: Ray is not installed, or nayer-edge is not installed on the cluster.
         IntegrityError: a run of the sweep was altered.
     """
-    with lock_folder(out):
+    with lock_folder(out), contextlib.nullcontext() if ray is None else on_ray.connected(ray) as cluster:
         if fresh:
             _clear(out)
         sweep = read_sweep(out) if (out / RECORD).is_file() else None
@@ -150,7 +154,7 @@ def run_sweep(
             (out / HOLDOUT).unlink(missing_ok=True)
             sweep, recipe = planned(recipe, bank, out, models, seconds)
             write_sweep(out, sweep)
-        work = _Work(sweep, recipe, out, display)
+        work = _Work(sweep, recipe, out, display, cluster)
         work.prepare()
         while work.open and sweep.done < sweep.rounds:
             work.run_round()
@@ -200,8 +204,12 @@ def as_commands(sweep: Sweep, bank: Path | None, out: Path, name: str, settings:
 class _Work:
     """A sweep at work in its folder."""
 
-    def __init__(self, sweep: Sweep, recipe: Recipe, out: Path, display: Display | None) -> None:
+    def __init__(
+        self, sweep: Sweep, recipe: Recipe, out: Path, display: Display | None, cluster: on_ray.Cluster | None = None
+    ) -> None:
         self.sweep, self.recipe, self.out, self.display = sweep, recipe, out, display
+        self.cluster = cluster
+        self.workers: Here | OnDevices | on_ray.OnRay = Here(display)
         self.progress: Progress = Silent() if display is None else display.progress
         self.errors: list[NayerEdgeError] = []
         """of the students that failed"""
@@ -260,8 +268,29 @@ class _Work:
         self.save()
         _require_space(self.open, source, self.out)
         self.shared_images(run)
+        self.workers = self.place(source)
         self.plan_first()
         self.save()
+
+    def place(self, source: Path) -> Here | OnDevices | on_ray.OnRay:
+        """Where the students are trained: on the cluster, on several GPUs, or here."""
+        recipe = self.recipe
+        in_memory = parse(recipe.teacher.model).source == MEMORY
+        if self.cluster is not None:
+            if in_memory:
+                raise UsageError(
+                    f"The teacher {recipe.teacher.model} exists only in this program, and Ray's workers lack it.",
+                    fix="Leave out the cluster, or load the teacher from a file.",
+                )
+            students = sum(each.state != "refused" for each in self.sweep.students)
+            found = on_ray.OnRay(self.cluster, self.out, source, recipe.device, students)
+            self.tell(found.described)
+            return found
+        devices = gpus(recipe.device)
+        if len(devices) < 2 or in_memory:
+            return Here(self.display)
+        self.tell(f"One student on each of {len(devices)} GPUs.")
+        return OnDevices(devices)
 
     def bank(self) -> Path:
         """The run whose images the students start with, made if there is none."""
@@ -308,20 +337,21 @@ class _Work:
         waiting = [each for each in self.open if each.target is None]
         if not waiting or self.sweep.done:
             return
+        recipes = {each.model: shared_bank.started(self.recipe_for(each))[0] for each in waiting}
         while True:
-            seconds = share(self.left, self.sweep.rounds, len(self.open))
+            seconds = max(share(self.left, self.sweep.rounds, len(self.open)), 1.0)
             short: dict[str, TooShortError] = {}
-            for each in waiting:
-                try:
-                    chosen, _ = actions.timed(
-                        self.recipe_for(each), None, self.root(each), actions.Time(budget=max(seconds, 1.0))
-                    )
-                except TooShortError as error:
-                    short[each.model] = error
-                    if self.sweep.rounds > 1:
-                        break
-                else:
-                    each.target = Target(round=1, seconds=seconds, sections=_sections(chosen))
+            tasks = {each.model: self.task(each, recipes[each.model], plan=seconds) for each in waiting}
+            with contextlib.closing(self.workers.run(tasks)) as planned:
+                for model, result in planned:
+                    if isinstance(result.error, TooShortError):
+                        short[model] = result.error
+                        if self.sweep.rounds > 1:
+                            break
+                    elif result.error is not None:
+                        raise result.error
+                    else:
+                        self.sweep.student(model).target = Target(round=1, seconds=seconds, sections=result.sections)
             if not short or self.sweep.rounds == 1:
                 break
             self.sweep.rounds -= 1
@@ -338,6 +368,9 @@ class _Work:
             if each.model in short:
                 self.end(each, "stopped", f"its share of {duration(seconds)} is too short: {short[each.model].why}")
 
+    def task(self, student: StudentRecord, recipe: Recipe, plan: float | None = None) -> Task:
+        return Task(recipe, self.root(student), plan, is_trusted())
+
     @property
     def made_bank(self) -> bool:
         """Whether the sweep made its bank itself."""
@@ -353,13 +386,15 @@ class _Work:
         """
         number = self.sweep.done + 1
         taking_part = [each for each in self.open if not any(made.round == number for made in each.shares)]
-        for place, each in enumerate(taking_part):
-            # A share that failed is repeated first.
-            if each.target is None or any(made.round == each.target.round for made in each.shares):
-                seconds = share(self.left, self.sweep.rounds - self.sweep.done, len(taking_part) - place)
-                each.target = self.extended(each, number, seconds)
-            if each.open:
-                self.train(each)
+        left = len(taking_part)
+        for group in [[each] for each in taking_part] if self.workers.at_once == 1 else [taking_part]:
+            seconds = share(self.left, self.sweep.rounds - self.sweep.done, left)
+            for each in group:
+                # A share that failed is repeated first.
+                if each.target is None or any(made.round == each.target.round for made in each.shares):
+                    each.target = self.extended(each, number, seconds)
+            self.train([each for each in group if each.open])
+            left -= len(group)
         if self.errors and not any(each.shares for each in self.sweep.students):
             # What ends every run is not the students' fault.
             raise self.errors[0]
@@ -373,44 +408,80 @@ class _Work:
         except UsageError as error:
             self.end(student, "stopped", f"{error.what} {error.why}".strip())
             return student.target
-        return Target(round=number, seconds=seconds, sections=_sections(chosen))
+        return Target(round=number, seconds=seconds, sections=sections_of(chosen))
 
-    def train(self, student: StudentRecord) -> None:
-        """Brings a student's run to its target and measures it."""
-        target = student.target
-        assert target is not None
-        self.tell(
-            f"{student.model}: share {target.round} of {self.sweep.rounds}, {duration(target.seconds)}"
-            f" ({self.root(student)})"
-        )
-        student.state = "training"
-        self.save()
-        began = time.monotonic()
-        try:
-            run = actions.make(
-                with_sections(self.recipe_for(student), target.sections),
-                self.root(student),
-                last="gate",
-                display=self.display,
+    def train(self, students: Sequence[StudentRecord]) -> None:
+        """Brings the runs of students to their targets, then measures them."""
+        tasks: dict[str, Task] = {}
+        for each in students:
+            assert each.target is not None
+            self.tell(
+                f"{each.model}: share {each.target.round} of {self.sweep.rounds}, {duration(each.target.seconds)}"
+                f" ({self.root(each)})"
             )
+            each.state = "training"
+            tasks[each.model] = self.task(each, with_sections(self.recipe_for(each), each.target.sections))
+        self.save()
+        took: dict[str, float] = {}
+        with contextlib.closing(self.counted(tasks)) as ended:
+            for model, result in ended:
+                if result.error is not None:
+                    self.fail(self.sweep.student(model), result.error)
+                    continue
+                took[model] = result.seconds
+                if self.workers.at_once > 1:
+                    self.tell(f"{model}: trained for {duration(result.seconds)}")
+        for each in students:
+            if each.open:
+                self.measure(each, tasks[each.model], took[each.model])
+
+    def counted(self, tasks: dict[str, Task]) -> Generator[tuple[str, Result]]:
+        """The results of tasks as they come in; what they take counts, also if they are interrupted."""
+        began = time.monotonic()
+        with contextlib.closing(self.workers.run(tasks)) as running:
+            try:
+                for model, result in running:
+                    if self.workers.at_once > 1:
+                        self.sweep.spent += result.seconds
+                        self.save()
+                    yield model, result
+            finally:
+                if self.workers.at_once == 1:
+                    self.sweep.spent += time.monotonic() - began
+                self.save()
+
+    def fail(self, student: StudentRecord, error: NayerEdgeError) -> None:
+        """Ends a student whose run failed; raises the error if a run was altered."""
+        if isinstance(error, IntegrityError) and _altered(self.root(student), Path(self.recipe.student.bank or "")):
+            raise error
+        self.errors.append(error)
+        self.end(student, "failed", " ".join(f"{error.what} {error.why}".split()))
+        self.tell(f"{student.model} failed: {student.reason}")
+
+    def measure(self, student: StudentRecord, task: Task, took: float) -> None:
+        """Exports and judges a student that reached its target, unless that is done, and records its share."""
+        target, began = student.target, time.monotonic()
+        assert target is not None
+        try:
+            run = RunFolder.open(task.root)
+            if self.workers.last != "gate":
+                run = actions.make(task.recipe, task.root, last="gate", display=self.display)
             agreement = self.agreement(run)
-        except (UsageError, MissingError, TrainingError, IntegrityError) as error:
-            if isinstance(error, IntegrityError) and _altered(self.root(student), Path(self.recipe.student.bank or "")):
+            verdict = results.refresh(student, task.root, self.sweep)
+        except Exception as failure:
+            if (error := understood(failure, "This student")) is None:
                 raise
-            self.errors.append(error)
-            self.end(student, "failed", " ".join(f"{error.what} {error.why}".split()))
-            self.tell(f"{student.model} failed: {student.reason}")
+            self.fail(student, error)
             return
         finally:
             self.sweep.spent += time.monotonic() - began
             self.save()
-        verdict = results.refresh(student, self.root(student), self.sweep)
         assert verdict is not None
         student.shares.append(
             Share(
                 round=target.round,
                 seconds=target.seconds,
-                spent=time.monotonic() - began,
+                spent=took + time.monotonic() - began,
                 trained_seconds=_trained_seconds(run),
                 agreement=agreement,
                 verdict=verdict,
@@ -555,11 +626,6 @@ def _altered(*roots: Path) -> bool:
         return any(RunFolder.open(root).problems() for root in roots if (root / MANIFEST).exists())
     except IntegrityError:
         return True
-
-
-def _sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    values = recipe.model_dump(mode="json", by_alias=True)
-    return {name: values[name] for name in SECTIONS if values[name] is not None}
 
 
 def _standing(student: StudentRecord) -> Standing:

@@ -38,7 +38,7 @@ def chain(manifest: Manifest, artifact: ArtifactReport) -> list[Link]:
         TEACHER: "teacher",
         EMBEDDINGS: "label-text embeddings",
         **({SOURCE: "first images of another run"} if SOURCE in manifest.files else {}),
-        GENERATOR: "generator",
+        **({GENERATOR: "generator"} if GENERATOR in manifest.files else {}),
         STUDENT: "student",
         **({FP32: "student as ONNX"} if target.suffix == ".onnx" else {}),
         **({FP16: "in FP16"} if artifact.precision == "fp16" else {}),

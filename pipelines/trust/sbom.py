@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from cyclonedx.model.component import Component
 
 NO_DATA = (
-    "No training data was used. The student was trained only on synthetic images, which the run's generator made "
-    "from the teacher's weights and the class names."
+    "No training data was used. The student was trained only on synthetic images, which this run made from the "
+    "teacher's weights and class names or, with the procedural prior, from random numbers and the teacher's weights."
 )
 NETWORKS = ("teacher", "student", "generator")
 DATA = ("bank", "lte", "predictions", "metrics")

@@ -27,6 +27,7 @@ class Line:
     phase: str = "distill"
     synthetic_classes: int = 3
     distinct: float = 1.0
+    variety: float | None = 0.9
     student_spread: float | None = 4.0
 
 
@@ -88,12 +89,12 @@ def test_a_dead_student_stops_the_run_after_three_epochs_or_at_its_end() -> None
 
 def test_inspected_images(teacher: Classifier, compute: Compute) -> None:
     images = torch.randint(0, 256, (40, *teacher.spec.shape), generator=torch.manual_seed(0)).to(torch.uint8)
-    shares, distinct = health.inspect_images(teacher, images, compute)
+    shares, distinct, _ = health.inspect_images(teacher, images, compute)
     with torch.no_grad():
         seen = teacher(images.float() / 255).argmax(dim=1)
     assert shares.tolist() == pytest.approx([float((seen == c).float().mean()) for c in range(3)])
     assert float(distinct) == 1.0
-    shares, distinct = health.inspect_images(teacher, images[:4].repeat(10, 1, 1, 1), compute)
+    shares, distinct, _ = health.inspect_images(teacher, images[:4].repeat(10, 1, 1, 1), compute)
     assert float(distinct) == pytest.approx(0.1)
     assert float(shares.sum()) == pytest.approx(1.0)
     # Only the newest are inspected.
@@ -175,3 +176,31 @@ def test_a_checkpoint_that_fits_by_its_digest_and_not_by_its_content(start: Star
     spoilt(state[0], {**state[1], "history": [{"epoch": 1}]})
     spoilt(state[0], {**state[1], "epoch": "one"})
     spoilt({n: t.flatten()[:1] if n == "holdout" else t for n, t in state[0].items()}, {**state[1], "epoch": None})
+
+
+def test_variety_is_the_share_of_variance_within_classes() -> None:
+    random = torch.Generator().manual_seed(0)
+    centres = torch.randint(0, 256, (4, 1, 6, 6), generator=random)
+    classes = torch.arange(4).repeat(25)
+    free = torch.randint(0, 256, (100, 1, 6, 6), generator=random).to(torch.uint8)
+    assert float(health.variety(free, classes)) == pytest.approx(1, abs=0.05)
+    assert float(health.variety(centres[classes].to(torch.uint8), classes)) == 0
+    # Noise of variance 100 around centres: by the law of total variance.
+    noisy = (centres * 0.8 + 25)[classes] + 10 * torch.randn(100, 1, 6, 6, generator=random)
+    pixels = noisy.round().to(torch.uint8)
+    between = pixels.view(25, 4, 36).float().mean(0).var(0, correction=0).sum()
+    wanted = 36 * 100 / (36 * 100 + between)
+    assert float(health.variety(pixels, classes)) == pytest.approx(float(wanted), rel=0.08)
+
+
+def test_variety_needs_images_of_one_class() -> None:
+    images = torch.zeros(40, 1, 4, 4, dtype=torch.uint8)
+    assert bool(health.variety(images, torch.arange(40)).isnan())
+    assert not bool(health.variety(images, torch.arange(40) % 4).isnan())
+
+
+def test_images_that_are_alike_give_one_warning_and_no_stop() -> None:
+    (warning,) = warnings_of([Line(variety=0.1) for _ in range(3 * health.STOP_AFTER)])
+    assert "nearly alike" in warning
+    assert warnings_of([Line(variety=None) for _ in range(40)]) == []
+    assert warnings_of([Line(variety=0.1 if n % 4 else 0.6) for n in range(40)]) == []

@@ -131,6 +131,22 @@ def test_images_that_int8_gains_make_up_for_those_it_loses() -> None:
     assert search_mixed_precision(lambda _: changed, ["a", "b", "c"], 0.009)[0] == ["a", "b", "c"]
 
 
+def test_choices_with_which_the_quantizer_fails_are_skipped() -> None:
+    order, good, bad = ["a", "b", "c", "d"], Agreement(100, 1.0, 0.0), Agreement(100, 0.5, 1.0)
+
+    def search(results: list[Agreement | None]) -> tuple[list[str], Agreement]:
+        chosen, best, trail = search_mixed_precision(lambda layers: results[len(layers)], order, 0.01)
+        assert [entry["float_layers"] for entry in trail if entry.get("failed")] == [
+            entry["float_layers"] for entry in trail if results[entry["float_layers"]] is None
+        ]
+        return chosen, best
+
+    assert search([bad, None, good, good, good]) == (order[:2], good)
+    assert search([bad, bad, bad, None, good]) == (order, good)
+    assert search([bad, bad, bad, None, None]) == (order[:2], bad), "out of reach: as many as could be"
+    assert search([bad, None, None, None, None]) == ([], bad)
+
+
 def test_all_layers_are_excluded_if_the_limit_is_out_of_reach() -> None:
     chosen, best, _ = search_mixed_precision(lambda _: Agreement(100, 0.5, 1.0), ["a", "b", "c"], 0.01)
     assert (chosen, best.top1) == (["a", "b", "c"], 0.5)

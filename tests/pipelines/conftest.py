@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nayer_edge.pipelines.cli import main
+from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "transformers", "tensorrt", "sklearn", "PIL", "scipy")
@@ -38,6 +39,26 @@ class Answer:
     code: int
     out: str
     err: str
+
+
+class StopsAfter(Silent):
+    """A listener that interrupts after so many steps: as Ctrl-C does, or at once as a second one does."""
+
+    def __init__(self, steps: int, *, at_once: bool = False) -> None:
+        self.left, self.at_once = steps, at_once
+
+    def advance(self, count: int = 1) -> None:
+        self.left -= count
+        if self.left < 0 and self.at_once:
+            raise KeyboardInterrupt
+        if self.left < 0 <= self.left + count:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(scope="session")
+def stops_after() -> type[StopsAfter]:
+    """The listener `StopsAfter(steps, at_once=False)`."""
+    return StopsAfter
 
 
 @pytest.fixture(scope="session")

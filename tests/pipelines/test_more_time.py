@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -59,20 +58,6 @@ def run(short: Path, tmp_path: Path) -> RunFolder:
     return RunFolder.open(Path(shutil.copytree(short, tmp_path / "digits")))
 
 
-class StopsAfter(Silent):
-    """A listener that interrupts after so many steps: as Ctrl-C does, or at once as a second one does."""
-
-    def __init__(self, steps: int, *, at_once: bool = False) -> None:
-        self.left, self.at_once = steps, at_once
-
-    def advance(self, count: int = 1) -> None:
-        self.left -= count
-        if self.left < 0 and self.at_once:
-            raise KeyboardInterrupt
-        if self.left < 0 <= self.left + count:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_an_extended_run_is_one_long_run(run: RunFolder, long: Path) -> None:
     """Bit for bit: it continues from before the decay, with the same random streams."""
     done = run_recipe(recipe(8, 2), run.root, last="student")
@@ -85,11 +70,13 @@ def test_an_extended_run_is_one_long_run(run: RunFolder, long: Path) -> None:
     assert run_recipe(recipe(10, 2), run.root, last="student").manifest.steps["student"].numbers["bank images"] == 220
 
 
-def test_the_finished_student_stays_until_the_better_one_is_whole(run: RunFolder, long: Path) -> None:
+def test_the_finished_student_stays_until_the_better_one_is_whole(
+    run: RunFolder, long: Path, stops_after: Callable[..., Silent]
+) -> None:
     before = sha256_of(run.path(STUDENT))
     # Interrupted in its second epoch; the first one is saved.
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe(8, 2), run.root, last="student", progress=StopsAfter(40, at_once=True))
+        run_recipe(recipe(8, 2), run.root, last="student", progress=stops_after(40, at_once=True))
     kept = RunFolder.open(run.root)
     assert kept.path(CHECKPOINT).is_file()
     assert sha256_of(kept.path(STUDENT)) == before
@@ -139,12 +126,12 @@ def test_more_and_finish_by_the_command_line(run: RunFolder, invoke: Invoke) -> 
     assert (answer.code, "student is finished" in answer.err) == (2, True)
 
 
-def test_an_interrupted_run_ends_early(tmp_path: Path, invoke: Invoke) -> None:
+def test_an_interrupted_run_ends_early(tmp_path: Path, invoke: Invoke, stops_after: Callable[..., Silent]) -> None:
     root = tmp_path / "digits"
     # Other tests leave the handler of the command line, which `invoke` puts back.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe(1000, 200), root, last="student", progress=StopsAfter(60))
+        run_recipe(recipe(1000, 200), root, last="student", progress=stops_after(60))
     epochs = len((root / "metrics.jsonl").read_text().splitlines())
     answer = invoke("run", root, "--finish", "30s", "--until", "student")
     assert answer.code == 0, answer.err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -64,20 +63,6 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class StopsAfter(Silent):
-    """Interrupts after so many steps, as Ctrl-C does; at once as a second one does."""
-
-    def __init__(self, steps: int, *, at_once: bool = False) -> None:
-        self.left, self.at_once = steps, at_once
-
-    def advance(self, count: int = 1) -> None:
-        self.left -= count
-        if self.left < 0 and self.at_once:
-            raise KeyboardInterrupt
-        if self.left < 0 <= self.left + count:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_it_starts_with_the_other_runs_images(source: Path, whole: Path) -> None:
     run, first = RunFolder.open(whole), RunFolder.open(source)
     lines = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
@@ -108,13 +93,15 @@ def test_its_lineage_is_recorded(source: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_interrupted_it_ends_with_the_same_bits(at_once: bool, source: Path, whole: Path, tmp_path: Path) -> None:
+def test_interrupted_it_ends_with_the_same_bits(
+    at_once: bool, source: Path, whole: Path, tmp_path: Path, stops_after: Callable[..., Silent]
+) -> None:
     root, copied = tmp_path / "run", Path(shutil.copytree(source, tmp_path / "source"))
     chosen = recipe(copied, "distill.epochs=7", "distill.decay_epochs=2")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         # At once: before the first checkpoint. Otherwise after the second epoch.
-        run_recipe(chosen, root, last="student", progress=StopsAfter(3 if at_once else 10, at_once=at_once))
+        run_recipe(chosen, root, last="student", progress=stops_after(3 if at_once else 10, at_once=at_once))
     assert (root / CHECKPOINT).is_file() != at_once
     # What it started with is its own now.
     shutil.rmtree(copied)
@@ -137,13 +124,15 @@ def test_more_time_is_one_long_run(source: Path, whole: Path, tmp_path: Path, in
     assert (answer.code, "student is finished" in answer.err) == (2, True)
 
 
-def test_an_interrupted_run_ends_early(source: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_an_interrupted_run_ends_early(
+    source: Path, tmp_path: Path, invoke: Invoke, stops_after: Callable[..., Silent]
+) -> None:
     root = tmp_path / "run"
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(
             recipe(source, "distill.epochs=1000", "distill.decay_epochs=200"), root, last="student",
-            progress=StopsAfter(20),
+            progress=stops_after(20),
         )  # fmt: skip
     answer = invoke("run", root, "--finish", "30s", "--until", "student")
     assert answer.code == 0, answer.err
@@ -214,10 +203,10 @@ def test_an_altered_run_is_refused(source: Path, tmp_path: Path, invoke: Invoke)
     assert "bank.safetensors was altered" in answer.err
 
 
-def test_what_was_taken_over_is_checked_again(source: Path, tmp_path: Path) -> None:
+def test_what_was_taken_over_is_checked_again(source: Path, tmp_path: Path, stops_after: Callable[..., Silent]) -> None:
     root = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe(source), root, last="student", progress=StopsAfter(0, at_once=True))
+        run_recipe(recipe(source), root, last="student", progress=stops_after(0, at_once=True))
     taken = root / START_FILES["bank"]
     data = bytearray(taken.read_bytes())
     data[-1] ^= 1

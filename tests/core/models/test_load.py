@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
 from nayer_edge.batchnorm import batch_norms, raise_bn_momentum
 from nayer_edge.config import InputSpec
@@ -40,6 +41,19 @@ def test_one_mean_for_all_channels() -> None:
     spec = InputSpec(channels=3, height=4, width=4, mean=(0.5,), std=(0.25,))
     network = Classifier(nn.Identity(), "test:identity", spec, CLASSES)
     torch.testing.assert_close(network(torch.full((1, 3, 4, 4), 0.75)), torch.ones(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("size", [(12, 12), (3, 5), (6, 9)])
+def test_images_are_resized_for_the_network(size: tuple[int, int]) -> None:
+    """Larger, smaller and equal, as torchvision resizes them; gradients reach the images as they are."""
+    network = Classifier(nn.Identity(), "test:identity", SPEC, CLASSES, {"resize": list(size)})
+    images = torch.rand(3, 2, 6, 9, requires_grad=True)
+    normalised = v2.functional.normalize(images, [0.2, 0.4], [0.5, 0.25])
+    wanted = v2.functional.resize(normalised, list(size), v2.InterpolationMode.BILINEAR, antialias=True)
+    torch.testing.assert_close(network(images), wanted)
+    network(images).sum().backward()
+    assert images.grad is not None
+    assert images.grad.shape == images.shape
 
 
 @pytest.mark.parametrize("channels", [1, 3, 13])
@@ -85,9 +99,24 @@ def test_round_trip(network: Classifier, tmp_path: Path) -> None:
     assert path.read_bytes() == first, "equal weights give equal bytes"
 
 
+def test_the_card_keeps_the_size_that_the_network_takes(network: Classifier, tmp_path: Path) -> None:
+    path, images = tmp_path / "teacher.safetensors", torch.rand(2, 2, 6, 9)
+    with seeded(0):
+        resized = build_classifier("nayer:resnet8", SPEC, CLASSES, resize=(20, 16)).eval()
+    save_classifier(resized, path, {})
+    read = load_classifier(path)
+    assert (read.resize, read.spec) == ((20, 16), SPEC)
+    assert torch.equal(read(images), resized(images))
+    assert network.resize is None
+    assert weights_digest(resized) != weights_digest(network), "the same weights, another function"
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        lambda card: card.update(rebuild={"resize": 224}),
+        lambda card: card.update(rebuild={"resize": [224]}),
+        lambda card: card.update(rebuild={"resize": [224, 0]}),
         lambda card: card.pop("classes"),
         lambda card: card.pop("sha256"),
         lambda card: card.update(schema="nayer-edge/model/9"),

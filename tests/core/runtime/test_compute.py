@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 from nayer_edge.runtime.compute import choose, random_stream, seeded
 
@@ -62,3 +66,26 @@ def test_auto_precision_follows_the_processor() -> None:
 def test_models_are_placed_channels_last() -> None:
     placed = choose("cpu").place(torch.nn.Conv2d(3, 8, 3))
     assert placed.get_parameter("weight").is_contiguous(memory_format=torch.channels_last)
+
+
+def test_narrow_networks_train_without_corrupting_memory() -> None:
+    """oneDNN aborts the process on processors without AVX-512 if the 1×1 convolution of a narrow shortcut is trained in
+    channels-last format; in a child process, so that it could not end the tests."""
+    script = """
+import torch
+from nayer_edge.config import InputSpec
+from nayer_edge.models.load import build_classifier
+from nayer_edge.runtime.compute import choose
+
+torch.set_num_threads(1)
+network = choose("cpu").place(build_classifier("nayer:resnet8_w4", InputSpec(height=16, width=16), list("abc")))
+for order in [torch.contiguous_format, torch.channels_last] * 3:
+    network.train()(torch.rand(16, 3, 16, 16).to(memory_format=order)).sum().backward()
+junk = [torch.randn(count) for count in range(1, 4000, 7)]
+"""
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
+def test_wide_networks_are_channels_last() -> None:
+    network = choose("cpu").place(nn.Sequential(nn.Conv2d(8, 4, 3), nn.Conv2d(8, 16, 1, 2)))
+    assert all(module.weight.is_contiguous(memory_format=torch.channels_last) for module in network)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +81,33 @@ def test_the_limit_is_held_in_the_runtime(
     assert (record["float_nodes"], record["drop_held"]) == (["4"], True)
     assert [row["node"] for row in record["sensitivity"]] == ["0", "4"]
     assert [name for name, _ in record["coverage"]["not_int8"]] == ["4"]
+
+
+def test_a_quantizer_that_fails_with_one_choice_of_layers(
+    target: Target, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its INT8 file is not lost: the search goes on without that choice, and the record says why."""
+    module, runner = module_of(target), getattr(module_of(target), RUNNERS[target.name])
+    build: Callable[..., Any] = module.build
+    infer: Callable[..., np.ndarray] = runner.infer
+
+    def fails(*arguments: Any, **named: Any) -> Any:
+        if named["float_layers"] == ["4"]:
+            raise UsageError("It cannot.", why="Not with that layer.")
+        return build(*arguments, **named)
+
+    def in_float(self: Any, given: np.ndarray) -> np.ndarray:
+        whole = describe(target, self.path)["coverage"]["int8"] == 0
+        return infer(self, given) if whole else -infer(self, given)
+
+    monkeypatch.setattr(module, "build", fails)
+    monkeypatch.setattr(runner, "infer", in_float)
+    record = to_int8_file(
+        network, SHAPE, tmp_path / "int8", target, images(16, 0), images(32, 1), max_drop=0.2, parent_sha256=PARENT
+    )
+    assert (record["float_nodes"], record["drop_held"]) == (["0", "4"], True)
+    assert record["failed"] == [{"float_layers": ["4"], "reason": "It cannot. Not with that layer."}]
+    json.dumps(record, allow_nan=False)
 
 
 def test_an_fp32_file_that_computes_something_else_is_refused(

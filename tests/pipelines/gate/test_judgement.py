@@ -254,6 +254,21 @@ def test_what_was_not_measured_fails_with_the_reason(status: str) -> None:
     assert "no CUDA device" in verdict.checks[0].detail
 
 
+def test_a_graph_for_another_device_passes_only_where_the_policy_accepts_it() -> None:
+    arm = measured("int8.arm", precision_verified=False, simulated=True, latency_ms=None)
+    refused = judge(report_of(arm), policy_of(artifacts=["int8.arm"]))
+    assert (refused.verdict, the(refused, "runtime").verdict) == ("fail", "fail")
+    assert "accept_simulated = true" in the(refused, "runtime").detail
+    accepting: dict[str, Any] = {"artifacts": ["int8.arm"], "accept_simulated": True}
+    accepted = judge(report_of(arm), policy_of(**accepting))
+    assert accepted.verdict == "pass"
+    assert "not measured" in the(accepted, "runtime").detail
+    late = judge(report_of(arm), policy_of(**accepting, latency={"max_p95_ms": 100.0}))
+    assert the(late, "latency_p95").verdict == "fail", "its speed is not known here"
+    unsure = measured("int8.cpu", precision_verified=False)
+    assert judge(report_of(unsure), policy_of(accept_simulated=True)).verdict == "fail", "that one is for this machine"
+
+
 def test_unverified_precision_fails() -> None:
     verdict = judge(report_of(measured("int8.cpu", precision_verified=False)), policy_of())
     assert verdict.verdict == "fail"

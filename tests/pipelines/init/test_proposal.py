@@ -20,15 +20,16 @@ import torch
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.load import build_classifier
-from nayer_edge.pipelines.costs import step_costs
+from nayer_edge.pipelines.costs import budget, step_costs
 from nayer_edge.pipelines.costs.model_cost import cost_of
 from nayer_edge.pipelines.gate.statistics import drop_upper
 from nayer_edge.pipelines.init.inspect_checkpoint import look
-from nayer_edge.pipelines.init.parsing import parse_shape, parse_values
+from nayer_edge.pipelines.init.parsing import parse_shape, parse_size, parse_values
 from nayer_edge.pipelines.init.sizes import student_for
 from nayer_edge.pipelines.recipes import preflight
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.steps import STEPS
+from nayer_edge.procedural import EXPECTED
 from nayer_edge.storage.tensors import save_tensors
 
 Invoke = Callable[..., Any]
@@ -392,13 +393,78 @@ def test_questions_on_a_terminal(here: Path) -> None:
 # ------------------------------------------------------------------ what it refuses
 
 
-def test_a_transformer_is_refused(here: Path, invoke: Invoke) -> None:
+NETS = """
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+def vit(num_classes, in_chans):
+    return VisionTransformer(16, 4, in_chans, num_classes, embed_dim=24, depth=1, num_heads=2)
+
+def plain(num_classes, in_chans):
+    body = nn.Conv2d(in_chans, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(8, num_classes))
+"""
+
+
+def without_batch_norms(kind: str) -> dict[str, torch.Tensor]:
+    made: dict[str, Any] = {}
+    exec(NETS, made)
+    torch.manual_seed(0)
+    network = made[kind](10, 1)
+    network(torch.zeros(1, 1, 16, 16))
+    return dict(network.state_dict())
+
+
+@pytest.mark.parametrize(("kind", "words"), [("vit", "it is a transformer"), ("plain", "folded into its convolutions")])
+def test_a_teacher_without_batchnorm_gets_procedural_images(here: Path, invoke: Invoke, kind: str, words: str) -> None:
+    pytest.importorskip("timm")
+    torch.save(without_batch_norms(kind), "w.pt")
+    (here / "nets.py").write_text(NETS)
+    told = ("w.pt", "--model", f"python:nets.py:{kind}", "--trust-code", "--labels", "labels.txt", "--yes", "--no-flip")
+    answer = invoke("init", *TRIAL, *told, "--input", "1x16x16", "--mean", "0.5", "--std", "0.5")
+    assert answer.code == 0, answer.err
+    assert words in answer.out
+    assert EXPECTED in answer.out.replace("\n", " ")
+    text = (here / "w.toml").read_text(encoding="utf-8")
+    assert EXPECTED.rstrip(".") in text
+    recipe = load_recipe("w.toml")
+    assert (recipe.synthesis.prior, recipe.lte.encoder) == ("procedural", "onehot")
+    answer = invoke("init", *TRIAL, *told, "--input", "1x16x16", "--json", "--mean", "0", "--std", "1", "--force")
+    found = found_in(answer)
+    assert (found["batch_norms"], found["prior"]) == (0, "procedural")
+
+
+def test_a_budget_for_a_teacher_without_batchnorm(here: Path, invoke: Invoke) -> None:
+    torch.save(without_batch_norms("plain"), "w.pt")
+    (here / "nets.py").write_text(NETS)
+    told = ("w.pt", "--model", "python:nets.py:plain", "--trust-code", "--labels", "labels.txt", "--yes")
+    answer = invoke("init", "--budget", "30m", *told, "--input", "1x16x16")
+    assert answer.code == 0, answer.err
+    recipe = load_recipe("w.toml")
+    assert recipe.synthesis.prior == "procedural"
+    assert (recipe.synthesis.lambda_ce, recipe.synthesis.lambda_adv) == (0.0, budget.PIXELS["lambda_adv"])
+    assert "[generator]" not in (here / "w.toml").read_text(encoding="utf-8")
+
+
+def test_no_prior_is_proposed_where_none_was_measured(here: Path, invoke: Invoke) -> None:
+    torch.save(without_batch_norms("plain"), "w.pt")
+    (here / "nets.py").write_text(NETS)
+    told = ("--model", "python:nets.py:plain", "--trust-code", "--labels", "labels.txt", "--yes", "--input", "1x64x64")
+    answer = invoke("init", *TRIAL, "w.pt", *told)
+    assert answer.code == 2
+    assert "has no BatchNorm layers: it has no normalisation at all" in answer.err
+    assert "Nothing was measured with images of 64×64" in answer.err
+    assert not list(here.glob("*.toml"))
+
+
+def test_an_unknown_transformer_is_a_question(here: Path, invoke: Invoke) -> None:
     from torchvision.models import VisionTransformer
 
     torch.save(VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=10).state_dict(), "vit.pt")
     answer = invoke("init", *TRIAL, "vit.pt", "--labels", "labels.txt", "--yes")
     assert answer.code == 2
-    assert "has no BatchNorm layers: it is a transformer" in answer.err
+    assert "it is a transformer" in answer.out
+    assert "The network was not recognised" in answer.err
     assert not list(here.glob("*.toml"))
 
 
@@ -544,6 +610,25 @@ def test_what_is_wrong_at_first_sight_is_said_at_once(here: Path, spawn: Invoke,
         assert message in answer.err
 
 
+def test_a_network_for_one_image_size_only(here: Path, invoke: Invoke) -> None:
+    """LeViT's attention biases belong to a number of positions: 224 pixels, or the size given with --resize."""
+    pytest.importorskip("timm")
+    torch.save(weights_of("timm:levit_128s"), "levit.pt")
+    known = ("init", "levit.pt", "--model", "timm:levit_128s", "--labels", "labels.txt", *TRIAL, "--yes")
+    answer = invoke(*known, "--input", "3x32x32", "--mean", "0.5", "--std", "0.5", "--out", "a.toml")
+    assert answer.code == 0, answer.err
+    assert "resized to 224×224" in answer.out
+    teacher = load_recipe("a.toml").teacher
+    assert (teacher.resize, teacher.input.shape) == ((224, 224), (3, 32, 32))
+    assert invoke(*known, "--input", "3x224x224", "--out", "b.toml").code == 0
+    assert load_recipe("b.toml").teacher.resize is None, "as large as it wants them"
+    answer = invoke(*known, "--input", "3x32x32", "--resize", "100x100", "--out", "c.toml")
+    assert answer.code == 2
+    assert "resized to 100×100" in answer.err
+    assert "teacher.resize" in answer.err
+    assert not Path("c.toml").exists()
+
+
 def test_the_channels_that_the_weights_have(here: Path, invoke: Invoke) -> None:
     """The option is wrong, not the file."""
     torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
@@ -642,6 +727,14 @@ def test_image_sizes(text: str, shape: tuple[int, int, int]) -> None:
 def test_no_image_sizes(text: str) -> None:
     with pytest.raises(UsageError):
         parse_shape(text, 3)
+
+
+def test_the_size_that_a_network_needs() -> None:
+    assert parse_size("224x192", "--resize") == (224, 192)
+    assert parse_size("224", "--resize") == (224, 224)
+    for text in ("", "3x224x224", "a", "-4"):
+        with pytest.raises(UsageError, match="height and a width"):
+            parse_size(text, "--resize")
 
 
 def test_numbers() -> None:

@@ -64,27 +64,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class StopsAfter(Silent):
-    """Interrupts after so many steps, as a second Ctrl-C does."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def advance(self, count: int = 1) -> None:
-        self.left -= count
-        if self.left < 0:
-            raise KeyboardInterrupt
-
-
-def display(steps: int | None = None) -> Display:
-    """A listener that shows nothing, and interrupts after so many steps."""
+def display(progress: Silent) -> Display:
+    """A listener that shows nothing."""
     found = Display(Console(file=io.StringIO()))
-    found.progress = Silent() if steps is None else StopsAfter(steps)
+    found.progress = progress
     return found
 
 
 @pytest.fixture(scope="module")
-def done(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(source: Path, tmp_path_factory: pytest.TempPathFactory, stops_after: Callable[..., Silent]) -> Path:
     """A finished sweep of two rounds, which was interrupted twice. Read only.
 
     Its plan is smaller than any that `--budget` makes.
@@ -101,7 +89,7 @@ def done(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # In the first student's second epoch, after the images to compare on; then in its validation.
     for steps in (45, 200):
         with pytest.raises(KeyboardInterrupt):
-            running.run_sweep(None, None, out, display=display(steps))
+            running.run_sweep(None, None, out, display=display(stops_after(steps, at_once=True)))
     plan = read_sweep(out)
     assert plan.students[0].state == "training"
     assert not plan.students[0].shares

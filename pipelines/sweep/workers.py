@@ -1,0 +1,251 @@
+"""The work on a student as a task, and where tasks run: here, one after the other, or beside each other on several
+GPUs. `on_ray.py` has a third place, a Ray cluster.
+
+Elsewhere a student is only planned and trained. Its export, validation and verdict are made by the process of the
+sweep, one student at a time: latencies then come from one machine that does nothing else, and hold-out images stay on
+it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, TrainingError, UsageError, understood
+from nayer_edge.models import user_code
+
+from .. import actions
+from ..costs.budget import TooShortError
+from ..costs.planning import with_budget
+from ..recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from ..show import Display
+
+SECTIONS = ("lte", "generator", "synthesis", "distill", "budget")
+"""parts of a recipe that a plan fills in"""
+POLL = 0.1
+"""seconds between looks at running processes"""
+_ERRORS = {kind.__name__: kind for kind in (UsageError, MissingError, IntegrityError, TrainingError)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work on one student.
+
+    Attributes:
+        recipe: of its run, with absolute paths.
+        root: its run folder.
+        plan: plan the run for so many seconds, and write nothing; None: train the student as the recipe says.
+        trust_code: whether `python:` models may run.
+    """
+
+    recipe: Recipe
+    root: Path
+    plan: float | None = None
+    trust_code: bool = False
+
+    def do(self, last: str = "student", display: Display | None = None) -> Result:
+        """Does the work in this process.
+
+        Args:
+            last: the last step of the run.
+        """
+        began = time.monotonic()
+        sections, error = {}, None
+        try:
+            with user_code.trusting(self.trust_code):
+                if self.plan is None:
+                    actions.make(self.recipe, self.root, last=last, display=display)
+                else:
+                    sections = sections_of(with_budget(self.recipe, self.plan, None)[0])
+        except Exception as failure:
+            error = understood(failure, "This student")
+            if error is None:
+                raise
+        return Result(time.monotonic() - began, sections, error)
+
+    def packed(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        recipe = self.recipe.model_dump(mode="json", by_alias=True)
+        return {"recipe": recipe, "root": str(self.root), "plan": self.plan, "trust_code": self.trust_code}
+
+    @classmethod
+    def unpacked(cls, values: Mapping[str, Any]) -> Task:
+        """Of `packed`."""
+        recipe = Recipe.model_validate(values["recipe"])
+        return cls(recipe, Path(values["root"]), values["plan"], values["trust_code"])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a task.
+
+    Attributes:
+        seconds: that it took.
+        sections: of the recipe, if a run was planned.
+        error: why it failed.
+    """
+
+    seconds: float
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: NayerEdgeError | None = None
+
+    def packed(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        error = self.error
+        least = error.least if isinstance(error, TooShortError) else None
+        told = error and {"kind": type(error).__name__, "words": [error.what, error.why, error.fix], "least": least}
+        return {"seconds": self.seconds, "sections": self.sections, "error": told}
+
+    @classmethod
+    def unpacked(cls, values: Mapping[str, Any]) -> Result:
+        """Of `packed`."""
+        told, error = values["error"], None
+        if told is not None and told["least"] is not None:
+            what, why, fix = told["words"]
+            error = TooShortError(what, why=why, fix=fix, least=told["least"])
+        elif told is not None:
+            error = _ERRORS.get(told["kind"], NayerEdgeError)(*told["words"])
+        return cls(values["seconds"], values["sections"], error)
+
+
+def sections_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The parts of a recipe that a plan fills in."""
+    values = recipe.model_dump(mode="json", by_alias=True)
+    return {name: values[name] for name in SECTIONS if values[name] is not None}
+
+
+class Here:
+    """Tasks one after the other, in this process; a run is also exported and judged."""
+
+    last: ClassVar[Literal["gate"]] = "gate"
+    at_once: ClassVar[Literal[1]] = 1
+
+    def __init__(self, display: Display | None) -> None:
+        self._display = display
+
+    def run(self, tasks: Mapping[str, Task]) -> Generator[tuple[str, Result]]:
+        """The results of tasks by name, as they come in."""
+        for name, task in tasks.items():
+            yield name, task.do(self.last, self._display)
+
+
+class OnDevices:
+    """Tasks beside each other, each in a process of its own that sees one GPU.
+
+    Args:
+        devices: as in CUDA_VISIBLE_DEVICES, one for every process that may run at a time.
+    """
+
+    last: ClassVar[Literal["student"]] = "student"
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        self._devices = list(devices)
+
+    @property
+    def at_once(self) -> int:
+        """Number of tasks that run at a time."""
+        return len(self._devices)
+
+    def run(self, tasks: Mapping[str, Task]) -> Generator[tuple[str, Result]]:
+        """The results of tasks by name, as they come in. If it is not read to the end, the processes are told to save
+        their work and end."""
+        waiting, free = list(tasks.items()), list(self._devices)
+        running: dict[str, tuple[subprocess.Popen[bytes], str]] = {}
+        with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as ending:
+            ending.callback(_end, running)
+            while waiting or running:
+                while waiting and free:
+                    name, task = waiting.pop(0)
+                    device = free.pop(0)
+                    running[name] = _started(task, device, Path(scratch), name), device
+                ended = [name for name, (process, _) in running.items() if process.poll() is not None]
+                for name in ended:
+                    process, device = running.pop(name)
+                    free.append(device)
+                    yield name, _read(process, Path(scratch), name)
+                if not ended:
+                    time.sleep(POLL)
+
+
+def gpus(device: Literal["auto", "cpu", "cuda"]) -> list[str]:
+    """The GPUs that processes of a recipe with this device may use, as in CUDA_VISIBLE_DEVICES."""
+    count = 0 if device == "cpu" else torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name.strip() for name in visible.split(",")][:count] if visible else [str(n) for n in range(count)]
+
+
+def _file(scratch: Path, name: str, kind: str) -> Path:
+    return scratch / f"{name.encode().hex()[-80:]}.{kind}"
+
+
+def _started(task: Task, device: str, scratch: Path, name: str) -> subprocess.Popen[bytes]:
+    order, log = _file(scratch, name, "task"), _file(scratch, name, "log")
+    order.write_text(json.dumps(task.packed()), encoding="utf-8")
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "nayer_edge.pipelines.sweep.workers", order, _file(scratch, name, "result")],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": device},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            # Ctrl-C reaches it once, through `_end`: at a second signal it would lose an epoch.
+            start_new_session=True,
+        )
+
+
+def _read(process: subprocess.Popen[bytes], scratch: Path, name: str) -> Result:
+    answer = _file(scratch, name, "result")
+    if answer.is_file():
+        return Result.unpacked(json.loads(answer.read_text(encoding="utf-8")))
+    log = _file(scratch, name, "log").read_text(encoding="utf-8", errors="replace").strip()
+    code = process.returncode
+    return Result(
+        0.0,
+        error=MissingError(
+            f"The process of {name} was ended by signal {-code}."
+            if code < 0
+            else f"The process of {name} ended with code {code}.",
+            why=log.splitlines()[-1] if log else "",
+            fix="Is there enough memory? Repeat the command: it resumes.",
+        ),
+    )
+
+
+def _end(running: Mapping[str, tuple[subprocess.Popen[bytes], str]]) -> None:
+    processes = [process for process, _ in running.values()]
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    try:
+        for process in processes:
+            process.wait()
+    finally:
+        # A second Ctrl-C.
+        for process in processes:
+            process.kill()
+
+
+def main(order: str, answer: str) -> None:
+    """Does the task in one file and writes its result to another."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    result = Task.unpacked(json.loads(Path(order).read_text(encoding="utf-8"))).do()
+    written = Path(f"{answer}.tmp")
+    written.write_text(json.dumps(result.packed()), encoding="utf-8")
+    written.replace(answer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,276 @@
+"""Students in other places: on several devices of this machine, and on a Ray cluster whose worker is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nayer_edge.errors import IntegrityError, MissingError, UsageError
+from nayer_edge.pipelines import actions
+from nayer_edge.pipelines.costs.budget import TooShortError
+from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.run import run_recipe
+from nayer_edge.pipelines.sweep import on_ray, running, workers
+from nayer_edge.pipelines.sweep.record import Sweep, Target, write_sweep
+from nayer_edge.pipelines.sweep.workers import Result, Task
+from nayer_edge.storage.run_folder import RunFolder
+
+SETTINGS = (
+    *("device=cpu", "precision=fp32", "teacher.model=nayer:resnet8", "teach.epochs=2"),
+    *("student.model=nayer:resnet8_w8", "generator.channels=8", "generator.noisy_dim=32"),
+    *("synthesis.batch=20", "synthesis.g_steps=2", "synthesis.warmup_rounds=4", "synthesis.rounds=2"),
+    *("synthesis.reserve=0.4", "synthesis.g_life=1000"),
+    *("distill.warmup_epochs=1", "distill.epochs=4", "distill.decay_epochs=1", "distill.steps=3", "distill.batch=16"),
+    *("distill.views=2", "distill.holdout_rounds=1", "distill.optimizer=muon", "distill.schedule=constant"),
+    *("export.calibration_images=20", "export.calibration_method=minmax", "export.sensitivity=false"),
+    "export.max_drop=1.0",
+)
+STUDENTS = ("nayer:resnet8_w6", "nayer:resnet8_w12")
+LONG = {"distill": {"epochs": 12, "warmup_epochs": 0, "decay_epochs": 2}}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, whose bank the students start with. Read only."""
+    root = tmp_path_factory.mktemp("runs") / "source"
+    run_recipe(load_recipe("digits", list(SETTINGS)), root, last="student")
+    return root
+
+
+def planned(source: Path, out: Path) -> Sweep:
+    """A sweep of two students and one round, whose plan is smaller than any that `--budget` makes."""
+    plan, _ = running.planned(actions.recipe_in(source), source, out, STUDENTS, 1000.0)
+    for each in plan.students:
+        each.target = Target(round=1, seconds=5, sections=LONG)
+    out.mkdir()
+    write_sweep(out, plan)
+    return plan
+
+
+def counted_once(sweep: Sweep, out: Path) -> None:
+    """Every student has one share, of a complete run whose epochs were each trained once."""
+    for each in sweep.students:
+        assert [made.round for made in each.shares] == [1], each.reason
+        run = RunFolder.open(out / each.folder)
+        assert (run.problems(), run.unexpected_files()) == ([], [])
+        lines = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == list(range(1, LONG["distill"]["epochs"] + 1))
+        assert each.shares[0].trained_seconds == pytest.approx(sum(line["seconds"] for line in lines))
+        assert {artifact.name for artifact in each.artifacts} == {"fp32", "int8.cpu"}, "exported and measured here"
+    assert not [path.name for path in out.iterdir() if path.name.endswith((".new", ".former", ".mark"))]
+
+
+def begun(out: Path) -> bool:
+    """Whether a student has a checkpoint."""
+    return any(out.glob("*/student/checkpoint.safetensors"))
+
+
+# ------------------------------------------------------------------ several devices
+
+
+@pytest.mark.slow
+def test_one_student_on_each_device(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed fails its student only, and the repetition resumes it."""
+    out = tmp_path / "sweep"
+    planned(source, out)
+    monkeypatch.setattr(running, "gpus", lambda _device: ["", ""])
+    seen: list[str] = []
+    start = workers._started
+
+    def started(task: Task, device: str, scratch: Path, name: str) -> Any:
+        process = start(task, device, scratch, name)
+        seen.append(name)
+        if seen == [STUDENTS[0]]:
+            threading.Thread(target=lambda: (_until(lambda: begun(out)), process.kill())).start()
+        return process
+
+    monkeypatch.setattr(workers, "_started", started)
+    first = running.run_sweep(None, None, out)
+    killed, other = first.students
+    assert (killed.state, len(other.shares)) == ("failed", 1)
+    assert "ended by signal 9" in killed.reason
+    second = running.run_sweep(None, None, out)
+    assert seen == [*STUDENTS, STUDENTS[0]], "no student was trained twice"
+    counted_once(second, out)
+
+
+def test_devices_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert workers.gpus("auto") == ["0", "1", "2"]
+    assert workers.gpus("cpu") == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-8, 6")
+    assert workers.gpus("cuda") == ["4", "GPU-8", "6"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UsageError("a", "b", "c"), MissingError("a"), IntegrityError("a", fix="c"), TooShortError("a", "b", "c", 9.5)],
+)
+def test_errors_travel(error: Any) -> None:
+    packed = json.loads(json.dumps(Result(1.5, {"distill": {"epochs": 3}}, error).packed()))
+    found = Result.unpacked(packed)
+    assert type(found.error) is type(error)
+    assert str(found.error) == str(error)
+    assert getattr(found.error, "least", None) == getattr(error, "least", None)
+    assert (found.seconds, found.sections) == (1.5, {"distill": {"epochs": 3}})
+
+
+def test_tasks_travel(tmp_path: Path) -> None:
+    task = Task(load_recipe("digits", list(SETTINGS)), tmp_path, 12.5, True)
+    assert Task.unpacked(json.loads(json.dumps(task.packed()))) == task
+
+
+# ------------------------------------------------------------------ Ray
+
+
+def node(name: str, cpus: int, gpus: int = 0, gib: float = 8.0) -> on_ray.Node:
+    return on_ray.Node(name, name, cpus, gpus, gib * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "students", "device", "needs", "at_once"),
+    [
+        ([node("a", 4), node("b", 4)], 4, "auto", (2, 0), 4),
+        ([node("a", 4), node("b", 4)], 2, "auto", (4, 0), 2),
+        ([node("a", 2), node("b", 1)], 5, "auto", (1, 0), 3),
+        ([node("a", 16, 4), node("b", 8)], 5, "auto", (4, 1), 4),
+        ([node("a", 16, 4), node("b", 8)], 3, "cpu", (8, 0), 3),
+        ([node("small", 8, gib=0.5), node("b", 2)], 2, "auto", (1, 0), 2),
+    ],
+)
+def test_what_a_student_declares(
+    nodes: list[on_ray.Node], students: int, device: Any, needs: tuple[int, int], at_once: int
+) -> None:
+    found, fitting = on_ray.needs_of(nodes, students, 2**30, device)
+    assert ((found.cpus, found.gpus), fitting, found.memory) == (needs, at_once, 2**30)
+    assert any(found.met_by(each) for each in nodes), "else a task would wait for ever"
+
+
+def test_a_cluster_that_cannot_train_is_refused() -> None:
+    with pytest.raises(UsageError, match="No machine") as caught:
+        on_ray.needs_of([node("a", 8, gib=0.5)], 2, 2**30, "auto")
+    assert "a: 8 cores, 0 GPUs, 0.5 GiB" in caught.value.why
+    with pytest.raises(UsageError, match="No machine"):
+        on_ray.needs_of([node("a", 8)], 2, 2**30, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "message"),
+    [
+        ({"version": None, "torch": False}, MissingError, "nayer-edge is not installed on a"),
+        ({"version": "0.1.0", "torch": False}, MissingError, "PyTorch is not installed on a"),
+        ({"version": "0.0.1", "torch": True}, UsageError, "another version of nayer-edge"),
+    ],
+)
+def test_a_worker_without_the_project_is_named(answer: dict[str, Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        on_ray._require_installed(node("a", 1), answer)
+    assert "pip install" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("Version mismatch: The cluster was started with: Ray: 2.9.0"), "another version of Ray"),
+        (NotADirectoryError(20, "Not a directory", "/dev/null/.ray"), "cannot write to the home folder"),
+        (ConnectionError("Could not find any running Ray instance."), "no connection"),
+    ],
+)
+def test_why_there_is_no_connection(error: Exception, message: str) -> None:
+    found = on_ray._explained(error, "auto", "2.60.0")
+    assert message in found.what
+    assert found.fix
+
+
+def test_a_missing_ray_is_said(without: Callable[..., dict[str, str]], spawn: Callable[..., Any], source: Path) -> None:
+    answer = spawn("sweep", source, "--ray", "auto", "--out", source.parent / "no-ray", env=without("ray"))
+    assert (answer.code, "pip install 'nayer-edge[ray]'" in answer.err) == (3, True), answer.err
+
+
+def test_files_come_back_all_or_none(tmp_path: Path) -> None:
+    import numpy as np
+
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / "old").write_text("old")
+    on_ray._replace(root, {"a/b": np.frombuffer(b"new", dtype=np.uint8)})
+    assert [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()] == ["a/b"]
+    with pytest.raises(UsageError, match="outside"):
+        on_ray._replace(root, {"../c": np.frombuffer(b"new", dtype=np.uint8)})
+    assert (root / "a/b").read_bytes() == b"new"
+    # Interrupted between the two renames.
+    root.rename(tmp_path / "run.former")
+    on_ray._recover(root)
+    assert (root / "a/b").read_bytes() == b"new"
+    assert not (tmp_path / "run.former").exists()
+
+
+ray_only = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: the extra 'ray'")
+
+
+@pytest.fixture
+def address() -> str:
+    """A Ray cluster on this machine: NAYER_EDGE_TEST_RAY names one with two cores, else one is started."""
+    return os.environ.get("NAYER_EDGE_TEST_RAY", "local")
+
+
+@ray_only
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_killed_worker_loses_nothing(
+    shared: bool, source: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers, of which one is killed at its first checkpoint: Ray starts its task again, which resumes."""
+    out = tmp_path / "sweep"
+    planned(source, out)
+    # Where the runs of workers that do not see this folder lie.
+    scratch = out if shared else Path(f"/tmp/nayer-edge-{'0' * 32}")
+    monkeypatch.setattr(on_ray.secrets, "token_hex", lambda _n: "0" * 32)
+    examine = on_ray.OnRay._examine
+    monkeypatch.setattr(on_ray.OnRay, "_examine", lambda self, nodes: examine(self, nodes) and shared)
+    killed: list[int] = []
+
+    def kill() -> None:
+        _until(lambda: any(scratch.rglob("student/checkpoint.safetensors")))
+        killed.extend(_worker_of(scratch))
+        for process in killed:
+            os.kill(process, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    sweep = running.run_sweep(None, None, out, ray=address)
+    killer.join()
+    assert killed, "a worker was killed"
+    counted_once(sweep, out)
+    if not shared:
+        assert not list(scratch.glob("*")), "nothing is left on the workers"
+
+
+def _until(true: Callable[[], bool], seconds: float = 300.0) -> None:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def _worker_of(folder: Path) -> list[int]:
+    """The process that holds the lock of a run in a folder that has a checkpoint."""
+    (checkpoint, *_) = folder.rglob("student/checkpoint.safetensors")
+    lock = checkpoint.parents[1] / ".lock"
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(link.readlink() == lock for link in (process / "fd").iterdir()):
+                return [int(process.name)]
+    return []

@@ -1,0 +1,124 @@
+"""Teachers without BatchNorm: the whole way without a generator, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nayer_edge as ne
+from nayer_edge.errors import UsageError
+from nayer_edge.pipelines.recipes import preflight
+from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.steps import STEPS
+from nayer_edge.pipelines.trust.sbom import make_sbom
+from nayer_edge.storage.run_folder import RunFolder
+
+Invoke = Callable[..., Any]
+CLASSES = ("zero", "one", "two", "three")
+SPEC = ne.InputSpec(channels=1, height=8, width=8)
+TINY: dict[str, Any] = {
+    "synthesis": {
+        **{"prior": "procedural", "batch": 8, "g_steps": 2, "warmup_rounds": 2, "rounds": 2, "reserve": 0.3},
+        "augment": {"pad": 1},
+    },
+    "distill": {
+        **{"epochs": 4, "warmup_epochs": 1, "steps": 2, "batch": 8, "holdout_rounds": 1, "augment": {"pad": 1}},
+        **{"optimizer": "muon", "schedule": "constant", "decay_epochs": 1, "views": 2, "mixup": 0.5},
+    },
+    "lte": {"encoder": "onehot"},
+    "export": {"calibration_images": 8, "calibration_method": "minmax", "max_drop": None},
+    "validate": {"synthetic_images": 32},
+    # A few steps make no good student.
+    "gate": {"artifacts": ["int8.cpu"], "accuracy": {"max_drop_vs_fp32": 0.99, "max_drop_vs_teacher": 0.99}},
+    "device": "cpu",
+    "precision": "fp32",
+}
+
+
+class Grouped(nn.Module):
+    """An untrained teacher with GroupNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(72, len(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x))
+
+
+@pytest.fixture
+def teacher() -> ne.Teacher:
+    return ne.Teacher(Grouped(), classes=CLASSES, input=SPEC)
+
+
+@pytest.mark.slow
+def test_the_whole_way_without_a_generator(teacher: ne.Teacher, tmp_path: Path, invoke: Invoke) -> None:
+    run = ne.distill(teacher, "nayer:resnet8", tmp_path / "run", **TINY)
+    assert not (run.path / "generator" / "generator.safetensors").exists()
+    run.export(int8=True, targets=["cpu"])
+    report = run.validate()
+    assert report.dataset.kind == "synthetic"
+    names = [each.name for each in report.artifacts if each.status == "measured"]
+    assert {"fp32", "int8.cpu"} <= set(names)
+    verdict = run.gate()
+    assert verdict.verdict == "pass", verdict
+    images, made_for = run.draw(40)
+    assert images.shape == (40, 1, 8, 8)
+    again, _ = run.draw(40)
+    assert np.array_equal(images, again)
+    with torch.no_grad():
+        answers = Grouped().eval()((torch.from_numpy(images) - 0.5) / 0.5).argmax(1)
+    assert answers.tolist() == made_for.tolist(), "the labels are the teacher's"
+    assert invoke("verify", run.path).code == 0
+    assert "random numbers" in make_sbom(RunFolder.open(run.path))
+    assert invoke("report", run.path).code == 0
+
+    # Another student from its bank, and more epochs, bit by bit as resumable as with a generator.
+    other = ne.distill(teacher, "nayer:resnet20", tmp_path / "other", bank=run, **TINY)
+    started = json.loads((other.path / "student" / "source.json").read_text())
+    assert "bank.safetensors" in started["files"]
+    assert not [name for name in started["files"] if name.startswith("generator")]
+    longer = {**TINY, "distill": {**TINY["distill"], "epochs": 6}}
+    ne.distill(teacher, "nayer:resnet8", run.path, **longer)
+    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 6
+    ne.distill(teacher, "nayer:resnet8", tmp_path / "whole", **longer)
+    student = "student/student.safetensors"
+    assert (run.path / student).read_bytes() == (tmp_path / "whole" / student).read_bytes()
+
+
+def test_the_default_prior_names_the_other_one(teacher: ne.Teacher, tmp_path: Path) -> None:
+    settings = {**TINY, "synthesis": {"batch": 8}}
+    with pytest.raises(UsageError, match="has no BatchNorm layers") as caught:
+        ne.distill(teacher, "nayer:resnet8", tmp_path / "run", **settings)
+    assert "synthesis.prior=procedural" in f"{caught.value.why} {caught.value.fix}"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("{ img_size = 16, patch_size = 5 }", "cannot take images of 1×16×16"),
+        ("{ img_size = 32, patch_size = 4 }", "built for images of 32×32, and its input is 16×16"),
+    ],
+)
+def test_a_transformer_of_another_size_is_refused_before_any_work(arguments: str, words: str) -> None:
+    pytest.importorskip("timm")
+    settings = ["teacher.model=timm:test_vit", f"teacher.arguments={arguments}", "synthesis.prior=procedural"]
+    with pytest.raises(UsageError, match="cannot run here") as caught:
+        preflight.check(load_recipe("digits", settings), STEPS)
+    assert words in caught.value.why
+
+
+def test_a_transformer_that_fits_is_accepted() -> None:
+    pytest.importorskip("timm")
+    settings = ["teacher.model=timm:test_vit", "teacher.arguments={ img_size = 16, patch_size = 4 }"]
+    preflight.check(load_recipe("digits", [*settings, "synthesis.prior=procedural"]), STEPS)
