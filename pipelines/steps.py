@@ -129,7 +129,7 @@ STEPS = (
     ),
     Step(
         "int8",
-        "quantizes with images drawn from the generator",
+        "quantizes with synthetic images",
         "deploy:make_int8",
         ("teacher", "lte", "student", "onnx"),
         (
