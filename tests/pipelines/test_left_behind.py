@@ -142,7 +142,7 @@ def test_init_names_the_hold_out_as_seen_from_the_recipe(
     monkeypatch.chdir(tmp_path)
     shutil.copy(finished / "teacher" / "teacher.safetensors", tmp_path / "t.safetensors")
     (tmp_path / "labels.txt").write_text("\n".join(load_recipe("digits").teacher.classes))
-    words = ("init", "t.safetensors", "--model", "nayer:wrn_16_2", "--labels", "labels.txt", "--input", "1x16x16",
+    words = ("init", "t.safetensors", "--model", "nayer:wrn_10_1", "--labels", "labels.txt", "--input", "1x16x16",
              "--mean", "0.5", "--std", "0.5", "--no-flip", "--effort", "trial", "--yes")  # fmt: skip
     answer = invoke(*words, "--data", "nosuch.npz", "--out", "recipes/mine.toml")
     assert answer.code == 2

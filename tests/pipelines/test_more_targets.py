@@ -186,7 +186,8 @@ def test_a_verified_measurement_is_not_replaced_by_one_of_another_device(finishe
         if artifact["name"] == "int8.arm":
             if artifact["precision_verified"]:
                 pytest.skip("this is an ARM device")
-            artifact |= {"precision_verified": True, "latency_ms": {"p50": 7.0, "p95": 8.0}, "threads": 4}
+            measured = {"latency_ms": {"p50": 7.0, "p95": 8.0}, "threads": 4}
+            artifact |= {"precision_verified": True, "simulated": False, **measured}
     write_json(path, report)
     run = RunFolder.open(finished)
     entry = run.manifest.files["validate/report.json"]

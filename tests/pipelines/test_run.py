@@ -427,7 +427,7 @@ def own_teacher(tiny_run: Path, folder: Path) -> Path:
     shutil.copy(tiny_run / "teacher" / "teacher.safetensors", folder / "w.safetensors")
     text = """
 [teacher]
-model = "nayer:wrn_16_2"
+model = "nayer:wrn_10_1"
 weights = "w.safetensors"
 classes = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 input = { channels = 1, height = 16, width = 16 }

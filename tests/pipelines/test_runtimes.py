@@ -157,6 +157,11 @@ def report_artifacts(run: RunFolder) -> tuple[Any, ...]:
     return read_report(run.path(REPORT_PATH), "").artifacts
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["openvino", *(pytest.param(name, marks=pytest.mark.slow) for name in ("executorch", "litert"))],
+    indirect=True,
+)
 def test_a_target_without_its_runtime_is_missed_and_nothing_else(
     finished: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
