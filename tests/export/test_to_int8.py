@@ -162,7 +162,9 @@ def test_layers_are_excluded_until_the_drop_holds(trained: Path, tmp_path: Path)
 
 
 def test_no_layer_is_excluded_where_the_drop_holds_anyway(trained: Path, tmp_path: Path) -> None:
-    result = to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="mse", holdout_images=HOLDOUT, max_drop=0.02)
+    result = to_int8(
+        trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="mse", holdout_images=HOLDOUT, max_drop=0.02
+    )
     assert result.excluded_nodes == ()
     assert result.record["drop_held"]
 
