@@ -30,6 +30,7 @@ EXTRAS = {
     "sign": "signing run folders",
     "sbom": "software bills of materials",
     "tracking": "TensorBoard",
+    "ray": "sweeps on a Ray cluster",
 }
 """purpose of each extra; its packages are read from our own metadata"""
 INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")

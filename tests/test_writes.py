@@ -21,6 +21,7 @@ SANCTIONED = {
     ("nayer_edge/storage/tensors.py", "_sort_header"): "of the temporary file, inside write_atomic",
     ("export/to_int8.py", "prepared"): "in a folder for temporary files",
     ("export/runtimes/edge_file.py", "quiet"): "standard error, which is no file of a run",
+    ("pipelines/sweep/workers.py", "_started"): "what a process prints, in a folder for temporary files",
     ("pipelines/cli/__init__.py", "main"): "standard output that nobody reads any more goes to os.devnull",
     ("pipelines/gate/verdict.py", "append_summary"): "GitHub's summary is added to, as its contract says",
 }

@@ -24,7 +24,7 @@ import numpy as np
 
 from nayer_edge import __version__
 from nayer_edge.errors import MissingError, UsageError, missing_extra
-from nayer_edge.storage.files import sha256_of
+from nayer_edge.storage.files import sha256_of, write_bytes, write_json
 from nayer_edge.storage.run_folder import LOCK, MANIFEST, RunFolder
 
 from .. import actions, shared_bank
@@ -199,7 +199,7 @@ class OnRay:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
 
         token = self._out / MARK
-        token.write_text(self._token, encoding="utf-8")
+        write_bytes(token, self._token.encode())
         places = [str(token.resolve()), str((self._bank / MANIFEST).resolve())]
         asked = {}
         for node in nodes:
@@ -314,8 +314,8 @@ def do_with_files(values: Mapping[str, Any], files: Files, token: str, get: Any)
         for name, reference in files.items():
             path = base / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            get(reference).tofile(path)
-        begun.write_text(json.dumps(dict(values)), encoding="utf-8")
+            write_bytes(path, get(reference).tobytes())
+        write_json(begun, dict(values))
     recipe = actions.on_bank(task.recipe, base / BANK_COPY)
     result = replace(task, recipe=recipe, root=base / "run").do()
     made = None
@@ -403,7 +403,7 @@ def _replace(root: Path, files: Files) -> None:
         if not path.resolve().is_relative_to(new.resolve()):
             raise UsageError(f"A worker sent a file outside of its run: {shlex.quote(name)}.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        content.tofile(path)
+        write_bytes(path, content.tobytes())
     root.rename(former)
     new.rename(root)
     shutil.rmtree(former)

@@ -25,6 +25,7 @@ import torch
 
 from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, TrainingError, UsageError, understood
 from nayer_edge.models import user_code
+from nayer_edge.storage.files import write_json
 
 from .. import actions
 from ..costs.budget import TooShortError
@@ -194,7 +195,7 @@ def _file(scratch: Path, name: str, kind: str) -> Path:
 
 def _started(task: Task, device: str, scratch: Path, name: str) -> subprocess.Popen[bytes]:
     order, log = _file(scratch, name, "task"), _file(scratch, name, "log")
-    order.write_text(json.dumps(task.packed()), encoding="utf-8")
+    write_json(order, task.packed())
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "nayer_edge.pipelines.sweep.workers", order, _file(scratch, name, "result")],
@@ -242,9 +243,7 @@ def main(order: str, answer: str) -> None:
     """Does the task in one file and writes its result to another."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     result = Task.unpacked(json.loads(Path(order).read_text(encoding="utf-8"))).do()
-    written = Path(f"{answer}.tmp")
-    written.write_text(json.dumps(result.packed()), encoding="utf-8")
-    written.replace(answer)
+    write_json(Path(answer), result.packed())
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_a_file_is_read_once(tiny_run: Path, tmp_path: Path, monkeypatch: pytest
     np.savez(tmp_path / "held.npz", images=images, labels=np.arange(30) % 10)
     (tmp_path / "mine.toml").write_text("""
 [teacher]
-model = "nayer:wrn_16_2"
+model = "nayer:wrn_10_1"
 weights = "w.safetensors"
 classes = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 input = { channels = 1, height = 16, width = 16 }
