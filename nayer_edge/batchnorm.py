@@ -245,15 +245,16 @@ def require_prior(network: Classifier, what: str, prior: str) -> None:
             why="They normalise with the batch at hand, so that the answer for an image depends on the other images.",
             fix="Use a teacher that answers for each image alone.",
         )
-    height, width = network.spec.height, network.spec.width
+    height, width = network.resize or network.spec.shape[1:]
     for module in network.modules():
         # timm's patch embeddings; those of torchvision and transformers refuse other sizes themselves.
         size = getattr(module, "img_size", None) if hasattr(module, "patch_size") else None
         if isinstance(size, tuple) and size != (height, width):
             raise UsageError(
-                f"{what} was built for images of {size[0]}×{size[1]}, and its input is {height}×{width}.",
+                f"{what} was built for images of {size[0]}×{size[1]}, and it gets images of {height}×{width}.",
                 why="Its position embeddings would be interpolated, and it was not trained with them.",
-                fix=f"Correct teacher.input, or build it for this size: teacher.arguments = {{ img_size = {height} }}",
+                fix=f"Correct teacher.input; or let it resize its images: teacher.resize = [{size[0]}, {size[1]}]; or "
+                f"build it for this size: teacher.arguments = {{ img_size = {height} }}",
             )
 
 

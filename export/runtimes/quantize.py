@@ -139,7 +139,7 @@ def to_int8_file(
         "ranges": {},
         "versions": {"nayer-edge": __version__, **{name: metadata.version(name) for name in target.packages}},
         "build": built.record,
-        **({"failed": search.failed} if search.failed else {}),
+        **({"failed": search.failures} if search.failed else {}),
     }
 
 
@@ -149,7 +149,7 @@ class _Search:
     Attributes:
         built: layers in float → the file.
         agreements: layers in float → its agreement with FP32 on the hold-out.
-        failed: for each choice of layers with which the quantizer failed, these layers and the reason.
+        failed: layers in float with which the quantizer failed → the reason.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class _Search:
         self._calibration, self._holdout, self._labels = calibration, holdout, labels
         self.built: dict[frozenset[str], BuiltFile] = {}
         self.agreements: dict[frozenset[str], Agreement] = {}
-        self.failed: list[dict[str, Any]] = []
+        self.failed: dict[frozenset[str], str] = {}
         with TorchRunner(network) as runner:
             self._fp32_logits = runner.infer(holdout)
 
@@ -174,12 +174,17 @@ class _Search:
         """Agreement with FP32 on the hold-out, in the runtime, with these layers in float; None if the quantizer
         fails."""
         key = frozenset(in_float)
-        if key not in self.built and not any(set(each["float_layers"]) == key for each in self.failed):
+        if key not in self.built and key not in self.failed:
             try:
                 self.build(key)
             except UsageError as error:
-                self.failed.append({"float_layers": sorted(key), "reason": f"{error.what} {error.why}".strip()})
+                self.failed[key] = f"{error.what} {error.why}".strip()
         return self.agreements.get(key)
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """`failed` for quantization.json."""
+        return [{"float_layers": sorted(layers), "reason": reason} for layers, reason in self.failed.items()]
 
     def build(self, in_float: frozenset[str]) -> None:
         """Builds and measures one file.

@@ -1,7 +1,7 @@
 """The classifier of teachers and students: a network that takes images in [0, 1].
 
-A `Classifier` includes the normalisation, so that neither a caller nor a device can get it wrong. It can also enlarge
-its images for a network that was built for larger ones.
+A `Classifier` includes the normalisation, so that neither a caller nor a device can get it wrong. It can also resize
+its images for a network that takes another size only.
 """
 
 from __future__ import annotations

@@ -119,8 +119,7 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
             )
     else:
         classes = found[0].classes
-        own = {name: value for name, value in tensors.items() if name not in set(found[0].outside)}
-        tensors = own
+        tensors = {name: value for name, value in tensors.items() if name not in set(found[0].outside)}
     assert classes is not None
     card = _card_beside(path)
     name = model or (found[0].model if found and found[0].exact else None)

@@ -107,7 +107,7 @@ def test_the_default_prior_names_the_other_one(teacher: ne.Teacher, tmp_path: Pa
     ("arguments", "words"),
     [
         ("{ img_size = 16, patch_size = 5 }", "cannot take images of 1×16×16"),
-        ("{ img_size = 32, patch_size = 4 }", "built for images of 32×32, and its input is 16×16"),
+        ("{ img_size = 32, patch_size = 4 }", "built for images of 32×32, and it gets images of 16×16"),
     ],
 )
 def test_a_transformer_of_another_size_is_refused_before_any_work(arguments: str, words: str) -> None:
@@ -118,7 +118,14 @@ def test_a_transformer_of_another_size_is_refused_before_any_work(arguments: str
     assert words in caught.value.why
 
 
-def test_a_transformer_that_fits_is_accepted() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["teacher.arguments={ img_size = 16, patch_size = 4 }"],
+        ["teacher.arguments={ img_size = 32, patch_size = 4 }", "teacher.resize=[32, 32]"],
+    ],
+)
+def test_a_transformer_that_fits_is_accepted(settings: list[str]) -> None:
     pytest.importorskip("timm")
-    settings = ["teacher.model=timm:test_vit", "teacher.arguments={ img_size = 16, patch_size = 4 }"]
-    preflight.check(load_recipe("digits", [*settings, "synthesis.prior=procedural"]), STEPS)
+    chosen = ["teacher.model=timm:test_vit", "synthesis.prior=procedural", *settings]
+    preflight.check(load_recipe("digits", chosen), STEPS)

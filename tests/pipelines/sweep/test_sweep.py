@@ -42,26 +42,8 @@ from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.run_folder import RunFolder
 
 Invoke = Callable[..., Any]
-SETTINGS = (
-    *("device=cpu", "precision=fp32", "teacher.model=nayer:resnet8", "teach.epochs=2"),
-    *("student.model=nayer:resnet8_w8", "generator.channels=8", "generator.noisy_dim=32"),
-    *("synthesis.batch=20", "synthesis.g_steps=2", "synthesis.warmup_rounds=4", "synthesis.rounds=2"),
-    *("synthesis.reserve=0.4", "synthesis.g_life=1000"),
-    *("distill.warmup_epochs=1", "distill.epochs=4", "distill.decay_epochs=1", "distill.steps=3", "distill.batch=16"),
-    *("distill.views=2", "distill.holdout_rounds=1", "distill.optimizer=muon", "distill.schedule=constant"),
-    *("export.calibration_images=20", "export.calibration_method=minmax", "export.sensitivity=false"),
-    "export.max_drop=1.0",
-)
 STUDENTS = ("nayer:resnet8_w4", "nayer:resnet8_w6", "nayer:nothing")
 TINY = {"distill": {"epochs": 3, "warmup_epochs": 0, "decay_epochs": 1}}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, whose bank the students start with. Read only."""
-    root = tmp_path_factory.mktemp("runs") / "source"
-    run_recipe(load_recipe("digits", list(SETTINGS)), root, last="student")
-    return root
 
 
 def display(progress: Silent) -> Display:

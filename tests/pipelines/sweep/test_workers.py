@@ -20,32 +20,13 @@ from nayer_edge.errors import IntegrityError, MissingError, UsageError
 from nayer_edge.pipelines import actions
 from nayer_edge.pipelines.costs.budget import TooShortError
 from nayer_edge.pipelines.recipes.loading import load_recipe
-from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.sweep import on_ray, running, workers
 from nayer_edge.pipelines.sweep.record import Sweep, Target, write_sweep
 from nayer_edge.pipelines.sweep.workers import Result, Task
 from nayer_edge.storage.run_folder import RunFolder
 
-SETTINGS = (
-    *("device=cpu", "precision=fp32", "teacher.model=nayer:resnet8", "teach.epochs=2"),
-    *("student.model=nayer:resnet8_w8", "generator.channels=8", "generator.noisy_dim=32"),
-    *("synthesis.batch=20", "synthesis.g_steps=2", "synthesis.warmup_rounds=4", "synthesis.rounds=2"),
-    *("synthesis.reserve=0.4", "synthesis.g_life=1000"),
-    *("distill.warmup_epochs=1", "distill.epochs=4", "distill.decay_epochs=1", "distill.steps=3", "distill.batch=16"),
-    *("distill.views=2", "distill.holdout_rounds=1", "distill.optimizer=muon", "distill.schedule=constant"),
-    *("export.calibration_images=20", "export.calibration_method=minmax", "export.sensitivity=false"),
-    "export.max_drop=1.0",
-)
 STUDENTS = ("nayer:resnet8_w6", "nayer:resnet8_w12")
 LONG = {"distill": {"epochs": 12, "warmup_epochs": 0, "decay_epochs": 2}}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, whose bank the students start with. Read only."""
-    root = tmp_path_factory.mktemp("runs") / "source"
-    run_recipe(load_recipe("digits", list(SETTINGS)), root, last="student")
-    return root
 
 
 def planned(source: Path, out: Path) -> Sweep:
@@ -128,7 +109,12 @@ def test_errors_travel(error: Any) -> None:
 
 
 def test_tasks_travel(tmp_path: Path) -> None:
-    task = Task(load_recipe("digits", list(SETTINGS)), tmp_path, 12.5, True)
+    task = Task(
+        load_recipe("digits", ["student.model=nayer:resnet8_w8", "teach.epochs=2", "export.max_drop=1.0"]),
+        tmp_path,
+        12.5,
+        True,
+    )
     assert Task.unpacked(json.loads(json.dumps(task.packed()))) == task
 
 
