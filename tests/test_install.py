@@ -264,11 +264,12 @@ def test_ctrl_c(tree: Path, silent_index: socket.socket, shell: str) -> None:
         text=True,
         start_new_session=True,
         stderr=subprocess.PIPE,
+        # A suite that was started in the background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    connection, _ = silent_index.accept()
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    connection.close()
+    with silent_index.accept()[0]:
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "The installation failed" not in said
     assert "Traceback" not in said
