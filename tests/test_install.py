@@ -247,6 +247,15 @@ def silent_index() -> Iterator[socket.socket]:
         yield server
 
 
+@pytest.fixture
+def children_take_sigint() -> Iterator[None]:
+    """A suite that was started in the background ignores SIGINT, and so would its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("children_take_sigint")
 @pytest.mark.parametrize("shell", ["/bin/sh", pytest.param("/bin/bash", marks=pytest.mark.slow)])
 def test_ctrl_c(tree: Path, silent_index: socket.socket, shell: str) -> None:
     if not Path(shell).exists():
@@ -264,8 +273,6 @@ def test_ctrl_c(tree: Path, silent_index: socket.socket, shell: str) -> None:
         text=True,
         start_new_session=True,
         stderr=subprocess.PIPE,
-        # A suite that was started in the background ignores SIGINT, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with silent_index.accept()[0]:
         os.killpg(process.pid, signal.SIGINT)
