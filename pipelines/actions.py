@@ -242,8 +242,8 @@ class SweepOrder:
 
         Args:
             name: a recipe, a run folder, whose bank is taken, or the folder of a sweep to continue.
-            students: models, also several separated by commas.
-            budget: a duration such as "3h".
+            students: models, also several separated by commas; none: the recipe's.
+            budget: a duration such as "3h"; None: the recipe's.
 
         Raises:
             UsageError: unknown recipe, invalid settings, or not a duration.
@@ -260,6 +260,9 @@ class SweepOrder:
                 )
             return cls(None, None, Path(name), models, seconds)
         recipe = read_recipe(name, settings)
+        if recipe.sweep is not None:
+            models = models or recipe.sweep.students
+            seconds = recipe.sweep.seconds if seconds is None else seconds
         return cls(recipe, run_folder(name), out or Path("runs") / f"{recipe.name}-sweep", models, seconds)
 
 

@@ -90,7 +90,8 @@ def run_folder(name_or_path: str) -> Path | None:
 
 
 def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
-    """A recipe's values, merged section by section over those of the recipe that it `extends`.
+    """A recipe's values, merged section by section over those of the recipe that it `extends`, whose results
+    (`[measured]`) are not taken over.
 
     Raises:
         UsageError: the other recipe is missing, or they extend each other in a circle.
@@ -109,6 +110,7 @@ def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
     if not other.is_file():
         raise UsageError(f"{path} extends '{base}', and there is no {other}.", fix="Name a file beside it.")
     below = _extended(other, depth + 1)
+    below.pop("measured", None)
     return _merged(_without_teach(below) if _names_weights(values) else below, values)
 
 

@@ -85,6 +85,16 @@ class Budget(Section):
     """expected seconds after distillation: export, quantization, validation, report"""
 
 
+class Sweep(Section):
+    """What `nayer-edge sweep` tries, unless its options say otherwise; other commands ignore it."""
+
+    students: tuple[str, ...] = ()
+    """models, as for student.model; empty: some that suit the teacher"""
+    seconds: Positive | None = None
+    """seconds for all students, and for their images if there are none; absent: 40 % of what their runs would take
+    alone"""
+
+
 class Measured(Section):
     """Results measured by the recipe's author, so that users know what to expect."""
 
@@ -131,6 +141,7 @@ class Recipe(Section):
     export: Export = Export()
     validate_: Annotated[Validate, Field(alias="validate")] = Validate()
     gate: Policy = Policy()
+    sweep: Sweep | None = None
 
     @model_validator(mode="after")
     def _teacher_has_weights(self) -> Recipe:

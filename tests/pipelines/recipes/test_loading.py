@@ -158,6 +158,8 @@ def test_extending(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.toml", 'extends = "_base"\n[distill]\nepochs = 60\n')
     recipe = load_recipe(str(path))
     assert (recipe.name, recipe.distill.epochs, recipe.distill.lr) == ("mine", 60, 0.1)
+    write(tmp_path / "_base.toml", MINIMAL + "[distill]\nepochs = 50\n[measured]\nstudent_top1 = 0.9\n")
+    assert load_recipe(str(path)).measured.student_top1 is None, "it was not this recipe that was measured"
     assert "there is no" in refused(write(tmp_path / "orphan.toml", 'extends = "nothing"\n' + MINIMAL)).what
     write(tmp_path / "round.toml", 'extends = "round"\n' + MINIMAL)
     assert "circle" in refused(tmp_path / "round.toml").what

@@ -217,6 +217,17 @@ def test_a_dry_run_prints_equal_lines(source: Path, tmp_path: Path, invoke: Invo
     assert f"--bank {out}/bank --budget 225s" in lines[1]
 
 
+def test_a_recipe_names_its_students_and_time() -> None:
+    order = actions.SweepOrder.typed("digits-sweep", (), None)
+    assert order.recipe is not None and order.recipe.sweep is not None
+    assert order.students == order.recipe.sweep.students and len(order.students) == 5
+    assert order.seconds == 300.0
+    order = actions.SweepOrder.typed("digits-sweep", STUDENTS, "10m")
+    assert (order.students, order.seconds) == (STUDENTS, 600.0)
+    order = actions.SweepOrder.typed("digits", (), None)
+    assert (order.students, order.seconds) == ((), None)
+
+
 def test_from_python(done: Path) -> None:
     found = ne.sweep(done)
     assert (found.record.verdict, found.best) == ("fail", None)
