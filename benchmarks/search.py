@@ -92,6 +92,12 @@ CANDIDATES: dict[str, Candidate] = {
     "3 steps a round": _images(synthesis={"g_steps": 3, "rounds": 10, "warmup_rounds": 42}),
     "10 steps a round": _images(synthesis={"g_steps": 10, "rounds": 3, "warmup_rounds": 12}),
     "half the images, 1.8 × the steps": _images(synthesis={"rounds": 3, "warmup_rounds": 12}, distill={"steps": 90}),
+    "half the images, 1.4 × the steps, decay of half": _images(
+        synthesis={"rounds": 4, "warmup_rounds": 12}, distill={"steps": 70, "decay_epochs": 12}
+    ),
+    "a quarter of the images, 1.6 × the steps, decay of half": _images(
+        synthesis={"rounds": 2, "warmup_rounds": 6}, distill={"steps": 80, "decay_epochs": 12}
+    ),
     "1.4 × the images, half the steps": _images(synthesis={"rounds": 9, "warmup_rounds": 32}, distill={"steps": 25}),
     "wide generator": _images(generator={"channels": 64}),
     "narrow generator": _images(generator={"channels": 16}),

@@ -20,20 +20,25 @@ from nayer_edge.errors import UsageError
 from ..recipes.schema import Budget
 from .durations import duration
 
-IMAGES_PER_STEP = 15.0
-"""synthetic images per student step of BATCH images; proportionally fewer for a smaller batch"""
+IMAGE_TIME = 0.35
+"""fraction of the time of distillation in which images are made"""
+LEAST_IMAGES, MOST_IMAGES = 2.0, 15.0
+"""limits of the synthetic images per student step of BATCH images, in proportion for a smaller batch; the paper has 2 at
+E = 100"""
 FILLED = 0.2
 """fraction of the images made before student training starts"""
-DECAY = 0.25
+DECAY = 0.3
 """fraction of the student steps in which the learning rate decays"""
 BATCH = 256
 """images per student step"""
 ROUND = 100
 """images per synthesis round; at least one per class"""
-VIEWS = 4
+VIEWS = 8
 """augmented views per image whose teacher logits are cached"""
-G_STEPS = ((20, 5), (400, 10), (100_000, 20))
-"""(maximum number of classes, optimisation steps per round)"""
+G_STEPS = ((20, 10), (100_000, 20))
+"""(maximum number of classes, optimisation steps per round); measured with 10 classes only"""
+MUON_RATE = 0.025
+"""peak learning rate of the student's convolutions"""
 PIXEL_STEPS = 1
 """steps per round of procedural images, which their settings make free of charge"""
 PIXELS: dict[str, Any] = {"lambda_ce": 0.0, "lambda_adv": 0.0}
@@ -48,6 +53,8 @@ NEVER = 1_000_000
 """epochs after which the generator starts anew"""
 LEAST_STEPS = 100
 """minimum student steps for a useful student"""
+LEAST_ROUNDS = 10
+"""minimum rounds of images, if there are none yet"""
 TOLERANCE = 0.04
 """deviation of the projected end from the plan that is accepted shortly before the decay"""
 EARLY_TOLERANCE = 0.5
@@ -121,6 +128,26 @@ def g_steps_for(classes: int) -> int:
     return next(steps for most, steps in G_STEPS if classes <= most)
 
 
+def images_per_step(image: float, costs: Costs) -> float:
+    """Images per student step, so that making them takes `IMAGE_TIME`, within the limits above.
+
+    Args:
+        image: seconds per image.
+    """
+    ratio = IMAGE_TIME / (1 - IMAGE_TIME)
+    # x · image = ratio · (student_step + fresh_views(x) · teacher_batch), where fresh_views is linear up to 1.
+    answers = ratio * VIEWS * (1 - RESERVE) * costs.teacher_batch / costs.student_batch
+    found = ratio * costs.student_step / (image - answers) if image > answers else math.inf
+    if VIEWS * found * (1 - RESERVE) > costs.student_batch:
+        found = ratio * (costs.student_step + costs.teacher_batch) / image
+    return min(max(found, LEAST_IMAGES * costs.student_batch / BATCH), MOST_IMAGES * costs.student_batch / BATCH)
+
+
+def fresh_views(per_step: float, costs: Costs) -> float:
+    """Fraction of a student batch whose teacher logits are not cached yet."""
+    return min(VIEWS * per_step * (1 - RESERVE) / costs.student_batch, 1.0)
+
+
 def plan(budget: float, costs: Costs, classes: int, *, fill: bool = True, prior: Prior = "batchnorm") -> BudgetPlan:
     """Plans the run that fills a budget.
 
@@ -137,19 +164,20 @@ def plan(budget: float, costs: Costs, classes: int, *, fill: bool = True, prior:
     g_steps = g_steps_for(classes) if prior == "batchnorm" else PIXEL_STEPS
     image = g_steps * costs.synthesis_step / costs.batch
     later_image = g_steps * (costs.synthesis_step + costs.adversary) / costs.batch
-    per_step = IMAGES_PER_STEP * costs.student_batch / BATCH
-    views = min(VIEWS * per_step * (1 - RESERVE), costs.student_batch) / costs.student_batch
+    per_step = images_per_step(FILLED * image + (1 - FILLED) * later_image, costs)
+    views = fresh_views(per_step, costs)
     filled = FILLED if fill else 0.0
     images = per_step * (filled * image + (1 - FILLED) * later_image)
     step = costs.student_step + views * costs.teacher_batch + images
     available = budget * (1 - MARGIN) - costs.rest
     wanted = available / step
-    if wanted < LEAST_STEPS:
-        least = (LEAST_STEPS * step + costs.rest) / (1 - MARGIN)
+    fewest = max(LEAST_STEPS, math.ceil(LEAST_ROUNDS * costs.batch / per_step) if fill else 0)
+    if wanted < fewest:
+        least = (fewest * step + costs.rest) / (1 - MARGIN)
         raise TooShortError(
             f"A budget of {duration(budget)} is too small for this teacher, student and machine.",
-            why=f"Export and validation take about {duration(costs.rest)}, and the minimum of {LEAST_STEPS} student "
-            f"steps with their images about {duration(LEAST_STEPS * step)}.",
+            why=f"Export and validation take about {duration(costs.rest)}, and the minimum of {fewest} student "
+            f"steps with their images about {duration(fewest * step)}.",
             fix=f"Use at least {duration(least * 1.05)}: --budget {math.ceil(least * 1.05 / 60)}m",
             least=least * 1.05,
         )
@@ -237,7 +265,7 @@ def settings(
             "batch": costs.student_batch,
             "optimizer": "muon",
             "lr": 0.1,
-            "muon_lr": 0.05,
+            "muon_lr": MUON_RATE,
             "schedule": "constant",
             "decay_epochs": made.decay_epochs,
             "weight_decay": 5e-4,
