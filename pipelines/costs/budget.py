@@ -23,8 +23,8 @@ from .durations import duration
 IMAGE_TIME = 0.35
 """fraction of the time of distillation in which images are made"""
 LEAST_IMAGES, MOST_IMAGES = 2.0, 15.0
-"""limits of the synthetic images per student step of BATCH images, in proportion for a smaller batch; the paper has 2 at
-E = 100"""
+"""limits of the synthetic images per student step of BATCH images, in proportion for a smaller batch; the paper has
+2 at E = 100"""
 FILLED = 0.2
 """fraction of the images made before student training starts"""
 DECAY = 0.3

@@ -16,7 +16,7 @@ from nayer_edge.runtime.compute import choose, seeded
 from nayer_edge.storage.files import read_json
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
-from ..recipes.schema import Recipe
+from ..recipes.schema import Export, Recipe
 from ..steps import CHECKPOINT, DECAY_STATE, PENDING
 from . import budget
 from .durations import duration
@@ -52,12 +52,14 @@ def plan_for(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     bank: Started | None = None,
     prior: Prior = "batchnorm",
+    export: Export | None = None,
 ) -> Planned:
     """Measures the steps of these networks on the device and plans a run for so many seconds.
 
     Args:
         bank: what the run takes over from another run, whose images it starts with.
         prior: what makes images.
+        export: what follows the student; None: the defaults.
 
     Raises:
         UsageError: the budget is too small, or the networks do not fit each other.
@@ -70,7 +72,9 @@ def plan_for(
         generator = Generator(channels=generator_channels(spec, classes, costs[0], device))
     else:
         generator, sizes = bank.generator, replace(sizes, batch=bank.batch)
-    measured = time_steps(teacher, student, generator, augment, compute, sizes.batch, sizes.student_batch, prior)
+    measured = time_steps(
+        teacher, student, generator, augment, compute, sizes.batch, sizes.student_batch, prior, export
+    )
     if bank is not None and bank.rest is not None:
         measured = replace(measured, rest=bank.rest)
     made = budget.plan(seconds, measured, classes, fill=bank is None, prior=prior)
@@ -124,7 +128,15 @@ def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Reci
         rest = _measured_rest(RunFolder.open(Path(recipe.student.bank)))
         bank = Started(recipe.generator, recipe.synthesis.batch, rest)
     planned = plan_for(
-        seconds, teacher, student, recipe.synthesis.augment, device, recipe.precision, bank, recipe.synthesis.prior
+        seconds,
+        teacher,
+        student,
+        recipe.synthesis.augment,
+        device,
+        recipe.precision,
+        bank,
+        recipe.synthesis.prior,
+        recipe.export,
     )
     return with_sections(recipe, planned.sections), [*planned.words, *_replaced(recipe, planned.costs)]
 

@@ -14,7 +14,8 @@ from nayer_edge.errors import UsageError
 from nayer_edge.pipelines.costs import budget
 from nayer_edge.pipelines.costs.budget import Costs, Pace, adapted, extended, finishing, plan
 from nayer_edge.pipelines.costs.durations import duration, parse_duration
-from nayer_edge.pipelines.recipes.schema import Budget
+from nayer_edge.pipelines.costs.step_costs import expected_rest
+from nayer_edge.pipelines.recipes.schema import Budget, Export
 
 SMALL = Costs(synthesis_step=0.08, adversary=0.03, student_step=0.2, teacher_batch=0.1, rest=60)
 
@@ -127,6 +128,29 @@ def test_published_sizes_take_days_on_a_cpu() -> None:
     published = Synthesis(batch=200, g_steps=30, rounds=4, warmup_rounds=20), Distill()
     rounds = (20 * 20 * 0.08 + 100 * 4 * 0.11) * 30 * 2
     assert budget.seconds_of(*published, SMALL) == pytest.approx(rounds + 40_000 * 0.3 * 2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(costs, st.floats(1e-5, 10))
+def test_images_take_their_share_of_the_time(cost: Costs, image: float) -> None:
+    """Unless their number per student step is at a limit."""
+    found = budget.images_per_step(image, cost)
+    step = cost.student_step + budget.fresh_views(found, cost) * cost.teacher_batch
+    share = found * image / (found * image + step)
+    if found == budget.LEAST_IMAGES:
+        assert share >= budget.IMAGE_TIME - 1e-9
+    elif found == budget.MOST_IMAGES:
+        assert share <= budget.IMAGE_TIME + 1e-9
+    else:
+        assert share == pytest.approx(budget.IMAGE_TIME)
+
+
+def test_quantization_aware_training_is_planned() -> None:
+    """By hand: 2 graphs, 3 epochs of 100 steps, each 4.2 student steps of 0.2 s and a teacher pass of 0.1 s."""
+    plain, trained = (
+        expected_rest(0.2, 0.1, 256, Export(qat=qat, targets=("cpu", "arm", "litert"))) for qat in (False, True)
+    )
+    assert trained - plain == pytest.approx(2 * 3 * 100 * (4.2 * 0.2 + 0.1))
 
 
 def test_a_smaller_batch_gets_as_many_images_for_each_sample() -> None:

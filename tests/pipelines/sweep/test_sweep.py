@@ -219,8 +219,10 @@ def test_a_dry_run_prints_equal_lines(source: Path, tmp_path: Path, invoke: Invo
 
 def test_a_recipe_names_its_students_and_time() -> None:
     order = actions.SweepOrder.typed("digits-sweep", (), None)
-    assert order.recipe is not None and order.recipe.sweep is not None
-    assert order.students == order.recipe.sweep.students and len(order.students) == 5
+    assert order.recipe is not None
+    assert order.recipe.sweep is not None
+    assert order.students == order.recipe.sweep.students
+    assert len(order.students) == 5
     assert order.seconds == 300.0
     order = actions.SweepOrder.typed("digits-sweep", STUDENTS, "10m")
     assert (order.students, order.seconds) == (STUDENTS, 600.0)
