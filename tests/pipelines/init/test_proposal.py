@@ -661,7 +661,7 @@ def test_what_was_said_is_not_called_a_guess(here: Path, invoke: Invoke, monkeyp
     # WRN-16-2 has fewer parameters than ResNet-18 and, at 16 pixels, more to compute.
     assert "larger or slower than the teacher" in answer.out
     assert re.search(r"time +[78] h.*: .* of images, .* of training, .* of learning-rate decay", answer.out)
-    assert re.search(r"images +[\d,]+ from rounds of 100 with 5 steps each", answer.out)
+    assert re.search(r"images +[\d,]+ from rounds of 100 with 10 steps each", answer.out)
     recipe = load_recipe("r18.toml")
     assert recipe.generator.channels == 32
     assert recipe.budget is not None
