@@ -91,6 +91,7 @@ CANDIDATES: dict[str, Candidate] = {
     # the images
     "3 steps a round": _images(synthesis={"g_steps": 3, "rounds": 10, "warmup_rounds": 42}),
     "10 steps a round": _images(synthesis={"g_steps": 10, "rounds": 3, "warmup_rounds": 12}),
+    "20 steps a round": _images(synthesis={"g_steps": 20, "rounds": 1, "warmup_rounds": 8}),
     "half the images, 1.8 × the steps": _images(synthesis={"rounds": 3, "warmup_rounds": 12}, distill={"steps": 90}),
     "half the images, 1.4 × the steps, decay of half": _images(
         synthesis={"rounds": 4, "warmup_rounds": 12}, distill={"steps": 70, "decay_epochs": 12}
