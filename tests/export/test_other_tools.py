@@ -110,7 +110,10 @@ def test_openvino_computes_every_quantized_graph(exported: Exported, target: str
     noise = np.abs(wanted - fp32).mean()
     assert noise > 0
     found = openvino(exported.files[target], exported.images, as_written=True)
-    assert np.abs(found - fp32).mean() < 2 * noise
+    own = np.abs(found - fp32).mean()
+    assert own < 2 * noise
+    # Two roundings that have nothing in common would differ by about 1.4 times the noise of one.
+    assert np.abs(found - wanted).mean() < 1.4 * max(noise, own)
     same_classes(found, wanted, 5 * noise)
 
 
