@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .gate.judgement import Verdict
     from .recipes.schema import Recipe
     from .show import Display
-    from .sweep.record import Sweep
 
 
 def read_recipe(name: str, settings: list[str] | None = None, bank: Path | None = None) -> Recipe:
@@ -207,79 +206,6 @@ def make(
             progress=display.progress,
             on_event=display.show_event,
         )
-
-
-@dataclass(frozen=True)
-class SweepOrder:
-    """A sweep as it was asked for.
-
-    Attributes:
-        recipe: what its students share; None: continue the sweep in `out`.
-        bank: the finished run whose images they start with; None: the sweep makes them.
-        out: the folder of the sweep.
-        students: models; empty: those that are proposed for the teacher.
-        seconds: time for all of them; None: a part of what their runs would take alone.
-    """
-
-    recipe: Recipe | None
-    bank: Path | None
-    out: Path
-    students: tuple[str, ...]
-    seconds: float | None
-
-    @classmethod
-    def typed(
-        cls,
-        name: str,
-        students: Iterable[str],
-        budget: str | None,
-        out: Path | None = None,
-        settings: list[str] | None = None,
-        *,
-        fresh: bool = False,
-    ) -> SweepOrder:
-        """From what was typed.
-
-        Args:
-            name: a recipe, a run folder, whose bank is taken, or the folder of a sweep to continue.
-            students: models, also several separated by commas; none: the recipe's.
-            budget: a duration such as "3h"; None: the recipe's.
-
-        Raises:
-            UsageError: unknown recipe, invalid settings, or not a duration.
-        """
-        from .recipes.loading import run_folder
-        from .sweep.record import RECORD
-
-        seconds, models = Time.typed(budget).budget, tuple(targets_in(students))
-        if (Path(name) / RECORD).is_file():
-            if settings or fresh or (out is not None and out.resolve() != Path(name).resolve()):
-                raise UsageError(
-                    f"{name} is the folder of a sweep, which goes on as it was planned.",
-                    fix="Leave out --set, --out and --fresh, or name its recipe or run instead.",
-                )
-            return cls(None, None, Path(name), models, seconds)
-        recipe = read_recipe(name, settings)
-        if recipe.sweep is not None:
-            models = models or recipe.sweep.students
-            seconds = recipe.sweep.seconds if seconds is None else seconds
-        return cls(recipe, run_folder(name), out or Path("runs") / f"{recipe.name}-sweep", models, seconds)
-
-
-def sweep(order: SweepOrder, *, ray: str | None = None, fresh: bool = False, display: Display | None = None) -> Sweep:
-    """Finds the smallest student that passes the policy, of several that start with the same images.
-
-    Args:
-        ray: address of a Ray cluster, whose workers train the students; None: this machine does.
-
-    Raises:
-        NayerEdgeError: see `nayer_edge.pipelines.sweep.running.run_sweep`.
-    """
-    from .sweep.running import run_sweep
-
-    return run_sweep(
-        order.recipe, order.bank, order.out, order.students, order.seconds, ray=ray, fresh=fresh, display=display
-    )
 
 
 def export(

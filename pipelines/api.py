@@ -29,6 +29,7 @@ from .recipes.checking import checked, problems_of
 from .recipes.loading import DESCRIBED, recipe_of, resolved_teacher, with_input
 from .recipes.preflight import require_typed
 from .recipes.settings import set_value
+from .sweep.order import SweepOrder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -568,7 +569,7 @@ def sweep(
     teacher = recipe._teacher if isinstance(recipe, Run) else None
     with _at_work(teacher, trust_code):
         named = os.fspath(recipe.path if isinstance(recipe, Run) else recipe)
-        order = actions.SweepOrder.typed(
+        order = SweepOrder.typed(
             named,
             [students] if isinstance(students, str) else students,
             budget,
@@ -576,7 +577,7 @@ def sweep(
             list(settings),
             fresh=fresh,
         )
-        record = actions.sweep(order, ray=ray, fresh=fresh, display=_display(progress))
+        record = order.execute(ray=ray, fresh=fresh, display=_display(progress))
     return Sweep(order.out, record, teacher, trust_code=trust_code)
 
 

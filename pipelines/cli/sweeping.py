@@ -13,7 +13,7 @@ from rich.text import Text
 from nayer_edge.errors import EXIT_FAILED
 from nayer_edge.text import inert
 
-from .. import actions
+from ..sweep.order import SweepOrder
 from .shared import Fresh, Json, Settings, TrustCode, app, example, print_json, stdout, watched
 
 if TYPE_CHECKING:
@@ -71,12 +71,12 @@ def sweep(
 
     Students that cannot pass any more are stopped early. Exit codes as for gate: 0 if a student passes, else 1.
     """
-    order = actions.SweepOrder.typed(recipe, students or [], budget, out, settings, fresh=fresh)
+    order = SweepOrder.typed(recipe, students or [], budget, out, settings, fresh=fresh)
     if dry_run:
         _show_plan(order, recipe, settings or [], as_json=as_json)
         return
     display = watched(as_json)
-    found = actions.sweep(order, ray=ray, fresh=fresh, display=display)
+    found = order.execute(ray=ray, fresh=fresh, display=display)
     if as_json:
         print_json(found.model_dump(mode="json", by_alias=True))
     else:
@@ -89,7 +89,7 @@ def sweep(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _show_plan(order: actions.SweepOrder, name: str, settings: list[str], *, as_json: bool) -> None:
+def _show_plan(order: SweepOrder, name: str, settings: list[str], *, as_json: bool) -> None:
     from ..costs.durations import duration
     from ..sweep.record import read_sweep
     from ..sweep.running import as_commands, planned
@@ -108,7 +108,7 @@ def _show_plan(order: actions.SweepOrder, name: str, settings: list[str], *, as_
     time = "40 % of what the runs would take alone" if plan.seconds is None else duration(plan.seconds)
     going = sum(each.open for each in plan.students)
     rounds = f"{plan.rounds} round{'s' * (plan.rounds != 1)} of successive halving"
-    console.print(f"{going} students, {time}, {rounds}.\n", highlight=False)
+    console.print(f"{going} student{'s' * (going != 1)}, {time}, {rounds}.\n", highlight=False)
     console.print(_students(plan, planned_only=True))
     console.print("\nThe same students, each with an equal share of the time and none stopped early:\n")
     for line in lines:

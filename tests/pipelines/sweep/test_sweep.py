@@ -27,6 +27,7 @@ from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.schemas import load
 from nayer_edge.pipelines.show import Display
 from nayer_edge.pipelines.sweep import candidates, page, results, running
+from nayer_edge.pipelines.sweep.order import SweepOrder
 from nayer_edge.pipelines.sweep.record import (
     Bank,
     Measured,
@@ -218,15 +219,15 @@ def test_a_dry_run_prints_equal_lines(source: Path, tmp_path: Path, invoke: Invo
 
 
 def test_a_recipe_names_its_students_and_time() -> None:
-    order = actions.SweepOrder.typed("digits-sweep", (), None)
+    order = SweepOrder.typed("digits-sweep", (), None)
     assert order.recipe is not None
     assert order.recipe.sweep is not None
     assert order.students == order.recipe.sweep.students
     assert len(order.students) == 5
     assert order.seconds == 300.0
-    order = actions.SweepOrder.typed("digits-sweep", STUDENTS, "10m")
+    order = SweepOrder.typed("digits-sweep", STUDENTS, "10m")
     assert (order.students, order.seconds) == (STUDENTS, 600.0)
-    order = actions.SweepOrder.typed("digits", (), None)
+    order = SweepOrder.typed("digits", (), None)
     assert (order.students, order.seconds) == ((), None)
 
 
