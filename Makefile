@@ -103,7 +103,7 @@ RESOLVE := uv pip compile pyproject.toml --universal --python-version 3.11 --gen
 	--no-annotate --no-header --quiet --upgrade --override requirements.overrides
 
 lock:  ## resolves both locks anew (needs uv); they name no index
-	$(RESOLVE) --extra cpu --extra rtx --extra lm --extra timm --extra sign --extra sbom --extra tracking --extra dev \
+	$(RESOLVE) --extra cpu --extra rtx --extra lm --extra timm --extra sign --extra sbom --extra tracking --extra ray --extra dev \
 		--output-file requirements-dev.lock
 	echo setuptools | $(RESOLVE) - --extra cpu --constraint requirements-dev.lock --output-file requirements.lock
 
