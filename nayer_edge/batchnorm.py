@@ -242,8 +242,8 @@ def require_prior(network: Classifier, what: str, prior: str) -> None:
     if norms:
         raise UsageError(
             f"{what} has {len(norms)} BatchNorm layers without running statistics (track_running_stats=False).",
-            why="They normalise with the batch at hand, so that the answer for an image depends on the other images.",
-            fix="Use a teacher that answers for each image alone.",
+            why="They use the statistics of the current batch, so the output for an image depends on the other images.",
+            fix="Use a teacher with running statistics.",
         )
     height, width = network.resize or network.spec.shape[1:]
     for module in network.modules():

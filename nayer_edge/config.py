@@ -288,8 +288,8 @@ class Distill(Section):
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs})")
         if self.decay_epochs and self.schedule != "constant":
-            raise ValueError("decay_epochs belongs to the constant schedule")
+            raise ValueError("decay_epochs can only be set with the constant schedule")
         if self.schedule == "constant" and not 0 < self.decay_epochs <= self.epochs - self.warmup_epochs:
             after = self.epochs - self.warmup_epochs
-            raise ValueError(f"the constant schedule needs 1 to {after} decay_epochs, those after warm-up at most")
+            raise ValueError(f"decay_epochs must be between 1 and {after}, the number of epochs after warm-up")
         return self

@@ -484,7 +484,7 @@ class Distillation:
         """
         if self.world.size > 1:
             raise UsageError(
-                "A run on another run's memory bank cannot be shared between processes.",
+                "A run that starts from another run's memory bank cannot use several processes.",
                 fix="Start it without torchrun.",
             )
         if self.settings.distill.warmup_epochs:
@@ -639,7 +639,7 @@ def distill(
         if start is not None:
             distillation.start_from(start)
         elif distillation.settings.start is not None:
-            raise UsageError("The images that this run started with are gone, and so is its state.")
+            raise UsageError("The images that this run started with and its checkpoint are missing.")
     compute, world = distillation.compute, distillation.world
     world.require_same([compute.device.type, compute.bf16, distillation.digest], "device, precision or inputs")
     world.require_same(distillation.epoch, "the checkpoint that they read")

@@ -156,7 +156,7 @@ def timed(
         raise UsageError(
             f"{option} continues a run, and '{name}' is not a run folder."
             if named is None
-            else f"{option} continues the run in {named}, and neither --out nor --fresh goes with it.",
+            else f"{option} continues the run in {named}, and cannot be combined with --out or --fresh.",
             fix=f"For example: nayer-edge run runs/{recipe.name} {option} 1h",
         )
     from .costs import planning
@@ -255,7 +255,7 @@ def export(
         changes["targets"] = tuple(dict.fromkeys([*before, *(get_target(name).name for name in names)]))
     elif only:
         raise UsageError(
-            "--only says that no other targets stay, but none is named.", fix="Add --target cpu, for example."
+            "--only removes the targets that are not listed, but none is listed.", fix="Add --target cpu, for example."
         )
     values = {**recipe.export.model_dump(), **changes}
     section = checked(Export, values, "Invalid export settings:", "Correct them; nothing was started.")
@@ -309,7 +309,7 @@ def require_engines(run: RunFolder, targets: Iterable[str] = ()) -> None:
         raise MissingError(
             f"Everything was exported except {names}.",
             why="\n".join(dict.fromkeys(record["reason"] for record in missing)),
-            fix="Build them where that is installed, or export only the ONNX files with --no-engine."
+            fix="Build them on a machine that has it, or export only the ONNX files with --no-engine."
             if engines
             else "Then repeat the command: what was exported stays as it is.",
         )

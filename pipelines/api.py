@@ -305,7 +305,7 @@ class Run:
                 or "digits". None: fresh synthetic images, which measure agreement with the teacher instead of accuracy.
                 Default: the run's recipe.
             fit: how images of another size are handled: "exact" (refused), "stretch" or "center-crop".
-            split: which part of the hold-out, if it has several: "train", "validation", "test" or its own word.
+            split: which part of the hold-out, if it has several: "train", "validation", "test" or its own name.
             allow_implausible: measure although the teacher's answers do not fit the labels.
 
         Returns:
@@ -431,7 +431,7 @@ def distill(
     Args:
         student: the compact network, such as "nayer:wrn_16_1" or "torchvision:mobilenet_v3_small@32".
         out: the run folder.
-        budget: plan the run for so much time on this machine, such as "20m" or "1h". It replaces the sizes in
+        budget: plan the run for this much time on this machine, such as "20m" or "1h". It replaces the sizes in
             `settings`.
         bank: a finished run with the same teacher: start with its images, generator and label embeddings instead of
             filling a memory bank.
@@ -487,8 +487,8 @@ def run(
         until: the last step to run: teacher, lte, student, onnx, int8, engine, validate, gate or report.
         settings: overrides of the recipe, such as ["distill.epochs=4"].
         budget, bank: see `distill`.
-        more: continue training the student of a run folder for so much time, such as "1h".
-        finish: end the interrupted training of a run folder within so much time.
+        more: continue training the student of a run folder for this much time, such as "1h".
+        finish: finish the interrupted training of a run folder within this time.
         fresh, progress, trust_code: see `distill`.
 
     Raises:

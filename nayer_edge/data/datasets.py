@@ -75,7 +75,7 @@ def open_images(
             with `images` and `labels`, or one of the formats in `torchvision_formats`.
         purpose: what the images are read for, which decides between splits if `split` does not.
         fit: what to do with pictures of another size than the model's.
-        split: which part of a data set that has several: "train", "validation", "test", or its own word.
+        split: which part of a data set that has several: "train", "validation", "test", or its own name.
 
     Raises:
         UsageError: no such images, they do not match the model, or there are several splits and none was chosen.
@@ -143,7 +143,7 @@ def _open(
             return open_folder(path, spec, classes, fit, purpose, split)
     except PermissionError as error:
         raise UsageError(
-            f"{source} cannot be read.", why=f"{error}", fix="Make it readable for whoever runs this command."
+            f"{source} cannot be read.", why=f"{error}", fix="Give your user permission to read it."
         ) from error
     variable = re.match(r"\$\{?(\w+)", source)
     if variable and variable[1] not in os.environ:

@@ -30,7 +30,7 @@ def digest_of_data(path: Path, *, contents: bool = True) -> str:
         raise UsageError(
             f"{path} cannot be read.",
             why=f"The system says: {error.strerror or error} ({error.filename}).",
-            fix="Make it readable for whoever runs this command.",
+            fix="Give your user permission to read it.",
         ) from error
     return digest.hexdigest()
 

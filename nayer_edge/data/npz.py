@@ -179,8 +179,8 @@ def _numbers(
         if not rows.all():
             raise UsageError(
                 f"{path} holds labels of shape {shape}, and {int((~rows).sum())} of {len(rows)} rows are not one-hot.",
-                why=f"The first is row {int(np.argmin(rows))}. Probabilities, and images of several classes, have no "
-                "one true class.",
+                why=f"The first is row {int(np.argmin(rows))}. Soft labels and images of several classes "
+                "do not give one true class.",
                 fix="Store labels as (N,), one class number for each image.",
             )
         return labels.argmax(axis=1), names
@@ -195,7 +195,7 @@ def _numbers(
             fix="Labels are integers from 0 in the order of the class names.",
         )
     if len(labels) and np.abs(labels.astype(np.float64)).max() >= 2**53:
-        raise UsageError(f"The labels in {path} are no class numbers.", fix="Number the classes from 0.")
+        raise UsageError(f"The labels in {path} are not valid class numbers.", fix="Number the classes from 0.")
     return labels.astype(np.int64), names
 
 

@@ -117,7 +117,7 @@ def _require_one_whole_set(paths: Sequence[Path], root: Path) -> None:
     if absent := missing_shards([path.stem for path in paths]):
         raise UsageError(
             f"{root} lacks {len(absent)} of the files of its data set, for example {absent[0]}.parquet.",
-            why="Their names say how many there are.",
+            why="The file names give the total number of files.",
             fix="Fetch the others, or name one file to use it alone.",
         )
 

@@ -257,9 +257,9 @@ def _meet(collective: Callable[..., object], *arguments: Any, **options: Any) ->
         collective(*arguments, **options)
     except RuntimeError as error:
         raise TrainingError(
-            "This process lost the other processes of the run.",
+            "This process lost its connection to the other processes of the run.",
             why=f"One of them ended or hangs: {_first_line(error)}",
-            fix="Look for the first error of the others. The same command continues from the last checkpoint.",
+            fix="Look for the first error in their output. The same command continues from the last checkpoint.",
         ) from error
 
 

@@ -63,7 +63,7 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(
-            f"{path} starts in a home folder that is not known here.",
+            f"The home folder in {path} is unknown.",
             why="HOME is not set, or there is no such user.",
             fix="Write the whole path, or set HOME.",
         ) from error

@@ -29,7 +29,9 @@ def validate(
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option("--split", metavar="NAME", help="Which part of --data: train, validation, test, or its own word."),
+        typer.Option(
+            "--split", metavar="NAME", help="Which split of --data: train, validation, test, or its own name."
+        ),
     ] = None,
     allow_implausible: Annotated[
         bool, typer.Option("--allow-implausible", help="Measure although the teacher's answers do not fit the labels.")

@@ -62,7 +62,7 @@ def init(
     ] = None,
     resize: Annotated[
         str | None,
-        typer.Option("--resize", metavar="HxW", help="Resize the images for it, if it only takes this size."),
+        typer.Option("--resize", metavar="HxW", help="Resize the images if it accepts this size only."),
     ] = None,
     mean: Annotated[
         str | None, typer.Option("--mean", metavar="X,Y,Z", help="Its input normalisation: mean per channel.")

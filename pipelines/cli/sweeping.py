@@ -31,7 +31,7 @@ def sweep(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="A finished run, whose bank is taken; a recipe, which makes one; or a sweep to continue.",
+            help="A finished run, whose bank is used; a recipe, which makes one; or a sweep to continue.",
             show_default=False,
         ),
     ],
@@ -69,7 +69,7 @@ def sweep(
 ) -> None:
     """Trains several students from one memory bank, and names the smallest that passes the policy.
 
-    Students that cannot pass any more are stopped early. Exit codes as for gate: 0 if a student passes, else 1.
+    Students that can no longer pass are stopped early. Exit codes as for gate: 0 if a student passes, else 1.
     """
     order = SweepOrder.typed(recipe, students or [], budget, out, settings, fresh=fresh)
     if dry_run:

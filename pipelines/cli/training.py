@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 Budget = Annotated[
     str | None,
-    typer.Option("--budget", metavar="TIME", help="Plan the run for so much time on this machine, for example 1h."),
+    typer.Option("--budget", metavar="TIME", help="Plan the run for this much time on this machine, for example 1h."),
 ]
 More = Annotated[
     str | None,
-    typer.Option("--more", metavar="TIME", help="Continue training a run's student for so much time."),
+    typer.Option("--more", metavar="TIME", help="Continue training a run's student for this much time."),
 ]
 Finish = Annotated[
     str | None,
-    typer.Option("--finish", metavar="TIME", help="End an interrupted training within so much time."),
+    typer.Option("--finish", metavar="TIME", help="Finish an interrupted training within this time."),
 ]
 
 

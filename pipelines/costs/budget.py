@@ -339,8 +339,8 @@ def extended(length: Length, seconds: float, pace: Pace, rest: float, finished: 
         least = again + share * pace.decay + pace.train
         raise UsageError(
             f"{duration(seconds)} is too short to improve this run.",
-            why=f"The learning rate has to decay again and the student is exported again, which takes "
-            f"{duration(again)}; an epoch takes {duration(pace.train)}.",
+            why=f"Repeating the learning-rate decay and the export takes {duration(again)}; "
+            f"an epoch takes {duration(pace.train)}.",
             fix=f"Use at least: --more {math.ceil(least * 1.1 / 60)}m",
         )
     decay = max(1, round(share * (trained + further)))

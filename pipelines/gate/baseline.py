@@ -100,14 +100,14 @@ def _require_same_images(run: RunFolder, report: Report, folder: Path, before: R
         if each.dataset.kind == "synthetic":
             raise UsageError(
                 f"{place} was measured on synthetic images, so a release cannot be compared with the one before.",
-                why="Every run draws images of its own, and nobody knows what they truly show.",
+                why="Every run generates its own images, and they have no true labels.",
                 fix=again,
             )
     if report.dataset.sha256 is None or report.dataset.sha256 != before.dataset.sha256:
         raise UsageError(
             f"{run.root} and its baseline {folder} were measured on different images.",
             why=f"{report.dataset.n:,} of {report.dataset.name} here, {before.dataset.n:,} of {before.dataset.name} "
-            "there, and their digests differ. A drop between different images cannot be told from their difficulty.",
+            "there, and their digests differ. A drop between different images may only mean that one set is harder.",
             fix=again,
         )
 
@@ -135,7 +135,7 @@ def _correct(artifact: ArtifactReport, report: Report, folder: Path) -> int:
     if not whole or (artifact.top1 is not None and bits.bit_count() != round(artifact.top1 * n)):
         raise IntegrityError(
             f"The report of {folder} contradicts itself.",
-            why=f"What it says of {artifact.name}, image by image, does not fit its {n:,} images and its accuracy.",
+            why=f"Its results per image for {artifact.name} do not match its {n:,} images and its accuracy.",
             fix=_measure_again(folder),
         )
     return bits

@@ -171,7 +171,7 @@ def _network(
         if len(fitting) > 1:
             raise UsageError(
                 f"{model} fits the weights with images of {', '.join(map(str, fitting))} channels.",
-                why="Its first convolution has groups, so that the weights do not tell.",
+                why="Its first convolution is grouped, so the weights do not determine the number of channels.",
                 fix=f"Give the images' channels: --input {fitting[-1]}xHEIGHTxWIDTH",
             )
         channels = fitting[0] if fitting else channels

@@ -234,13 +234,13 @@ def _size_in_library(teacher: Teacher) -> tuple[int, int] | None:
 
 
 def _require_measured(found: Findings, network: Classifier) -> None:
-    """Raises UsageError where nobody has measured what procedural images are worth."""
+    """Raises UsageError for image sizes at which procedural images have not been measured."""
     height, width = network.resize or network.spec.shape[1:]
     if max(height, width) > MOST_PIXELS:
         raise UsageError(
             f"The network in {found.path} has no BatchNorm layers: {found.kind}.",
-            why=f"NAYER matches statistics that BatchNorm stores. Without them there are procedural images: {EXPECTED} "
-            f"Nothing was measured with images of {height}×{width}.",
+            why="NAYER matches statistics that BatchNorm stores. Without them, procedural images can be used: "
+            f"{EXPECTED} They have not been measured at {height}×{width}.",
             fix="Use a teacher with BatchNorm. To try procedural images nevertheless, write a recipe by hand, with "
             '[synthesis] prior = "procedural" (docs/REFERENCE.md).',
         )

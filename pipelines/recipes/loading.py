@@ -101,14 +101,16 @@ def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
     if base is None:
         return values
     if not isinstance(base, str):
-        raise UsageError(f"{path} extends {base!r}, which is not a name.", fix="Name a file beside it, without .toml.")
+        raise UsageError(
+            f"{path} extends {base!r}, which is not a name.", fix="Name a file in the same folder, without .toml."
+        )
     if depth == MAX_DEPTH:
         raise UsageError(
             f"{path} extends '{base}' in a circle, or more than {MAX_DEPTH} levels deep.", fix="Extend another recipe."
         )
     other = path.parent / f"{base}{SUFFIX}"
     if not other.is_file():
-        raise UsageError(f"{path} extends '{base}', and there is no {other}.", fix="Name a file beside it.")
+        raise UsageError(f"{path} extends '{base}', and there is no {other}.", fix="Name a file in the same folder.")
     below = _extended(other, depth + 1)
     below.pop("measured", None)
     return _merged(_without_teach(below) if _names_weights(values) else below, values)

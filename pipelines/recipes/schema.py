@@ -33,7 +33,7 @@ class Export(Section):
     targets: tuple[str, ...] = ("cpu",)
     """targets to quantize for; see nayer_edge/export/targets.py for a list"""
     calibration_images: Annotated[int, Field(ge=1, le=65536)] = 512
-    """number of synthetic images, put aside during distillation or drawn from the trained generator"""
+    """number of synthetic images, reserved during distillation or drawn from the trained generator"""
     calibration_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
     """auto: the method whose INT8 model agrees best with FP32 on a synthetic hold-out"""
     max_drop: Fraction | None = 0.02
@@ -67,7 +67,7 @@ class Validate(Section):
     """handling of images whose size or colour mode differs from the model's: exact: error with their count; stretch:
     resize; center-crop: resize the shorter side to 8/7 of the model's size and crop the centre"""
     split: str | None = None
-    """which part of the hold-out, if it has several: train, validation, test, or its own word"""
+    """which part of the hold-out, if it has several: train, validation, test, or its own name"""
     allow_implausible: bool = False
     """measure although the teacher's answers do not fit the labels: near chance, far below its card, or one answer"""
     synthetic_images: Count = 2000

@@ -81,10 +81,10 @@ def _explained(error: Exception, address: str, version: str) -> UsageError:
     told = " ".join(" ".join(f"{each}" for each in links).split())
     if any(type(each).__name__ == "AuthenticationError" for each in links):
         return UsageError(
-            f"The Ray cluster at {address} asks for a token.",
-            why="Ray has one in ~/.ray/auth_token, or where RAY_AUTH_TOKEN_PATH says.",
-            fix="On the cluster's head: ray get-auth-token. Copy the file, and repeat the command with "
-            "RAY_AUTH_MODE=token before it.",
+            f"The Ray cluster at {address} requires an authentication token.",
+            why="Ray reads it from ~/.ray/auth_token or from the file named by RAY_AUTH_TOKEN_PATH.",
+            fix="On the cluster's head: ray get-auth-token. Copy the file, and repeat the command "
+            "with RAY_AUTH_MODE=token set.",
         )
     if "mismatch" in told.lower():
         return UsageError(
@@ -280,7 +280,7 @@ class OnRay:
                 error=MissingError(
                     f"The worker of {name} died {RETRIES + 1} times.",
                     why=" ".join(f"{error}".split())[:400],
-                    fix="Has it enough memory? Repeat the command: it resumes.",
+                    fix="It may have run out of memory. Repeat the command to resume.",
                 ),
             )
         if files is not None:

@@ -63,7 +63,7 @@ class SweepOrder:
         if (Path(name) / RECORD).is_file():
             if settings or fresh or (out is not None and out.resolve() != Path(name).resolve()):
                 raise UsageError(
-                    f"{name} is the folder of a sweep, which goes on as it was planned.",
+                    f"{name} is the folder of a sweep, which continues with its original settings.",
                     fix="Leave out --set, --out and --fresh, or name its recipe or run instead.",
                 )
             return cls(None, None, Path(name), models, seconds)

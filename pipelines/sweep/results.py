@@ -124,7 +124,7 @@ def advice(student: StudentRecord) -> str:
     """What would help a student that does not pass, in words; empty for one that passes."""
     words = {
         "time": "more time (nayer-edge run … --more)",
-        "larger": "a larger student: its last share brought too little",
+        "larger": "a larger student: its last share of the time improved it too little",
         "images": "more hold-out images, which would decide",
         "limit": "a smaller student or another limit: training does not change this",
     }

@@ -279,8 +279,8 @@ class _Work:
         if self.cluster is not None:
             if in_memory:
                 raise UsageError(
-                    f"The teacher {recipe.teacher.model} exists only in this program, and Ray's workers lack it.",
-                    fix="Leave out the cluster, or load the teacher from a file.",
+                    f"The teacher {recipe.teacher.model} exists only in this process, so Ray's workers cannot load it.",
+                    fix="Run without the cluster, or load the teacher from a file.",
                 )
             students = sum(each.state != "refused" for each in self.sweep.students)
             found = on_ray.OnRay(self.cluster, self.out, source, recipe.device, students)
@@ -596,7 +596,7 @@ def _require_space(students: Sequence[StudentRecord], source: Path, out: Path) -
     if need > free:
         raise UsageError(
             f"The disk is too small for {len(students)} students.",
-            why=f"Their runs need about {need / 1e9:.2g} GB beside each other, and {out} has {free / 1e9:.2g} GB free.",
+            why=f"Together, their runs need about {need / 1e9:.2g} GB, and {out} has {free / 1e9:.2g} GB free.",
             fix="Free some space, choose another folder with --out, or name fewer students.",
         )
 

@@ -221,7 +221,7 @@ def _read(process: subprocess.Popen[bytes], scratch: Path, name: str) -> Result:
             if code < 0
             else f"The process of {name} ended with code {code}.",
             why=log.splitlines()[-1] if log else "",
-            fix="Is there enough memory? Repeat the command: it resumes.",
+            fix="It may have run out of memory. Repeat the command to resume.",
         ),
     )
 

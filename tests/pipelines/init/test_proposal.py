@@ -453,7 +453,7 @@ def test_no_prior_is_proposed_where_none_was_measured(here: Path, invoke: Invoke
     answer = invoke("init", *TRIAL, "w.pt", *told)
     assert answer.code == 2
     assert "has no BatchNorm layers: it has no normalisation at all" in answer.err
-    assert "Nothing was measured with images of 64×64" in answer.err
+    assert "They have not been measured at 64×64" in answer.err
     assert not list(here.glob("*.toml"))
 
 
