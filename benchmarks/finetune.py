@@ -39,10 +39,10 @@ from nayer_edge.augment import crop_and_flip
 from nayer_edge.config import InputSpec
 from nayer_edge.data import datasets as data
 from nayer_edge.distillation import cosine
-from nayer_edge.export.calibration import Ranges, compute_ranges
+from nayer_edge.export.int8.calibration import Ranges, compute_ranges
+from nayer_edge.export.int8.qdq import calibrated_tensors, with_qdq
 from nayer_edge.export.qat.graph_network import GraphNetwork
 from nayer_edge.export.qat.train import QatResult, QatTrainer, Schedule, train
-from nayer_edge.export.qdq import calibrated_tensors, with_qdq
 from nayer_edge.export.targets import QUANTIZABLE_OPS, TARGETS, Target
 from nayer_edge.export.to_int8 import prepared, run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx

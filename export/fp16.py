@@ -16,7 +16,7 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 
 from nayer_edge.storage.files import sha256_of
 
-from .calibration import largest_values
+from .int8.calibration import largest_values
 from .onnx_file import metadata_of, read_onnx, strip, write_onnx
 from .plain_graph import attribute, constants, copy_of, distinct, producers
 

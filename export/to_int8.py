@@ -21,17 +21,12 @@ from nayer_edge import __version__
 from nayer_edge.errors import UsageError
 from nayer_edge.storage.files import sha256_of
 
-from .calibration import METHODS, Ranges, compute_ranges, largest_values, require_images
-from .coverage import EXCLUDED_NODES, Coverage, eligible_nodes, int8_coverage
+from .eligible import EXCLUDED_NODES, eligible_nodes
 from .fp16 import beyond_fp16, converted, fp32_metadata
-from .onnx_file import metadata_of, opset_of, read_onnx, strip, write_onnx
-from .parity import Agreement, agreement
-from .plain_graph import constants, copy_of, make_plain
-from .qat.train import QatTrainer
-from .qdq import calibrated_tensors, with_dead_tensors, with_qdq
-from .runners import OrtRunner, as_bytes
-from .runtimes import open_runner, require
-from .sensitivity import (
+from .int8.calibration import METHODS, Ranges, compute_ranges, largest_values, require_images
+from .int8.coverage import Coverage, int8_coverage
+from .int8.qdq import calibrated_tensors, with_dead_tensors, with_qdq
+from .int8.sensitivity import (
     LayerError,
     LayerSensitivity,
     bias_corrected,
@@ -39,6 +34,12 @@ from .sensitivity import (
     most_sensitive_first,
     search_mixed_precision,
 )
+from .onnx_file import metadata_of, opset_of, read_onnx, strip, write_onnx
+from .parity import Agreement, agreement
+from .plain_graph import constants, copy_of, make_plain
+from .qat.train import QatTrainer
+from .runners import OrtRunner, as_bytes
+from .runtimes import open_runner, require
 from .targets import FP16_SCALES, Target, get_target, has_module, is_native, quantized_operators
 
 Method = Literal["auto", "minmax", "percentile", "entropy", "mse"]

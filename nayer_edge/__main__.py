@@ -1,4 +1,4 @@
-"""Entry point of `python -m nayer_edge` and `nayer-edge`: the only core module that imports the pipelines."""
+"""Entry point of `python -m nayer_edge` and `nayer-edge`: starts the command line of the pipelines."""
 
 from __future__ import annotations
 

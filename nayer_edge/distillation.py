@@ -25,7 +25,7 @@ from torch import Tensor
 from nayer_edge import generator as generators
 from nayer_edge import health, losses
 from nayer_edge.augment import crop_and_flip, mixup
-from nayer_edge.batchnorm import BatchNormStatistics, require_prior, synchronise_batchnorms
+from nayer_edge.batchnorm import BatchNormStatistics, synchronise_batchnorms
 from nayer_edge.cached_views import ViewCache
 from nayer_edge.config import Distill, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
@@ -36,6 +36,7 @@ from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import weights_digest
+from nayer_edge.models.prior import require_prior
 from nayer_edge.optimizers import make_optimizer, set_rate
 from nayer_edge.procedural import procedural_round
 from nayer_edge.runtime.compute import Compute, random_stream

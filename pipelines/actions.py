@@ -368,7 +368,7 @@ def gate(
 
     Args:
         policy: a TOML policy file; default: the policy in the run's recipe.
-        limits: overrides of the policy; see `nayer_edge.pipelines.gate.policy.limited`.
+        limits: overrides of the policy; see `nayer_edge.pipelines.recipes.policy.limited`.
         references: a `references.toml` file with the release to compare with.
         junit, json_out, summary: files to write; Markdown is appended to `summary`.
 

@@ -693,16 +693,16 @@ def _copy_of(module: Any) -> nn.Module:
 
 def _possible_prior(network: Classifier) -> str:
     """A prior that this teacher can have. Which one a run uses is not known yet; without BatchNorm, one only can."""
-    from nayer_edge.batchnorm import batch_norms
+    from nayer_edge.models.prior import batch_norms
 
     return "batchnorm" if batch_norms(network) else "procedural"
 
 
 def _check(classifier: Classifier) -> None:
     """Raises an error for a teacher that cannot be distilled."""
-    from nayer_edge.batchnorm import require_prior
     from nayer_edge.distillation import check_teacher
     from nayer_edge.models.load import check_forward
+    from nayer_edge.models.prior import require_prior
     from nayer_edge.runtime import compute
 
     require_prior(classifier, f"The teacher {classifier.model}", _possible_prior(classifier))

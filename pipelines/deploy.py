@@ -19,11 +19,11 @@ from nayer_edge.export.parity import compare, edge_cases
 from nayer_edge.export.qat.train import QatTrainer, Schedule
 from nayer_edge.export.runners import OrtRunner, TorchRunner
 from nayer_edge.export.runtimes import describe, require
-from nayer_edge.export.runtimes.quantize import to_fp32_file, to_int8_file
 from nayer_edge.export.targets import TARGETS, has_module
 from nayer_edge.export.to_engine import to_engine
 from nayer_edge.export.to_int8 import FP16_IMAGES, to_int8
 from nayer_edge.export.to_onnx import to_onnx
+from nayer_edge.export.to_runtime import to_fp32_file, to_int8_file
 from nayer_edge.labels import embeddings as embeddings_of_labels
 from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.models.classifier import Classifier

@@ -24,7 +24,7 @@ from nayer_edge.data import datasets as data
 from nayer_edge.data.stream import ImageStream
 from nayer_edge.errors import NayerEdgeError, UsageError
 from nayer_edge.export.benchmark import Timing, benchmark
-from nayer_edge.export.coverage import int8_coverage
+from nayer_edge.export.int8.coverage import int8_coverage
 from nayer_edge.export.runners import BATCH, Runner, TorchRunner, as_bytes
 from nayer_edge.export.runtimes import describe
 from nayer_edge.export.targets import TARGETS, get_target, has_module

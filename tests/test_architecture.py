@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,24 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
     for module in MODULES:
         walk(module, ())
+
+
+@pytest.mark.parametrize("house", FOLDERS)
+def test_no_room_imports_itself_in_a_circle(house: str) -> None:
+    """The files of a top folder, and each of its folders as a whole."""
+
+    def room_of(module: str) -> str:
+        return SOURCES[module].relative_to(ROOT / house).parts[0]
+
+    inside = {module for module in MODULES if SOURCES[module].is_relative_to(ROOT / house)} - {"nayer_edge"}
+    rooms = TopologicalSorter(dict.fromkeys(map(room_of, inside), ()))
+    for module in inside:
+        for found in imports_of(module):
+            named = {found.module, *(f"{found.module}.{name}" for name in found.names)} & inside
+            for target in () if found.typing else named:
+                if room_of(target) != room_of(module):
+                    rooms.add(room_of(module), room_of(target))
+    rooms.prepare()
 
 
 @pytest.mark.parametrize(

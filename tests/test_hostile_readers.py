@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from nayer_edge.errors import IntegrityError, NayerEdgeError, UsageError
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.models.load import load_classifier
-from nayer_edge.pipelines.gate.policy import Policy, make_policy
 from nayer_edge.pipelines.recipes.checking import parse_toml
+from nayer_edge.pipelines.recipes.policy import Policy, make_policy
 from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.recipes.settings import apply_settings, make_recipe
 from nayer_edge.pipelines.trust.verification import examine

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nayer_edge.errors import UsageError
 
-from ..calibration import Ranges
+from ..int8.calibration import Ranges
 from ..plain_graph import constants, copy_of, output_channel_axis
 from ..targets import QUANTIZABLE_OPS, Target
 from .fake_quant import Grid, LearntRange, fake_quantize_weight, least_error_limit

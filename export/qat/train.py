@@ -29,8 +29,8 @@ from nayer_edge.errors import TrainingError
 from nayer_edge.losses import distillation_loss
 from nayer_edge.runtime.progress import Progress
 
-from ..calibration import Ranges
-from ..qdq import with_qdq
+from ..int8.calibration import Ranges
+from ..int8.qdq import with_qdq
 from ..targets import Target
 from .graph_network import GraphNetwork
 

@@ -15,7 +15,7 @@ from onnx import ModelProto
 from nayer_edge.errors import IntegrityError, UsageError, missing_extra
 from nayer_edge.runtime.provenance import usable_cores
 
-from ..coverage import eligible_nodes, excluded_nodes
+from ..eligible import eligible_nodes, excluded_nodes
 from ..onnx_file import read_onnx
 from ..runners import BATCH, as_bytes, in_batches
 from ..targets import get_target

@@ -11,13 +11,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from nayer_edge.batchnorm import require_prior
 from nayer_edge.config import InputSpec, Teacher
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models import build as sources
 from nayer_edge.models import huggingface, published
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.names import MEMORY, parse, published_weights
+from nayer_edge.models.prior import require_prior
 from nayer_edge.models.state_dicts import Loaded, key_taken, load_weights, read_state_dict
 from nayer_edge.storage.files import read_json, sha256_of, write_json
 from nayer_edge.storage.tensors import load_tensors, save_tensors

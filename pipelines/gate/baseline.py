@@ -18,8 +18,8 @@ from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 from ..measurements import REPORT_PATH, ArtifactReport, Paired, Report, read_report
 from ..recipes.checking import parse_toml
+from ..recipes.policy import make_references
 from .judgement import Baseline
-from .policy import make_references
 
 
 def load_baseline(references: Path, run: RunFolder, report: Report, artifacts: Iterable[str]) -> Baseline:

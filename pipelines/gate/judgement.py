@@ -25,7 +25,7 @@ from .statistics import (
 
 if TYPE_CHECKING:
     from ..measurements import ArtifactReport, ClassCounts, Paired, Report
-    from .policy import Policy
+    from ..recipes.policy import Policy
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 

@@ -28,11 +28,11 @@ from nayer_edge.text import inert
 from ..measurements import PREDICTIONS_PATH, REPORT_PATH, Report, read_report
 from ..recipes.as_toml import to_toml
 from ..recipes.checking import parse_toml
+from ..recipes.policy import Policy, limited, make_policy
 from ..recipes.schema import Recipe
 from . import wording
 from .baseline import load_baseline
 from .judgement import Baseline, Check, Verdict, judge
-from .policy import Policy, limited, make_policy
 
 VERDICT_SCHEMA = "nayer-edge/verdict/1"
 VERDICT_PATH = "gate/verdict.json"

@@ -14,8 +14,8 @@ from .judgement import CHECKS, Check, Verdict
 
 if TYPE_CHECKING:
     from ..measurements import Dataset
+    from ..recipes.policy import Policy
     from .judgement import Baseline
-    from .policy import Policy
 
 MARK = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 PLAIN_MARK = {"pass": "pass", "fail": "FAIL", "inconclusive": "?"}

@@ -140,8 +140,8 @@ def _model(key: str, build: Callable[[], Classifier], prior: str = "") -> list[s
     """Why a network cannot be built, cannot take the images, or, with a prior, cannot teach without data."""
     import torch
 
-    from nayer_edge.batchnorm import require_prior
     from nayer_edge.models.load import check_forward
+    from nayer_edge.models.prior import require_prior
 
     def tried() -> None:
         network = build()

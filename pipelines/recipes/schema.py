@@ -22,7 +22,7 @@ from nayer_edge.config import (
 )
 from nayer_edge.models.names import BRING_WEIGHTS
 
-from ..gate.policy import Policy
+from .policy import Policy
 
 
 class Export(Section):

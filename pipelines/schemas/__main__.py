@@ -11,9 +11,9 @@ from nayer_edge.storage.files import write_json
 from nayer_edge.storage.run_folder import MANIFEST_SCHEMA, Manifest
 
 from ..gate.judgement import CHECKS
-from ..gate.policy import Policy, References
 from ..gate.verdict import VERDICT_SCHEMA
 from ..measurements import REPORT_SCHEMA, Report
+from ..recipes.policy import Policy, References
 from ..recipes.schema import Recipe
 from ..sweep.record import SWEEP_SCHEMA, Sweep
 

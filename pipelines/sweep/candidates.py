@@ -9,7 +9,7 @@ from nayer_edge.config import InputSpec
 from nayer_edge.errors import NayerEdgeError, UsageError
 
 from ..costs.students import StudentCost, measure, students_for
-from ..gate.policy import Policy
+from ..recipes.policy import Policy
 
 NARROW = ("nayer:resnet8_w4", "nayer:resnet8_w8", "nayer:resnet20_w4", "nayer:resnet20_w8")
 """students below the usual ones, from a few thousand parameters"""

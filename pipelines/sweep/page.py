@@ -14,8 +14,8 @@ from typing import NamedTuple
 from nayer_edge import __version__
 from nayer_edge.storage.files import write_bytes
 
-from ..gate.policy import Policy
 from ..gate.wording import milliseconds, size
+from ..recipes.policy import Policy
 from ..report.page import template
 from .halving import pareto
 from .record import Sweep

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nayer_edge.batchnorm import batch_norms
 from nayer_edge.config import Augment, Distill, InputSpec, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.distillation import Distillation, Settings
 from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.prior import batch_norms
 from nayer_edge.runtime.compute import Compute, choose, seeded
 
 CLASSES = ("red", "green", "blue")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nayer_edge import generator as generators
 from nayer_edge import losses
 from nayer_edge.augment import crop_and_flip
-from nayer_edge.batchnorm import BatchNormStatistics, batch_norms
+from nayer_edge.batchnorm import BatchNormStatistics
 from nayer_edge.config import Augment, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.distillation import Settings
@@ -24,6 +24,7 @@ from nayer_edge.generator import Generator, NoisyLinear, balanced_labels
 from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.memory_bank import to_uint8
 from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.prior import batch_norms
 from nayer_edge.runtime.compute import Compute, choose
 from nayer_edge.synthesis import Round, draw_images, synthesize_round
 

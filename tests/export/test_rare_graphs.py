@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from nayer_edge.errors import UsageError
+from nayer_edge.export.int8.qdq import with_dead_tensors
+from nayer_edge.export.int8.sensitivity import activation_scale
 from nayer_edge.export.plain_graph import distinct
-from nayer_edge.export.qdq import with_dead_tensors
 from nayer_edge.export.runners import OrtRunner
-from nayer_edge.export.sensitivity import activation_scale
 from nayer_edge.export.targets import get_target
 from nayer_edge.export.to_int8 import Int8Result, prepared, run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx

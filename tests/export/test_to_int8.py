@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.export.calibration import METHODS
+from nayer_edge.export.int8.calibration import METHODS
 from nayer_edge.export.onnx_file import metadata_of
 from nayer_edge.export.parity import agreement
 from nayer_edge.export.to_int8 import run_onnx, to_int8

@@ -66,9 +66,9 @@ def seeds(kit: Kit, group: str) -> list[bytes]:
 
 def readers(group: str, folder: Path) -> list[Callable[[bytes], object]]:
     """The readers; each reads from a file in the folder, as the product does."""
-    from nayer_edge.pipelines.gate.policy import make_policy
     from nayer_edge.pipelines.measurements import Report
     from nayer_edge.pipelines.recipes.checking import parse_toml
+    from nayer_edge.pipelines.recipes.policy import make_policy
     from nayer_edge.pipelines.recipes.settings import make_recipe
     from nayer_edge.pipelines.trust.verification import examine
     from nayer_edge.storage.files import read_json

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from nayer_edge.batchnorm import batch_norms
 from nayer_edge.config import Augment, InputSpec, Teach
 from nayer_edge.data import datasets as data
 from nayer_edge.evaluate import logits_of
 from nayer_edge.export.runners import OrtRunner
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, load_classifier
+from nayer_edge.models.prior import batch_norms
 from nayer_edge.models.user_code import trusting
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.run import run_recipe

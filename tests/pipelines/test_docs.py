@@ -14,9 +14,9 @@ from PIL import Image
 
 from nayer_edge.data import datasets as data
 from nayer_edge.export.to_int8 import run_onnx
-from nayer_edge.pipelines.gate.policy import Policy
 from nayer_edge.pipelines.recipes.checking import known_keys
 from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.recipes.policy import Policy
 from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.runnable import graphs
 from nayer_edge.pipelines.schemas import reference

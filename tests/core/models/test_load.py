@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from nayer_edge.batchnorm import batch_norms, raise_bn_momentum
+from nayer_edge.batchnorm import raise_bn_momentum
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, load_classifier, save_classifier, weights_digest
+from nayer_edge.models.prior import batch_norms
 from nayer_edge.runtime.compute import seeded
 
 SPEC = InputSpec(channels=2, height=6, width=9, mean=(0.2, 0.4), std=(0.5, 0.25))

@@ -14,10 +14,10 @@ from torch import nn
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
-from nayer_edge.export.calibration import Ranges, compute_ranges
+from nayer_edge.export.int8.calibration import Ranges, compute_ranges
+from nayer_edge.export.int8.qdq import calibrated_tensors, with_qdq
 from nayer_edge.export.qat.graph_network import GraphNetwork
 from nayer_edge.export.qat.torch_operators import OPERATORS
-from nayer_edge.export.qdq import calibrated_tensors, with_qdq
 from nayer_edge.export.targets import TARGETS, Target, quantized_operators
 from nayer_edge.export.to_int8 import prepared
 from nayer_edge.export.to_onnx import to_onnx

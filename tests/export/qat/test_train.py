@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from nayer_edge.errors import TrainingError, UsageError
+from nayer_edge.export.int8.qdq import with_qdq
 from nayer_edge.export.onnx_file import metadata_of
 from nayer_edge.export.qat.graph_network import GraphNetwork
 from nayer_edge.export.qat.train import QatTrainer, Schedule, train
-from nayer_edge.export.qdq import with_qdq
 from nayer_edge.export.targets import TARGETS, has_module
 from nayer_edge.export.to_int8 import QAT, Int8Result, prepared, run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx

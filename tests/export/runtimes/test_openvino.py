@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
-from nayer_edge.export.coverage import int8_coverage
+from nayer_edge.export.int8.coverage import int8_coverage
 from nayer_edge.export.runners import OrtRunner
 from nayer_edge.export.runtimes import describe, require
 from nayer_edge.export.runtimes.openvino import OpenVinoRunner

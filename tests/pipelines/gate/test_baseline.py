@@ -360,9 +360,9 @@ def test_references_that_do_not_hold(release: Release, invoke: Invoke, policy: P
 
 def test_judging_is_a_pure_function_of_the_counts(release: Release, policy: Path, tmp_path: Path) -> None:
     """The same report and counts, the same verdict; none of the files is read again."""
-    from nayer_edge.pipelines.gate.policy import make_policy
     from nayer_edge.pipelines.gate.verdict import load_report
     from nayer_edge.pipelines.recipes.checking import parse_toml
+    from nayer_edge.pipelines.recipes.policy import make_policy
 
     release("1.0", range(20))
     root = release("1.1", range(60))

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from nayer_edge.pipelines.gate import wording
 from nayer_edge.pipelines.gate.judgement import CHECKS, Baseline, Check, Verdict, judge
-from nayer_edge.pipelines.gate.policy import Policy, make_policy
 from nayer_edge.pipelines.gate.statistics import binomial_lower, binomial_upper, drop_lower, drop_upper
 from nayer_edge.pipelines.measurements import (
     ArtifactReport,
@@ -30,6 +29,7 @@ from nayer_edge.pipelines.measurements import (
     PairedCounts,
     Report,
 )
+from nayer_edge.pipelines.recipes.policy import Policy, make_policy
 
 DIGEST = "0" * 64
 GOLDEN = Path(__file__).with_name("wording.golden.txt")

@@ -27,7 +27,6 @@ from nayer_edge.errors import EXIT_INTEGRITY, EXIT_USAGE, IntegrityError, NayerE
 from nayer_edge.pipelines.gate import verdict as gate
 from nayer_edge.pipelines.gate import wording
 from nayer_edge.pipelines.gate.judgement import Check, Verdict
-from nayer_edge.pipelines.gate.policy import Policy, make_policy
 from nayer_edge.pipelines.gate.verdict import (
     append_summary,
     github_annotations,
@@ -45,6 +44,7 @@ from nayer_edge.pipelines.gate.verdict import (
     write_junit,
 )
 from nayer_edge.pipelines.measurements import PREDICTIONS_PATH, REPORT_PATH, Dataset, Report
+from nayer_edge.pipelines.recipes.policy import Policy, make_policy
 from nayer_edge.pipelines.recipes.settings import make_recipe
 from nayer_edge.pipelines.schemas import __main__ as schema_writer
 from nayer_edge.pipelines.schemas import load

@@ -21,8 +21,8 @@ from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.pipelines import actions
 from nayer_edge.pipelines.cli.sweeping import sweep_table
-from nayer_edge.pipelines.gate.policy import Policy
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
+from nayer_edge.pipelines.recipes.policy import Policy
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.schemas import load
 from nayer_edge.pipelines.show import Display

@@ -16,10 +16,10 @@ from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.onnx_model import ONNXModel
 
+from ..eligible import eligible_nodes
+from ..plain_graph import constants, copy_of, output_channel_axis, producers, use_counts
+from ..targets import QUANTIZABLE_OPS, Target, quantized_operators
 from .calibration import Ranges
-from .coverage import eligible_nodes
-from .plain_graph import constants, copy_of, output_channel_axis, producers, use_counts
-from .targets import QUANTIZABLE_OPS, Target, quantized_operators
 
 _NARROWEST = 256 * float(np.finfo(np.float32).tiny)
 """a narrower range has no scale in float32"""

@@ -16,14 +16,14 @@ from nayer_edge import __version__
 from nayer_edge.errors import UsageError
 from nayer_edge.storage.files import write_bytes
 
-from ..calibration import require_images
-from ..parity import Agreement, agreement, compare, edge_cases
-from ..runners import TorchRunner
-from ..sensitivity import LayerSensitivity, most_sensitive_first, search_mixed_precision
-from ..targets import Target
-from ..to_int8 import images_record
-from . import describe, module_of, open_runner, require
-from .edge_file import BuiltFile
+from .int8.calibration import require_images
+from .int8.sensitivity import LayerSensitivity, most_sensitive_first, search_mixed_precision
+from .parity import Agreement, agreement, compare, edge_cases
+from .runners import TorchRunner
+from .runtimes import describe, module_of, open_runner, require
+from .runtimes.edge_file import BuiltFile
+from .targets import Target
+from .to_int8 import images_record
 
 PARITY_TOLERANCE = 1e-3
 """largest difference of logits between torch and the FP32 file that counts as rounding"""

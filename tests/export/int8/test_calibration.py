@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from nayer_edge.errors import UsageError
-from nayer_edge.export import calibration
-from nayer_edge.export.calibration import (
+from nayer_edge.export.int8 import calibration
+from nayer_edge.export.int8.calibration import (
     METHODS,
     Histogram,
     compute_ranges,

@@ -23,8 +23,8 @@ from onnxruntime.quantization.calibrate import HistogramCollector, create_calibr
 
 from nayer_edge.errors import UsageError, nearest
 
-from .runners import as_bytes
-from .targets import Target
+from ..runners import as_bytes
+from ..targets import Target
 
 METHODS = ("minmax", "percentile", "entropy", "mse")
 PERCENTILE = 99.99

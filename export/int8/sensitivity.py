@@ -16,11 +16,11 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import make_node, make_tensor_value_info
 
+from ..eligible import eligible_nodes
+from ..parity import Agreement
+from ..plain_graph import constants, copy_of, output_channel_axis, use_counts
+from ..targets import Target
 from .calibration import Ranges, cpu_session
-from .coverage import eligible_nodes
-from .parity import Agreement
-from .plain_graph import constants, copy_of, output_channel_axis, use_counts
-from .targets import Target
 
 _BATCH = 16
 

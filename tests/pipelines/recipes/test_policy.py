@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nayer_edge.errors import UsageError
-from nayer_edge.pipelines.gate.policy import make_policy, make_references
+from nayer_edge.pipelines.recipes.policy import make_policy, make_references
 
 
 def test_policies_are_checked_like_recipes() -> None:

@@ -13,7 +13,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from nayer_edge.config import InputSpec
-from nayer_edge.export.coverage import eligible_nodes, int8_coverage
+from nayer_edge.export.eligible import eligible_nodes
+from nayer_edge.export.int8.coverage import int8_coverage
 from nayer_edge.export.targets import FLOAT_ONLY_OPS, PASS_THROUGH_OPS, QUANTIZABLE_OPS, get_target
 from nayer_edge.export.to_int8 import prepared, to_int8
 from nayer_edge.export.to_onnx import to_onnx

@@ -12,7 +12,7 @@ from pydantic import (
 from nayer_edge.config import Count, Fraction, Positive, Section
 from nayer_edge.errors import UsageError, nearest
 
-from ..recipes.checking import checked, known_keys
+from .checking import checked, known_keys
 
 
 class AccuracyPolicy(Section):

@@ -13,9 +13,8 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from nayer_edge.export.calibration import compute_ranges
-from nayer_edge.export.parity import Agreement
-from nayer_edge.export.sensitivity import (
+from nayer_edge.export.int8.calibration import compute_ranges
+from nayer_edge.export.int8.sensitivity import (
     LayerSensitivity,
     activation_scale,
     bias_corrected,
@@ -24,6 +23,7 @@ from nayer_edge.export.sensitivity import (
     rounded_weight,
     search_mixed_precision,
 )
+from nayer_edge.export.parity import Agreement
 from nayer_edge.export.targets import get_target
 from nayer_edge.export.to_int8 import prepared
 from nayer_edge.export.to_onnx import to_onnx

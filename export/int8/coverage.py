@@ -7,22 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import NodeProto
 
-from .onnx_file import metadata_of, read_onnx
-from .plain_graph import attribute, constants, output_channel_axis, producers
-from .runners import OrtRunner
-from .runtimes import describe
-from .targets import (
-    FLOAT_ONLY_OPS,
-    QUANTIZABLE_OPS,
-    QuantizableOp,
-    Target,
-    get_target,
-    has_module,
-    is_arm,
-    why_ineligible,
-)
+from ..eligible import eligible_nodes, excluded_nodes
+from ..onnx_file import read_onnx
+from ..plain_graph import producers
+from ..runners import OrtRunner
+from ..runtimes import describe
+from ..targets import Target, get_target, has_module, is_arm
 
 # What ONNX Runtime fuses a quantizable operator and the Q/DQ pairs around it into.
 INT8_KERNELS = {
@@ -33,8 +25,6 @@ INT8_KERNELS = {
     "ConvInteger",
     "MatMulInteger",
 }
-EXCLUDED_NODES = "nayer_edge.float_nodes"
-"""metadata key of an INT8 file: the nodes that were excluded from quantization, one a line"""
 
 
 @dataclass(frozen=True)
@@ -103,54 +93,6 @@ def int8_coverage(path: Path, target: str | Target = "cpu") -> Coverage:
         ineligible=ineligible,
         verified=verified,
     )
-
-
-def excluded_nodes(model: ModelProto) -> dict[str, str]:
-    """Nodes of an INT8 file that were excluded from quantization → why they are not in INT8."""
-    names = metadata_of(model).get(EXCLUDED_NODES, "").split("\n")
-    return dict.fromkeys(names, "excluded from quantization (mixed precision)")
-
-
-def eligible_nodes(model: ModelProto, target: Target) -> tuple[list[NodeProto], list[tuple[str, str]]]:
-    """Splits a graph's multiply-accumulate operators: nodes that the target can run in INT8, and (name, reason) of the
-    others."""
-    known, by_output = constants(model), producers(model)
-    eligible, ineligible = [], []
-    for node in model.graph.node:
-        if node.op_type in FLOAT_ONLY_OPS:
-            op = QuantizableOp(node.op_type, constant_weight=False)
-        elif node.op_type in QUANTIZABLE_OPS:
-            op = _quantizable_op(node, known, by_output)
-        else:
-            continue
-        rule = why_ineligible(op, target)
-        if rule is None:
-            eligible.append(node)
-        else:
-            ineligible.append((node.name, f"{rule.name}: {rule.reason}"))
-    return eligible, ineligible
-
-
-def _quantizable_op(
-    node: NodeProto, known: Mapping[str, TensorProto], by_output: Mapping[str, NodeProto]
-) -> QuantizableOp:
-    weight = node.input[1]
-    while weight in by_output and by_output[weight].op_type in ("DequantizeLinear", "QuantizeLinear", "Cast"):
-        weight = by_output[weight].input[0]
-    groups = attribute(node, "group", 1)
-    if weight not in known:
-        return QuantizableOp(node.op_type, constant_weight=False, groups=groups)
-    dims = list(known[weight].dims)
-    if node.op_type == "MatMul" and len(dims) != 2:
-        return QuantizableOp(node.op_type, constant_weight=True, matrix=False)
-    axis = output_channel_axis(node) % 2
-    channels_in, channels_out = dims[1 - axis], dims[axis]
-    # ONNX shapes: Conv (out, in / groups, …), ConvTranspose (in, out / groups, …).
-    if node.op_type == "Conv":
-        channels_out //= groups
-    elif node.op_type == "ConvTranspose":
-        channels_in //= groups
-    return QuantizableOp(node.op_type, True, groups, channels_in, channels_out)
 
 
 def _reads_dequantized(node: NodeProto, by_output: Mapping[str, NodeProto]) -> bool:

@@ -14,9 +14,9 @@ from torch import nn
 
 from nayer_edge.errors import MissingError, UsageError
 from nayer_edge.export.runtimes import describe, module_of, require
-from nayer_edge.export.runtimes.quantize import to_fp32_file, to_int8_file
 from nayer_edge.export.targets import TARGETS, Target
 from nayer_edge.export.to_int8 import to_int8
+from nayer_edge.export.to_runtime import to_fp32_file, to_int8_file
 from nayer_edge.storage.files import sha256_of
 
 SHAPE = (3, 8, 12)
