@@ -32,14 +32,14 @@ export WHOLE
 # $(call install,LOCK) installs what LOCK pins, and nayer-edge itself. The lock is complete, so dependencies are not
 # resolved: pip refuses a lock with hashes when a dependency asks for an extra of another package.
 define install
-@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	echo "nayer-edge needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Type: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
-	exit 2; }
 @$(BIN)/python -c "$$WHOLE" $(NEEDED) 2>/dev/null && exit; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "nayer-edge needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Type: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	exit 2; }; \
 	test -n "$(UV)" || $(PYTHON) -c 'import ensurepip, venv' || { \
 	echo "$(PYTHON) cannot create virtual environments. Debian and Ubuntu: apt install python3-venv. Then $(AGAIN)" >&2; \
 	exit 2; }; \
-	if test -f $(VENV)/pyvenv.cfg; then echo "$(VENV) is unfinished or too old. Creating it anew."; rm -rf $(VENV); fi; \
+	if test -f $(VENV)/pyvenv.cfg; then echo "$(VENV) is unfinished or too old. Creating a new one."; rm -rf $(VENV); fi; \
 	$(CREATE) || { code=$$?; \
 	echo "$(VENV) could not be created (see above). Is the folder writable, and is there space left? Then $(AGAIN)" >&2; \
 	exit $$code; }
@@ -95,14 +95,14 @@ check: install-dev  ## ruff and the type checker
 	$(BIN)/basedpyright --project build/shipped --pythonpath $(BIN)/python --level error
 	rm -rf build
 
-schemas: install  ## writes the published JSON Schemas and docs/REFERENCE.md anew
+schemas: install  ## writes the published JSON Schemas and docs/REFERENCE.md
 	$(BIN)/python -m nayer_edge.pipelines.schemas
 	$(BIN)/python -m nayer_edge.pipelines.schemas.reference >docs/REFERENCE.md
 
 RESOLVE := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-annotate --no-header --quiet --upgrade --override requirements.overrides
 
-lock:  ## resolves both locks anew (needs uv); they name no index
+lock:  ## resolves both locks again (needs uv); they name no index
 	$(RESOLVE) --extra cpu --extra rtx --extra lm --extra timm --extra sign --extra sbom --extra tracking --extra ray --extra dev \
 		--output-file requirements-dev.lock
 	echo setuptools | $(RESOLVE) - --extra cpu --constraint requirements-dev.lock --output-file requirements.lock

@@ -52,6 +52,15 @@ class Runner(Protocol):
         ...
 
 
+def wrong_shape(path: Path, images: np.ndarray, why: str) -> UsageError:
+    """The error for images that a file does not accept."""
+    return UsageError(
+        f"{path.name} does not run on images of shape {images.shape[1:]}.",
+        why=why,
+        fix="Compare this shape with the model's input specification.",
+    )
+
+
 def in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch: int) -> np.ndarray:
     """Logits (n, classes), float32, of images (n, C, H, W), passed to `run` in batches.
 
@@ -185,11 +194,7 @@ class OrtRunner:
         except Exception as error:
             why = str(error).strip().splitlines()[0]
             if "invalid dimensions" in why or "Invalid rank" in why:
-                raise UsageError(
-                    f"{self.path.name} does not run on images of shape {images.shape[1:]}.",
-                    why=why,
-                    fix="Compare this shape with the model's input specification.",
-                ) from error
+                raise wrong_shape(self.path, images, why) from error
             raise UsageError(
                 f"ONNX Runtime loads {self.path.name} but cannot run it.",
                 why=why,

@@ -73,11 +73,6 @@ class Int8Result:
     record: dict[str, Any]
     sha256: str
 
-    @property
-    def float_nodes(self) -> tuple[str, ...]:
-        """`excluded_nodes`, by its name in quantization.json."""
-        return self.excluded_nodes
-
 
 def to_int8(
     fp32_path: Path,

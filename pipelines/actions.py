@@ -309,9 +309,9 @@ def require_engines(run: RunFolder, targets: Iterable[str] = ()) -> None:
         raise MissingError(
             f"Everything was exported except {names}.",
             why="\n".join(dict.fromkeys(record["reason"] for record in missing)),
-            fix="Build them on a machine that has it, or export only the ONNX files with --no-engine."
+            fix="Build them on a machine that meets this, or export only the ONNX files with --no-engine."
             if engines
-            else "Then repeat the command: what was exported stays as it is.",
+            else "Then repeat the command. The files that were exported are kept.",
         )
 
 

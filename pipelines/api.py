@@ -449,8 +449,8 @@ def distill(
         IntegrityError: a finished file was altered, or a python: model is not trusted.
         MissingError: a package is not installed, or there is not enough memory.
     """
-    path = Path(out)
     with _at_work(teacher, trust_code):
+        path = expanded(os.fspath(out))
         if not isinstance(teacher, Teacher):
             raise UsageError(
                 f"distill() expects a Teacher, not {type(teacher).__name__}.",
@@ -497,7 +497,7 @@ def run(
     """
     with _at_work(trust_code=trust_code):
         chosen = actions.read_recipe(os.fspath(recipe), list(settings), None if bank is None else _folder(bank))
-        path = actions.default_out(os.fspath(recipe), chosen) if out is None else Path(out)
+        path = actions.default_out(os.fspath(recipe), chosen) if out is None else expanded(os.fspath(out))
         time = actions.Time.typed(budget, more, finish)
         chosen, _ = actions.timed(chosen, os.fspath(recipe), path, time, fresh=fresh)
         actions.make(chosen, path, last=until, fresh=fresh, display=_display(progress))
@@ -593,8 +593,8 @@ def open(path: FilePath, *, teacher: Teacher | None = None, trust_code: bool = F
         UsageError: not a run folder, or the run has another teacher.
         IntegrityError: its manifest is damaged.
     """
-    root = Path(path)
     with _at_work(trust_code=trust_code):
+        root = expanded(os.fspath(path))
         recipe = actions.recipe_in(root)
         if teacher is not None:
             _require_same(teacher, recipe, root)
@@ -607,11 +607,14 @@ def _require_same(teacher: Teacher, recipe: Recipe, root: Path) -> None:
         raise UsageError(
             f"The teacher of {root} is {held.model}, which is loaded by its name.", fix="Leave out teacher=…"
         )
-    if differing := [key for key in ("model", "classes", "input") if getattr(held, key) != getattr(teacher, key)]:
+    same = teacher._section
+    if differing := [
+        key for key in ("model", "classes", "input", "resize") if getattr(held, key) != getattr(same, key)
+    ]:
         raise UsageError(
             f"{root} was made with another teacher.",
             why=f"Expected {held.model}, got {teacher.model}; {', '.join(differing)} differ.",
-            fix="Give the teacher with the same weights, classes and input.",
+            fix="Give the teacher with the same weights, classes, input and resize.",
         )
 
 
@@ -642,11 +645,11 @@ def _plain(value: Any) -> Any:
 
 
 def _folder(run: Run | FilePath) -> Path:
-    return run.path if isinstance(run, Run) else Path(run)
+    return run.path if isinstance(run, Run) else expanded(os.fspath(run))
 
 
 def _path(value: FilePath | None) -> Path | None:
-    return None if value is None else Path(value)
+    return None if value is None else expanded(os.fspath(value))
 
 
 def _numbers(value: float | Iterable[float] | None) -> tuple[float, ...] | None:

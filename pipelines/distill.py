@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nayer_edge import generator as generators
 from nayer_edge import train_teacher as teaching
 from nayer_edge.batchnorm import raise_bn_momentum
 from nayer_edge.data import datasets as data
 from nayer_edge.distillation import Before, Distillation, Epoch, Length, Settings, Start, distill
-from nayer_edge.errors import TrainingError
+from nayer_edge.errors import IntegrityError, TrainingError
 from nayer_edge.generator import Generator
 from nayer_edge.labels import embeddings as embeddings_of_labels
 from nayer_edge.memory_bank import MemoryBank
@@ -48,6 +49,19 @@ EMBEDDINGS = "lte.safetensors"
 RESERVE = "reserve.safetensors"
 METRICS = "metrics.jsonl"
 PICTURE = "generator/synthetic.png"
+
+
+def metrics_of(root: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, one entry per epoch.
+
+    Raises:
+        IntegrityError: they cannot be read.
+    """
+    path = root / METRICS
+    try:
+        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise IntegrityError(f"{path} is not readable as metrics.", why=f"{error}") from error
 
 
 def make_teacher(*, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:

@@ -148,6 +148,7 @@ def test_a_package_that_cannot_be_had(tree: Path, wrong: str) -> None:
     assert done.returncode == 2
     assert "Error 1" in done.stderr, "pip's exit code"
     assert {"missing": "absent==1.0", "altered": "DO NOT MATCH THE HASHES"}[wrong] in done.stderr
+    assert "check the network" in done.stderr
     assert "Then type: make install-dev " in done.stderr
     assert f" PYTHON={sys.executable}" in done.stderr
     assert (tree / STAMP).exists()
@@ -183,7 +184,7 @@ def test_an_environment_that_was_not_finished_is_removed(tree: Path, damage: str
     other.chmod(0o755)
     done = make(tree, "install-dev", "PYTHON=./python")
     assert (done.returncode, "could not be created" in done.stderr) == (2, True), done.stderr
-    assert "Creating it anew" in done.stdout
+    assert "Creating a new one" in done.stdout
     assert not (tree / ".venv").exists()
 
 
@@ -192,7 +193,7 @@ def test_an_environment_that_was_not_finished_is_created_anew(tree: Path) -> Non
     unfinish(tree, "package")
     done = make(tree, "install-dev")
     assert done.returncode == 0, done.stderr
-    assert "Creating it anew" in done.stdout
+    assert "Creating a new one" in done.stdout
     assert not (tree / ".venv/old").exists()
     assert imports(tree, "pip, needed, tested")
     assert "Nothing to be done" in make(tree, "install-dev").stdout
@@ -215,13 +216,17 @@ def test_a_place_where_no_environment_can_be(tree: Path) -> None:
 
 
 def test_an_old_python(tree: Path) -> None:
-    shutil.rmtree(tree / ".venv")
+    """It cannot make an environment, and is not needed where there is one."""
     old = tree / "python3.10"
     old.write_text(
         f'#!/bin/sh\nif [ "$1" = --version ]; then echo Python 3.10.13; exit; fi\nshift\n'
         f'exec "{sys.executable}" -c "import sys; sys.version_info = (3, 10, 13); exec(sys.argv[1])" "$@"\n'
     )
     old.chmod(0o755)
+    (tree / STAMP).unlink(missing_ok=True)
+    done = make(tree, "install", "PYTHON=./python3.10")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tree / ".venv")
     done = make(tree, "quickstart", "PYTHON=./python3.10")
     assert done.returncode == 2
     assert "needs Python 3.11 or newer, and ./python3.10 is Python 3.10.13" in done.stderr

@@ -34,7 +34,9 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert reader["files"]["int8.cpu"] == Path("runs/mine/export/student.int8.cpu.onnx")
     assert reader["report"].dataset.kind == "holdout"
     assert reader["report"].teacher.top1 > 0.8, "the page's own teacher has learnt"
-    assert reader["verdict"].verdict in ("pass", "fail", "inconclusive")
+    deciding = [check.verdict for check in reader["verdict"].checks if not check.advisory]
+    assert deciding
+    assert (reader["verdict"].verdict == "pass") == all(verdict == "pass" for verdict in deciding)
     assert (tmp_path / "junit.xml").is_file()
     assert reader["page"].read_text(encoding="utf-8").startswith("<!")
     assert reader["synthetic"].shape == (40, 1, 8, 8)
@@ -69,6 +71,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     distil = ne.distill
 
     def shortly(*arguments: Any, **settings: Any) -> ne.Run:
+        settings["precision"] = "fp32"
         settings["synthesis"] |= {"g_steps": 5}
         settings["distill"] |= {"steps": 20}
         settings["export"] |= {"calibration_images": 50, "calibration_method": "minmax", "max_drop": None}

@@ -28,6 +28,8 @@ Precision = Literal["fp32", "int8"]
 INPUT = "images"
 OUTPUT = "logits"
 ON_REQUEST = "kept in float on request"
+Operator = tuple[str, str, bool]
+"""kind, layer ("" if unknown), and whether it runs in INT8"""
 _MARK = '{"nayer_edge.file": '
 _EXAMPLES = 2
 
@@ -205,3 +207,15 @@ def quiet(harmless: re.Pattern[str] | None = None) -> Iterator[list[str]]:
     shown = [line for line in lines if harmless is not None and line.strip() and not harmless.search(line)]
     for line in shown:
         sys.stderr.write(f"{line}\n")
+
+
+def by_kind(operators: Collection[Operator], *, int8: bool) -> dict[str, Any]:
+    """Operators in INT8, or those in float: kind → count and named layers."""
+    found: dict[str, Any] = {}
+    for kind, layer, quantized in operators:
+        if quantized == int8:
+            entry = found.setdefault(kind, {"count": 0, "layers": []})
+            entry["count"] += 1
+            if layer:
+                entry["layers"].append(layer)
+    return dict(sorted(found.items()))

@@ -27,12 +27,14 @@ from nayer_edge.errors import UsageError, missing_extra
 from nayer_edge.runtime.provenance import usable_cores
 from nayer_edge.storage.files import sha256_of, write_atomic
 
-from ..runners import in_batches
+from ..runners import in_batches, wrong_shape
 from .edge_file import (
     INPUT,
     OUTPUT,
     BuiltFile,
+    Operator,
     Precision,
+    by_kind,
     check_request,
     copy_for_export,
     does_not_load,
@@ -297,11 +299,7 @@ class ExecuTorchRunner:
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         if images.shape[1:] != self._shape[1:]:
-            raise UsageError(
-                f"{self.path.name} does not run on images of shape {images.shape[1:]}.",
-                why=f"It takes images of shape {self._shape[1:]}.",
-                fix="Compare this shape with the model's input specification.",
-            )
+            raise wrong_shape(self.path, images, f"It takes images of shape {self._shape[1:]}.")
         return self._method.execute([torch.from_numpy(images.astype(np.float32, copy=False))])[0].numpy().copy()
 
 
@@ -360,8 +358,8 @@ def describe(path: Path) -> dict[str, Any]:
         "batch": ends["inputs"][0]["shape"][0],
         **ends,
         "conversions": conversions,
-        "int8": _by_kind(operators, int8=True),
-        "float": _by_kind(operators, int8=False),
+        "int8": by_kind(operators, int8=True),
+        "float": by_kind(operators, int8=False),
         "delegated": dict(sorted(Counter(kind for kind, _, _ in operators).items())),
         "not_delegated": dict(sorted(calls.items())),
         "coverage": _coverage(operators, origin),
@@ -384,14 +382,13 @@ def _xnnpack_graph(blob: bytes) -> dict[str, Any]:
     return json.loads(re.sub(r":\s*(-?)inf\b", r": \1Infinity", text))
 
 
-_Operator = tuple[str, str, bool]
 """(kind, layer, runs in INT8)"""
 
 
 def _operators(
     graphs: Collection[Mapping[str, Any]], layers: Mapping[str, str]
-) -> tuple[list[_Operator], list[dict[str, Any]]]:
-    operators: list[_Operator] = []
+) -> tuple[list[Operator], list[dict[str, Any]]]:
+    operators: list[Operator] = []
     conversions: list[dict[str, Any]] = []
     for graph in graphs:
         types, scales = {}, {}
@@ -419,18 +416,7 @@ def _operators(
     return operators, conversions
 
 
-def _by_kind(operators: Collection[_Operator], *, int8: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for kind, layer, quantized in operators:
-        if quantized == int8:
-            entry = found.setdefault(kind, {"count": 0, "layers": []})
-            entry["count"] += 1
-            if layer:
-                entry["layers"].append(layer)
-    return dict(sorted(found.items()))
-
-
-def _coverage(operators: Collection[_Operator], origin: Mapping[str, Any]) -> dict[str, Any]:
+def _coverage(operators: Collection[Operator], origin: Mapping[str, Any]) -> dict[str, Any]:
     products = [operator for operator in operators if operator[0] in _PRODUCTS]
     int8 = sum(quantized for _, _, quantized in products)
     return {

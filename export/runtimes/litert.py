@@ -25,12 +25,13 @@ from nayer_edge.errors import NayerEdgeError, UsageError, missing_extra
 from nayer_edge.runtime.provenance import usable_cores
 from nayer_edge.storage.files import sha256_of, write_atomic
 
-from ..runners import in_batches
+from ..runners import in_batches, wrong_shape
 from .edge_file import (
     INPUT,
     OUTPUT,
     BuiltFile,
     Precision,
+    by_kind,
     check_request,
     copy_for_export,
     does_not_load,
@@ -348,11 +349,7 @@ class LiteRtRunner:
     def _run(self, images: np.ndarray) -> np.ndarray:
         shape = tuple(int(size) for size in self._input["shape"][1:])
         if images.shape[1:] != shape:
-            raise UsageError(
-                f"{self.path.name} does not run on images of shape {images.shape[1:]}.",
-                why=f"It takes images of shape {shape}.",
-                fix="Compare this shape with the model's input specification.",
-            )
+            raise wrong_shape(self.path, images, f"It takes images of shape {shape}.")
         pixels = images.astype(np.float32, copy=False)
         if self._input["dtype"] != np.float32:
             scale, zero = self._input["quantization"]
@@ -408,8 +405,8 @@ def describe(path: Path) -> dict[str, Any]:
         "inputs": [_end(INPUT, tensor) for tensor in interpreter.get_input_details()],
         "outputs": [_end(OUTPUT, tensor) for tensor in interpreter.get_output_details()],
         "conversions": conversions,
-        "int8": _by_kind(rows, int8=True),
-        "float": _by_kind(rows, int8=False),
+        "int8": by_kind(rows, int8=True),
+        "float": by_kind(rows, int8=False),
         "delegated": dict(sorted(inside.items())),
         "not_delegated": dict(sorted(outside.items())),
         "coverage": {
@@ -431,17 +428,6 @@ def _end(name: str, tensor: Mapping[str, Any]) -> dict[str, Any]:
         "scale": float(scale) if quantized else None,
         "zero_point": int(zero) if quantized else None,
     }
-
-
-def _by_kind(rows: Collection[tuple[str, str, bool]], *, int8: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for kind, layer, quantized in rows:
-        if quantized == int8:
-            entry = found.setdefault(kind, {"count": 0, "layers": []})
-            entry["count"] += 1
-            if layer:
-                entry["layers"].append(layer)
-    return dict(sorted(found.items()))
 
 
 def _written_layer(tensor: str, layers: Mapping[str, str]) -> str:

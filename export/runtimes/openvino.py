@@ -17,7 +17,7 @@ from nayer_edge.runtime.provenance import usable_cores
 
 from ..eligible import eligible_nodes, excluded_nodes
 from ..onnx_file import read_onnx
-from ..runners import BATCH, as_bytes, in_batches
+from ..runners import BATCH, as_bytes, in_batches, wrong_shape
 from ..targets import get_target
 
 PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNCell", "RNNSeq")
@@ -103,11 +103,7 @@ class OpenVinoRunner:
             # The result lies in the request's memory, which the next call overwrites.
             return np.array(self._request.infer([pixels], share_inputs=True)[0])
         except Exception as error:
-            raise UsageError(
-                f"{self.path.name} does not run in OpenVINO on images of shape {images.shape[1:]}.",
-                why=_last_line(f"{error}"),
-                fix="Compare this shape with the model's input specification.",
-            ) from error
+            raise wrong_shape(self.path, images, _last_line(f"{error}")) from error
 
     def operators(self) -> list[tuple[str, list[str], str]]:
         """(kind, names in the ONNX file of what was fused into it, type in which it computes: "u8", "i8", "f32", …) for

@@ -50,7 +50,7 @@ EPOCHS = 40
 MARGIN = 0.05
 """fraction of the budget left unplanned, for metrics, checkpoints and other load on the machine"""
 NEVER = 1_000_000
-"""epochs after which the generator starts anew"""
+"""epochs after which the generator is re-initialised"""
 LEAST_STEPS = 100
 """minimum student steps for a useful student"""
 LEAST_ROUNDS = 10

@@ -185,7 +185,7 @@ def with_finish(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
     if state.finished:
         raise UsageError(
             "This run's student is finished.",
-            fix=f"To go on with export and validation: nayer-edge run {run.typed}\n"
+            fix=f"To continue with export and validation: nayer-edge run {run.typed}\n"
             f"To improve it: nayer-edge run {run.typed} --more 1h",
         )
     return _with_length(recipe, budget.finishing(state.length, state.done, seconds, state.pace, state.rest), 0.0)

@@ -178,8 +178,8 @@ _BUDGET = {"seconds": "Planned for this time on this machine; `nayer-edge run â€
 _SYNTHESIS = {
     "prior": f"The teacher stores no BatchNorm statistics, so images are procedural. {EXPECTED.rstrip('.')}",
     "batch": "Images per round, optimisation steps per round, rounds per epoch, and rounds per warm-up epoch",
-    "g_life": "Epochs after which the generator starts anew: never, because its first rounds are poor",
-    "reserve": "Share of the rounds put aside for calibration and as a synthetic hold-out",
+    "g_life": "Epochs after which the generator is re-initialised: never, because its first rounds are poor",
+    "reserve": "Fraction of the rounds reserved for calibration and as a synthetic hold-out",
 }
 _DISTILL = {
     "epochs": "Warm-up epochs only make images",

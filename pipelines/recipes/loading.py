@@ -143,17 +143,23 @@ def _with_labels(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**values, "teacher": {**teacher, "classes": list(read_labels(path))}}
 
 
-def recipe_of(values: dict[str, Any], root: Path, source: str = "in the manifest") -> Recipe:
+IN_MANIFEST = "in the manifest"
+"""origin of a recipe that nobody can be asked to correct"""
+
+
+def recipe_of(values: dict[str, Any], root: Path, source: str = IN_MANIFEST) -> Recipe:
     """The recipe in the manifest of a run folder, or given by a program.
 
     Args:
         root: start of relative paths.
-        source: origin of the recipe, for errors.
+        source: origin of the recipe, for errors. From anywhere but a manifest, old names of keys are warned of.
 
     Raises:
         UsageError: it is invalid.
     """
-    return _resolve(make_recipe(with_current_keys(values), source), lambda _key: root.resolve())
+    return _resolve(
+        make_recipe(with_current_keys(values, warn=source != IN_MANIFEST), source), lambda _key: root.resolve()
+    )
 
 
 def portable(recipe: Recipe, root: Path) -> dict[str, Any]:

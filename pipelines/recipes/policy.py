@@ -129,23 +129,25 @@ def limited(policy: Policy, limits: Mapping[str, Any]) -> Policy:
 
     Args:
         limits: by the name of the key where only one section has it (max_drop_vs_fp32), by section and key
-            ("per_class.max_drop"), or a section with several keys; None lifts a limit.
+            ("per_class.max_drop"), or a section with several keys; None removes a limit, or all of a section.
 
     Raises:
-        UsageError: there is no such key, several sections have it, or its value does not hold.
+        UsageError: there is no such key, several sections have it, or its value is invalid.
     """
     if not limits:
         return policy
     values = policy.model_dump()
     for name, value in limits.items():
         place = _place(name)
-        if isinstance(value, Mapping) and len(place) == 1:
+        if len(place) == 1 and isinstance(values[name], dict) and isinstance(value, Mapping):
             values[name] |= value
+        elif len(place) == 1 and isinstance(values[name], dict) and value is None:
+            del values[name]
         elif len(place) == 1:
             values[name] = value
         else:
             values[place[0]][place[1]] = value
-    return checked(Policy, values, "These limits do not hold:", "Mend them: docs/REFERENCE.md lists the policy's keys.")
+    return checked(Policy, values, "Invalid limits:", "Correct them. docs/REFERENCE.md lists the keys of a policy.")
 
 
 def _place(name: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ It shows files of the run folder whose hashes were checked, and says what the ru
 from __future__ import annotations
 
 import base64
-import json
 from importlib import resources
 from typing import Any
 
@@ -18,7 +17,7 @@ from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.text import inert
 
 from ..deploy import ENGINES, QUANTIZATION, RUNTIMES
-from ..distill import METRICS, TEACHER, card_of
+from ..distill import TEACHER, card_of, metrics_of
 from ..gate import wording
 from ..gate.verdict import VERDICT_PATH, load_report, read_verdict
 from ..recipes.as_toml import to_toml
@@ -80,7 +79,7 @@ def render(config: Recipe, run: RunFolder) -> str:
     """
     report = load_report(run)
     verdict = read_verdict(run.path(VERDICT_PATH))
-    metrics = _metrics(run)
+    metrics = metrics_of(run.root)
     focus = focus_of(config, report)
     values, beside = without_local_paths(config, run.root)
     recipe = to_toml(values)
@@ -158,10 +157,3 @@ def template(name: str, package: str = "nayer_edge.pipelines.report") -> Any:
         "lines": lambda text: markupsafe.Markup("\n").join(inert(line) for line in text.split("\n")),
     }
     return environment.get_template(name)
-
-
-def _metrics(run: RunFolder) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in run.path(METRICS).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{run.path(METRICS)} is not readable as metrics.", why=f"{error}") from error

@@ -28,7 +28,7 @@ from nayer_edge.storage.files import sha256_of, write_bytes, write_json
 from nayer_edge.storage.run_folder import LOCK, MANIFEST, RunFolder
 
 from .. import actions, shared_bank
-from ..distill import METRICS
+from ..distill import metrics_of
 from .workers import Result, Task
 
 Cluster: TypeAlias = Any
@@ -290,8 +290,7 @@ class OnRay:
 
 def memory_of(bank: Path) -> int:
     """Bytes that the training of a student may need: what the run that made the bank needed, and `OWN_MIB`."""
-    lines = (bank / METRICS).read_text(encoding="utf-8").splitlines()
-    return round((max(float(json.loads(line)["memory_mib"]) for line in lines) + OWN_MIB) * 2**20)
+    return round((max(float(line["memory_mib"]) for line in metrics_of(bank)) + OWN_MIB) * 2**20)
 
 
 def do_with_files(values: Mapping[str, Any], files: Files, token: str, get: Any) -> tuple[dict[str, Any], Files | None]:

@@ -8,7 +8,6 @@ will bring the run to, so a repetition goes on where the sweep was interrupted a
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shlex
 import shutil
@@ -40,7 +39,7 @@ from ..costs.durations import duration
 from ..costs.planning import with_sections
 from ..deploy import SyntheticSource
 from ..distill import BANK as BANK_FILE
-from ..distill import METRICS, STUDENT
+from ..distill import STUDENT, metrics_of
 from ..plan import bank_digest
 from ..recipes.loading import portable, recipe_of
 from ..recipes.schema import Recipe
@@ -398,7 +397,7 @@ class _Work:
         if self.errors and not any(each.shares for each in self.sweep.students):
             # What ends every run is not the students' fault.
             raise self.errors[0]
-        self.judge(number)
+        self.halve(number)
 
     def extended(self, student: StudentRecord, number: int, seconds: float) -> Target | None:
         """The plan of a further share; None ends the student."""
@@ -498,7 +497,7 @@ class _Work:
         same = int((logits.argmax(dim=1) == self.answers).sum())
         return results.bounds(same, len(self.images), self.recipe.gate.accuracy.confidence)
 
-    def judge(self, number: int) -> None:
+    def halve(self, number: int) -> None:
         """Decides who goes on, and records why the others do not."""
         measured = [each for each in self.sweep.students if each.shares and (each.open or each.state == "passes")]
         decided = decide([_standing(each) for each in measured], self.sweep.rounds - number)
@@ -640,8 +639,4 @@ def _standing(student: StudentRecord) -> Standing:
 
 
 def _trained_seconds(run: RunFolder) -> float:
-    try:
-        lines = [json.loads(line) for line in run.path(METRICS).read_text(encoding="utf-8").splitlines()]
-        return sum(float(line["seconds"]) for line in lines)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{run.path(METRICS)} is not readable as metrics.", why=f"{error}") from error
+    return sum(float(line["seconds"]) for line in metrics_of(run.root))

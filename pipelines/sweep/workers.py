@@ -1,5 +1,5 @@
-"""The work on a student as a task, and where tasks run: here, one after the other, or beside each other on several
-GPUs. `on_ray.py` has a third place, a Ray cluster.
+"""The work on a student as a task, and where tasks run: here, one after the other, or in parallel on several GPUs.
+`on_ray.py` has a third place, a Ray cluster.
 
 Elsewhere a student is only planned and trained. Its export, validation and verdict are made by the process of the
 sweep, one student at a time: latencies then come from one machine that does nothing else, and hold-out images stay on
@@ -145,7 +145,7 @@ class Here:
 
 
 class OnDevices:
-    """Tasks beside each other, each in a process of its own that sees one GPU.
+    """Tasks in parallel, each in a process of its own that sees one GPU.
 
     Args:
         devices: as in CUDA_VISIBLE_DEVICES, one for every process that may run at a time.

@@ -529,7 +529,7 @@ def test_what_does_not_fit_a_start(start: Start, tmp_path: Path) -> None:
         on_the_bank(start, synthesis_batch=4).start_from(files)
     assert "batch: 8 → 4" in caught.value.why
     # Without the images or a state there is nothing to train on.
-    with pytest.raises(UsageError, match="are gone"):
+    with pytest.raises(UsageError, match="checkpoint are missing"):
         distill(on_the_bank(start))
 
 

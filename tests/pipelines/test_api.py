@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import nayer_edge as ne
 from nayer_edge.pipelines import api
+from nayer_edge.pipelines.recipes.renamed import RenamedWarning
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 CLASSES = ("zero", "one", "two", "three")
@@ -263,6 +264,22 @@ def test_again_it_changes_nothing(mine: Path, teacher: ne.Teacher) -> None:
     assert manifest(mine) == before
 
 
+def test_a_home_folder_is_found(mine: Path, teacher: ne.Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(mine.parent))
+    before = manifest(mine)
+    assert ne.distill(teacher, STUDENT, f"~/{mine.name}", **TINY).path == mine
+    assert ne.open(f"~/{mine.name}").path == mine
+    assert manifest(mine) == before
+
+
+def test_old_names_of_settings_are_warned_of(mine: Path, teacher: ne.Teacher) -> None:
+    with (
+        pytest.warns(RenamedWarning, match=r"export\.finetune is deprecated"),
+        pytest.raises(ne.UsageError, match="qat"),
+    ):
+        ne.distill(teacher, STUDENT, mine, **{**TINY, "export": {"finetune": "often"}})
+
+
 def test_another_teacher_or_student_is_refused(mine: Path, teacher: ne.Teacher) -> None:
     before = manifest(mine)
     another = ne.Teacher(Net(1), classes=CLASSES, input=SPEC)
@@ -415,6 +432,8 @@ def test_open_takes_the_teacher_of_the_run_alone(mine: Path, teacher: ne.Teacher
     assert ne.open(mine, teacher=teacher).path == mine
     with pytest.raises(ne.UsageError, match="another teacher"):
         ne.open(mine, teacher=ne.Teacher(Net(1), classes=CLASSES, input=SPEC))
+    with pytest.raises(ne.UsageError, match="resize differ"):
+        ne.open(mine, teacher=ne.Teacher(Net(), classes=CLASSES, input=SPEC, resize=(16, 16)))
     with pytest.raises(ne.UsageError, match="input differ"):
         ne.open(
             mine, teacher=ne.Teacher(Net(), classes=CLASSES, input=ne.InputSpec(channels=1, height=8, width=8, std=1))
@@ -456,7 +475,7 @@ def test_an_engine_that_cannot_be_built_is_said_when_the_rest_is_there(mine: Pat
     files = run.export(int8=True, targets=["tensorrt"], engines=False)
     assert set(files) == {"fp32", "int8.cpu", "int8.tensorrt"}
     assert set(run.export(int8=True, targets=["tensorrt"], only=True)) == {"fp32", "int8.tensorrt"}
-    with pytest.raises(ne.UsageError, match="no other targets stay"):
+    with pytest.raises(ne.UsageError, match="--only"):
         run.export(int8=True, only=True)
 
 
@@ -475,6 +494,7 @@ def test_limits_are_those_of_the_policy(finished: Path, invoke: Callable[..., An
     assert "accuracy_drop_vs_teacher" not in limits(max_drop_vs_teacher=None)
     assert limits(size={"max_bytes": 9})["size"] == 9
     assert limits(**{"agreement.min": 0.5})["agreement"] == 0.5
+    assert not {"accuracy_drop_vs_fp32", "accuracy_drop_vs_teacher"} & limits(accuracy=None).keys()
     (tmp_path / "policy.toml").write_text("[agreement]\nmin = 0.5\n[accuracy]\nmax_drop_vs_teacher = 0.5\n")
     of_file = limits(policy=tmp_path / "policy.toml", min=0.25)
     assert (of_file["agreement"], of_file["accuracy_drop_vs_teacher"]) == (0.25, 0.5)
@@ -484,6 +504,7 @@ def test_limits_are_those_of_the_policy(finished: Path, invoke: Callable[..., An
         ({"max_drop_vs_fp32": 2}, "less than or equal to 1"),
         ({"size": {"bytes": 1}}, "unknown key 'size.bytes'"),
         ({"size": 1}, "size"),
+        ({"artifacts": {"int8.cpu": 1}}, "artifacts"),
         ({"policy": "nowhere.toml"}, "nowhere.toml"),
         ({"junit": finished / "junit.xml"}, "inside the run folder"),
     ):

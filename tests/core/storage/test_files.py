@@ -126,7 +126,7 @@ def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert home_folder() is None
     assert expanded("/a/b") == Path("/a/b")
     assert expanded("a/~b") == Path("a/~b")
-    with pytest.raises(UsageError, match="home folder that is not known"):
+    with pytest.raises(UsageError, match="home folder in ~/a is unknown"):
         expanded("~/a")
     monkeypatch.setenv("HOME", "/home/x")
     assert expanded("~/a") == Path("/home/x/a")

@@ -175,7 +175,7 @@ def test_another_sweep_is_not_continued(done: Path, source: Path, tmp_path: Path
     answer = invoke("sweep", source, "--students", ",".join(STUDENTS), "--budget", "9s", "--out", done)
     assert (answer.code, "its time is" in answer.err) == (2, True), answer.err
     answer = invoke("sweep", done, "--set", "seed=1")
-    assert (answer.code, "as it was planned" in answer.err) == (2, True), answer.err
+    assert (answer.code, "its original settings" in answer.err) == (2, True), answer.err
     (tmp_path / "notes.txt").write_text("mine")
     answer = invoke("sweep", source, "--students", "nayer:resnet8", "--out", tmp_path)
     assert (answer.code, "neither empty nor" in answer.err) == (2, True), answer.err
