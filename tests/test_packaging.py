@@ -191,7 +191,7 @@ def test_packages_are_the_folders() -> None:
 
 EXTRAS = {
     "requirements.lock": ("cpu",),
-    "requirements-dev.lock": ("cpu", "rtx", "lm", "timm", "sign", "sbom", "tracking", "dev"),
+    "requirements-dev.lock": ("cpu", "rtx", "lm", "timm", "sign", "sbom", "tracking", "ray", "dev"),
 }
 """what each lock is made for; both hold the base install and the build's needs"""
 

@@ -142,7 +142,7 @@ def limited(policy: Policy, limits: Mapping[str, Any]) -> Policy:
         if len(place) == 1 and isinstance(values[name], dict) and isinstance(value, Mapping):
             values[name] |= value
         elif len(place) == 1 and isinstance(values[name], dict) and value is None:
-            del values[name]
+            values[name] = type(getattr(policy, name))().model_dump()
         elif len(place) == 1:
             values[name] = value
         else:

@@ -433,7 +433,7 @@ def test_open_takes_the_teacher_of_the_run_alone(mine: Path, teacher: ne.Teacher
     with pytest.raises(ne.UsageError, match="another teacher"):
         ne.open(mine, teacher=ne.Teacher(Net(1), classes=CLASSES, input=SPEC))
     with pytest.raises(ne.UsageError, match="resize differ"):
-        ne.open(mine, teacher=ne.Teacher(Net(), classes=CLASSES, input=SPEC, resize=(16, 16)))
+        ne.open(mine, teacher=ne.Teacher(Net(), classes=CLASSES, input=SPEC, resize=(8, 8)))
     with pytest.raises(ne.UsageError, match="input differ"):
         ne.open(
             mine, teacher=ne.Teacher(Net(), classes=CLASSES, input=ne.InputSpec(channels=1, height=8, width=8, std=1))

@@ -137,7 +137,7 @@ def test_what_is_no_sound_file_is_refused(tmp_path: Path) -> None:
             pass
     path.write_bytes(whole)
     with OpenVinoRunner(path, threads=1) as runner:
-        with pytest.raises(UsageError, match=r"does not run in OpenVINO on images of shape \(1, 12, 20\)"):
+        with pytest.raises(UsageError, match=r"does not run on images of shape \(1, 12, 20\)"):
             runner.infer(images[:, :1])
         with pytest.raises(UsageError, match="cannot be run"):
             runner.infer(images[:0])
