@@ -71,7 +71,7 @@ $(INSTALLED_DEV): requirements-dev.lock $(INSTALLED)
 quickstart: install  ## the whole pipeline on real handwritten digits, into runs/digits
 	$(BIN)/nayer-edge quickstart
 
-test: install-dev  ## the test suite, about eight minutes on two cores
+test: install-dev  ## the test suite, about five minutes on two cores
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: install-dev  ## the slow tests, or with PART=K/N the K-th of N parts

@@ -134,7 +134,7 @@ def test_an_environment_of_ones_own_is_used(tree: Path) -> None:
     assert (tree / STAMP_DEV).exists()
 
 
-@pytest.mark.parametrize("wrong", ["missing", "altered"])
+@pytest.mark.parametrize("wrong", ["missing", pytest.param("altered", marks=pytest.mark.slow)])
 def test_a_package_that_cannot_be_had(tree: Path, wrong: str) -> None:
     lock = tree / "requirements-dev.lock"
     good = lock.read_text()

@@ -66,6 +66,7 @@ def script(name: str, *arguments: str, folder: Path, env: Mapping[str, str] | No
     )
 
 
+@pytest.mark.slow  # docs/PYTHON.md runs the same calls
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A very short distillation: the student is not meant to be accurate, so the gate may fail."""
     distil = ne.distill

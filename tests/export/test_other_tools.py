@@ -29,7 +29,11 @@ from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models.load import build_classifier
 from nayer_edge.pipelines.deploy import FP32
 
-STUDENTS = ("digits", pytest.param("nayer:resnet8", marks=pytest.mark.slow), "torchvision:mobilenet_v3_small")
+STUDENTS = (
+    "digits",
+    pytest.param("nayer:resnet8", marks=pytest.mark.slow),
+    pytest.param("torchvision:mobilenet_v3_small", marks=pytest.mark.slow),
+)
 GRAPHS = ("cpu", "arm", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", *GRAPHS)
 

@@ -62,6 +62,7 @@ def test_both_files_and_the_record(target: Target, network: nn.Module, tmp_path:
     assert record["build"]["float_layers_reach"]
 
 
+@pytest.mark.slow
 def test_the_limit_is_held_in_the_runtime(
     target: Target, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,6 +138,7 @@ class TestEngines:
         with pytest.raises(MissingError, match=r"int8\.tensorrt\.engine"):
             actions.require_engines(run)
 
+    @pytest.mark.slow
     def test_a_measured_engine_stays_measured_without_its_gpu(
         self, finished: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch, invoke: Invoke
     ) -> None:

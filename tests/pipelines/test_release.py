@@ -129,6 +129,7 @@ def test_the_same_file_under_the_old_manifest_is_tampering(invoke: Invoke, run: 
         assert INT8 in answer.err + answer.out
 
 
+@pytest.mark.slow
 def test_a_harmless_export_passes(invoke: Invoke, run: Path) -> None:
     before = sha256_of(run / "export" / "student.fp32.onnx")
     values = json.loads((run / "manifest.json").read_text())
