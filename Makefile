@@ -71,8 +71,9 @@ $(INSTALLED_DEV): requirements-dev.lock $(INSTALLED)
 quickstart: install  ## the whole pipeline on real handwritten digits, into runs/digits
 	$(BIN)/nayer-edge quickstart
 
+# The tests start many processes; whatever the machine's settings, they share what Python has compiled.
 test: install-dev  ## the test suite, about five minutes on two cores
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: install-dev  ## the slow tests, or with PART=K/N the K-th of N parts
 	$(BIN)/python -m pytest -m slow $(if $(PART),--slow-part $(PART)) -n auto --maxprocesses 8 --dist worksteal

@@ -127,6 +127,7 @@ def test_the_second_time_nothing_is_done(installed: Path) -> None:
         assert "Nothing to be done" in make(installed, target).stdout
 
 
+@pytest.mark.slow
 def test_an_environment_of_ones_own_is_used(tree: Path) -> None:
     done = make(tree, "install-dev")
     assert done.returncode == 0, done.stderr

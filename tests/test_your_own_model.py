@@ -95,6 +95,7 @@ def test_the_page_covers_the_whole_pipeline() -> None:
     assert set(README) <= set(COMMANDS), "the README shows commands of this page"
 
 
+@pytest.mark.slow
 def test_the_commands_up_to_the_trial(type_in: Callable[[tuple[str, ...]], tuple[int, str]], teacher: Path) -> None:
     for words in COMMANDS:
         if words not in LONG:

@@ -140,6 +140,7 @@ def test_a_student_that_is_dead_ends_a_real_run(start: Start, tmp_path: Path) ->
     assert path.is_file(), "the checkpoint from before is kept"
 
 
+@pytest.mark.slow
 def test_a_generator_that_makes_one_image_ends_a_real_run(start: Start) -> None:
     run, notices = start(distill_epochs=health.STOP_AFTER + 2, distill_warmup_epochs=health.STOP_AFTER + 1), Notices()
     made = run._round

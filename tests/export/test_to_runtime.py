@@ -84,6 +84,7 @@ def test_the_limit_is_held_in_the_runtime(
     assert [name for name, _ in record["coverage"]["not_int8"]] == ["4"]
 
 
+@pytest.mark.slow
 def test_a_quantizer_that_fails_with_one_choice_of_layers(
     target: Target, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,7 @@ def seen(network: Classifier) -> None:
         pytest.param(1, 16, 24, 2, marks=pytest.mark.slow),
         pytest.param(2, 20, 12, 3, marks=pytest.mark.slow),
         pytest.param(4, 12, 12, 5, marks=pytest.mark.slow),
-        (13, 9, 17, 7),
+        pytest.param(13, 9, 17, 7, marks=pytest.mark.slow),
         (3, 16, 16, 1000),
     ],
 )

@@ -267,7 +267,8 @@ def run_pipeline(server: str, folder: Path, settings: list[str]) -> None:
     assert "nayer-edge gate: ✓ pass" in summary.read_text()
 
 
-@pytest.mark.parametrize("server", ["github", pytest.param("gitlab", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["github", "gitlab"])
 def test_a_fetched_run(server: str, tiny_run: Path, tiny_settings: list[str], tmp_path: Path) -> None:
     """The run is in the cache, finished: its steps are kept, and every command is executed.
 

@@ -636,6 +636,7 @@ def assert_inert(text: str) -> None:
     assert "\n::" not in text
 
 
+@pytest.mark.slow
 def test_any_class_names_from_recipe_to_gate(invoke: Invoke, named: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(named)
     answer = invoke("run", "named.toml")

@@ -212,6 +212,7 @@ def test_fresh_with_a_recipe_that_cannot_run_discards_nothing(finished: Path) ->
     assert again(finished) == [(name, "kept") for name in NAMES]
 
 
+@pytest.mark.slow
 def test_stopped_between_steps_and_continued(tiny_run: Path, begun: Path) -> None:
     recipe = recipe_of(manifest(tiny_run).recipe, tiny_run)
     run_recipe(recipe, begun, last="student")

@@ -335,6 +335,7 @@ def test_mobilenet(edge: Edge, mobilenet: nn.Module, tmp_path: Path) -> None:
     assert edge.agreement(mobilenet, built, images) >= 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edge", [EXECUTORCH], indirect=True, ids=lambda edge: edge.name)
 def test_executorch_files_can_be_open_at_the_same_time(
     edge: Edge, fp32: BuiltFile, int8: BuiltFile, make_student: Student, draw_patterns: Draw
