@@ -31,11 +31,11 @@ def recipes(as_json: Json = False) -> None:
     table.add_column("top-1", justify="right", no_wrap=True)
     for recipe in found:
         measured, models = recipe.measured, (recipe.teacher.model, recipe.student.model)
-        figures = (percent(measured.student_top1).removesuffix(" %"), percent(measured.student_top1_sd))
+        top1, sd = percent(measured.student_top1), percent(measured.student_top1_sd)
         table.add_row(
             recipe.name,
             " → ".join(parse(model).name for model in models),
-            " ± ".join(figure for figure in figures if figure),
+            f"{top1.removesuffix(' %')} ± {sd}" if sd else top1,
         )
     stdout().print(table)
     stdout().print("\nTop-1 accuracy of the student in % (mean ± sd), if measured. Details: --json", style="dim")
