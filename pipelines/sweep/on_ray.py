@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shlex
@@ -63,7 +64,7 @@ def connected(address: str) -> Iterator[Cluster]:
     except ModuleNotFoundError as error:
         raise missing_extra((error.name or "ray").partition(".")[0], "ray", "--ray") from error
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     except Exception as error:
         raise _explained(error, address, ray.__version__) from error
     try:
