@@ -195,6 +195,7 @@ def test_heads_and_dropout_on_both_sides(tmp_path: Path) -> None:
     assert all(bool(torch.isfinite(value).all()) for value in after.values())
 
 
+@pytest.mark.slow
 def test_a_library_teacher_with_its_auxiliary_heads(tmp_path: Path) -> None:
     spec = InputSpec(height=32, width=32)
     with seeded(0):

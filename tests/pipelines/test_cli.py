@@ -499,7 +499,8 @@ def test_no_colour_codes_off_a_terminal_from_the_others(spawn: Invoke, finished:
 # Interruption and failure
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_keeps_what_is_finished(tiny_run: Path, begun: Path, number: signal.Signals) -> None:
     """In test_run.py, a killed run is continued to the same student."""
     command = [sys.executable, "-m", "nayer_edge", "run", "digits", *settings_of(tiny_run), "--out", str(begun)]

@@ -30,8 +30,9 @@ from nayer_edge.storage.run_folder import RunFolder
 Invoke = Callable[..., Any]
 PACKAGES = {"openvino": "openvino", "executorch": "executorch", "litert": "ai_edge_litert"}
 """target → the module of its runtime"""
-# Each file that ExecuTorch builds takes half a minute of processor time; tests/export/runtimes has its small form.
-SLOW = {"executorch": [pytest.mark.slow]}
+# Each file that ExecuTorch builds takes half a minute of processor time, and LiteRT's search several seconds;
+# tests/export/runtimes has their small form.
+SLOW = {"executorch": [pytest.mark.slow], "litert": [pytest.mark.slow]}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=SLOW.get(name, [])) for name in PACKAGES])

@@ -219,6 +219,7 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
             build_classifier(f"hf:{name}", SPEC, CLASSES)
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub(tmp_path: Path) -> None:
     """In a process whose hub address is a closed port. The text encoder is here too, to start only one."""
     program = (
