@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from nayer_edge.config import Count, Fraction, Positive, Section
 from nayer_edge.errors import UsageError, nearest

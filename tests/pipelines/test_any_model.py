@@ -369,9 +369,8 @@ def test_a_foreign_checkpoint_goes_through_to_the_gate(invoke: Invoke, tmp_path:
     assert report["dataset"]["name"].startswith("digits")
     answer = invoke("gate", root, "--json")
     assert answer.code == 1, "an untrained student passed"
-    # How bad it is depends on chance: too few images may be left to tell.
     verdicts = {check["name"]: check["verdict"] for check in json.loads(answer.out)["checks"]}
-    assert verdicts["accuracy_drop_vs_teacher"] in ("fail", "inconclusive")
+    assert verdicts["accuracy_drop_vs_teacher"] == "fail"
     # INT8 is made from the generator with the teacher, so its code runs again.
     assert invoke("calibration-data", root, "-n", "20", "--out", tmp_path / "c").code == 4
     assert invoke("calibration-data", root, "-n", "20", "--out", tmp_path / "c", "--trust-code").code == 0
