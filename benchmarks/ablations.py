@@ -42,7 +42,7 @@ from origin import commit, origin
 from sklearn.model_selection import StratifiedKFold
 from torch.nn import functional as F
 
-from nayer_edge import evaluate, losses
+from nayer_edge import losses
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distillation import Distillation, Settings, distill
@@ -56,6 +56,7 @@ from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.runtime.compute import Compute, choose, random_stream, seeded
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 from nayer_edge.train_teacher import teach
+from nayer_edge.training import evaluate
 
 CIFAR10 = PROTOCOLS["minutes"]
 FIRST = 5_000

@@ -23,7 +23,6 @@ from pathlib import Path
 import figures
 import origin
 
-from nayer_edge import evaluate
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distillation import Distillation, Epoch, distill, save_checkpoint
@@ -34,6 +33,7 @@ from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime import provenance
 from nayer_edge.storage.tensors import save_tensors
+from nayer_edge.training import evaluate
 
 RESULTS = Path(__file__).parent / "results" / "cifar"
 

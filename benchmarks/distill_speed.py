@@ -26,13 +26,13 @@ from figures import keep
 from origin import origin
 from published import Published
 
-from nayer_edge.cached_views import ViewCache
 from nayer_edge.config import LTE, Distill, Generator, InputSpec, Synthesis
 from nayer_edge.distillation import Distillation, Settings, peak_memory_mib
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.models.load import build_classifier
 from nayer_edge.runtime.compute import Compute, choose, random_stream
+from nayer_edge.training.cached_views import ViewCache
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DRAWS_PER_IMAGE = 171

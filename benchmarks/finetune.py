@@ -35,7 +35,6 @@ from onnx import ModelProto
 from origin import origin
 from torch.nn import functional as F
 
-from nayer_edge.augment import crop_and_flip
 from nayer_edge.config import InputSpec
 from nayer_edge.data import datasets as data
 from nayer_edge.distillation import cosine
@@ -56,6 +55,7 @@ from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.runtime.compute import random_stream, seeded
 from nayer_edge.runtime.progress import Silent
+from nayer_edge.training.augment import crop_and_flip
 
 SMALL = (
     "teacher.model=nayer:wrn_16_1",

@@ -23,7 +23,6 @@ from figures import keep, kept
 from matplotlib.figure import Figure
 from origin import origin
 
-from nayer_edge.cached_views import ViewCache
 from nayer_edge.config import Augment, Generator, InputSpec
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.models.load import build_classifier
@@ -33,6 +32,7 @@ from nayer_edge.pipelines.costs.model_cost import cost_of_network
 from nayer_edge.pipelines.costs.step_costs import time_steps
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import random_stream
+from nayer_edge.training.cached_views import ViewCache
 
 STUDENT = "nayer:wrn_16_1"
 BASE = {"teacher": "nayer:resnet20", "pixels": 32, "classes": 10, "images": 0}

@@ -27,7 +27,6 @@ from figures import keep, kept, spread
 from origin import origin
 from replay import Replay
 
-from nayer_edge import evaluate
 from nayer_edge.config import Teach
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
@@ -42,6 +41,7 @@ from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import Compute, random_stream, seeded
 from nayer_edge.storage.run_folder import RunFolder
 from nayer_edge.train_teacher import teach
+from nayer_edge.training import evaluate
 
 WAYS = ("synthetic images", "as many real images", "labels of all real images")
 

@@ -25,11 +25,9 @@ import torch
 from figures import keep, kept, spread
 from origin import origin
 
-from nayer_edge.cached_views import ViewCache
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distillation import Distillation, Settings, distill
-from nayer_edge.evaluate import agreement, logits_of, top1
 from nayer_edge.labels import embeddings as lte
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.models.classifier import Classifier
@@ -40,6 +38,8 @@ from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import Compute, random_stream, seeded
 from nayer_edge.storage.run_folder import RunFolder
 from nayer_edge.synthesis import Round
+from nayer_edge.training.cached_views import ViewCache
+from nayer_edge.training.evaluate import agreement, logits_of, top1
 
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "full bank": {

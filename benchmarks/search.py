@@ -28,12 +28,10 @@ from origin import origin
 from torch import Tensor
 
 from nayer_edge import generator as generators
-from nayer_edge.augment import crop_and_flip
 from nayer_edge.batchnorm import raise_bn_momentum
 from nayer_edge.config import LTE, Distill, Generator, Synthesis
 from nayer_edge.data import datasets
 from nayer_edge.distillation import Distillation, Settings
-from nayer_edge.evaluate import logits_of, top1
 from nayer_edge.labels import embeddings
 from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.models.classifier import Classifier
@@ -41,6 +39,8 @@ from nayer_edge.models.load import build_classifier, load_classifier
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import random_stream, seeded
 from nayer_edge.synthesis import Round
+from nayer_edge.training.augment import crop_and_flip
+from nayer_edge.training.evaluate import logits_of, top1
 
 JUDGES = 5000
 """images of the training split, its last ones"""

@@ -37,7 +37,6 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from torch import nn
 
-from nayer_edge import evaluate
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.models.classifier import Classifier
@@ -50,6 +49,7 @@ from nayer_edge.runtime.compute import random_stream, seeded
 from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.run_folder import RunFolder
 from nayer_edge.train_teacher import teach
+from nayer_edge.training import evaluate
 
 BITS = (8, 6, 5, 4, 3, 2)
 

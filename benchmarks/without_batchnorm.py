@@ -35,7 +35,6 @@ from nayer_edge.config import LTE, Augment, Distill, Generator, InputSpec, Synth
 from nayer_edge.data import datasets
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distillation import Distillation, Settings
-from nayer_edge.evaluate import logits_of, top1
 from nayer_edge.labels import embeddings
 from nayer_edge.models.build import build
 from nayer_edge.models.classifier import Classifier
@@ -46,6 +45,7 @@ from nayer_edge.runtime.compute import Compute, random_stream, seeded
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 from nayer_edge.synthesis import Round
 from nayer_edge.train_teacher import teach
+from nayer_edge.training.evaluate import logits_of, top1
 
 STUDENT = "nayer:resnet8"
 CIFAR = "cifar10-w402-w161-fast"

@@ -23,21 +23,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nayer_edge import generator as generators
-from nayer_edge import health, losses
-from nayer_edge.augment import crop_and_flip, mixup
+from nayer_edge import losses
 from nayer_edge.batchnorm import BatchNormStatistics, synchronise_batchnorms
-from nayer_edge.cached_views import ViewCache
 from nayer_edge.config import Distill, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
 from nayer_edge.errors import IntegrityError, TrainingError, UsageError
-from nayer_edge.evaluate import agreement, logits_of
 from nayer_edge.generator import Generator
 from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import weights_digest
 from nayer_edge.models.prior import require_prior
-from nayer_edge.optimizers import make_optimizer, set_rate
 from nayer_edge.procedural import procedural_round
 from nayer_edge.runtime.compute import Compute, random_stream
 from nayer_edge.runtime.distributed import SINGLE, World, share_problems
@@ -46,6 +42,11 @@ from nayer_edge.runtime.progress import Progress, Silent
 from nayer_edge.storage.files import digest_of
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 from nayer_edge.synthesis import Round, synthesize_round
+from nayer_edge.training import health
+from nayer_edge.training.augment import crop_and_flip, mixup
+from nayer_edge.training.cached_views import ViewCache
+from nayer_edge.training.evaluate import agreement, logits_of
+from nayer_edge.training.optimizers import make_optimizer, set_rate
 
 LATER_KEYS = ("prior", "pixel_step")
 """keys of [synthesis] that came after the first checkpoints"""

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nayer_edge import losses
-from nayer_edge.augment import blend, crop_and_flip
 from nayer_edge.config import Synthesis
 from nayer_edge.memory_bank import to_uint8, to_unit
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
 from nayer_edge.runtime.distributed import SINGLE, World
 from nayer_edge.synthesis import Round
+from nayer_edge.training.augment import blend, crop_and_flip
 
 Shape = tuple[int, int, int]
 """(channels, height, width)"""

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from nayer_edge import losses
-from nayer_edge.augment import crop_and_flip
 from nayer_edge.batchnorm import BatchNormStatistics
 from nayer_edge.config import Synthesis
 from nayer_edge.generator import Generator, balanced_labels
@@ -24,6 +23,7 @@ from nayer_edge.memory_bank import to_uint8
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
 from nayer_edge.runtime.distributed import SINGLE, World
+from nayer_edge.training.augment import crop_and_flip
 
 
 @dataclass(frozen=True)

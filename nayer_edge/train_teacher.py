@@ -14,17 +14,17 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from nayer_edge.augment import crop_and_flip
 from nayer_edge.config import Teach
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.errors import IntegrityError, TrainingError
 from nayer_edge.memory_bank import to_unit
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.optimizers import make_optimizer
 from nayer_edge.runtime.compute import Compute, random_stream
 from nayer_edge.runtime.progress import Progress, Silent
 from nayer_edge.storage.files import digest_of
 from nayer_edge.storage.tensors import load_tensors, save_tensors
+from nayer_edge.training.augment import crop_and_flip
+from nayer_edge.training.optimizers import make_optimizer
 
 CHECKPOINT_SECONDS = 60.0
 """minimum time between two checkpoints"""

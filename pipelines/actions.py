@@ -290,7 +290,7 @@ def not_validated(run: RunFolder) -> list[str]:
 
 def unavailable(run: RunFolder) -> list[dict[str, Any]]:
     """The entries of engines.json and runtimes.json for files that could not be built."""
-    from .runnable import not_graphs
+    from .validation.runnable import not_graphs
 
     return [record for record in not_graphs(run) if record["status"] == "unavailable"]
 

@@ -715,7 +715,7 @@ def _check(classifier: Classifier) -> None:
 
 def _exported(run: RunFolder) -> dict[str, Path]:
     """The exported files by their names in a report."""
-    from .runnable import candidates
+    from .validation.runnable import candidates
 
     listed, held = candidates(recipe_of(run.manifest.recipe, run.root), run), run.manifest.files
     return {candidate.name: run.path(candidate.file) for candidate in listed if candidate.file in held}

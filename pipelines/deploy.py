@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from nayer_edge import generator as generators
-from nayer_edge.augment import crop_and_flip
 from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, UsageError
 from nayer_edge.export.fp16 import fp32_nodes, to_fp16
 from nayer_edge.export.onnx_file import opset_of, read_onnx
@@ -35,6 +34,7 @@ from nayer_edge.runtime.progress import Progress
 from nayer_edge.storage.files import read_json, sha256_of, write_json
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.synthesis import draw_images
+from nayer_edge.training.augment import crop_and_flip
 
 from .plan import changes_of
 from .recipes.schema import Recipe

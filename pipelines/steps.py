@@ -168,7 +168,7 @@ STEPS = (
     Step(
         "validate",
         "compares every artifact with the teacher",
-        "validate:make_report",
+        "validation.validate:make_report",
         ("teacher", "lte", "student", "onnx", "int8", "engine"),
         ("validate", "synthesis", "seed", "device", "precision"),
         "validate/report.json validate/predictions.npz",

@@ -28,10 +28,10 @@ hypothesis.settings.register_profile("random", database=None, print_blob=True, d
 hypothesis.settings.load_profile("repeatable")
 
 # In tests, the shape annotations of these modules are checked at run time. The hook ignores modules that do not exist.
-SHAPED = ("augment", "batchnorm", "cached_views", "evaluate", "generator", "losses", "memory_bank", "optimizers",
-          "synthesis")  # fmt: skip
+SHAPED = ("batchnorm", "generator", "losses", "memory_bank", "synthesis",
+          *(f"training.{name}" for name in ("augment", "cached_views", "evaluate", "optimizers")))  # fmt: skip
 CORE = Path(__file__).resolve().parents[1] / "nayer_edge"
-assert all((CORE / f"{module}.py").is_file() for module in SHAPED), SHAPED
+assert all((CORE / f"{module.replace('.', '/')}.py").is_file() for module in SHAPED), SHAPED
 install_import_hook([f"nayer_edge.{module}" for module in SHAPED], "beartype.beartype")
 
 # A terminal of 80 columns without colours, whatever the CI server sets.

@@ -48,9 +48,9 @@ def teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     from nayer_edge import train_teacher as teaching
     from nayer_edge.config import Augment, InputSpec, Teach
     from nayer_edge.data import datasets as data
-    from nayer_edge.evaluate import logits_of, top1
     from nayer_edge.models.load import build_classifier
     from nayer_edge.runtime import compute
+    from nayer_edge.training.evaluate import logits_of, top1
 
     epochs = 6 if request.node.get_closest_marker("slow") else 2
     spec = InputSpec(channels=1, height=16, width=16, mean=(0.5,), std=(0.5,))

@@ -10,7 +10,7 @@ from nayer_edge.export.benchmark import Timing, benchmark
 from nayer_edge.storage.run_folder import RunFolder
 
 from ..recipes.schema import Recipe
-from ..runnable import candidates, open_all
+from ..validation.runnable import candidates, open_all
 
 
 def measure(

@@ -21,7 +21,6 @@ from rich.text import Text
 
 from nayer_edge.config import Student
 from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, UsageError, understood
-from nayer_edge.evaluate import logits_of
 from nayer_edge.export.runners import as_bytes
 from nayer_edge.models.load import load_classifier
 from nayer_edge.models.names import MEMORY, located, parse
@@ -32,6 +31,7 @@ from nayer_edge.runtime.progress import Progress, Silent
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder, is_vacant, lock_folder
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 from nayer_edge.text import inert
+from nayer_edge.training.evaluate import logits_of
 
 from .. import actions, shared_bank
 from ..costs.budget import TooShortError

@@ -27,12 +27,12 @@ from nayer_edge.distillation import (
     save_checkpoint,
 )
 from nayer_edge.errors import IntegrityError, MissingError, TrainingError, UsageError
-from nayer_edge.evaluate import agreement, logits_of
 from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import choose, random_stream
 from nayer_edge.storage.tensors import save_tensors
 from nayer_edge.synthesis import Round
+from nayer_edge.training.evaluate import agreement, logits_of
 
 Start = Callable[..., Distillation]
 LOSSES = ("loss_bn", "loss_ce", "loss_adv", "loss_kd")

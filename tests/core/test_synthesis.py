@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from nayer_edge import generator as generators
 from nayer_edge import losses
-from nayer_edge.augment import crop_and_flip
 from nayer_edge.batchnorm import BatchNormStatistics
 from nayer_edge.config import Augment, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
@@ -27,6 +26,7 @@ from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.prior import batch_norms
 from nayer_edge.runtime.compute import Compute, choose
 from nayer_edge.synthesis import Round, draw_images, synthesize_round
+from nayer_edge.training.augment import crop_and_flip
 
 Stream = Callable[[int], torch.Generator]
 # Both compute in float32, but sum in different orders.

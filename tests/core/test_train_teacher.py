@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from nayer_edge.config import Augment, InputSpec, Teach
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.errors import IntegrityError, TrainingError
-from nayer_edge.evaluate import logits_of, top1
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, weights_digest
 from nayer_edge.runtime.compute import Compute, random_stream, seeded
 from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.tensors import save_tensors
 from nayer_edge.train_teacher import teach
+from nayer_edge.training.evaluate import logits_of, top1
 
 SPEC = InputSpec(channels=1, height=8, width=8)
 CLASSES = ("upper", "lower", "left", "right")

@@ -27,7 +27,7 @@ TIMEOUT = 60.0
 HEAVY = (
     *(
         f"nayer_edge.pipelines.{name}"
-        for name in ("cli", "distill", "deploy", "validate", "gate.verdict", "report.page", "show")
+        for name in ("cli", "distill", "deploy", "validation.validate", "gate.verdict", "report.page", "show")
     ),
     *(
         f"nayer_edge.pipelines.{name}"

@@ -13,7 +13,6 @@ import torch
 
 from nayer_edge.config import Augment, InputSpec, Teach
 from nayer_edge.data import datasets as data
-from nayer_edge.evaluate import logits_of
 from nayer_edge.export.runners import OrtRunner
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, load_classifier
@@ -24,6 +23,7 @@ from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.runtime.compute import choose, random_stream, seeded
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 from nayer_edge.train_teacher import teach
+from nayer_edge.training.evaluate import logits_of
 
 Invoke = Callable[..., Any]
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -18,9 +18,9 @@ from nayer_edge.pipelines.recipes.checking import known_keys
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.recipes.policy import Policy
 from nayer_edge.pipelines.recipes.schema import Recipe
-from nayer_edge.pipelines.runnable import graphs
 from nayer_edge.pipelines.schemas import reference
 from nayer_edge.pipelines.steps import table
+from nayer_edge.pipelines.validation.runnable import graphs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,9 +18,9 @@ from nayer_edge.errors import UsageError
 from nayer_edge.export.targets import TARGETS
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.pipelines.runnable import graphs
 from nayer_edge.pipelines.trust.verification import examine
-from nayer_edge.pipelines.validate import Seen, _report, require_answers
+from nayer_edge.pipelines.validation.runnable import graphs
+from nayer_edge.pipelines.validation.validate import Seen, _report, require_answers
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder, clear_folder
 
 Invoke = Callable[..., Any]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from nayer_edge.errors import MissingError, UsageError
-from nayer_edge.pipelines import actions, deploy, runnable
+from nayer_edge.pipelines import actions, deploy
 from nayer_edge.pipelines.deploy import ENGINES, FP16, FP32, QUANTIZATION, int8_file
+from nayer_edge.pipelines.validation import runnable
 from nayer_edge.storage.files import sha256_of, write_json
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 

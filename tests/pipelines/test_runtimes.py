@@ -267,7 +267,8 @@ def test_the_example_runs_with_the_runtime_alone(
 
 def test_the_runtime_is_not_imported_without_its_target() -> None:
     program = (
-        "import sys\nimport nayer_edge.pipelines.deploy, nayer_edge.pipelines.validate, nayer_edge.pipelines.runnable\n"
+        "import sys\nimport nayer_edge.pipelines.deploy\n"
+        "import nayer_edge.pipelines.validation.validate, nayer_edge.pipelines.validation.runnable\n"
         f"assert not {set(PACKAGES.values())!r} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -31,7 +31,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from typer.testing import CliRunner
 
 from nayer_edge import generator as generators
-from nayer_edge.augment import crop_and_flip
 from nayer_edge.batchnorm import SynchronisedBatchNorm, synchronise_batchnorms
 from nayer_edge.config import Distill, Synthesis
 from nayer_edge.distillation import Distillation, Epoch, distill, resume, save_checkpoint
@@ -40,6 +39,7 @@ from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.runtime.compute import choose, random_stream
 from nayer_edge.runtime.distributed import SINGLE, World, joined, share_problems
+from nayer_edge.training.augment import crop_and_flip
 
 RANKS = 2
 WHOLE_GROUPS = {"synthesis_batch": 12}

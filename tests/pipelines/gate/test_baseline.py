@@ -19,7 +19,7 @@ from nayer_edge.pipelines.gate.statistics import drop_lower, drop_upper
 from nayer_edge.pipelines.gate.verdict import run_gate
 from nayer_edge.pipelines.measurements import PREDICTIONS_PATH, REPORT_PATH
 from nayer_edge.pipelines.schemas import load
-from nayer_edge.pipelines.validate import count_pairs
+from nayer_edge.pipelines.validation.validate import count_pairs
 from nayer_edge.storage.files import sha256_of, write_json
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 

@@ -34,8 +34,8 @@ from nayer_edge.runtime.progress import Progress
 from nayer_edge.storage.files import read_json, sha256_of, write_atomic, write_json
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 
-from .deploy import SyntheticSource
-from .measurements import (
+from ..deploy import SyntheticSource
+from ..measurements import (
     PREDICTIONS_PATH,
     REPORT_PATH,
     ArtifactReport,
@@ -50,8 +50,8 @@ from .measurements import (
     Report,
     read_report,
 )
+from ..recipes.schema import Recipe
 from .plausibility import NO_REPEATS, Repeats, doubts, repeats, require_plausible
-from .recipes.schema import Recipe
 from .runnable import Candidate, not_graphs, open_all
 from .runnable import candidates as candidates_of
 

@@ -7,7 +7,14 @@ import pytest
 from scipy.stats import binom, binomtest
 
 from nayer_edge.errors import UsageError
-from nayer_edge.pipelines.plausibility import ALPHA, CARD_MARGIN, ONE_ANSWER, doubts, repeats, require_plausible
+from nayer_edge.pipelines.validation.plausibility import (
+    ALPHA,
+    CARD_MARGIN,
+    ONE_ANSWER,
+    doubts,
+    repeats,
+    require_plausible,
+)
 
 
 def names(count: int) -> tuple[str, ...]:

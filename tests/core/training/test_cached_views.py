@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nayer_edge.augment import translate
-from nayer_edge.cached_views import ViewCache
 from nayer_edge.config import Augment
 from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
+from nayer_edge.training.augment import translate
+from nayer_edge.training.cached_views import ViewCache
 
 Stream = Callable[[int], torch.Generator]
 SHAPE = (2, 8, 8)

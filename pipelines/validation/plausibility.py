@@ -24,7 +24,7 @@ import numpy as np
 
 from nayer_edge.errors import UsageError
 
-from .gate.statistics import binomial_lower, binomial_upper
+from ..gate.statistics import binomial_lower, binomial_upper
 
 ALPHA = 0.001
 """how often, at most, each check may stop a hold-out that is right"""

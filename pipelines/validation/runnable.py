@@ -15,8 +15,8 @@ from nayer_edge.export.targets import TARGETS, Runtime, get_target, has_module, 
 from nayer_edge.storage.files import read_json
 from nayer_edge.storage.run_folder import RunFolder
 
-from .deploy import ENGINES, FP16, FP32, RUNTIMES, int8_file, wants_fp16
-from .recipes.schema import Recipe
+from ..deploy import ENGINES, FP16, FP32, RUNTIMES, int8_file, wants_fp16
+from ..recipes.schema import Recipe
 
 
 @dataclass(frozen=True)

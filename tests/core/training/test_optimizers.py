@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nayer_edge.optimizers import NEWTON_SCHULZ, Muon, make_optimizer, orthogonalize, set_rate
+from nayer_edge.training.optimizers import NEWTON_SCHULZ, Muon, make_optimizer, orthogonalize, set_rate
 
 
 def quintic(values: torch.Tensor, steps: int) -> torch.Tensor:

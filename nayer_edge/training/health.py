@@ -14,9 +14,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from nayer_edge.errors import TrainingError
-from nayer_edge.evaluate import logits_of
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
+from nayer_edge.training.evaluate import logits_of
 
 SAMPLE = 256
 """number of newest images to inspect; costs a fraction of one synthesis step"""

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nayer_edge.augment import _Translate, crop_and_flip, mixup
 from nayer_edge.config import Augment
+from nayer_edge.training.augment import _Translate, crop_and_flip, mixup
 
 
 def plain(images: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor, flips: torch.Tensor, pad: int) -> torch.Tensor:

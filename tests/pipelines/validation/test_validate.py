@@ -23,7 +23,7 @@ from nayer_edge.pipelines.measurements import PREDICTIONS_PATH, REPORT_PATH, Dat
 from nayer_edge.pipelines.recipes.loading import recipe_of
 from nayer_edge.pipelines.run import StepEvent, run_recipe
 from nayer_edge.pipelines.schemas import load
-from nayer_edge.pipelines.validate import BATCH_VALUES, batch_size, count_pairs, ranked, run_over, same
+from nayer_edge.pipelines.validation.validate import BATCH_VALUES, batch_size, count_pairs, ranked, run_over, same
 from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.files import sha256_of
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder

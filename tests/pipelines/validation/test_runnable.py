@@ -17,12 +17,12 @@ from nayer_edge.errors import MissingError
 from nayer_edge.export import targets
 from nayer_edge.export.runners import OrtRunner
 from nayer_edge.export.to_int8 import run_onnx
-from nayer_edge.pipelines import runnable
 from nayer_edge.pipelines.costs import bench
 from nayer_edge.pipelines.deploy import ENGINES, FP32, int8_file
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.pipelines.runnable import engines, graphs, open_all
+from nayer_edge.pipelines.validation import runnable
+from nayer_edge.pipelines.validation.runnable import engines, graphs, open_all
 from nayer_edge.storage.files import read_json
 from nayer_edge.storage.run_folder import RunFolder
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from nayer_edge import health
 from nayer_edge.distillation import Distillation, distill, resume
 from nayer_edge.errors import TrainingError
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
 from nayer_edge.runtime.progress import Silent
+from nayer_edge.training import health
 
 Start = Callable[..., Distillation]
 

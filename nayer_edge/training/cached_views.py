@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nayer_edge.augment import blend, translate
 from nayer_edge.config import Augment
 from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
+from nayer_edge.training.augment import blend, translate
 
 MIXTURES = 4093
 """number of random mixtures before they repeat; a prime, so that it shares no factor with the number of views"""

@@ -1,0 +1,1 @@
+"""What training any network needs: optimizers, augmentation, cached views, evaluation and health checks."""
