@@ -357,7 +357,7 @@ class Distillation:
         (self.reserve if reserved else self.bank).add(made.images, made.labels)
 
     def reserved(self, number: int) -> bool:
-        """Whether the images of a round, counted from 0 without discarded ones, are put aside."""
+        """Whether the images of a round, counted from 0 without discarded ones, are reserved."""
         share = self.settings.synthesis.reserve
         return math.floor((number + 1) * share) > math.floor(number * share)
 
@@ -577,7 +577,7 @@ class Before:
     Attributes:
         state: the state of the loop, without images.
         bank: the images of the run.
-        reserve: the images put aside; None if the recipe has none.
+        reserve: the reserved images; None if the recipe has none.
     """
 
     state: Path
@@ -592,7 +592,7 @@ class Start:
     Attributes:
         bank: the images.
         generator: with the BatchNorm memory, as written by `nayer_edge.generator.save`; None if it has none.
-        reserve: the images put aside; None if there are none.
+        reserve: the reserved images; None if there are none.
     """
 
     bank: Path
@@ -676,7 +676,8 @@ def distill(
             progress.figures(
                 epoch=f"{epoch.epoch}/{distillation.settings.distill.epochs}",
                 loss=next(loss for loss in (epoch.loss_kd, epoch.loss_bn, epoch.loss_ce) if loss is not None),
-                agreement=epoch.agreement,
+                # An untrained student's agreement would look like a failure.
+                **({"bank": epoch.bank_images} if epoch.phase == "warmup" else {"agreement": epoch.agreement}),
                 **{"images/s": epoch.images_per_s},
             )
             length = adapt(distillation.history, Length.of(distillation.settings.distill))
@@ -687,7 +688,8 @@ def distill(
                 progress.notice(notice)
             # Save after the last epoch too: writing the results may be interrupted.
             done = bool(interrupt.asked) or distillation.finished
-            due = done or time.monotonic() - written >= checkpoint_seconds
+            # An adapted length too: a run that continues must not decide anew, from other seconds.
+            due = done or agreed is not None or time.monotonic() - written >= checkpoint_seconds
             if checkpoint is not None and world.from_first(due):
                 save_checkpoint(distillation, checkpoint)
                 written, saved = time.monotonic(), distillation.epoch

@@ -191,7 +191,9 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
             "synthetic agreement": round(run.history[-1].agreement, 4),
             "bank images": len(bank),
             **({"images put aside": len(reserve)} if len(reserve) else {}),
-            **({"epochs": length.epochs} if Length.of(length) != run.asked else {}),
+            **(
+                {"epochs": length.epochs, "decay epochs": length.decay_epochs} if Length.of(length) != run.asked else {}
+            ),
             **({"processes": world.size} if world.size > 1 else {}),
             **({"started from": source.run} if source else {}),
         },
@@ -221,13 +223,13 @@ def _distil(
     start_digest: str | None = None,
 ) -> tuple[Distillation, Generator | None, MemoryBank, MemoryBank]:
     """The part of the student step that runs on every rank. Returns the finished run and, on rank 0, the generator
-    (None if images are procedural), the memory bank and the images put aside of all ranks.
+    (None if images are procedural), the memory bank and the reserved images of all ranks.
 
     Args:
         start_digest: identifies the files of another run that this one starts from.
     """
     run = open_distillation(config, files["teacher"], files["lte"], start_digest)
-    # A run on another run's bank may have images put aside although it reserves none itself.
+    # A run on another run's bank may have reserved images although its own recipe reserves none.
     reserve = files["reserve"] if files["reserve"].is_file() else None
     start = None
     generated = config.synthesis.prior == "batchnorm"

@@ -104,7 +104,7 @@ def plan_steps(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, d
             # If nothing changed, keep the recorded settings: they may lack a key that was added later.
             changes = changes_of(record.settings, settings)
             continuable = run is not None and DECAY_STATE in run.manifest.files
-            extends = bool(changes) and step.trains and continuable and _only_longer(record.settings, settings)
+            extends = bool(changes) and step.trains and continuable and _only_longer(record, settings)
             settings = settings if changes else record.settings
         elif run is not None and any(run.path(name).is_file() for name in step.scratch):
             changes = _changes_since_begun(step, values, run, digest)
@@ -131,11 +131,16 @@ def _changes_since_begun(step: Step, values: dict[str, Any], run: RunFolder, dig
     return list(dict.fromkeys(changed))
 
 
-def _only_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
+def _only_longer(record: StepRecord, now: dict[str, Any]) -> bool:
+    """Whether the length is the only change, and the finished run has fewer epochs before its decay.
+
+    A run that was adapted to its machine has another length than its settings ask for; its numbers say which.
+    """
+    before = record.settings
     if _without_length(before) != _without_length(now) or "distill" not in now:
         return False
-    trained = [part["distill"]["epochs"] - part["distill"]["decay_epochs"] for part in (before, now)]
-    return trained[1] > trained[0]
+    length = {key: int(record.numbers.get(key.replace("_", " ")) or before["distill"][key]) for key in LENGTH}
+    return now["distill"]["epochs"] - now["distill"]["decay_epochs"] > length["epochs"] - length["decay_epochs"]
 
 
 def _without_length(settings: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import typer
 from nayer_edge.errors import UsageError
 from nayer_edge.runtime.process import launched
 
-from ..actions import Time, default_out, read_recipe, timed
+from ..actions import Time, default_out, open_run, read_recipe, timed
 from .shared import Fresh, Json, Out, RecipeName, Settings, TrustCode, app, example, run_steps, show_lines
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ More = Annotated[
 ]
 Finish = Annotated[
     str | None,
-    typer.Option("--finish", metavar="TIME", help="Finish an interrupted training within this time."),
+    typer.Option("--finish", metavar="TIME", help="Finish an interrupted run within this time."),
 ]
 
 
@@ -106,13 +106,15 @@ def _ways_on(recipe: Recipe, root: Path) -> Iterator[None]:
 
         interrupted = not isinstance(end, Exception)
         if interrupted and recipe.distill.schedule == "constant" and (root / CHECKPOINT).is_file():
+            from ..costs.planning import can_change_length
+
             where = shlex.quote(str(root))
-            lines = (
-                "",
-                f"To continue:            nayer-edge run {where}",
-                f"To end it early:        nayer-edge run {where} --finish 5m",
-                f"To give it more time:   nayer-edge run {where} --more 1h",
-            )
+            lines = ["", f"To continue:            nayer-edge run {where}"]
+            if can_change_length(recipe, open_run(root)):
+                lines += [
+                    f"To end it early:        nayer-edge run {where} --finish 5m",
+                    f"To give it more time:   nayer-edge run {where} --more 1h",
+                ]
             print("\n".join(lines), file=sys.stderr)  # noqa: T201
         raise
 

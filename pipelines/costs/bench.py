@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from nayer_edge.errors import UsageError
+from nayer_edge.errors import NayerEdgeError, UsageError
 from nayer_edge.export.benchmark import Timing, benchmark
 from nayer_edge.storage.run_folder import RunFolder
 
@@ -15,8 +15,11 @@ from ..validation.runnable import candidates, open_all
 
 def measure(
     run: RunFolder, recipe: Recipe, batches: Sequence[int], runs: int, threads: int | None = None
-) -> list[Timing]:
+) -> tuple[list[Timing], dict[str, NayerEdgeError]]:
     """Times the graphs made for this machine's CPU, in every runtime, and the engines made for its GPU, in alternation.
+
+    Returns:
+        The timings, and the error for each artifact that cannot be opened here.
 
     Raises:
         UsageError: there is nothing to time, for example because nothing has been exported yet.
@@ -33,4 +36,5 @@ def measure(
         if not opened:
             raise next(iter(refused.values()))
         references = {candidate.name: candidate.reference for candidate in here}
-        return benchmark(opened, recipe.teacher.input.shape, batches=batches, runs=runs, references=references)
+        shape = recipe.teacher.input.shape
+        return benchmark(opened, shape, batches=batches, runs=runs, references=references), refused

@@ -1,6 +1,6 @@
 """Plans runs for a time budget: pure functions of the measured cost of each step on this machine.
 
-A run with schedule `fast` has three phases: it fills the memory bank, trains the student at a constant learning rate
+A run planned for a budget has three phases: it fills the memory bank, trains the student at a constant learning rate
 while it makes more images, and then decays the rate. The split between images and student steps was fitted to
 measurements (`benchmarks/search.py`, docs/LOG.md); the constants below are the result.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nayer_edge.config import Distill, Prior, Synthesis
+from nayer_edge.config import UNMOVED, Distill, Prior, Synthesis
 from nayer_edge.distillation import Epoch, Length
 from nayer_edge.errors import UsageError
 
@@ -39,10 +39,6 @@ G_STEPS = ((20, 10), (100_000, 20))
 """(maximum number of classes, optimisation steps per round); measured with 10 classes only"""
 MUON_RATE = 0.025
 """peak learning rate of the student's convolutions"""
-PIXEL_STEPS = 1
-"""steps per round of procedural images, which their settings make free of charge"""
-PIXELS: dict[str, Any] = {"lambda_ce": 0.0, "lambda_adv": 0.0}
-"""settings of procedural images: no steps on their pixels, which cost accuracy (`benchmarks/without_batchnorm.py`)"""
 RESERVE = 0.05
 """fraction of the rounds reserved for calibration and as a synthetic hold-out"""
 EPOCHS = 40
@@ -60,7 +56,11 @@ TOLERANCE = 0.04
 EARLY_TOLERANCE = 0.5
 """additional deviation that is accepted after the first student epoch; it falls linearly to 0 until the decay"""
 OTHER_MACHINE = 2.0
-"""ratio of measured to planned time of the first epoch above which, or below whose inverse, all phases are rescaled"""
+"""ratio of measured to planned time of the first epochs above which, or below whose inverse, all phases are rescaled"""
+RECENT = 9
+"""student epochs whose seconds are the pace of a run: later epochs are faster, because views of images are cached"""
+SETTLED = 3
+"""student epochs before the length is adapted, unless waiting for them would exceed the budget"""
 
 
 class TooShortError(UsageError):
@@ -161,7 +161,7 @@ def plan(budget: float, costs: Costs, classes: int, *, fill: bool = True, prior:
     Raises:
         UsageError: the budget is too small for a useful student; the message gives the minimum.
     """
-    g_steps = g_steps_for(classes) if prior == "batchnorm" else PIXEL_STEPS
+    g_steps = g_steps_for(classes) if prior == "batchnorm" else UNMOVED["g_steps"]
     image = g_steps * costs.synthesis_step / costs.batch
     later_image = g_steps * (costs.synthesis_step + costs.adversary) / costs.batch
     per_step = images_per_step(FILLED * image + (1 - FILLED) * later_image, costs)
@@ -233,7 +233,7 @@ def seconds_of(synthesis: Synthesis, distill: Distill, costs: Costs) -> float:
 def settings(
     budget: float, made: BudgetPlan, costs: Costs, bank_mib: int, prior: Prior = "batchnorm"
 ) -> dict[str, dict[str, Any]]:
-    """The plan as recipe sections: schedule `fast` with the planned sizes.
+    """The plan as recipe sections: the budget schedule with the planned sizes.
 
     Args:
         budget: seconds for the whole run.
@@ -243,7 +243,7 @@ def settings(
     # After each re-initialisation of a generator about forty rounds are poor.
     images: dict[str, Any] = {"g_life": NEVER}
     if prior != "batchnorm":
-        images = {"prior": prior, **PIXELS}
+        images = {"prior": prior, **UNMOVED}
     return {
         "budget": {
             "seconds": budget,
@@ -252,10 +252,10 @@ def settings(
         },
         "synthesis": {
             "batch": costs.batch,
+            **images,
             "g_steps": made.g_steps,
             "rounds": made.rounds,
             "warmup_rounds": made.warmup_rounds,
-            **images,
             "reserve": RESERVE,
         },
         "distill": {
@@ -304,19 +304,24 @@ class Pace:
     decay: float
 
     @classmethod
-    def of(cls, history: Sequence[Epoch]) -> Pace:
-        """Medians over the student epochs with synthesis rounds.
+    def of(cls, history: Sequence[Epoch], typical: Callable[[Sequence[float]], float] = statistics.median) -> Pace:
+        """Typical seconds of the last `RECENT` student epochs with synthesis rounds.
 
         Raises:
             ValueError: there is no such epoch.
         """
-        epochs = [epoch for epoch in history if epoch.phase == "distill" and epoch.loss_ce is not None]
+        epochs = [epoch for epoch in history if epoch.phase == "distill" and epoch.loss_ce is not None][-RECENT:]
         if not epochs:
             raise ValueError("no student epoch has been trained")
         return cls(
-            statistics.median(epoch.seconds for epoch in epochs),
-            statistics.median(max(epoch.seconds - epoch.synthesis_seconds, 1e-3) for epoch in epochs),
+            typical([epoch.seconds for epoch in epochs]),
+            typical([max(epoch.seconds - epoch.synthesis_seconds, 1e-3) for epoch in epochs]),
         )
+
+
+def undisturbed(seconds: Sequence[float]) -> float:
+    """The lower quartile: other work on the machine makes epochs slower, never faster."""
+    return sorted(seconds)[len(seconds) // 4]
 
 
 def extended(length: Length, seconds: float, pace: Pace, rest: float, finished: bool = True) -> Length:
@@ -381,32 +386,36 @@ def finishing(length: Length, done: int, seconds: float, pace: Pace, rest: float
 def adapted(history: Sequence[Epoch], length: Length, budget: Budget) -> Length | None:
     """Another length for a run that is slower or faster than planned; None if it keeps its budget.
 
-    After the first epoch, a machine of another kind than planned is noticed. From the first student epoch on, the end
-    is projected; the deviation that is accepted falls to `TOLERANCE` at the start of the decay, so that a short
+    After two epochs, a machine of another kind than planned is noticed. From the third student epoch on, the end is
+    projected; the deviation that is accepted falls to `TOLERANCE` at the start of the decay, so that a short
     disturbance of the machine does not shorten the run.
 
     Args:
         history: metrics of all finished epochs.
     """
     done = len(history)
-    if done == 1 and length.warmup_epochs > 1 and budget.fill_seconds > 0:
-        ratio = history[0].seconds * length.warmup_epochs / budget.fill_seconds
+    if done == 2 and length.warmup_epochs > 2 and budget.fill_seconds > 0:
+        ratio = min(epoch.seconds for epoch in history) * length.warmup_epochs / budget.fill_seconds
         if 1 / OTHER_MACHINE < ratio < OTHER_MACHINE:
             return None
-        warmup = max(1, round(length.warmup_epochs / ratio))
+        warmup = max(done, round(length.warmup_epochs / ratio))
         student = max(3, round((length.epochs - length.warmup_epochs) / ratio))
         decay = max(1, round(DECAY * student))
         return Length(warmup + student, warmup, decay)
     trained, training = done - length.warmup_epochs, length.epochs - length.decay_epochs - done
     if trained < 1 or training < 1:
         return None
-    pace, elapsed = Pace.of(history), sum(epoch.seconds for epoch in history)
+    pace, elapsed = Pace.of(history, undisturbed), sum(epoch.seconds for epoch in history)
+    share = DECAY / (1 - DECAY)
     target = budget.seconds * (1 - MARGIN)
+    if trained < SETTLED <= trained + training:
+        waited = elapsed + (SETTLED - trained) * pace.train + SETTLED * share * pace.decay
+        if waited + budget.rest_seconds <= target:
+            return None
     projected = elapsed + training * pace.train + length.decay_epochs * pace.decay + budget.rest_seconds
     accepted = TOLERANCE + EARLY_TOLERANCE * training / (trained + training)
     if abs(projected / target - 1) <= accepted:
         return None
-    share = DECAY / (1 - DECAY)
     left = target - elapsed - budget.rest_seconds
     further = max(0, math.floor((left - trained * share * pace.decay) / (pace.train + share * pace.decay)))
     decay = max(1, round(share * (trained + further)))

@@ -74,7 +74,7 @@ def device_at_hand(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Device:
 
 
 def fit(spec: InputSpec, teacher: Cost, student: Cost, device: Device) -> Fit:
-    """The batches of the fast schedule, as far as memory allows, and the limit of the bank."""
+    """The batches of the budget schedule, as far as memory allows, and the limit of the bank."""
     if device.kind == "cuda":
         wanted = (200, 256) if max(spec.height, spec.width) > LARGE else (400, 512)
     else:

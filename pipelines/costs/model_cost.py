@@ -34,7 +34,7 @@ class Cost:
 
 
 def cost_of(model: str, spec: InputSpec, classes: int) -> Cost:
-    """That of an untrained network by its name, built without memory for its weights where that is possible."""
+    """The cost of an untrained network by its name, built without memory for its weights where that is possible."""
     labels = [f"class {number}" for number in range(classes)]
     try:
         with torch.device("meta"):
@@ -45,7 +45,7 @@ def cost_of(model: str, spec: InputSpec, classes: int) -> Cost:
 
 
 def cost_of_network(network: Classifier) -> Cost:
-    """That of a network in evaluation mode, where its weights are; the meta device computes nothing."""
+    """The cost of a network in evaluation mode, on the device of its weights; the meta device computes nothing."""
     kept = 0
 
     def count(_module: nn.Module, _inputs: object, output: object) -> None:

@@ -11,7 +11,7 @@ from nayer_edge.config import Augment, Generator, Prior
 from nayer_edge.distillation import Epoch, Length
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.models.load import build_classifier, load_teacher, untrained_teacher
+from nayer_edge.models.load import build_classifier, load_classifier, load_teacher, untrained_teacher
 from nayer_edge.runtime.compute import choose, seeded
 from nayer_edge.storage.files import read_json
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
@@ -116,17 +116,21 @@ def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Reci
         if former.get("name") == recipe.name and (former.get("budget") or {}).get("seconds") == seconds:
             sections = {name: former[name] for name in ("budget", "generator", "synthesis", "distill")}
             return with_sections(recipe, sections), [("time", "as planned when this run started")]
+    bank_run = None if recipe.student.bank is None else RunFolder.open(Path(recipe.student.bank))
     with seeded(0):
-        teacher = untrained_teacher(recipe.teacher)
-        if recipe.teach is None:
-            teacher, _ = load_teacher(recipe.teacher, teacher, recipe.synthesis.prior)
+        if bank_run is not None:
+            # Its own copy: a worker of a cluster may not have the file that the recipe names.
+            teacher = load_classifier(bank_run.path(bank_run.artifact("teacher").files["teacher"]))
+        else:
+            teacher = untrained_teacher(recipe.teacher)
+            if recipe.teach is None:
+                teacher, _ = load_teacher(recipe.teacher, teacher, recipe.synthesis.prior)
         student = build_classifier(recipe.student.model, teacher.spec, teacher.classes, recipe.student.arguments)
     device = device_at_hand(recipe.device)
     bank = None
-    if recipe.student.bank is not None:
+    if bank_run is not None:
         # Its generator and batch are in the recipe already.
-        rest = _measured_rest(RunFolder.open(Path(recipe.student.bank)))
-        bank = Started(recipe.generator, recipe.synthesis.batch, rest)
+        bank = Started(recipe.generator, recipe.synthesis.batch, _measured_rest(bank_run))
     planned = plan_for(
         seconds,
         teacher,
@@ -172,7 +176,10 @@ def with_more(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
             f"  nayer-edge run {run.typed} --more {_minutes(seconds)}",
         )
     length = budget.extended(state.length, seconds, state.pace, state.rest, state.finished)
-    return _with_length(recipe, length, seconds)
+    if length == Length.of(recipe.distill):
+        # The run was shortened while it ran; the same length once more would be no change, and nothing would be done.
+        length = replace(length, epochs=length.epochs + 1)
+    return _with_length(recipe, length, state)
 
 
 def with_finish(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
@@ -188,7 +195,17 @@ def with_finish(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
             fix=f"To continue with export and validation: nayer-edge run {run.typed}\n"
             f"To improve it: nayer-edge run {run.typed} --more 1h",
         )
-    return _with_length(recipe, budget.finishing(state.length, state.done, seconds, state.pace, state.rest), 0.0)
+    length = budget.finishing(state.length, state.done, seconds, state.pace, state.rest)
+    return with_sections(recipe, {"distill": vars(length)})
+
+
+def can_change_length(recipe: Recipe, run: RunFolder) -> bool:
+    """Whether an interrupted run can be given more or less time now: not while it only makes images, and not while its
+    learning rate decays."""
+    try:
+        return not _state_of(recipe, run).decaying
+    except (UsageError, IntegrityError):
+        return False
 
 
 def continued(recipe: Recipe, root: Path) -> Recipe:
@@ -200,18 +217,23 @@ def continued(recipe: Recipe, root: Path) -> Recipe:
     return with_sections(recipe, {name: section for name, section in values.items() if section is not None})
 
 
-def _with_length(recipe: Recipe, length: Length, seconds: float) -> Recipe:
+def _with_length(recipe: Recipe, length: Length, state: _State) -> Recipe:
+    """The recipe of this length. Its budget is what a run of this length takes in all: what was spent in an earlier
+    decay and export is not part of it, because the run goes on from before them."""
     sections: dict[str, dict[str, Any]] = {"distill": vars(length)}
     if recipe.budget is not None:
-        sections["budget"] = {"seconds": recipe.budget.seconds + seconds}
+        training = length.epochs - length.decay_epochs - state.done
+        takes = state.elapsed + training * state.pace.train + length.decay_epochs * state.pace.decay + state.rest
+        sections["budget"] = {"seconds": round(takes / (1 - budget.MARGIN), 1), "rest_seconds": round(state.rest, 1)}
     return with_sections(recipe, sections)
 
 
 @dataclass(frozen=True)
 class _State:
-    """Where a run stands: finished epochs, its present length, and what its epochs cost."""
+    """Where a run stands: finished epochs and their seconds, its present length, and what its epochs cost."""
 
     done: int
+    elapsed: float
     length: Length
     pace: budget.Pace
     rest: float
@@ -232,14 +254,28 @@ def _state_of(recipe: Recipe, run: RunFolder) -> _State:
         )
     interrupted = run.path(CHECKPOINT).is_file()
     path = run.path(CHECKPOINT if interrupted else DECAY_STATE)
+    if not path.is_file() and "student" in run.manifest.steps:
+        raise UsageError(
+            f"{run.root} has no state to continue from.",
+            why="Its student was made by an earlier version of nayer-edge.",
+            fix="Start a run with its images, which need not be made again:\n"
+            f"  nayer-edge run {run.typed} --bank {run.typed} --budget 1h --out DIR",
+        )
     if not path.is_file():
         raise UsageError(
             f"{run.root} has no state to continue from.",
-            why="It has not trained its student yet, or its student was made by an earlier version.",
+            why="It has not trained its student yet.",
             fix=f"Type: nayer-edge run {run.typed}",
         )
     facts = _facts(path)
-    history = [Epoch(**line) for line in facts["history"]]
+    try:
+        history, length = [Epoch(**line) for line in facts["history"]], Length(**facts["length"])
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{path} is not a saved state of this version of nayer-edge.",
+            why=f"{type(error).__name__}: {error}",
+            fix=f"Start a run with its images: nayer-edge run {run.typed} --bank {run.typed} --budget 1h --out DIR",
+        ) from error
     try:
         pace = budget.Pace.of(history)
     except ValueError:
@@ -251,7 +287,8 @@ def _state_of(recipe: Recipe, run: RunFolder) -> _State:
     rest = _measured_rest(run)
     if rest is None:
         rest = recipe.budget.rest_seconds if recipe.budget else 0.0
-    return _State(len(history), Length(**facts["length"]), pace, rest, finished=not interrupted)
+    elapsed = sum(epoch.seconds for epoch in history)
+    return _State(len(history), elapsed, length, pace, rest, finished=not interrupted)
 
 
 def _measured_rest(run: RunFolder) -> float | None:

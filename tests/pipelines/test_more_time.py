@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from nayer_edge.distillation import Length
 from nayer_edge.errors import UsageError
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.pipelines import actions
+from nayer_edge.pipelines import distill as distill_step
 from nayer_edge.pipelines.costs import planning
 from nayer_edge.pipelines.deploy import SHARES, SyntheticSource
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
-from nayer_edge.pipelines.recipes.schema import Recipe
+from nayer_edge.pipelines.recipes.schema import Budget, Recipe
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.steps import CHECKPOINT, DECAY_STATE, PENDING
 from nayer_edge.runtime.progress import Silent
@@ -126,6 +128,34 @@ def test_more_and_finish_by_the_command_line(run: RunFolder, invoke: Invoke) -> 
     assert (answer.code, "student is finished" in answer.err) == (2, True)
 
 
+def test_more_time_for_a_run_that_was_shortened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    """A slow machine made five epochs of the thousand that were planned. What counts is what was trained, not what the
+    recipe asks for; and the budget is that of the longer run, not the old one and a little more."""
+    planned = Budget(seconds=3600, fill_seconds=0, rest_seconds=1)
+    monkeypatch.setattr(
+        distill_step, "adapted", lambda history, length, _: Length(5, 1, 1) if length.epochs == 1000 else None
+    )
+    root = tmp_path / "digits"
+    done = run_recipe(recipe(1000, 300).model_copy(update={"budget": planned}), root, last="student")
+    numbers = done.manifest.steps["student"].numbers
+    assert (numbers["epochs"], numbers["decay epochs"]) == (5, 1)
+    before = sha256_of(root / STUDENT)
+    answer = invoke("run", root, "--more", "2s", "--until", "student")
+    assert answer.code == 0, answer.err
+    done = RunFolder.open(root)
+    assert sha256_of(root / STUDENT) != before
+    longer = done.manifest.recipe
+    assert 5 < longer["distill"]["epochs"] < 1000
+    assert len(done.path("metrics.jsonl").read_text().splitlines()) == longer["distill"]["epochs"]
+    assert longer["budget"]["seconds"] < 600
+    # The length that the recipe asked for is no change to the planner, but one to the run.
+    monkeypatch.setattr(planning.budget, "extended", lambda *_: Length(1000, 1, 300))
+    asked = recipe(1000, 300).model_copy(update={"budget": planned})
+    assert planning.with_more(asked, done, 60.0).distill.epochs == 1001
+
+
 def test_an_interrupted_run_ends_early(tmp_path: Path, invoke: Invoke, stops_after: Callable[..., Silent]) -> None:
     root = tmp_path / "digits"
     # Other tests leave the handler of the command line, which `invoke` puts back.
@@ -180,7 +210,7 @@ def test_a_run_of_an_earlier_version_has_no_state(run: RunFolder) -> None:
         planning.with_more(actions.recipe_in(run.root), run, 60.0)
 
 
-# ------------------------------------------------------------------ images put aside
+# ------------------------------------------------------------------ reserved images
 
 
 def test_images_put_aside_serve_one_purpose_each(short: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
 
 import pytest
@@ -293,6 +295,48 @@ def test_another_speed_than_planned_still_ends_in_time(times: float, phases: str
     assert 0.85 * 3600 - seconds("train", 0) <= took <= 1.1 * 3600, changes
     assert len(changes) <= 4
     assert length.decay_epochs == pytest.approx(budget.DECAY * (length.epochs - length.warmup_epochs), abs=1)
+
+
+@pytest.mark.parametrize("start", [0, 1, 10, 13, 25])
+def test_two_slow_epochs_change_nothing(start: int) -> None:
+    """Twice as long, for two to three minutes: other work on the machine, or the first epochs of a process."""
+    took, changes, length = simulated(lambda phase, number: COST[phase] * (2 if start <= number < start + 2 else 1))
+    assert length.epochs - length.decay_epochs - length.warmup_epochs >= 29, changes
+    assert 0.9 * 3600 <= took <= 3600
+
+
+def test_views_that_are_not_cached_yet_change_nothing() -> None:
+    """The first student epochs ask the teacher about every view, the later ones hardly."""
+
+    def seconds(phase: str, number: int) -> float:
+        return COST[phase] + (0 if phase == "warmup" else 60 * math.exp((10 - number) / 3))
+
+    took, changes, length = simulated(seconds)
+    assert length.epochs - length.decay_epochs - length.warmup_epochs >= 28, changes
+    assert 0.95 * 3600 <= took <= 3600
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_noisy_machine_still_ends_in_time(seed: int) -> None:
+    """Every epoch differs by up to 15 %, and every fifth takes three times as long."""
+    noise = random.Random(seed)
+    factors = [noise.uniform(0.85, 1.15) + 2 * (noise.random() < 0.2) for _ in range(200)]
+    took, changes, _ = simulated(lambda phase, number: COST[phase] * factors[number])
+    assert 0.9 * 3600 <= took <= 1.2 * 3600, changes
+
+
+@pytest.mark.parametrize("more", [900.0, 3600.0])
+def test_more_time_keeps_to_its_own_time(more: float) -> None:
+    """A finished run of an hour that goes on from before its decay: what its old decay and export took does not come
+    on top. By hand: spent so far 10 × 50 s + 29 × 80 s."""
+    before = history(LENGTH, 50.0, 80.0, 38.0, 39)
+    pace, spent = Pace.of(before), 10 * 50 + 29 * 80
+    length = extended(LENGTH, more, pace, PLANNED.rest_seconds)
+    takes = spent + seconds_of(length, pace, 39) + PLANNED.rest_seconds
+    assert spent + more - 2 * 80 <= takes <= spent + more + 42
+    given = Budget(seconds=takes / (1 - budget.MARGIN), fill_seconds=500, rest_seconds=PLANNED.rest_seconds)
+    for done in range(40, length.epochs):
+        assert adapted(history(LENGTH, 50.0, 80.0, 38.0, done), length, given) is None
 
 
 def test_a_clock_that_jumps_does_not_stop_a_run() -> None:
