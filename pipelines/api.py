@@ -568,7 +568,7 @@ def sweep(
     """
     teacher = recipe._teacher if isinstance(recipe, Run) else None
     with _at_work(teacher, trust_code):
-        named = os.fspath(recipe.path if isinstance(recipe, Run) else recipe)
+        named = os.fspath(recipe.path if isinstance(recipe, Run) else expanded(os.fspath(recipe)))
         order = SweepOrder.typed(
             named,
             [students] if isinstance(students, str) else students,
@@ -695,7 +695,7 @@ def _copy_of(module: Any) -> nn.Module:
 
 
 def _possible_prior(network: Classifier) -> str:
-    """A prior that this teacher can have. Which one a run uses is not known yet; without BatchNorm, one only can."""
+    """A prior that suits this teacher. The run's prior is not known yet; without BatchNorm, only one is possible."""
     from nayer_edge.models.prior import batch_norms
 
     return "batchnorm" if batch_norms(network) else "procedural"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from nayer_edge.errors import EXIT_FAILED
+from nayer_edge.errors import EXIT_FAILED, UsageError
 from nayer_edge.text import inert
 
 from ..sweep.order import SweepOrder
@@ -31,7 +32,7 @@ def sweep(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="A finished run, whose bank is used; a recipe, which makes one; or a sweep to continue.",
+            help="A finished run, whose memory bank is used; a recipe, to make a bank first; or a sweep to continue.",
             show_default=False,
         ),
     ],
@@ -46,7 +47,7 @@ def sweep(
         typer.Option(
             "--budget",
             metavar="TIME",
-            help="Time for all of them, for example 3h.",
+            help="Time for all students together, for example 3h.",
             show_default="40 % of what their runs would take alone",
         ),
     ] = None,
@@ -91,15 +92,27 @@ def sweep(
 
 def _show_plan(order: SweepOrder, name: str, settings: list[str], *, as_json: bool) -> None:
     from ..costs.durations import duration
-    from ..sweep.record import read_sweep
+    from ..recipes.loading import recipe_of
+    from ..sweep.record import BANK, read_sweep
     from ..sweep.running import as_commands, planned
 
     if order.recipe is None:
-        plan, bank = read_sweep(order.out), order.out / "bank"
-        bank = None if bank.is_dir() or plan.bank is None else order.out / plan.bank.run
+        plan = read_sweep(order.out)
+        held = recipe_of(plan.recipe, order.out).student.bank
+        bank = order.out / BANK if held is None else Path(held)
+        if plan.bank is None:
+            where = shlex.quote(str(order.out))
+            raise UsageError(
+                f"The sweep in {order.out} has no finished memory bank yet.",
+                fix=f"Continue it: nayer-edge sweep {where}",
+            )
+        name, settings = str(bank), []
     else:
-        plan, _ = planned(order.recipe, order.bank, order.out, order.students, order.seconds)
-        bank = order.bank
+        plan, shared = planned(order.recipe, order.bank, order.out, order.students, order.seconds)
+        bank = None if shared.student.bank is None else Path(shared.student.bank)
+        if shared.student.arguments:
+            # They are those of the recipe's own student.
+            settings = [*settings, "student.arguments={}"]
     lines = as_commands(plan, bank, order.out, name, settings)
     if as_json:
         print_json({"plan": plan.model_dump(mode="json", by_alias=True), "commands": lines})

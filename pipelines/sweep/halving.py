@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 ETA = 2
-"""of so many students, one goes on (η)"""
+"""one in this many students continues after a round (η)"""
 FAR = 2.0
-"""doublings of the time up to which more time is the advice"""
+"""more time is suggested if at most this many doublings of the time would be enough"""
 
 Action = Literal["continue", "stop", "pass"]
 
@@ -30,7 +30,7 @@ class Standing:
 
     Attributes:
         name: the student.
-        size: what is to be small, bytes of the artifact.
+        size: what the sweep minimises: bytes of the artifact.
         agreement: with the teacher, in [0, 1], on the images that all students share.
         passes: its artifacts meet the policy.
         excluded: the limit that it misses however long it is trained; empty if there is none.
@@ -99,9 +99,9 @@ def decide(standings: Sequence[Standing], rounds_left: int) -> dict[str, Decisio
 
 
 def way_on(shares: Sequence[tuple[float, float]], needed: float) -> Literal["time", "larger"]:
-    """Whether more time or a larger student is the way for a student that falls short.
+    """Whether more time or a larger student would help a student that falls short.
 
-    The gain of the last doubling of its time is taken to repeat, which flatters it: curves of accuracy flatten.
+    Assumes that each doubling of its time gains as much as the last, which is optimistic: accuracy curves flatten.
 
     Args:
         shares: (seconds of training in all, agreement) after each share, in order.

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 
 from nayer_edge import __version__
-from nayer_edge.errors import MissingError, UsageError, missing_extra
+from nayer_edge.errors import MissingError, UsageError, missing_extra, understood
 from nayer_edge.storage.files import sha256_of, write_bytes, write_json
 from nayer_edge.storage.run_folder import LOCK, MANIFEST, RunFolder
 
@@ -38,13 +39,18 @@ Files: TypeAlias = Mapping[str, Any]
 """path in a folder → its bytes as a uint8 array, or a reference to that in the object store"""
 
 RETRIES = 3
-"""times that Ray starts a task again whose worker died"""
+"""how often Ray restarts a task whose worker died"""
 LOOK = 60.0
-"""seconds between looks at a cluster that finishes nothing"""
+"""seconds between checks of the cluster while no task finishes"""
 OWN_MIB = 1024
-"""memory of a worker beside what the run that made the bank needed at most"""
+"""MiB that a worker gets in addition to the peak memory of the run that made the bank"""
 MARK = "ray.mark"
 """file in the sweep's folder while the workers are asked whether they see it"""
+WORKERS = "ray.workers"
+"""file in the sweep's folder: names its folder on the workers, so that a repeated command finds their checkpoints"""
+FILES = (MARK, WORKERS)
+SAVING = 120.0
+"""seconds that interrupted tasks may take to save their work"""
 BANK_COPY = "bank-of-the-sweep"
 """folder of the bank's manifest and teacher on a worker that does not see the bank"""
 
@@ -94,7 +100,15 @@ def _explained(error: Exception, address: str, version: str) -> UsageError:
             fix=f"Both must be the same; Ray is {version} here. Install the cluster's: pip install 'ray==…'",
         )
     # ConnectionError is an OSError, too.
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+    unwritable = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+    named, home = str(getattr(error, "filename", None) or ""), os.environ.get("HOME", "")
+    if unwritable and named and not (home and Path(named).is_relative_to(home)):
+        return UsageError(
+            f"Ray cannot write to {named}.",
+            why=told[:400],
+            fix="Free some space there, or remove what another user left.",
+        )
+    if unwritable or "home directory" in told:
         return UsageError(
             f"Ray cannot write to the home folder ({os.environ.get('HOME') or 'HOME is not set'}).",
             why=f"It keeps a token for its clusters there: {told}",
@@ -186,7 +200,7 @@ class OnRay:
         self.at_once = max(fitting, 2)
         self._look, self._work = _functions(ray)
         self._held: dict[str, Any] = {}
-        self._token = secrets.token_hex(16)
+        self._token = _token(out)
         self.shared = self._examine([node for node in nodes if self.needs.met_by(node)])
         gpu = ", 1 GPU" if self.needs.gpus else ""
         files = "in this folder" if self.shared else "with their files sent through the object store"
@@ -224,8 +238,10 @@ class OnRay:
     def run(self, tasks: Mapping[str, Task]) -> Generator[tuple[str, Result]]:
         """The results of tasks by name, as they come in. If it is not read to the end, the tasks are told to save their
         work and end."""
-        running = {self._start(task): name for name, task in tasks.items()}
+        running: dict[Any, str] = {}
         try:
+            for name, task in tasks.items():
+                running[self._start(task)] = name
             while running:
                 ready, _ = self._ray.wait(list(running), num_returns=1, timeout=LOOK)
                 for answer in ready:
@@ -239,6 +255,9 @@ class OnRay:
         finally:
             for answer in running:
                 self._ray.cancel(answer)
+            if running:
+                # They save their work, and a repeated command must not meet a run that is still locked.
+                self._ray.wait(list(running), num_returns=len(running), timeout=SAVING)
 
     def _start(self, task: Task) -> Any:
         needs = self.needs
@@ -255,7 +274,6 @@ class OnRay:
         teacher = bank.artifact("teacher").files.values()
         found = {f"{BANK_COPY}/{name}": bank.path(name) for name in (MANIFEST, *teacher)}
         if task.plan is None:
-            _recover(task.root)
             # After this the run needs nothing of the bank but its manifest.
             run = actions.make(task.recipe, task.root, last="lte")
             if task.recipe.student.bank is not None and "student" not in run.manifest.steps:
@@ -272,9 +290,12 @@ class OnRay:
     def _result(self, answer: Any, name: str, task: Task) -> Result:
         try:
             values, files = self._ray.get(answer)
-        except self._ray.exceptions.RayTaskError:
-            # A bug.
-            raise
+        except self._ray.exceptions.RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            if not isinstance(cause, Exception) or (told := understood(cause, "This student")) is None:
+                # A bug.
+                raise
+            return Result(0.0, error=told)
         except self._ray.exceptions.RayError as error:
             return Result(
                 0.0,
@@ -323,6 +344,9 @@ def do_with_files(values: Mapping[str, Any], files: Files, token: str, get: Any)
         made = {name: np.fromfile(path, dtype=np.uint8) for name, path in _files_in(base / "run").items()}
     if result.error is None:
         shutil.rmtree(base, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            # The last student's.
+            base.parent.rmdir()
     return result.packed(), made
 
 
@@ -409,14 +433,24 @@ def _replace(root: Path, files: Files) -> None:
     shutil.rmtree(former)
 
 
-def _recover(root: Path) -> None:
-    """Ends a replacement that was interrupted between its two renames."""
-    former = _beside(root, "former")
-    if former.is_dir():
-        if root.exists():
-            shutil.rmtree(former)
-        else:
-            former.rename(root)
+def recover(root: Path) -> None:
+    """Ends a replacement that was interrupted between its two renames: by then the new files are complete."""
+    new, former = _beside(root, "new"), _beside(root, "former")
+    if not former.is_dir():
+        return
+    if not root.exists():
+        (new if new.is_dir() else former).rename(root)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _token(out: Path) -> str:
+    """The sweep's token, random and kept in its folder."""
+    path = out / WORKERS
+    held = path.read_text(encoding="ascii", errors="replace") if path.is_file() else ""
+    if not re.fullmatch(r"[0-9a-f]{32}", held):
+        held = secrets.token_hex(16)
+        write_bytes(path, held.encode())
+    return held
 
 
 def _beside(root: Path, kind: str) -> Path:

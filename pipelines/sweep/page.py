@@ -176,6 +176,6 @@ def _spots(sweep: Sweep, cost: str) -> list[Spot]:
                 continue
             rate, paid = quality(artifact), getattr(artifact, cost)
             if rate is not None and paid:
-                passes = series == 2 and not student.missed
+                passes = artifact is chosen and not student.missed
                 found.append(Spot(student.model, series, float(paid), rate.value, rate.low, rate.high, passes))
     return found

@@ -18,6 +18,7 @@ BANK = "bank"
 """folder of the run that makes the bank, where the sweep does not take an existing run"""
 
 Rate = Annotated[float, Field(ge=0, le=1)]
+Way = Literal["time", "larger", "limit", "quantization", "images"]
 State = Literal["waiting", "training", "stopped", "passes", "refused", "failed"]
 
 
@@ -80,7 +81,7 @@ class Missed(_Part):
 
 
 class Target(_Part):
-    """The sizes that a student's run is being brought to; kept before it starts, so that a repetition gives no time
+    """The planned sizes of a student's run, saved before the share starts, so that a repeated command grants no time
     twice."""
 
     round: Annotated[int, Field(ge=1)]
@@ -105,14 +106,14 @@ class StudentRecord(_Part):
     params: int | None = None
     macs: int | None = None
     int8_bytes: int | None = None
-    """size of its INT8 graph, measured with untrained weights or computed from them; the sweep's idea of small"""
+    """size of its INT8 graph, measured with untrained weights or computed from them; the sweep sorts by it"""
     target: Target | None = None
     shares: list[Share] = []
     artifacts: list[Measured] = []
     missed: list[Missed] = []
-    way: Literal["time", "larger", "limit", "images"] | None = None
-    """what would help a student that does not pass: more time, a larger student, another limit, or more images to
-    decide"""
+    way: Way | None = None
+    """what would help a student that does not pass: more time, a larger student, another limit, less loss in INT8, or
+    more images to decide"""
 
     @property
     def open(self) -> bool:

@@ -17,7 +17,7 @@ from ..gate.verdict import load_report, run_gate
 from ..measurements import ArtifactReport, Report
 from ..recipes.schema import Recipe
 from .halving import way_on
-from .record import Bounds, Measured, Missed, StudentRecord, Sweep
+from .record import Bounds, Measured, Missed, StudentRecord, Sweep, Way
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 
@@ -25,6 +25,8 @@ _FIXED = {"latency_p95", "size"}
 """checks that training does not change"""
 _NOISE = {"latency_p95": 1.25, "size": 1.0}
 """a limit is missed for good if it is exceeded by this factor; a latency varies"""
+_INT8_DROP = "accuracy_drop_vs_fp32"
+"""the check that quantization alone decides"""
 _TRAINED = {"accuracy_drop_vs_teacher": 1, "agreement": -1}
 """checks that more training or a larger student helps, and the sign of "too much" """
 
@@ -106,6 +108,14 @@ def conclude(sweep: Sweep, out: Path) -> None:
     sweep.answer, sweep.command = None, ""
     open_ = any(all(missed.verdict == "inconclusive" for missed in each.missed) for each in judged)
     sweep.verdict = "inconclusive" if open_ else "fail"
+    excluded = [each for each in sweep.students if each.state == "stopped"]
+    if not judged and excluded:
+        for each in excluded:
+            each.way = "limit"
+        least = min(excluded, key=lambda each: each.order)
+        sweep.sentence = f"No student passes. {least.model}, the smallest: {least.reason}."
+        sweep.command = f"nayer-edge students --input {_input(sweep)}"
+        return
     if not judged:
         sweep.sentence = "No student passes: none could be trained."
         return
@@ -117,6 +127,7 @@ def conclude(sweep: Sweep, out: Path) -> None:
         "larger": f"nayer-edge students --input {_input(sweep)}",
         "images": f"nayer-edge validate {root} --data FOLDER",
         "limit": f"nayer-edge gate {root} --print-policy",
+        "quantization": f"nayer-edge export {root} --int8 --qat",
     }.get(closest.way or "", f"nayer-edge report {root}")
 
 
@@ -127,6 +138,7 @@ def advice(student: StudentRecord) -> str:
         "larger": "a larger student: its last share of the time improved it too little",
         "images": "more hold-out images, which would decide",
         "limit": "a smaller student or another limit: training does not change this",
+        "quantization": "less loss in INT8: quantization-aware training, or layers in float (export.max_drop)",
     }
     return words.get(student.way or "", "")
 
@@ -172,15 +184,18 @@ def _too_much(missed: Missed) -> float:
     return _TRAINED[missed.check] * ((missed.observed or 0.0) - (missed.limit or 0.0))
 
 
-def _way(student: StudentRecord) -> Literal["time", "larger", "limit", "images"] | None:
+def _way(student: StudentRecord) -> Way | None:
+    if not student.missed:
+        return None
     if any(missed.check in _FIXED for missed in student.missed):
         return "limit"
-    if not student.missed or any(missed.check not in _TRAINED for missed in student.missed):
-        return None
-    needed = max(_too_much(missed) for missed in student.missed)
-    if needed <= 0:
-        return "images"
-    return way_on([(made.trained_seconds, made.agreement.value) for made in student.shares], needed)
+    trained = [missed for missed in student.missed if missed.check in _TRAINED]
+    needed = max((_too_much(missed) for missed in trained), default=0.0)
+    if needed > 0:
+        return way_on([(made.trained_seconds, made.agreement.value) for made in student.shares], needed)
+    if any(missed.check == _INT8_DROP and missed.verdict == "fail" for missed in student.missed):
+        return "quantization"
+    return "images" if all(missed.verdict == "inconclusive" for missed in student.missed) else None
 
 
 def _distance(student: StudentRecord) -> tuple[int, float, str]:
@@ -198,7 +213,7 @@ def _figures(student: StudentRecord) -> str:
         if artifact.p95_ms is not None:
             words.append(f"{wording.milliseconds(artifact.p95_ms)} ms")
         if (found := quality(artifact)) is not None:
-            kind = "right" if artifact.accuracy else "agreement with the teacher"
+            kind = "accuracy" if artifact.accuracy else "agreement with the teacher"
             words.append(f"{wording.percent(found.value)} {kind}")
     return ", ".join(words)
 

@@ -1,26 +1,27 @@
 """Runs a sweep: a bank, a first share of the time for every student, and the rest for those that can still pass.
 
 Every student is an ordinary run folder, made by the functions that `run --bank` and `run --more` call, here, on several
-GPUs or on a Ray cluster (workers.py). `sweep.json` is written after every step and says before a share starts what it
-will bring the run to, so a repetition goes on where the sweep was interrupted and gives no time twice.
+GPUs or on a Ray cluster (workers.py). `sweep.json` is written after every step. The plan of a share is written before
+the share starts, so a repeated command continues where the sweep was interrupted and grants no time twice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shlex
 import shutil
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.text import Text
 
 from nayer_edge.config import Student
-from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, UsageError, understood
+from nayer_edge.errors import IntegrityError, NayerEdgeError, UsageError, understood
 from nayer_edge.export.runners import as_bytes
 from nayer_edge.models.load import load_classifier
 from nayer_edge.models.names import MEMORY, located, parse
@@ -40,14 +41,27 @@ from ..costs.planning import with_sections
 from ..deploy import SyntheticSource
 from ..distill import BANK as BANK_FILE
 from ..distill import STUDENT, metrics_of
-from ..plan import bank_digest
+from ..plan import bank_digest, changes_of
 from ..recipes.loading import portable, recipe_of
 from ..recipes.schema import Recipe
 from . import on_ray, results
 from .candidates import cannot_pass, cost_of, proposed, require_distinct
 from .halving import Decision, Standing, decide, rounds_for, share
 from .page import write_page
-from .record import BANK, PAGE, RECORD, Bank, Share, StudentRecord, Sweep, Target, now, read_sweep, write_sweep
+from .record import (
+    BANK,
+    PAGE,
+    RECORD,
+    Bank,
+    Share,
+    State,
+    StudentRecord,
+    Sweep,
+    Target,
+    now,
+    read_sweep,
+    write_sweep,
+)
 from .workers import Here, OnDevices, Result, Task, gpus, sections_of
 
 if TYPE_CHECKING:
@@ -56,11 +70,13 @@ if TYPE_CHECKING:
 HOLDOUT = "holdout.safetensors"
 """the images that all students share; no student is trained on them"""
 MOST_IMAGES, LEAST_IMAGES = 2000, 400
-"""number of those images: all that were put aside while the bank was made, within these limits"""
+"""number of those images: all that were reserved while the bank was made, within these limits"""
 BANK_SHARE = 0.25
 """of the time, for a bank that has to be made"""
 DEFAULT_SHARE = 0.4
 """of what the students' runs would take alone, if no time is given"""
+_SAME = ("teacher", "teach", "export", "validate", "gate", "seed", "device", "precision")
+"""parts of the recipe that a sweep continues with only if they are the same"""
 BANK_COPIES = 4
 """disk space of a run in sizes of the bank that it starts with: its own bank, which has grown, twice"""
 
@@ -76,13 +92,16 @@ def planned(
         seconds: time for the students, and for the bank if there is none.
 
     Raises:
-        UsageError: a student is listed twice, or none can be built.
+        UsageError: a student is listed twice, none can be built, or the bank is unfinished or another teacher's.
+        IntegrityError: the bank was altered.
     """
     teacher = recipe.teacher
     if bank is not None:
         recipe = actions.on_bank(recipe, bank)
     elif recipe.student.bank is not None:
         bank = Path(recipe.student.bank)
+    if bank is not None:
+        shared_bank.require_fit(recipe)
     params = results.teacher_params(recipe, bank)
     chosen = require_distinct(models) if models else proposed(params, teacher.input, teacher.classes)
     students = [StudentRecord(model=model, folder=folder) for model, folder in _folders(chosen)]
@@ -144,14 +163,16 @@ def run_sweep(
             recipe = recipe_of(sweep.recipe, out)
         elif recipe is None:
             raise UsageError(f"{out} is not the folder of a sweep: it has no {RECORD}.")
-        elif sweep is None and not is_vacant(out):
+        elif sweep is None and not fresh and not is_vacant(out):
             raise UsageError(
                 f"{out} is neither empty nor the folder of a sweep.", fix="Choose another folder with --out."
             )
         else:
             # No student has begun yet: everything may still be planned in another way.
             (out / HOLDOUT).unlink(missing_ok=True)
+            spent = sweep.spent if sweep is not None else 0.0
             sweep, recipe = planned(recipe, bank, out, models, seconds)
+            sweep.spent = spent
             write_sweep(out, sweep)
         work = _Work(sweep, recipe, out, display, cluster)
         work.prepare()
@@ -190,6 +211,7 @@ def as_commands(sweep: Sweep, bank: Path | None, out: Path, name: str, settings:
     elif seconds is None:
         seconds = default_seconds(RunFolder.open(bank), len(open_))
     time = "" if seconds is None else f" --budget {max(1, round(seconds / max(len(open_), 1)))}s"
+    time += " --trust-code" * is_trusted()
     return [
         *lines,
         *(
@@ -297,14 +319,25 @@ class _Work:
             return Path(self.recipe.student.bank)
         root = self.out / BANK
         limit = None if self.sweep.seconds is None else self.sweep.seconds * BANK_SHARE
-        made = root / MANIFEST
-        if not (made.is_file() and "student" in RunFolder.open(root).manifest.steps):
-            began = time.monotonic()
-            chosen, _ = actions.timed(self.recipe, None, root, actions.Time(budget=limit))
-            actions.make(chosen, root, last="student", display=self.display)
-            if limit is not None:
-                self.sweep.spent += time.monotonic() - began
-                self.save()
+        steps = RunFolder.open(root).manifest.steps if (root / MANIFEST).is_file() else {}
+        if "student" not in steps:
+            try:
+                chosen, _ = actions.timed(self.recipe, None, root, actions.Time(budget=limit))
+            except TooShortError as error:
+                least = math.ceil(1.1 * error.least / BANK_SHARE / 60)
+                raise UsageError(
+                    f"{duration(self.sweep.seconds or 0)} are too short for this sweep.",
+                    why=f"A quarter of the time makes the memory bank. {error.why}",
+                    fix=f"Use at least: --budget {least}m",
+                ) from error
+            began, taught = time.monotonic(), _taught(root)
+            try:
+                actions.make(chosen, root, last="student", display=self.display)
+            finally:
+                if limit is not None:
+                    # The budget is for distillation; the teacher comes before it.
+                    self.sweep.spent += time.monotonic() - began - (_taught(root) - taught)
+                    self.save()
         return root
 
     def shared_images(self, run: RunFolder) -> None:
@@ -340,6 +373,7 @@ class _Work:
         while True:
             seconds = max(share(self.left, self.sweep.rounds, len(self.open)), 1.0)
             short: dict[str, TooShortError] = {}
+            failed: dict[str, NayerEdgeError] = {}
             tasks = {each.model: self.task(each, recipes[each.model], plan=seconds) for each in waiting}
             with contextlib.closing(self.workers.run(tasks)) as planned:
                 for model, result in planned:
@@ -348,9 +382,17 @@ class _Work:
                         if self.sweep.rounds > 1:
                             break
                     elif result.error is not None:
-                        raise result.error
+                        failed[model] = result.error
                     else:
                         self.sweep.student(model).target = Target(round=1, seconds=seconds, sections=result.sections)
+            for model, error in failed.items():
+                self.fail(self.sweep.student(model), error)
+            waiting = [each for each in waiting if each.open]
+            if failed and not waiting:
+                raise next(iter(failed.values()))
+            if failed:
+                # The others share its time.
+                continue
             if not short or self.sweep.rounds == 1:
                 break
             self.sweep.rounds -= 1
@@ -419,6 +461,7 @@ class _Work:
                 f" ({self.root(each)})"
             )
             each.state = "training"
+            on_ray.recover(self.root(each))
             tasks[each.model] = self.task(each, with_sections(self.recipe_for(each), each.target.sections))
         self.save()
         took: dict[str, float] = {}
@@ -502,20 +545,14 @@ class _Work:
         measured = [each for each in self.sweep.students if each.shares and (each.open or each.state == "passes")]
         decided = decide([_standing(each) for each in measured], self.sweep.rounds - number)
         for each in measured:
-            self.apply(each, decided[each.model])
+            apply(decided[each.model], each)
+            if each.state == "stopped":
+                self.tell(f"{each.model} is stopped: {each.reason}.")
+        # All decisions at once: with some of them only, a repetition would rank the rest anew.
         self.sweep.done = number
         self.save()
 
-    def apply(self, student: StudentRecord, decision: Decision) -> None:
-        if decision.action == "continue":
-            student.state, student.reason = "waiting", decision.reason
-        elif decision.action == "pass":
-            self.end(student, "passes", decision.reason)
-        else:
-            self.end(student, "stopped", decision.reason)
-            self.tell(f"{student.model} is stopped: {decision.reason}.")
-
-    def end(self, student: StudentRecord, state: Any, reason: str) -> None:
+    def end(self, student: StudentRecord, state: State, reason: str) -> None:
         student.state, student.reason, student.ended = state, reason, now()
         self.save()
 
@@ -524,10 +561,28 @@ class _Work:
     def finish(self) -> None:
         """Reads what every run measured, also those that were continued by hand, and writes the answer and the page."""
         for each in self.sweep.students:
-            results.refresh(each, self.root(each), self.sweep)
+            root = self.root(each)
+            try:
+                results.refresh(each, root, self.sweep)
+            except IntegrityError:
+                if _altered(root):
+                    raise
+                where = shlex.quote(str(root))
+                self.tell(
+                    f"{each.model}: its run is unfinished; the table shows its last verdict. To finish it: "
+                    f"nayer-edge run {where}"
+                )
         results.conclude(self.sweep, self.out)
         self.save()
         write_page(self.sweep, self.recipe.gate, self.out / PAGE)
+
+
+def apply(decision: Decision, student: StudentRecord) -> None:
+    """Records what becomes of a student after a round."""
+    states: dict[str, State] = {"continue": "waiting", "pass": "passes", "stop": "stopped"}
+    student.state, student.reason = states[decision.action], decision.reason
+    if decision.action != "continue":
+        student.ended = now()
 
 
 def _folders(models: Sequence[str]) -> list[tuple[str, str]]:
@@ -550,7 +605,12 @@ def _examine(student: StudentRecord, recipe: Recipe) -> None:
         return
     try:
         cost = cost_of(located(student.model, Path.cwd()), teacher.input, teacher.classes, recipe.gate)
-    except (UsageError, MissingError, IntegrityError) as error:
+        if cannot_pass(cost, recipe.gate):
+            # One latency may be a disturbance.
+            cost = cost_of(located(student.model, Path.cwd()), teacher.input, teacher.classes, recipe.gate)
+    except Exception as failure:
+        if (error := understood(failure, "This student")) is None:
+            raise
         student.state, student.reason = "refused", " ".join(f"{error.what} {error.why}".split())
         return
     student.params, student.macs, student.int8_bytes = cost.params, cost.macs, cost.int8_bytes
@@ -565,6 +625,9 @@ def _require_same(
     differing = []
     if recipe is not None and recipe.name != sweep.name:
         differing.append(f"the recipe is '{sweep.name}', not '{recipe.name}'")
+    if recipe is not None:
+        former, asked = ({key: each.get(key) for key in _SAME} for each in (sweep.recipe, portable(recipe, out)))
+        differing += changes_of(former, asked)
     if models and set(require_distinct(models)) != {each.model for each in sweep.students}:
         differing.append(f"its students are {', '.join(each.model for each in sweep.students)}")
     if seconds is not None and sweep.seconds is not None and seconds != sweep.seconds:
@@ -609,14 +672,23 @@ def _clear(out: Path) -> None:
             f"{out} is not empty and not the folder of a sweep, so --fresh will not empty it.",
             fix="Choose another folder with --out, or empty this one yourself.",
         )
-    sweep = read_sweep(out)
-    for name in (*(each.folder for each in sweep.students), BANK):
+    try:
+        runs = [*(each.folder for each in read_sweep(out).students), BANK]
+    except IntegrityError:
+        runs = [path.parent.name for path in out.glob(f"*/{MANIFEST}")]
+    for name in (f"{run}{kind}" for run in runs for kind in ("", ".new", ".former", ".tensorboard")):
         folder = out / name
         if Path(name).name == name and folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)
     # The record goes last: until then an interruption leaves the folder recognisable.
-    for name in (HOLDOUT, PAGE, RECORD):
+    for name in (HOLDOUT, PAGE, *on_ray.FILES, RECORD):
         (out / name).unlink(missing_ok=True)
+
+
+def _taught(root: Path) -> float:
+    """Seconds of the steps before the student; 0 where they were not run."""
+    steps = RunFolder.open(root).manifest.steps if (root / MANIFEST).is_file() else {}
+    return sum(steps[name].seconds for name in ("teacher", "lte") if name in steps)
 
 
 def _altered(*roots: Path) -> bool:

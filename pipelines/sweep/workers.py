@@ -1,9 +1,9 @@
 """The work on a student as a task, and where tasks run: here, one after the other, or in parallel on several GPUs.
 `on_ray.py` has a third place, a Ray cluster.
 
-Elsewhere a student is only planned and trained. Its export, validation and verdict are made by the process of the
-sweep, one student at a time: latencies then come from one machine that does nothing else, and hold-out images stay on
-it.
+In other processes, a student is only planned and trained. Its export, validation and verdict are made by the process of
+the sweep, one student at a time: latencies then come from one machine that does nothing else, and hold-out images stay
+on it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SECTIONS = ("lte", "generator", "synthesis", "distill", "budget")
 """parts of a recipe that a plan fills in"""
 POLL = 0.1
-"""seconds between looks at running processes"""
+"""seconds between checks of running processes"""
 _ERRORS = {kind.__name__: kind for kind in (UsageError, MissingError, IntegrityError, TrainingError)}
 
 
@@ -81,7 +81,7 @@ class Task:
     def packed(self) -> dict[str, Any]:
         """As JSON can hold it."""
         recipe = self.recipe.model_dump(mode="json", by_alias=True)
-        return {"recipe": recipe, "root": str(self.root), "plan": self.plan, "trust_code": self.trust_code}
+        return {"recipe": recipe, "root": str(self.root.absolute()), "plan": self.plan, "trust_code": self.trust_code}
 
     @classmethod
     def unpacked(cls, values: Mapping[str, Any]) -> Task:

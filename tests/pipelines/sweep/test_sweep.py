@@ -26,7 +26,7 @@ from nayer_edge.pipelines.recipes.policy import Policy
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.schemas import load
 from nayer_edge.pipelines.show import Display
-from nayer_edge.pipelines.sweep import candidates, page, results, running
+from nayer_edge.pipelines.sweep import candidates, page, results, running, workers
 from nayer_edge.pipelines.sweep.order import SweepOrder
 from nayer_edge.pipelines.sweep.record import (
     Bank,
@@ -40,7 +40,7 @@ from nayer_edge.pipelines.sweep.record import (
     write_sweep,
 )
 from nayer_edge.runtime.progress import Silent
-from nayer_edge.storage.run_folder import RunFolder
+from nayer_edge.storage.run_folder import LOCK, RunFolder
 
 Invoke = Callable[..., Any]
 STUDENTS = ("nayer:resnet8_w4", "nayer:resnet8_w6", "nayer:nothing")
@@ -184,6 +184,82 @@ def test_another_sweep_is_not_continued(done: Path, source: Path, tmp_path: Path
     assert (tmp_path / "notes.txt").is_file()
 
 
+def test_other_settings_are_not_ignored(done: Path, source: Path, invoke: Invoke) -> None:
+    words = ("--students", ",".join(STUDENTS), "--out", done)
+    answer = invoke("sweep", source, *words, "--set", "gate.accuracy.max_drop_vs_teacher=0.5", "--set", "seed=7")
+    assert (answer.code, "holds another sweep" in answer.err) == (2, True), answer.err
+    assert "gate.accuracy.max_drop_vs_teacher: 0.04 → 0.5" in " ".join(answer.err.split())
+    assert "seed: 0 → 7" in answer.err
+
+
+def test_a_run_without_a_student_has_no_bank(source: Path, tmp_path: Path, invoke: Invoke) -> None:
+    root = Path(shutil.copytree(source, tmp_path / "unfinished"))
+    run = RunFolder.open(root)
+    run.forget("student")
+    run.save()
+    answer = invoke("sweep", root, "--students", "nayer:resnet8_w4", "--out", tmp_path / "sweep")
+    assert (answer.code, "has no finished student" in answer.err) == (2, True), answer.err
+    assert not (tmp_path / "sweep" / "sweep.json").exists()
+
+
+def test_an_altered_bank_is_refused(source: Path, tmp_path: Path, invoke: Invoke) -> None:
+    root = Path(shutil.copytree(source, tmp_path / "altered"))
+    bank = root / "bank.safetensors"
+    bank.write_bytes(bank.read_bytes()[:-1] + b"?")
+    answer = invoke("sweep", root, "--students", "nayer:resnet8_w4", "--out", tmp_path / "sweep")
+    assert (answer.code, "was altered" in answer.err) == (4, True), answer.err
+
+
+def test_a_student_that_cannot_be_planned_ends_alone(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others share its time, and the next call tries it again."""
+    out = tmp_path / "sweep"
+    plan, recipe = running.planned(actions.recipe_in(source), source, out, STUDENTS[:2], 1000.0)
+    out.mkdir()
+    work = running._Work(plan, recipe, out, None)
+    given: list[float] = []
+
+    def planned(task: Any) -> Any:
+        given.append(task.plan)
+        if task.recipe.student.model == STUDENTS[0]:
+            raise MemoryError
+        return task.recipe, []
+
+    monkeypatch.setattr(workers, "with_budget", lambda recipe, seconds, _: planned(workers.Task(recipe, out, seconds)))
+    work.prepare()
+    small, large = plan.students
+    assert (small.state, large.state) == ("failed", "waiting")
+    assert "memory" in small.reason
+    assert large.target is not None
+    assert large.target.seconds == pytest.approx(1000.0, rel=0.02)
+    assert given[0] == pytest.approx(500.0, rel=0.02)
+    assert running._Work(read_sweep(out), recipe, out, None).sweep.students[0].state == "failed"
+
+
+def test_a_damaged_record_can_be_started_over(done: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(done, tmp_path / "sweep"))
+    (out / "sweep.json").write_text("{")
+    (out / "resnet8_w4.tensorboard").mkdir()
+    (out / "mine").mkdir()
+    running._clear(out)
+    assert [path.name for path in out.iterdir() if path.name != LOCK] == ["mine"]
+
+
+def test_decisions_after_a_round_are_saved_together(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted between two of them, a repetition would rank only those that are left."""
+    plan = read_sweep(done)
+    for each in plan.students[:2]:
+        each.state, each.shares = "waiting", each.shares[:1]
+    plan.done, plan.rounds = 0, 2
+    saved: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(
+        running, "write_sweep", lambda _, sweep: saved.append((sweep.done, [each.state for each in sweep.students[:2]]))
+    )
+    running._Work(plan, recipe_of(plan.recipe, done), done, None).halve(1)
+    assert saved == [(1, ["stopped", "waiting"])] or saved == [(1, ["waiting", "stopped"])]
+
+
 def test_too_little_time_and_space(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, out = actions.recipe_in(source), tmp_path / "sweep"
     usage = namedtuple("usage", "total used free")
@@ -231,8 +307,11 @@ def test_a_recipe_names_its_students_and_time() -> None:
     assert (order.students, order.seconds) == ((), None)
 
 
-def test_from_python(done: Path) -> None:
+def test_from_python(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ne.sweep(done)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("HOME", str(done.parent))
+        assert ne.sweep("~/sweep").record == found.record
     assert (found.record.verdict, found.best) == ("fail", None)
     assert found.run("nayer:resnet8_w4").path == done / "resnet8_w4"
     with pytest.raises(UsageError, match="no run of"):
@@ -284,8 +363,11 @@ def rate(value: float, n: int = 600) -> results.Bounds:
 
 def student(name: str, size: int, accuracy: float, *, missed: str = "", shares: tuple[float, ...] = ()) -> Any:
     """A student with INT8 accuracy, a check that it misses, and agreement after shares of a minute each."""
-    limit = {"accuracy_drop_vs_teacher": 0.04, "size": 1000.0, "latency_p95": 1.0}
-    observed = {"accuracy_drop_vs_teacher": 0.99 - accuracy, "size": float(size), "latency_p95": 1.1}
+    limit = {"accuracy_drop_vs_teacher": 0.04, "accuracy_drop_vs_fp32": 0.01, "size": 1000.0, "latency_p95": 1.0}
+    observed = {
+        **{"accuracy_drop_vs_teacher": 0.99 - accuracy, "accuracy_drop_vs_fp32": 0.03},
+        **{"size": float(size), "latency_p95": 1.1},
+    }
     misses = [
         Missed(check=missed, artifact="int8.cpu", observed=observed[missed], bound=None, limit=limit[missed],
                verdict="fail", detail=f"{name} misses {missed}.")
@@ -320,7 +402,7 @@ def test_the_smallest_that_passes_is_the_answer() -> None:
     sweep = concluded(student("large", 3000, 0.99), short, student("small", 1000, 0.98))
     assert (sweep.verdict, sweep.answer) == ("pass", "small")
     assert sweep.command == "nayer-edge export runs/sweep/small --int8"
-    assert "1,000 parameters, int8.cpu 1.0 kB, 0.500 ms, 98.00 % right" in sweep.sentence
+    assert "1,000 parameters, int8.cpu 1.0 kB, 0.500 ms, 98.00 % accuracy" in sweep.sentence
 
 
 @pytest.mark.parametrize(
@@ -330,6 +412,7 @@ def test_the_smallest_that_passes_is_the_answer() -> None:
         (student("a", 500, 0.94, missed="accuracy_drop_vs_teacher", shares=(0.9, 0.93)), "time", "--more"),
         (student("a", 500, 0.90, missed="accuracy_drop_vs_teacher", shares=(0.9, 0.901)), "larger", "students"),
         (student("a", 1500, 0.99, missed="size"), "limit", "--print-policy"),
+        (student("a", 500, 0.97, missed="accuracy_drop_vs_fp32"), "quantization", "--qat"),
     ],
 )
 def test_none_passes(found: Any, way: str, command: str) -> None:
@@ -341,6 +424,25 @@ def test_none_passes(found: Any, way: str, command: str) -> None:
     table = io.StringIO()
     Console(file=table, width=80).print(sweep_table(sweep))
     assert found.missed[0].detail in " ".join(table.getvalue().split())
+
+
+def test_far_from_its_teacher_counts_more_than_a_loss_in_int8() -> None:
+    """A weak student often has both, and INT8 alone is not what it lacks."""
+    weak = student("a", 500, 0.90, missed="accuracy_drop_vs_teacher", shares=(0.9, 0.901))
+    weak.missed += student("a", 500, 0.90, missed="accuracy_drop_vs_fp32").missed
+    assert concluded(weak).students[0].way == "larger"
+
+
+def test_every_student_over_a_limit_before_training() -> None:
+    excluded = [
+        StudentRecord(model=name, folder=name, state="stopped", int8_bytes=size,
+                      reason=f"more training cannot help: its int8.cpu has {size} bytes, the limit is 10")
+        for name, size in (("b", 900), ("a", 400))
+    ]  # fmt: skip
+    sweep = concluded(*excluded)
+    assert (sweep.verdict, [each.way for each in sweep.students]) == ("fail", ["limit", "limit"])
+    assert "a, the smallest: more training cannot help: its int8.cpu has 400 bytes" in sweep.sentence
+    assert "nayer-edge students" in sweep.command
 
 
 def test_a_latency_near_its_limit_does_not_exclude_a_student() -> None:

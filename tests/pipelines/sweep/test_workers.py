@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -171,10 +172,12 @@ def test_a_worker_without_the_project_is_named(answer: dict[str, Any], kind: Any
     [
         (RuntimeError("Version mismatch: The cluster was started with: Ray: 2.9.0"), "another version of Ray"),
         (NotADirectoryError(20, "Not a directory", "/dev/null/.ray"), "cannot write to the home folder"),
+        (PermissionError(13, "Permission denied", "/tmp/ray/session"), "cannot write to /tmp/ray/session"),
         (ConnectionError("Could not find any running Ray instance."), "no connection"),
     ],
 )
-def test_why_there_is_no_connection(error: Exception, message: str) -> None:
+def test_why_there_is_no_connection(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/dev/null")
     found = on_ray._explained(error, "auto", "2.60.0")
     assert message in found.what
     assert found.fix
@@ -183,6 +186,32 @@ def test_why_there_is_no_connection(error: Exception, message: str) -> None:
 def test_a_missing_ray_is_said(without: Callable[..., dict[str, str]], spawn: Callable[..., Any], source: Path) -> None:
     answer = spawn("sweep", source, "--ray", "auto", "--out", source.parent / "no-ray", env=without("ray"))
     assert (answer.code, "pip install 'nayer-edge[ray]'" in answer.err) == (3, True), answer.err
+
+
+def test_workers_get_absolute_paths(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have another working directory."""
+    monkeypatch.chdir(source.parent)
+    recipe = actions.on_bank(actions.recipe_in(source), Path(source.name))
+    packed = Task(recipe, Path("sweep/student")).packed()
+    assert packed["root"] == str(source.parent / "sweep/student")
+    assert packed["recipe"]["student"]["bank"] == str(source)
+
+
+def test_a_worker_plans_with_the_teacher_of_the_bank(source: Path, tmp_path: Path) -> None:
+    """The file that the recipe names may not be on that machine."""
+    recipe = actions.on_bank(actions.recipe_in(source), source)
+    teacher = recipe.teacher.model_copy(update={"weights": str(tmp_path / "elsewhere.safetensors")})
+    recipe = recipe.model_copy(update={"teacher": teacher, "teach": None})
+    result = Task(recipe, tmp_path / "student", plan=600.0).do()
+    assert result.error is None
+    assert result.sections["budget"]["seconds"] == 600.0
+
+
+def test_the_sweep_keeps_its_name_on_the_workers(tmp_path: Path) -> None:
+    token = on_ray._token(tmp_path)
+    assert on_ray._token(tmp_path) == token
+    (tmp_path / on_ray.WORKERS).write_text("../../etc")
+    assert re.fullmatch("[0-9a-f]{32}", on_ray._token(tmp_path))
 
 
 def test_files_come_back_all_or_none(tmp_path: Path) -> None:
@@ -196,11 +225,17 @@ def test_files_come_back_all_or_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="outside"):
         on_ray._replace(root, {"../c": np.frombuffer(b"new", dtype=np.uint8)})
     assert (root / "a/b").read_bytes() == b"new"
-    # Interrupted between the two renames.
+    # Interrupted between the two renames: what came back is complete, and is kept.
     root.rename(tmp_path / "run.former")
-    on_ray._recover(root)
-    assert (root / "a/b").read_bytes() == b"new"
-    assert not (tmp_path / "run.former").exists()
+    (tmp_path / "run.new").mkdir()
+    (tmp_path / "run.new" / "b").write_text("newer")
+    on_ray.recover(root)
+    assert [path.name for path in root.iterdir()] == ["b"]
+    # After them, but before the former folder was removed.
+    (tmp_path / "run.former").mkdir()
+    on_ray.recover(root)
+    assert [path.name for path in root.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 ray_only = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: the extra 'ray'")
