@@ -1,7 +1,7 @@
 """FP16 graphs for GPU targets: what trtexec's former --fp16 did in the builder, done in the graph.
 
-Nodes whose values do not fit into FP16 stay in FP32. Real images may reach further than the images here, so tensors
-need half of FP16's range.
+Nodes whose values do not fit into FP16 stay in FP32. Real images may give larger values than the images used here, so
+tensors must fit into half of FP16's range.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .plain_graph import attribute, constants, copy_of, distinct, producers
 
 LARGEST = float(np.finfo(np.float16).max)
 MARGIN = 2.0
-"""largest value that FP16 holds, over the largest value of a tensor on the images seen"""
+"""smallest allowed ratio of FP16's largest value to a tensor's largest value on the images seen"""
 SMALLEST = 2.0**-16
 """FP16 holds numbers below this with less than 8 bits"""
 FP32_NODES = "nayer_edge.fp32_nodes"

@@ -1,4 +1,4 @@
-"""Questions to ask of an ONNX graph, and the plain form that the quantizer and QAT need (`make_plain`).
+"""Queries on an ONNX graph, and the plain form that the quantizer and QAT need (`make_plain`).
 
 ONNX Runtime's quantizer drops Gemm's `beta` (seen in 1.31), and renames a bias that two operators share once for each
 of them.

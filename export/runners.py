@@ -65,7 +65,7 @@ def in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batc
     """Logits (n, classes), float32, of images (n, C, H, W), passed to `run` in batches.
 
     Raises:
-        UsageError: these are no images, or none.
+        UsageError: the array does not hold images, or is empty.
     """
     if images.ndim != 4 or len(images) == 0:
         raise UsageError(

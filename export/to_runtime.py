@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from nayer_edge import __version__
-from nayer_edge.errors import UsageError
+from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.storage.files import write_bytes
 
 from .int8.calibration import require_images
@@ -39,13 +40,15 @@ def to_fp32_file(network: nn.Module, shape: tuple[int, int, int], path: Path, ta
         path: the file to write.
 
     Raises:
-        UsageError: the runtime lacks an operator (named, with its layer), or computes other logits.
+        UsageError: the runtime lacks an operator (named, with its layer), does not run the file, or computes other
+            logits.
         MissingError: a package that the target needs is not installed.
     """
-    built = module_of(target).build(network, shape, path, precision="fp32")
     noise = np.random.default_rng(0).random((8, *shape), np.float32)
     images = np.concatenate([noise, *edge_cases(shape).values()])
-    with TorchRunner(network) as reference, open_runner(target, path) as runner:
+    with _new_file(target):
+        built = module_of(target).build(network, shape, path, precision="fp32")
+    with _new_file(target), TorchRunner(network) as reference, open_runner(target, path) as runner:
         parity = compare(reference.infer(images), runner.infer(images), tolerance=PARITY_TOLERANCE)
     if parity.verdict != "match":
         path.unlink()
@@ -56,6 +59,20 @@ def to_fp32_file(network: nn.Module, shape: tuple[int, int, int], path: Path, ta
             fix=f"Leave out the target '{target.name}', and please report it with the model's name.",
         )
     return built
+
+
+@contextlib.contextmanager
+def _new_file(target: Target) -> Iterator[None]:
+    """Raises UsageError where the runtime refuses a file that was built a moment ago: it is not damaged, so exporting
+    it again would not help."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise UsageError(
+            f"The file that was built for '{target.name}' does not run: {error.what}",
+            why=error.why,
+            fix=f"Leave out the target '{target.name}', and please report it with the model's name.",
+        ) from error
 
 
 def to_int8_file(
@@ -190,17 +207,19 @@ class _Search:
         """Builds and measures one file.
 
         Raises:
-            UsageError: the runtime or its quantizer lacks an operator, or fails.
+            UsageError: the runtime or its quantizer lacks an operator, or fails, or does not run the file.
         """
         path = self._folder / f"{len(self.built)}{self._target.suffix}"
-        built = module_of(self._target).build(
-            self._network,
-            self._shape,
-            path,
-            precision="int8",
-            calibration=self._calibration,
-            float_layers=sorted(in_float),
-        )
-        with open_runner(self._target, path) as runner:
-            self.agreements[in_float] = agreement(self._fp32_logits, runner.infer(self._holdout), self._labels)
+        with _new_file(self._target):
+            built = module_of(self._target).build(
+                self._network,
+                self._shape,
+                path,
+                precision="int8",
+                calibration=self._calibration,
+                float_layers=sorted(in_float),
+            )
+            with open_runner(self._target, path) as runner:
+                logits = runner.infer(self._holdout)
+        self.agreements[in_float] = agreement(self._fp32_logits, logits, self._labels)
         self.built[in_float] = built

@@ -295,6 +295,16 @@ def unavailable(run: RunFolder) -> list[dict[str, Any]]:
     return [record for record in not_graphs(run) if record["status"] == "unavailable"]
 
 
+def require_runtimes(run: RunFolder) -> None:
+    """Raises MissingError if a file of another runtime than ONNX Runtime and TensorRT could not be built.
+
+    Engines are left out: a recipe with a GPU target is often run on a machine without that GPU.
+    """
+    named = [each["target"] for each in unavailable(run) if not each["file"].endswith(".engine")]
+    if named:
+        require_engines(run, named)
+
+
 def require_engines(run: RunFolder, targets: Iterable[str] = ()) -> None:
     """Raises MissingError if a requested engine, or a file of another runtime, could not be built on this machine.
 
@@ -311,7 +321,7 @@ def require_engines(run: RunFolder, targets: Iterable[str] = ()) -> None:
             why="\n".join(dict.fromkeys(record["reason"] for record in missing)),
             fix="Build them on a machine that meets this, or export only the ONNX files with --no-engine."
             if engines
-            else "Then repeat the command. The files that were exported are kept.",
+            else f"Then type: nayer-edge export {run.typed} --int8   (files that were exported are kept)",
         )
 
 

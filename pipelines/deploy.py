@@ -49,7 +49,7 @@ QUANTIZATION = "export/quantization.json"
 
 PERIOD = 4
 SHARES = {"calibration": (0,), "calibration hold-out": (2,), "validate": (1, 3)}
-"""which of every four rounds put aside serves which purpose"""
+"""which of every four reserved rounds serves which purpose"""
 
 PARITY_TOLERANCE = 1e-3
 """largest difference of logits between torch and ONNX Runtime, both in FP32, that counts as rounding"""
@@ -133,7 +133,7 @@ def make_int8(
     """Quantizes for each target, calibrated with images from the trained generator.
 
     A target's file stays as it is, with its record, if only the list of targets changed: what was measured of it holds.
-    What a runtime of the table cannot take, or lacks a package for, is recorded with the reason; the rest is made.
+    Files that a runtime cannot build, or lacks a package for, are recorded with the reason; the rest are built.
     """
     needed = [*(name for part in (teacher, lte, student) for name in part.files.values()), onnx.files["fp32 onnx"]]
     kept, runtimes = _kept_targets(needed, config, out)
@@ -183,7 +183,7 @@ def _why_not(name: str, out: RunFolder) -> str:
         require(target)
         if target.suffix == ".onnx":
             describe(target, out.path(FP32))
-    except (MissingError, UsageError) as error:
+    except (MissingError, UsageError, IntegrityError) as error:
         return _one_line(error)
     return ""
 
@@ -344,7 +344,7 @@ def _qat_trainer(
             return images, source.teacher(images)
 
     def stream(epoch: int) -> torch.Generator:
-        # The stream's old name: with another one, the results would be others.
+        # The stream keeps its old name: a new one would change the results.
         return random_stream(config.seed, "finetune", epoch, device=device)
 
     schedule = Schedule(settings.qat_epochs, settings.qat_steps, settings.qat_lr, config.distill.temperature)
@@ -364,8 +364,8 @@ def engine_file(precision: str, target: str, capability: str) -> str:
 def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
     """Builds FP16 and INT8 engines. One that cannot be built here is recorded with the reason.
 
-    An engine that is there, built from the graph of today, stays: no two builds are alike, and this machine may not be
-    able to build it.
+    An existing engine that was built from the current graph is kept: no two builds are alike, and this machine may not
+    be able to build it.
     """
     before = out.former.get("engine")
     earlier = read_json(out.path(ENGINES), "the list of engines") if before and before.record else []
@@ -420,7 +420,7 @@ def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFold
 class SyntheticSource:
     """Images for calibration and validation that the student was not trained on.
 
-    Those that were put aside during distillation come first: they stem from all of training. The rest is drawn from
+    Those reserved during distillation come first: they come from all stages of training. The rest is drawn from
     the trained generator, or is procedural if there is none, with a separate random stream for every purpose.
     """
 
@@ -468,11 +468,11 @@ class SyntheticSource:
         return -(-missing // self.config.synthesis.batch) * self.config.synthesis.g_steps
 
     def ready(self, purpose: str) -> int:
-        """Number of images that were put aside for a purpose."""
+        """Number of images reserved for a purpose."""
         return 0 if self.put_aside is None else len(self._put_aside(purpose, len(self.put_aside))[1])
 
     def _put_aside(self, purpose: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Up to `count` images from the rounds put aside for a purpose, spread evenly over training."""
+        """Up to `count` images from the rounds reserved for a purpose, spread evenly over training."""
         batch, device = self.config.synthesis.batch, self.compute.device
         if self.put_aside is None or purpose not in SHARES:
             empty = torch.empty(0, *self.teacher.spec.shape, dtype=torch.uint8, device=device)

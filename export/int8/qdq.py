@@ -86,12 +86,12 @@ def with_qdq(
 
 
 def with_dead_tensors(model: ModelProto, ranges: Ranges) -> Ranges:
-    """The ranges, with a range for tensors that are 0 on every calibration image, as behind a ReLU that never fires.
+    """The ranges, with a range for tensors that are 0 on every calibration image, such as a ReLU that never fires.
 
-    For a range without width ONNX Runtime's quantizer takes scale 1 and zero point 0. It has then already removed the
+    For a range of zero width, ONNX Runtime's quantizer takes scale 1 and zero point 0. It has then already removed the
     ReLU, whose zero point must be the lowest integer for saturation to replace it: in signed integers, negative values
-    would pass (microsoft/onnxruntime#9425, #11660). The range becomes that of the Clip which makes the tensor, where
-    that has bounds, and [0, 1] elsewhere.
+    would pass (microsoft/onnxruntime#9425, #11660). The range becomes that of the Clip that computes the tensor, if
+    it has bounds, and [0, 1] otherwise.
     """
     by_output, known = producers(model), constants(model)
     found = dict(ranges)

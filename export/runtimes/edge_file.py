@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from nayer_edge import __version__
-from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra
 
 Precision = Literal["fp32", "int8"]
 INPUT = "images"
@@ -164,9 +164,32 @@ def read_whole(path: Path) -> bytes:
         raise IntegrityError(f"{path} does not exist.", fix="Export it with: nayer-edge export RUN") from error
 
 
-def top_level(error: ModuleNotFoundError, default: str) -> str:
-    """The package that an import misses."""
-    return (error.name or default).partition(".")[0]
+def not_importable(error: ImportError | OSError, package: str, extra: str, purpose: str) -> MissingError:
+    """The error for an import that failed: the package is missing, or its native code does not fit another package.
+
+    Args:
+        package: the one that was imported.
+        extra: what installs it.
+        purpose: what needs it.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        return missing_extra((error.name or package).partition(".")[0], extra, purpose)
+    return MissingError(
+        f"{purpose} needs the Python package '{package}', which is installed but cannot be imported.",
+        why=f"{first_line(error)} (torch {metadata.version('torch')})",
+        fix="Its version may not fit that of torch. In an environment of its own, type: "
+        f"pip install 'nayer-edge[{extra}]'   (in a checkout: pip install '.[{extra}]')",
+    )
+
+
+def does_not_run(path: Path, runtime: str, error: BaseException) -> IntegrityError:
+    """The error for a file that the runtime loads but cannot execute."""
+    installed = versions_of([runtime])[runtime]
+    return IntegrityError(
+        f"{runtime} {installed} does not run {path}.",
+        why=first_line(error),
+        fix="Export it again with: nayer-edge export RUN",
+    )
 
 
 def first_line(error: BaseException) -> str:

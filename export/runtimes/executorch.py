@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nayer_edge.errors import UsageError, missing_extra
+from nayer_edge.errors import MissingError, UsageError
 from nayer_edge.runtime.provenance import usable_cores
 from nayer_edge.storage.files import sha256_of, write_atomic
 
@@ -38,13 +38,14 @@ from .edge_file import (
     check_request,
     copy_for_export,
     does_not_load,
+    does_not_run,
     first_line,
     is_within,
+    not_importable,
     provenance,
     provenance_in,
     quiet,
     read_whole,
-    top_level,
     versions_of,
     why_in_float,
 )
@@ -92,8 +93,8 @@ def build(
         try:
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
-        except ModuleNotFoundError as error:
-            raise missing_extra(top_level(error, RUNTIME), "executorch", "Building .pte files") from error
+        except (ImportError, OSError) as error:
+            raise not_importable(error, RUNTIME, "executorch", "Building .pte files") from error
         program = _traced(network, shape)
         try:
             if precision == "int8":
@@ -107,7 +108,7 @@ def build(
             # The handles of operators, which tie the file's nodes to layers, exist only after lowering.
             edge._config_methods = {_PROVENANCE: provenance(RUNTIME, versions, facts)}
             executable = edge.to_executorch()
-        except UsageError:
+        except (UsageError, MissingError):
             raise
         except Exception as error:
             raise _unsupported(error, program) from error
@@ -148,11 +149,14 @@ def _traced(network: nn.Module, shape: tuple[int, int, int]) -> torch.export.Exp
 def _quantized(
     program: torch.export.ExportedProgram, calibration: np.ndarray, float_layers: Collection[str]
 ) -> torch.fx.GraphModule:
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-        XNNPACKQuantizer,
-        get_symmetric_quantization_config,
-    )
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    try:
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    except (ImportError, OSError) as error:
+        raise not_importable(error, "torchao", "executorch", "INT8 for ExecuTorch") from error
 
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     quantizer.set_filter_function(lambda node: not is_within(_layer(node), float_layers))
@@ -229,8 +233,8 @@ def _import_runtime() -> tuple[Any, Any]:
         try:
             from executorch.extension.pybindings import portable_lib
             from executorch.runtime import Runtime
-        except ModuleNotFoundError as error:
-            raise missing_extra(top_level(error, RUNTIME), "executorch", "Running .pte files") from error
+        except (ImportError, OSError) as error:
+            raise not_importable(error, RUNTIME, "executorch", "Running .pte files") from error
         # The first look at the thread pool prints the notes about /sys.
         portable_lib._threadpool_get_thread_count()
         return Runtime.get(), portable_lib
@@ -300,7 +304,11 @@ class ExecuTorchRunner:
     def _run(self, images: np.ndarray) -> np.ndarray:
         if images.shape[1:] != self._shape[1:]:
             raise wrong_shape(self.path, images, f"It takes images of shape {self._shape[1:]}.")
-        return self._method.execute([torch.from_numpy(images.astype(np.float32, copy=False))])[0].numpy().copy()
+        try:
+            outputs = self._method.execute([torch.from_numpy(images.astype(np.float32, copy=False))])
+        except RuntimeError as error:
+            raise does_not_run(self.path, RUNTIME, error) from error
+        return outputs[0].numpy().copy()
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -319,8 +327,8 @@ def describe(path: Path) -> dict[str, Any]:
     with quiet():
         try:
             from executorch.exir._serialize._program import deserialize_pte_binary
-        except ModuleNotFoundError as error:
-            raise missing_extra(top_level(error, RUNTIME), "executorch", "Reading .pte files") from error
+        except (ImportError, OSError) as error:
+            raise not_importable(error, RUNTIME, "executorch", "Reading .pte files") from error
         try:
             program: Any = deserialize_pte_binary(data).program
             plan = next(plan for plan in program.execution_plan if plan.name == _METHOD)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nayer_edge.errors import NayerEdgeError, UsageError, missing_extra
+from nayer_edge.errors import NayerEdgeError, UsageError
 from nayer_edge.runtime.provenance import usable_cores
 from nayer_edge.storage.files import sha256_of, write_atomic
 
@@ -35,13 +35,14 @@ from .edge_file import (
     check_request,
     copy_for_export,
     does_not_load,
+    does_not_run,
     first_line,
     is_within,
+    not_importable,
     provenance,
     provenance_in,
     quiet,
     read_whole,
-    top_level,
     versions_of,
     why_in_float,
 )
@@ -132,8 +133,8 @@ def _converted(network: _Named, shape: tuple[int, int, int]) -> bytes:
     with _without_progress():
         try:
             import litert_torch
-        except ModuleNotFoundError as error:
-            raise missing_extra(top_level(error, "litert_torch"), "litert", "Building .tflite files") from error
+        except (ImportError, OSError) as error:
+            raise not_importable(error, "litert_torch", "litert", "Building .tflite files") from error
         try:
             with torch.no_grad():
                 model = litert_torch.convert(network, sample_kwargs={INPUT: torch.full((1, *shape), 0.5)})
@@ -248,8 +249,8 @@ def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str
         from ai_edge_quantizer import calibrator, qtyping, quantizer
         from ai_edge_quantizer.algorithm_manager import AlgorithmName
         from ai_edge_quantizer.utils import qsv_utils
-    except ModuleNotFoundError as error:
-        raise missing_extra(top_level(error, "ai_edge_quantizer"), "litert", "INT8 for LiteRT") from error
+    except (ImportError, OSError) as error:
+        raise not_importable(error, "ai_edge_quantizer", "litert", "INT8 for LiteRT") from error
     operation = qtyping.TFLOperationName
     work = quantizer.Quantizer(content)
     work.add_static_config(".*", operation.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
@@ -299,8 +300,8 @@ def _open(path: Path, threads: int) -> Any:
     with quiet(_HARMLESS):
         try:
             from ai_edge_litert.interpreter import Interpreter
-        except ModuleNotFoundError as error:
-            raise missing_extra(top_level(error, "ai_edge_litert"), "litert", "Running .tflite files") from error
+        except (ImportError, OSError) as error:
+            raise not_importable(error, "ai_edge_litert", "litert", "Running .tflite files") from error
         try:
             interpreter = Interpreter(model_content=data, num_threads=threads)
             interpreter.allocate_tensors()
@@ -356,7 +357,10 @@ class LiteRtRunner:
             limits = np.iinfo(self._input["dtype"])
             pixels = np.clip(np.rint(pixels / scale) + zero, limits.min, limits.max).astype(self._input["dtype"])
         self._interpreter.set_tensor(self._input["index"], pixels)
-        self._interpreter.invoke()
+        try:
+            self._interpreter.invoke()
+        except RuntimeError as error:
+            raise does_not_run(self.path, RUNTIME, error) from error
         logits = self._interpreter.get_tensor(self._output["index"])
         if self._output["dtype"] != np.float32:
             scale, zero = self._output["quantization"]
@@ -394,7 +398,9 @@ def describe(path: Path) -> dict[str, Any]:
                 }
             )
             continue
-        int8 = result["dtype"] == np.int8 and tensors[step["inputs"][0]]["dtype"] == np.int8
+        # Not the first input: that of TRANSPOSE_CONV is a shape, that of SPLIT an axis.
+        floats = [source for source in step["inputs"] if source >= 0 and tensors[source]["dtype"] == np.float32]
+        int8 = result["dtype"] == np.int8 and not floats
         rows.append((kind, _written_layer(result["name"], layers), int8))
     products = [row for row in rows if row[0] in _PRODUCTS]
     int8_products = sum(int8 for _, _, int8 in products)

@@ -28,7 +28,7 @@ NOISY = 3.0
 )
 def export(
     run_folder: Run,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize, calibrated with images from the generator.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize, calibrated with synthetic images.")] = False,
     fp16: Annotated[
         bool | None,
         typer.Option(
@@ -146,10 +146,12 @@ def bench(
         batches = [int(part) for part in batch.split(",")]
     except ValueError as error:
         raise UsageError(f"'{batch}' is not a list of batch sizes.", fix="For example: --batch 1,8,64") from error
-    timings = measure(actions.open_run(run_folder), actions.recipe_in(run_folder), batches, runs, threads)
+    timings, refused = measure(actions.open_run(run_folder), actions.recipe_in(run_folder), batches, runs, threads)
     if as_json:
         print_json([vars(timing) for timing in timings])
         return
+    for name, why in refused.items():
+        stdout().print(f"{name}: not measured. {why.what}", style="yellow", markup=False, highlight=False)
     table = Table(box=None, pad_edge=False)
     table.add_column("artifact")
     for heading in ("batch", "threads", "p50 ms", "p95 ms", "p99 ms", "images/s", "× FP32"):

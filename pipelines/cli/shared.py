@@ -69,9 +69,15 @@ def example(*lines: str) -> str:
 def run_steps(
     recipe: Recipe, root: Path, *, last: str | None = None, fresh: bool = False, as_json: bool = False
 ) -> None:
-    """Runs steps, shows their progress, and exits with the code of the verdict if there is one."""
+    """Runs steps, shows their progress, and exits with the code of the verdict if there is one.
+
+    Raises:
+        MissingError: everything else is done, but a package of a target's runtime is not installed.
+    """
     display = watched(as_json)
-    show_result(actions.make(recipe, root, last=last, fresh=fresh, display=display), last, display, as_json=as_json)
+    run = actions.make(recipe, root, last=last, fresh=fresh, display=display)
+    show_result(run, last, display, as_json=as_json)
+    actions.require_runtimes(run)
 
 
 def show_lines(lines: list[tuple[str, str]], *, as_json: bool = False) -> None:

@@ -72,7 +72,7 @@ class Matrix(NamedTuple):
 
 
 def similarity(cosines: np.ndarray, classes: Sequence[str]) -> Matrix:
-    """Cosine similarity of class embeddings (K, K): the closer, the fuller."""
+    """Cosine similarity of class embeddings (K, K): the closer two classes, the stronger the colour."""
     strength, side = shades(cosines), range(len(classes))
 
     def cell(row: int, column: int) -> tuple[str, float, str] | None:
@@ -86,7 +86,7 @@ def similarity(cosines: np.ndarray, classes: Sequence[str]) -> Matrix:
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str], of: str) -> Matrix:
-    """Answers (columns) by truth (rows); the more of a row's images, the fuller.
+    """Answers (columns) by truth (rows); the larger the share of its row, the stronger the colour.
 
     Args:
         counts: (K, K), images.

@@ -213,21 +213,31 @@ def calibrations(records: Mapping[str, Any], focus: ArtifactReport | None) -> li
 
 def _calibration(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     ranges = sorted(record.get("ranges", {}).items(), key=lambda item: _natural(item[0]))
-    layers = sorted(record.get("sensitivity") or (), key=lambda row: _noise(row["sqnr_db"]))
-    noisy = [row for row in layers[:SHOWN_LAYERS] if row["sqnr_db"] is not None]
+    layers = sorted(record.get("sensitivity") or (), key=lambda row: (_noise(row["sqnr_db"]), -_changed(row)))
+    # A runtime's own quantizer tells no SQNR, only what a layer alone changes.
+    noisy = [row for row in layers if row["sqnr_db"] is not None]
+    bars = [Bar(row["node"], _noise(row["sqnr_db"]), _layer_texts(row)) for row in noisy[:SHOWN_LAYERS]]
+    changing = [row for row in layers if row["alone"]] if not noisy else []
+    bars += [Bar(row["node"], _changed(row), _layer_texts(row)[1:]) for row in changing[:SHOWN_LAYERS]]
     return {
         "name": name,
         "record": record,
         "methods": record.get("methods") or {},
         "ranges": charts.ranges(ranges),
         "layers": layers,
-        "bars": charts.bars([Bar(row["node"], _noise(row["sqnr_db"]), _layer_texts(row)) for row in noisy]),
+        "bars": charts.bars(bars),
+        "sqnr": bool(noisy),
     }
 
 
 def _layer_texts(row: Mapping[str, Any]) -> tuple[str, str]:
-    alone = row.get("alone")
-    return f"{row['sqnr_db']:.1f} dB", wording.percent(alone["top1"] if alone else None)
+    alone, sqnr = row.get("alone"), row["sqnr_db"]
+    return "" if sqnr is None else f"{sqnr:.1f} dB", wording.percent(alone["top1"] if alone else None)
+
+
+def _changed(row: Mapping[str, Any]) -> float:
+    """Fraction of the answers that the layer alone changes; 0 where it was not measured."""
+    return 1 - row["alone"]["top1"] if row["alone"] else 0.0
 
 
 def _noise(sqnr_db: float | None) -> float:

@@ -123,6 +123,26 @@ def test_an_fp32_file_that_computes_something_else_is_refused(
     assert not (tmp_path / "fp32").exists()
 
 
+def test_a_new_file_that_the_runtime_refuses_is_the_targets_fault(
+    target: Target, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not IntegrityError, which would end the whole export and advise to repeat it."""
+    build: Callable[..., Any] = module_of(target).build
+
+    def cut(*arguments: Any, **named: Any) -> Any:
+        built = build(*arguments, **named)
+        built.path.write_bytes(built.path.read_bytes()[:100])
+        return built
+
+    monkeypatch.setattr(module_of(target), "build", cut)
+    with pytest.raises(UsageError, match=f"built for '{target.name}' does not run") as caught:
+        to_fp32_file(network, SHAPE, tmp_path / "fp32", target)
+    assert "does not load" in caught.value.what
+    assert f"Leave out the target '{target.name}'" in caught.value.fix
+    with pytest.raises(UsageError, match="does not run"):
+        to_int8_file(network, SHAPE, tmp_path / "int8", target, images(4, 0), images(4, 1), parent_sha256=PARENT)
+
+
 @pytest.mark.parametrize("name", RUNNERS)
 def test_such_a_target_takes_no_onnx_file(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="takes no ONNX file"):

@@ -131,9 +131,21 @@ def test_the_gate_takes_them_by_name(measured: Callable[[str], Path], target: st
 
 def test_bench_compares_with_fp32_in_the_same_runtime(measured: Callable[[str], Path], target: str) -> None:
     run = RunFolder.open(measured(target))
-    timings = {t.runner: t for t in bench.measure(run, actions.recipe_in(run.root), [1, 2], 5) if t.batch == 2}
+    timings = {t.runner: t for t in bench.measure(run, actions.recipe_in(run.root), [1, 2], 5)[0] if t.batch == 2}
     assert list(timings) == ["fp32", "int8.cpu", f"fp32.{target}", f"int8.{target}"]
     assert timings[f"fp32.{target}"].ratio == 1.0
+
+
+def test_bench_names_what_cannot_run_here(
+    measured: Callable[[str], Path], target: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = measured(target)
+    gone(monkeypatch, target)
+    answer = invoke("bench", root, "--batch", "1", "--runs", "5")
+    assert answer.code == 0, answer.err
+    told = " ".join(answer.out.split())
+    assert f"int8.{target}: not measured. Target '{target}' needs the Python package" in told
+    assert "int8.cpu" in told
 
 
 def test_page_bill_of_materials_and_lineage_name_them(measured: Callable[[str], Path], target: str) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.errors import IntegrityError, MissingError, UsageError
 from nayer_edge.export.runners import TorchRunner
 from nayer_edge.export.runtimes.edge_file import ON_REQUEST, BuiltFile
 
@@ -31,6 +31,12 @@ Draw = Callable[..., np.ndarray]
 class Inverse(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.linalg.inv(x + torch.eye(4))
+
+
+class Halves(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=1)
+        return torch.cat((second, first), dim=1)
 
 
 class Bessel(nn.Module):
@@ -276,6 +282,22 @@ def test_channels_and_rectangles(
             runner.infer(images[:, :, :4])
 
 
+@SLOW_IN_EXECUTORCH
+def test_transposed_convolutions_and_splits_run_in_int8(edge: Edge, draw_patterns: Draw, tmp_path: Path) -> None:
+    """The first input of LiteRT's TRANSPOSE_CONV is a shape, that of SPLIT an axis: not what tells the type."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), Halves(), nn.ConvTranspose2d(8, 6, 2, stride=2), nn.ReLU()),
+        *(nn.Conv2d(6, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    ).eval()
+    built = edge.build(
+        network, (3, 8, 12), tmp_path / "m", precision="int8", calibration=draw_patterns(8, (3, 8, 12), seed=3)
+    )
+    found = edge.describe(built.path)
+    assert (found["coverage"]["eligible"], found["coverage"]["int8"]) == (4, 4)
+    assert not set(found["float"]) & {"TRANSPOSE_CONV", "SPLIT"}
+
+
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
 def test_a_truncated_file_is_an_integrity_error(edge: Edge, int8: BuiltFile, share: float, tmp_path: Path) -> None:
     data = int8.path.read_bytes()
@@ -348,3 +370,29 @@ def test_executorch_files_can_be_open_at_the_same_time(
         np.testing.assert_allclose(first.infer(images), wanted, atol=1e-4)
         assert (second.infer(images).argmax(1) == wanted.argmax(1)).mean() > 0.9
         np.testing.assert_allclose(first.infer(images), wanted, atol=1e-4)
+
+
+class Broken:
+    """A finder of modules whose native code does not load, as with a torch of another version."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == self.package or name.startswith(f"{self.package}."):
+            raise ImportError("undefined symbol: _ZN3c10")
+
+
+def test_a_package_whose_native_code_does_not_load(
+    edge: Edge, int8: BuiltFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MissingError, which lets the other targets go on; not a crash, and not "not installed"."""
+    package = edge.packages[0]
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(package), *sys.meta_path])
+    with pytest.raises(MissingError, match="installed but cannot be imported") as caught, edge.open(int8.path):
+        pass
+    assert "undefined symbol" in caught.value.why
+    assert torch.__version__.partition("+")[0] in caught.value.why
+    assert f"nayer-edge[{edge.name}]" in caught.value.fix

@@ -498,6 +498,22 @@ def test_sensitivity_is_shown_where_it_was_measured(altered: Altered) -> None:
     assert "Not measured" not in page.text
 
 
+def test_sensitivity_without_noise_ratios(altered: Altered) -> None:
+    """As runtimes record it that quantize a network themselves."""
+    path = altered.root / "export" / "quantization.json"
+    records = json.loads(path.read_text())
+    alone = {"fc": 0.9, "conv1": 0.6, "quiet": 1.0}
+    records["cpu"]["sensitivity"] = [
+        {"node": name, "sqnr_db": None, "alone": {"n": 20, "top1": top1, "mean_kl": 0.1}}
+        for name, top1 in alone.items()
+    ]
+    path.write_text(json.dumps(records))
+    page = Page(altered.page())
+    rows = re.findall(r"<bdi>(conv1|fc|quiet)</bdi>.*?width:([\d.]+)%.*?>([\d.]+ %)<", page.html)
+    assert rows == [("conv1", "100.0", "60.00 %"), ("fc", "25.0", "90.00 %"), ("quiet", "0.0", "100.00 %")]
+    assert "SQNR" not in page.text
+
+
 def test_qat_is_shown_if_it_was_run(page: Page, altered: Altered) -> None:
     assert "Quantization-aware training" not in page.text
     path = altered.root / "export" / "quantization.json"

@@ -84,7 +84,8 @@ def test_an_engine_that_opens_is_measured_like_a_graph(with_engines: Path, monke
     assert engine["precision_verified"] is False, "nothing was read from the engine itself"
     assert engine["int8_coverage"] is None
     run = RunFolder.open(with_engines)
-    timings = bench.measure(run, recipe_of(run.manifest.recipe, run.root), [1], 5)
+    timings, refused = bench.measure(run, recipe_of(run.manifest.recipe, run.root), [1], 5)
+    assert refused == {}
     assert {"fp32", "int8.cpu", NAME} <= {timing.runner for timing in timings}
 
 
