@@ -6,7 +6,8 @@ The names follow the paper (Tran et al., CVPR 2024) and its published code; docs
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -199,16 +200,20 @@ class Generator(Section):
     """output channels of the last up-sampling convolution; earlier layers have twice as many"""
 
 
+UNMOVED: dict[str, Any] = {"lambda_ce": 0.0, "lambda_adv": 0.0, "g_steps": 1}
+"""defaults of procedural images: no steps on their pixels"""
+
+
 class Synthesis(Section):
     """A synthesis round, and the number of rounds (paper Alg. 1, Eq. 4 to 8)."""
 
     prior: Prior = "batchnorm"
     """what makes images: batchnorm: NAYER's generator, which matches the teacher's BatchNorm statistics; procedural:
     random textures, shapes and strokes, whose pixels are then optimised (not in the paper); for teachers without
-    BatchNorm. It uses no generator and no label embeddings, of the losses L_ce and L_adv, and not lr, g_life, lambda_bn
-    and bn_momentum"""
+    BatchNorm. It uses neither generator nor label embeddings. Its only losses are L_ce and L_adv, which are off unless
+    they are given a weight, because they cost accuracy; it ignores lr, g_life, lambda_bn and bn_momentum"""
     pixel_step: Positive = 0.1
-    """root mean square by which a step changes the pixels of an image in [0, 1]; of the procedural prior only"""
+    """root mean square by which a step changes the pixels of an image in [0, 1]; used by the procedural prior only"""
     batch: Annotated[int, Field(ge=2)] = 400
     """images per round"""
     g_steps: Count = 30
@@ -236,6 +241,15 @@ class Synthesis(Section):
     """number of first rounds whose images are discarded, because the generator is still untrained; published: 0"""
     augment: Augment = Augment()
     """applied to the images inside the loss"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _measured_for_the_prior(cls, values: Any) -> Any:
+        """Procedural images are used as they are drawn unless the recipe says otherwise: the published defaults, which
+        are those of the generator, would move their pixels, at a cost (`benchmarks/without_batchnorm.py`)."""
+        if isinstance(values, Mapping) and values.get("prior") == "procedural":
+            return {**UNMOVED, **values}
+        return values
 
 
 class Distill(Section):
@@ -279,7 +293,7 @@ class Distill(Section):
     bank_mib: Positive = 4096.0
     """size limit of the memory bank in MiB"""
     holdout_rounds: Count = 2
-    """rounds set aside as the synthetic hold-out: used to measure agreement, never for training"""
+    """rounds held out as the synthetic hold-out: used to measure agreement, never for training"""
     select: Literal["last", "agreement"] = "last"
     """which student to ship: the last one, or the one with the best agreement on the synthetic hold-out"""
 

@@ -1,9 +1,9 @@
 """Images that need neither data nor a generator: random textures, shapes and strokes, drawn from one random stream.
 
-A round with `synthesis.prior = "procedural"` draws them, then optimises their pixels. It asks nothing of the teacher's
-normalisation. Not part of NAYER: a network can be distilled on crops of one photograph (Asano & Saeed, ICLR 2023,
-https://arxiv.org/abs/2112.00725), or on shader images with adversarial steps on their pixels (Frank & Davis, 2023,
-https://arxiv.org/abs/2310.13782).
+A round with `synthesis.prior = "procedural"` draws them, then optimises their pixels. It does not depend on the
+teacher's normalisation layers. Not part of NAYER: a network can be distilled on crops of one photograph (Asano & Saeed,
+ICLR 2023, https://arxiv.org/abs/2112.00725), or on shader images with adversarial steps on their pixels (Frank & Davis,
+2023, https://arxiv.org/abs/2310.13782).
 
 Shapes: B images, C channels, H × W pixels, K classes. A family returns values in [0, 1], for any C, H and W.
 """
@@ -97,7 +97,7 @@ def dead_leaves(count: int, shape: Shape, random: torch.Generator, leaves: int =
     channels, height, width = shape
     y, x = _grid(height, width, random.device)
     images = torch.rand(count, channels, 1, 1, generator=random, device=random.device).repeat(1, 1, height, width)
-    # As many as are there differ from image to image.
+    # The number of leaves differs from image to image.
     number = 1 + leaves * _uniform(random, 1, count)[0]
     smallest, largest = 0.2, 1.2
     for leaf in range(leaves):
@@ -117,10 +117,10 @@ def dead_leaves(count: int, shape: Shape, random: torch.Generator, leaves: int =
 def strokes(
     count: int, shape: Shape, random: torch.Generator, most: int = 4, points: int = 12
 ) -> Float[Tensor, "B C H W"]:
-    """One to `most` pen strokes: quadratic Bézier curves of random thickness on a plain ground, or ground on ink.
+    """One to `most` pen strokes: quadratic Bézier curves of random thickness on a plain background, or inverted.
 
     Args:
-        points: of a curve, whose nearest one decides a pixel's distance from the curve.
+        points: per curve; a pixel's distance from the curve is that from the nearest one.
     """
     channels, height, width = shape
     device = random.device
@@ -179,7 +179,7 @@ def canvases(
 
 
 def balanced(classes: Int[Tensor, " N"], count: int) -> Int[Tensor, " count"]:
-    """Places of `count` images of which no class is more frequent than needed: the classes take turns.
+    """Indices of `count` images whose classes are as balanced as possible: the classes take turns.
 
     Args:
         classes: the predicted class of each image.
@@ -241,7 +241,7 @@ def ascend(
     world: World = SINGLE,
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, ""]]:
     """One step on the pixels: along the gradient of λ_adv · KL(T‖S) − λ_ce · L_ce, normalised per image to the root
-    mean square `pixel_step`, and cut off to [0, 1]. Returns the images and −KL before the step."""
+    mean square `pixel_step`, and clipped to [0, 1]. Returns the images and −KL before the step."""
     images = images.detach().requires_grad_()
     with compute.autocast():
         seen = crop_and_flip(images, config.augment, random, world)

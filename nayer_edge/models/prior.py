@@ -26,7 +26,7 @@ def require_prior(network: Classifier, what: str, prior: str) -> None:
     Raises:
         UsageError: no BatchNorm with running statistics for the prior "batchnorm"; for any other, BatchNorm without
             them, which makes an answer depend on the other images of the batch, or position embeddings for images of
-            another size, which some transformers would interpolate without a word.
+            another size, which some transformers would interpolate silently.
     """
     if prior == "batchnorm":
         require_batch_norms(network, what)
@@ -40,15 +40,40 @@ def require_prior(network: Classifier, what: str, prior: str) -> None:
         )
     height, width = network.resize or network.spec.shape[1:]
     for module in network.modules():
-        # timm's patch embeddings; those of torchvision and transformers refuse other sizes themselves.
-        size = getattr(module, "img_size", None) if hasattr(module, "patch_size") else None
-        if isinstance(size, tuple) and size != (height, width):
-            raise UsageError(
-                f"{what} was built for images of {size[0]}×{size[1]}, and it gets images of {height}×{width}.",
-                why="Its position embeddings would be interpolated, and it was not trained with them.",
-                fix=f"Correct teacher.input; or let it resize its images: teacher.resize = [{size[0]}, {size[1]}]; or "
-                f"build it for this size: teacher.arguments = {{ img_size = {height} }}",
-            )
+        _require_patches(module, what, height, width)
+
+
+def _require_patches(module: nn.Module, what: str, height: int, width: int) -> None:
+    """Checks the patch embedding of a transformer: timm's has `img_size`, that of torchvision and transformers
+    `image_size`. Some of them interpolate position embeddings, or leave out pixels, without an error."""
+    patch = _pair(getattr(module, "patch_size", None))
+    if patch is None:
+        return
+    key = "img_size" if hasattr(module, "img_size") else "image_size"
+    size = _pair(getattr(module, key, None))
+    if size is not None and size != (height, width):
+        built = f"; or build it for this size: teacher.arguments = {{ {key} = {height} }}" if height == width else ""
+        raise UsageError(
+            f"{what} was built for images of {size[0]}×{size[1]}, and it gets images of {height}×{width}.",
+            why="Its position embeddings would be interpolated, and it was not trained with them.",
+            fix=f"Correct teacher.input; or let it resize its images: teacher.resize = [{size[0]}, {size[1]}]{built}",
+        )
+    if height % patch[0] or width % patch[1]:
+        down, across = (max(side // part, 1) * part for side, part in zip((height, width), patch, strict=True))
+        raise UsageError(
+            f"{what} has patches of {patch[0]}×{patch[1]}, which do not divide images of {height}×{width}.",
+            why="Pixels at the edge would be left out.",
+            fix=f"Correct teacher.input; or let it resize its images: teacher.resize = [{down}, {across}]",
+        )
+
+
+def _pair(value: object) -> tuple[int, int] | None:
+    """A size as (height, width); None if it is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value, value
+    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(side, int) for side in value):
+        return value[0], value[1]
+    return None
 
 
 def require_batch_norms(network: nn.Module, what: str) -> None:

@@ -44,6 +44,7 @@ class EpochMetrics(Protocol):
     """The metrics of an epoch that `check_health` reads."""
 
     phase: str
+    loss_bn: float | None
     synthetic_classes: int
     distinct: float
     variety: float | None
@@ -105,21 +106,27 @@ def check_health(history: Sequence[EpochMetrics], finished: bool) -> str | None:
             why="Its units no longer get gradients, so it cannot recover.",
             fix="Lower distill.lr, or choose another student.",
         )
+    generated = any(epoch.loss_bn is not None for epoch in history)
     one_class = _consecutive(history, lambda epoch: epoch.synthetic_classes == 1)
     copies = _consecutive(history, lambda epoch: epoch.distinct < COPIES)
     alike = _consecutive(history, lambda epoch: epoch.variety is not None and epoch.variety < ALIKE)
     for count, what, fix in (
         (
             one_class,
-            "the teacher has predicted one and the same class for every synthetic image: the generator has collapsed",
+            "the teacher has predicted one and the same class for every synthetic image"
+            + (": the generator has collapsed" if generated else ""),
             "Raise synthesis.lambda_ce or synthesis.g_steps, or lower synthesis.lr. Check that the class names "
-            "are in the order of the teacher's outputs.",
+            "are in the order of the teacher's outputs."
+            if generated
+            else "Check the teacher's input specification (mean, std), and raise synthesis.batch.",
         ),
         (
             copies,
             "most synthetic images have been copies of each other: the memory bank is full of duplicates",
             "Raise generator.noisy_dim or synthesis.g_steps, or lower synthesis.lr. Inspect the label embeddings with "
-            "nayer-edge lte show RECIPE.",
+            "nayer-edge lte show RECIPE."
+            if generated
+            else "Lower synthesis.g_steps or synthesis.pixel_step.",
         ),
     ):
         if count >= STOP_AFTER and count == len(history):
@@ -129,8 +136,8 @@ def check_health(history: Sequence[EpochMetrics], finished: bool) -> str | None:
     if alike == NOTICE_AFTER:
         return (
             f"For {_epochs(alike)} the synthetic images of a class have been nearly alike. The student may agree with "
-            "the teacher on all of them and on few real ones. Lower synthesis.lambda_ce or synthesis.g_steps, or raise "
-            "generator.noisy_dim."
+            "the teacher on all of them and on few real ones. Lower synthesis.lambda_ce or synthesis.g_steps"
+            + (", or raise generator.noisy_dim." if generated else ".")
         )
     return None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nayer_edge.config import Augment, InputSpec, Teacher
+from nayer_edge.config import UNMOVED, Augment, InputSpec, Teacher
 from nayer_edge.errors import UsageError
 from nayer_edge.labels.class_names import read_labels
 from nayer_edge.models import published
@@ -180,7 +180,7 @@ def settle(found: Findings, given: Given) -> Proposal:
     student_cost = cost_of(student, spec, len(classes))
     sections, words = TRIAL, []
     if found.prior == "procedural":
-        sections = {**TRIAL, "synthesis": {"prior": found.prior, **TRIAL["synthesis"], "lambda_ce": 0.0}}
+        sections = {**TRIAL, "synthesis": {"prior": found.prior, **TRIAL["synthesis"], **UNMOVED}}
     if given.effort == "normal":
         seconds = given.budget or DEFAULT_BUDGET[device.kind]
         augment = Augment(pad=pad_for(spec), flip=given.flip)

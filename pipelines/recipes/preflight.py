@@ -218,7 +218,7 @@ def _targets(recipe: Recipe) -> list[str]:
             continue
         if target.rest == "float16" and recipe.export.opset < FP16_SCALES:
             problems.append(
-                f"export.opset: {recipe.export.opset}, and '{name}' wants Q/DQ scales in FP16, which opset "
-                f"{FP16_SCALES} brought"
+                f"export.opset: {recipe.export.opset}, but '{name}' needs Q/DQ scales in FP16, which require "
+                f"opset {FP16_SCALES} or newer"
             )
     return problems

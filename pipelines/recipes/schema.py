@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -142,6 +143,17 @@ class Recipe(Section):
     validate_: Annotated[Validate, Field(alias="validate")] = Validate()
     gate: Policy = Policy()
     sweep: Sweep | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_language_model(cls, values: Any) -> Any:
+        """Procedural images do not use the label embeddings, so they need no text encoder."""
+        if not isinstance(values, Mapping):
+            return values
+        synthesis, lte = values.get("synthesis"), values.get("lte") or {}
+        if isinstance(synthesis, Mapping) and synthesis.get("prior") == "procedural" and isinstance(lte, Mapping):
+            return {**values, "lte": {"encoder": "onehot", **lte}}
+        return values
 
     @model_validator(mode="after")
     def _teacher_has_weights(self) -> Recipe:

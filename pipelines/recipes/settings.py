@@ -92,7 +92,7 @@ def set_value(values: dict[str, Any], parts: list[str], value: Any, source: str)
     """
     place = values
     for depth, part in enumerate(parts[:-1], start=1):
-        # What a run folder left out stands there as null.
+        # A run folder stores omitted sections as null.
         if place.get(part) is None:
             place[part] = _set_by_default(parts[:depth])
         place = place[part]
@@ -102,7 +102,7 @@ def set_value(values: dict[str, Any], parts: list[str], value: Any, source: str)
 
 
 def _set_by_default(parts: list[str]) -> dict[str, Any]:
-    """The default of a section within its recipe, without what is the default of the section alone."""
+    """The values of a section that the recipe's default sets differently from the section's own defaults."""
     field = _field_at(parts)
     default = field.get_default(call_default_factory=True) if field and not field.is_required() else None
     if not isinstance(default, BaseModel):

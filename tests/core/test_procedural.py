@@ -26,7 +26,8 @@ from nayer_edge.synthesis import Round
 Start = Callable[..., Distillation]
 Stream = Callable[[int], torch.Generator]
 SHAPES = ((1, 16, 16), (3, 12, 20), (13, 9, 7), (1, 4, 4))
-PROCEDURAL = {"synthesis_prior": "procedural"}
+MOVED = {"g_steps": 3, "lambda_ce": 0.5, "lambda_adv": 1.33}
+PROCEDURAL = {"synthesis_prior": "procedural", **{f"synthesis_{key}": value for key, value in MOVED.items()}}
 STILL = {"synthesis_lambda_adv": 0, "synthesis_lambda_ce": 0}
 
 
@@ -135,7 +136,7 @@ def test_classes_take_turns(classes: list[int], count: int, wanted: list[int]) -
 def made(
     plain: Classifier, student: Classifier | None, compute: Compute, random: torch.Generator, **keys: float
 ) -> Round:
-    config = Synthesis.model_validate({"prior": "procedural", "batch": 30, "g_steps": 3, **keys})
+    config = Synthesis.model_validate({**MOVED, "prior": "procedural", "batch": 30, **keys})
     return procedural.procedural_round(plain, student and student.eval(), config, compute, random)
 
 
@@ -209,7 +210,7 @@ def test_large_steps_stay_in_range_and_train_nobody(
     plain: Classifier, student: Classifier, compute: Compute, stream: Stream
 ) -> None:
     before = [p.clone() for p in (*plain.parameters(), *student.parameters())]
-    config = Synthesis(prior="procedural", pixel_step=5.0)
+    config = Synthesis(prior="procedural", pixel_step=5.0, lambda_ce=0.5, lambda_adv=1.33, g_steps=30)
     images = procedural.canvases(16, plain.spec.shape, stream(0))
     moved, _ = procedural.ascend(images, plain(images).argmax(1), plain, student.eval(), config, compute, stream(1))
     assert float(moved.min()) >= 0
@@ -219,7 +220,7 @@ def test_large_steps_stay_in_range_and_train_nobody(
 
 
 def test_drawn_images_depend_on_their_streams_only(plain: Classifier, compute: Compute, stream: Stream) -> None:
-    config = Synthesis(prior="procedural", batch=8)
+    config = Synthesis(prior="procedural", batch=8, lambda_ce=0.5, lambda_adv=1.33, g_steps=30)
     images, labels = procedural.draw_procedural(plain, config, compute, stream, 20)
     assert (images.shape, labels.shape) == ((20, 2, 8, 8), (20,))
     more, _ = procedural.draw_procedural(plain, config, compute, stream, 24)
@@ -242,7 +243,7 @@ def begin(
 
     def run(**changes: object) -> Distillation:
         student = start().student
-        return Distillation(plain, label_embeddings, student, settings(**PROCEDURAL, **changes), compute)
+        return Distillation(plain, label_embeddings, student, settings(**{**PROCEDURAL, **changes}), compute)
 
     return run
 

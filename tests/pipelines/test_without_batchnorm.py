@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import nayer_edge as ne
+from nayer_edge.config import InputSpec, Synthesis
 from nayer_edge.errors import UsageError
+from nayer_edge.models.classifier import Classifier
+from nayer_edge.models.prior import require_prior
 from nayer_edge.pipelines.recipes import preflight
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.steps import STEPS
@@ -26,7 +29,7 @@ SPEC = ne.InputSpec(channels=1, height=8, width=8)
 TINY: dict[str, Any] = {
     "synthesis": {
         **{"prior": "procedural", "batch": 8, "g_steps": 2, "warmup_rounds": 2, "rounds": 2, "reserve": 0.3},
-        "augment": {"pad": 1},
+        **{"lambda_adv": 1.33, "augment": {"pad": 1}},
     },
     "distill": {
         **{"epochs": 4, "warmup_epochs": 1, "steps": 2, "batch": 8, "holdout_rounds": 1, "augment": {"pad": 1}},
@@ -95,6 +98,18 @@ def test_the_whole_way_without_a_generator(teacher: ne.Teacher, tmp_path: Path, 
     assert (run.path / student).read_bytes() == (tmp_path / "whole" / student).read_bytes()
 
 
+def test_the_prior_brings_the_settings_that_were_measured() -> None:
+    """`--set synthesis.prior=procedural` is what error messages advise: it must not also move the pixels (LOG.md)."""
+    alone = Synthesis.model_validate({"prior": "procedural"})
+    assert (alone.lambda_ce, alone.lambda_adv, alone.g_steps) == (0.0, 0.0, 1)
+    assert Synthesis.model_validate({"prior": "procedural", "lambda_adv": 1.33}).lambda_adv == 1.33
+    assert (Synthesis().lambda_ce, Synthesis().lambda_adv, Synthesis().g_steps) == (0.5, 1.33, 30)
+    recipe = load_recipe("digits", ["synthesis.prior=procedural"])
+    assert (recipe.synthesis.lambda_adv, recipe.lte.encoder) == (0.0, "onehot")
+    # What the recipe itself says stays.
+    assert (recipe.synthesis.lambda_ce, recipe.synthesis.g_steps) == (1.0, 30)
+
+
 def test_the_default_prior_names_the_other_one(teacher: ne.Teacher, tmp_path: Path) -> None:
     settings = {**TINY, "synthesis": {"batch": 8}}
     with pytest.raises(UsageError, match="has no BatchNorm layers") as caught:
@@ -106,7 +121,7 @@ def test_the_default_prior_names_the_other_one(teacher: ne.Teacher, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("{ img_size = 16, patch_size = 5 }", "cannot take images of 1×16×16"),
+        ("{ img_size = 16, patch_size = 5 }", "patches of 5×5, which do not divide images of 16×16"),
         ("{ img_size = 32, patch_size = 4 }", "built for images of 32×32, and it gets images of 16×16"),
     ],
 )
@@ -116,6 +131,26 @@ def test_a_transformer_of_another_size_is_refused_before_any_work(arguments: str
     with pytest.raises(UsageError, match="cannot run here") as caught:
         preflight.check(load_recipe("digits", settings), STEPS)
     assert words in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "words"),
+    [
+        (32, 4, "built for images of 32×32, and it gets images of 16×16"),
+        (16, 5, "patches of 5×5, which do not divide images of 16×16"),
+    ],
+)
+def test_transformers_that_would_interpolate_or_leave_out_pixels(size: int, patch: int, words: str) -> None:
+    """As those of transformers' library do, without an error (DINOv2; ViT with a patch that does not divide)."""
+    from transformers import Dinov2Config, Dinov2ForImageClassification
+
+    config = Dinov2Config(image_size=size, patch_size=patch, num_channels=1, hidden_size=16, num_hidden_layers=1,
+                          num_attention_heads=2, num_labels=3)  # fmt: skip
+    spec = InputSpec(channels=1, height=16, width=16, mean=(0.5,), std=(0.5,))
+    network = Classifier(Dinov2ForImageClassification(config), "hf:dino", spec, ("a", "b", "c"))
+    with pytest.raises(UsageError, match=words) as caught:
+        require_prior(network, "The teacher", "procedural")
+    assert "teacher.resize = [" in caught.value.fix
 
 
 @pytest.mark.parametrize(

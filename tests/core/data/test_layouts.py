@@ -439,7 +439,7 @@ def test_class_names_in_an_npz_decide(tmp_path: Path) -> None:
         (np.full((3, 3), 1 / 3), "3 of 3 rows are not one-hot"),
         (np.zeros((3, 2)), "not one-hot rows of the 3 classes"),
         (np.zeros((3, 2, 2)), "one class number for each image"),
-        (np.array([0, np.nan, 1]), "not whole numbers"),
+        (np.array([0, np.nan, 1]), "not integers"),
         (np.array([0, 1e300, 1]), "not valid class numbers"),
         (np.array([0, 2**63, 1], np.uint64), "not valid class numbers"),
         (np.array(["cat", "dog", "cow"]), "Only in the data"),

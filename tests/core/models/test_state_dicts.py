@@ -382,7 +382,7 @@ def test_zip_files_of_other_programs(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "w.npz")
     with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
         archive.writestr("weights/w.pt", b"x")
-    with pytest.raises(UsageError, match="a zip archive, not a checkpoint of PyTorch"):
+    with pytest.raises(UsageError, match="a zip archive, not a PyTorch checkpoint"):
         read_state_dict(tmp_path / "w.zip")
 
 

@@ -25,13 +25,14 @@ class Line:
     """The metrics of a healthy epoch."""
 
     phase: str = "distill"
+    loss_bn: float | None = 1.0
     synthetic_classes: int = 3
     distinct: float = 1.0
     variety: float | None = 0.9
     student_spread: float | None = 4.0
 
 
-def warmup(**metrics: float) -> Line:
+def warmup(**metrics: float | None) -> Line:
     return Line(phase="warmup", student_spread=None, **metrics)  # pyright: ignore[reportArgumentType]
 
 
@@ -66,6 +67,16 @@ def test_one_class_gives_one_warning_and_stops_a_run_that_had_nothing_else() -> 
     assert "lambda_ce" in caught.value.fix
     # After one good epoch, the bank has something to learn from.
     assert len(warnings_of([warmup(), *collapsed, *collapsed])) == 1
+
+
+@pytest.mark.parametrize("bad", [{"synthetic_classes": 1}, {"distinct": 0.1}, {"variety": 0.1}])
+def test_procedural_images_get_advice_without_a_generator(bad: dict[str, float]) -> None:
+    lines = [warmup(loss_bn=None, **bad) for _ in range(health.NOTICE_AFTER)]
+    (warning,) = warnings_of(lines)
+    assert "generator" not in warning
+    assert "synthesis." in warning
+    (warning,) = warnings_of([warmup(**bad) for _ in range(health.NOTICE_AFTER)])
+    assert "generator" in warning
 
 
 def test_copies_give_one_warning_and_stop_a_run_that_had_nothing_else() -> None:

@@ -20,7 +20,7 @@ import torch
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.load import build_classifier
-from nayer_edge.pipelines.costs import budget, step_costs
+from nayer_edge.pipelines.costs import step_costs
 from nayer_edge.pipelines.costs.model_cost import cost_of
 from nayer_edge.pipelines.gate.statistics import drop_upper
 from nayer_edge.pipelines.init.inspect_checkpoint import look
@@ -429,6 +429,8 @@ def test_a_teacher_without_batchnorm_gets_procedural_images(here: Path, invoke: 
     assert EXPECTED.rstrip(".") in text
     recipe = load_recipe("w.toml")
     assert (recipe.synthesis.prior, recipe.lte.encoder) == ("procedural", "onehot")
+    # Steps on the pixels cost accuracy (LOG.md, 2026-11-29).
+    assert (recipe.synthesis.lambda_ce, recipe.synthesis.lambda_adv, recipe.synthesis.g_steps) == (0.0, 0.0, 1)
     answer = invoke("init", *TRIAL, *told, "--input", "1x16x16", "--json", "--mean", "0", "--std", "1", "--force")
     found = found_in(answer)
     assert (found["batch_norms"], found["prior"]) == (0, "procedural")
@@ -442,7 +444,7 @@ def test_a_budget_for_a_teacher_without_batchnorm(here: Path, invoke: Invoke) ->
     assert answer.code == 0, answer.err
     recipe = load_recipe("w.toml")
     assert recipe.synthesis.prior == "procedural"
-    assert (recipe.synthesis.lambda_ce, recipe.synthesis.lambda_adv) == (0.0, budget.PIXELS["lambda_adv"])
+    assert (recipe.synthesis.lambda_ce, recipe.synthesis.lambda_adv, recipe.synthesis.g_steps) == (0.0, 0.0, 1)
     assert "[generator]" not in (here / "w.toml").read_text(encoding="utf-8")
 
 
