@@ -8,11 +8,11 @@ digits: the shipped recipe. A seed is a fold inside the 1,197 training images: i
 of them, and its students are measured on the last third. The hold-out stays unseen.
 
 cifar10: the WRN-40-2 of $NAYER_EDGE_DATA and a WRN-16-1, scaled down to minutes on two cores (`CIFAR10`). Its figures
-compare with each other only.
+are comparable only with each other.
 
-On real images: accuracy, and agreement with the teacher. The study of the method takes the 10,000 test images, and
-nothing is chosen by them. Candidates for a faster recipe ("faster", of about the same work each) are judged by
-agreement on `FIRST` images of the training split instead, which the teacher has seen and no student has.
+On real images: accuracy, and agreement with the teacher. The study of the method measures on the 10,000 test images,
+which are not used to choose anything. Candidates for a faster recipe ("faster", of about the same work each) are judged
+by agreement on `FIRST` images of the training split instead, which the teacher has seen and no student has.
 
 Without real images: each run leaves the synthetic hold-out that its own generator made, and every student of a seed
 is asked for all of them ("agreement_on_all_holdouts"), since a variant's own would judge its images as well as its
@@ -65,7 +65,7 @@ FIGURES = ("top1", "agreement_on_real_images", "agreement_on_all_holdouts", "los
 
 @dataclass(frozen=True)
 class Variant:
-    """What is different from the recipe: settings, and what no setting says."""
+    """What is different from the recipe: settings, and changes that no setting expresses."""
 
     settings: tuple[str, ...] = ()
     change: Callable[[Distillation], Callable[[], None]] | None = None
@@ -129,7 +129,7 @@ def hard_images(run: Distillation) -> Callable[[], None]:
         nonlocal drawn
         count, images = run.settings.distill.batch, len(run.bank)
         known = far[:images].isfinite()
-        # What was never seen counts as the hardest that was.
+        # Images never seen count as the hardest one seen so far.
         weights = torch.where(known, far[:images], far[:images][known].max() if known.any() else 1.0)
         hard = torch.multinomial(weights + 1e-6, count // 2, replacement=True, generator=random)
         drawn = torch.cat((torch.randint(0, images, (count - len(hard),), generator=random), hard))

@@ -1,4 +1,4 @@
-"""What a student reaches in a given time: whole runs with `--budget`, measured on real test images that chose nothing.
+"""What a student reaches in a given time: whole runs with `--budget`, measured on test images that no choice used.
 
     NAYER_EDGE_DATA=… python benchmarks/budget.py photos --student nayer:wrn_16_1 --budget 10m --seeds 0,1,2 \\
         --data "$NAYER_EDGE_DATA/cifar10/test.parquet" --runs runs/budget --json benchmarks/results/budget.json

@@ -1,4 +1,4 @@
-"""How many calibration images, and whether synthetic ones do: INT8 of a finished run, calibrated in different ways.
+"""How many calibration images, and do synthetic ones suffice? INT8 of a finished run, calibrated in several ways.
 
     python benchmarks/calibration.py runs/digits --json benchmarks/results/calibration.digits.json
     NAYER_EDGE_DATA=… python benchmarks/calibration.py runs/cifar10-… --sizes 512 --json …

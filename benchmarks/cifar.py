@@ -9,7 +9,7 @@ the student are written, each under its own name: `last`, the last epoch's; `cho
 the teacher on the synthetic hold-out; `max_over_epochs`, the figure that the paper reports, which is chosen on test
 data. The protocols `cpu` and `minutes` are scaled down to what two cores do in an hour or in a few minutes; `own` takes
 the recipe's own sizes, as those of `-fast` are small already. Such figures compare only with each other. The run folder
-stays, and `nayer-edge export`, `validate` and `gate` go on from it.
+stays, so `nayer-edge export`, `validate` and `gate` can continue from it.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def as_published(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def scaled_down(runs: list[dict[str, Any]]) -> list[str]:
-    """Runs under another protocol: they compare with each other only."""
+    """Runs under another protocol: they are comparable only with each other."""
     if not runs:
         return []
     lines = [

@@ -1,4 +1,4 @@
-"""Figures that last: read before a run, so that it goes on where it was, and written after every student."""
+"""Result files: read before a run, so that it continues where it stopped, and written after every student."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ No data set is fetched: the digits are those of scikit-learn. Each seed trains a
 distils ResNet-20 without data through the pipeline, from a smaller teacher and with fewer steps than the recipe, so
 that three seeds take minutes on one core (`--full`: the recipe's own numbers). MobileNetV2 sees the images enlarged to
 32×32; it is distilled on the memory bank that the run left, against the teacher, which is data-free too, but one bank
-serves two students. Real hold-out digits (600) only measure.
+serves two students. The 600 real hold-out digits are used only for measuring.
 
 W8A8 is what ships: `to_int8` with the images and rules of the pipeline, run by ONNX Runtime. W4A4 is simulated in torch
 (4-bit weights per channel and activations per tensor, inputs of products and of skip connections only; the first and

@@ -103,7 +103,7 @@ class Published:
     """Teacher, student, generator and bank of the straightforward loop.
 
     Args:
-        teacher, student: FP32 modules that eat images in [0, 1].
+        teacher, student: FP32 modules that take images in [0, 1].
         embeddings: (K, D).
         folder: of the PNG bank.
     """

@@ -1,4 +1,4 @@
-"""What the missing images cost: the student of a finished run again, taught with real training images.
+"""What the missing images cost: the student of a finished run, trained again on real images.
 
     NAYER_EDGE_DATA=… python benchmarks/real_images.py runs/cifar10-w402-w161-e100-cpu-study-s0 \\
         --train "$NAYER_EDGE_DATA/cifar10/train.parquet" --json benchmarks/results/real_images.cifar10.json

@@ -7,8 +7,8 @@
         --out docs/synthetic_agreement.svg
 
 Students of different quality: the distilled one after each epoch, and with `--taught`, ones that were trained on the
-real images for some epochs. Each is then made worse as an export could: weights rounded to 8 … 2 bits per output
-channel, or INT8 with one layer's scale wrong. Two comparisons come of it, the two that the gate makes:
+real images for some epochs. Each is then degraded as an export could degrade it: weights rounded to 8 … 2 bits per
+output channel, or INT8 with one layer's scale wrong. This gives the two comparisons that the gate makes:
 
 - a student with its teacher: real drop = teacher's accuracy minus the student's;
 - a rounded student with itself unrounded: real drop = FP32 accuracy minus its own.

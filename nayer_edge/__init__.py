@@ -8,10 +8,10 @@
     report = run.validate("holdout/")
     verdict = run.gate(max_drop_vs_fp32=0.015)
 
-docs/PYTHON.md shows the whole way. Three packages under one import root; imports point one way: `nayer_edge` (the
-method) ← `nayer_edge.export` (conversion to ONNX, INT8 and device runtimes) ← `nayer_edge.pipelines` (recipes, steps,
-gate, report, CLI). This module and `__main__` are the only ones of the core that import the pipelines. They do so on
-first use, so `import nayer_edge` imports no torch.
+docs/PYTHON.md walks through a complete example. Three packages under one import root; imports point one way:
+`nayer_edge` (the method) ← `nayer_edge.export` (conversion to ONNX, INT8 and device runtimes) ← `nayer_edge.pipelines`
+(recipes, steps, gate, report, CLI). This module and `__main__` are the only ones of the core that import the pipelines.
+They do so on first use, so `import nayer_edge` imports no torch.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
     ├── IntegrityError   4    an artifact is corrupt, stale, tampered with or untrusted
     └── TrainingError    5    training failed (NaN, a constant teacher, a dead student)
 
-Exit codes of the command line: 0 done or gate passed, 1 gate failed or inconclusive and nothing else, 2 to 5 as above,
+Exit codes of the command line: 0 done or gate passed; 1 gate failed or inconclusive, or no student of a sweep passes;
+2 to 5 as above;
 70 an unexpected internal error (EX_SOFTWARE of sysexits.h), 130 interrupted (resumable).
 """
 
@@ -119,7 +120,7 @@ EXTRA_OF = {
 
 
 def understood(error: Exception, purpose: str) -> NayerEdgeError | None:
-    """An error as one that a person can act on; None where it is none of those that are foreseen.
+    """Converts an error into one that the user can act on; None if it is of no expected kind.
 
     Args:
         purpose: what failed, for the message about a missing package: "This command".

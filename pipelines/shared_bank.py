@@ -1,7 +1,7 @@
 """A run that starts with another run's images (`--bank`): what it takes over, and whether that fits.
 
 The images are the work of the teacher and the label embeddings, not of the student, so one memory bank serves every
-student. A run with `student.bank` takes the teacher, the embeddings, the bank, the images put aside and (unless images
+student. A run with `student.bank` takes the teacher, the embeddings, the bank, the reserved images and (unless images
 are procedural) the generator and its BatchNorm memory from a finished run, has no warm-up, and goes on making images
 with its own student. The files are hard links where the file system has them, else copies; `student/source.json` keeps
 their hashes.

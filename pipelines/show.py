@@ -129,7 +129,7 @@ class Display:
         """A context in which the steps of a recipe run."""
         if self._titles:
             self.console.print(Text(f"{recipe} → {root}", style="bold"))
-        self.progress.start("looks at recipe and folder", 0)
+        self.progress.start("checking recipe and folder", 0)
         try:
             yield
         finally:

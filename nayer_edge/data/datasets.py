@@ -101,7 +101,7 @@ def _require_labels(stream: ImageStream, classes: int, source: str) -> None:
     from_one = (int(stream.labels.min()), int(stream.labels.max())) == (1, classes)
     raise UsageError(
         f"{int(wrong.sum())} of {len(stream)} images in {source} have a label outside the {classes} classes.",
-        why=f"The labels run from 1 to {classes}: they count the classes from 1." if from_one else f"Found: {found}.",
+        why=f"The labels run from 1 to {classes}: numbering starts at 1." if from_one else f"Found: {found}.",
         fix="Subtract 1 from the labels." if from_one else "Labels are numbers from 0 in the order of the class names.",
     )
 

@@ -191,7 +191,7 @@ def _numbers(
         )
     if labels.dtype.kind == "f" and not (np.isfinite(labels).all() and (labels == np.round(labels)).all()):
         raise UsageError(
-            f"The labels in {path} are of type {labels.dtype}, and not whole numbers.",
+            f"The labels in {path} are of type {labels.dtype}, not integers.",
             fix="Labels are integers from 0 in the order of the class names.",
         )
     if len(labels) and np.abs(labels.astype(np.float64)).max() >= 2**53:
@@ -225,8 +225,8 @@ def _open_member(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], _Heade
 
 
 def _read_header(stream: IO[bytes], name: str) -> _Header:
-    # Beside ValueError, what Python's parser and numpy raise on hostile headers.
+    # Besides ValueError, what Python's parser and numpy raise on hostile headers.
     with contextlib.suppress(SyntaxError, tokenize.TokenError, TypeError, LookupError, MemoryError):
         return _Header(*npy.read_array_header_1_0(stream))
-    # Not as that error's consequence: the parser's MemoryError is no lack of memory.
+    # Raised without that error as its cause: a MemoryError from the parser does not mean that memory ran out.
     raise ValueError(f"array '{name}' has a damaged header")

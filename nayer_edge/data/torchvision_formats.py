@@ -61,7 +61,7 @@ def open_torchvision(path: Path, purpose: Purpose = "holdout", asked: str | None
         folders = (path, *sorted(entry for entry in path.iterdir() if entry.is_dir()))
         usual = "train" if purpose == "train" else "test"
         split = usual if asked is None else canonical(asked)
-        # A set may be seen from its folder and from the one above.
+        # A set may be given as its own folder or as the parent folder.
         found = {held: dict(at for folder in folders if (at := _known(folder, held)) is not None) for held in SPLITS}
         if asked is not None and any(found.values()):
             choose([held for held in SPLITS if found[held]], purpose, asked, path)

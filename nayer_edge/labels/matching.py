@@ -130,7 +130,7 @@ def _first(name: str) -> frozenset[str]:
 def _by_id(ids: Sequence[str], names: Sequence[str], what: str) -> dict[str, int]:
     """WordNet id → place of its name, for those that have one."""
     purpose = f"Translating WordNet ids ({what[0].lower()}{what[1:]})"
-    # All of ImageNet's classes take part, so that "crane" is not taken for the only crane at hand.
+    # Compared with all of ImageNet's classes, so that "crane" is ambiguous even if the data has only one crane.
     every = list(dict.fromkeys((*ids, *wordnet.imagenet_ids(purpose))))
     known = {number: synset for number, synset in wordnet.synsets(every, purpose).items() if synset is not None}
     found = _pairs([_keys_of_id(*entry) for entry in known.items()], [_keys(name) for name in names])

@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> Any:
         Tensors and plain values in dictionaries and lists; `Placeholder` for everything else.
 
     Raises:
-        UsageError: there is no such file, or it is no checkpoint of PyTorch (the error says what it is).
+        UsageError: there is no such file, or it is no PyTorch checkpoint (the error says what it is).
         IntegrityError: it is damaged, or a pickle that would run code (which was not run).
     """
     if not path.is_file():
@@ -134,7 +134,7 @@ def _foreign(path: Path, head: bytes) -> UsageError | None:
     unpack = "Unpack it first, and give the file inside."
     weights = "Give the PyTorch network's weights, written by torch.save(model.state_dict(), …) or as safetensors."
     return UsageError(
-        f"{path} is {kind}, not a checkpoint of PyTorch.", fix=unpack if kind.endswith("archive") else weights
+        f"{path} is {kind}, not a PyTorch checkpoint.", fix=unpack if kind.endswith("archive") else weights
     )
 
 
@@ -161,15 +161,15 @@ def _unsafe(path: Path, head: bytes, error: Exception) -> IntegrityError:
         why = "It is empty."
     elif named:
         why = (
-            f"It is a pickle that would have {named[1].rstrip('.')} imported and run; it does not hold tensors and "
-            "plain values only."
+            f"It is a pickle that would have {named[1].rstrip('.')} imported and run; it holds more "
+            "than tensors and plain values."
         )
     elif "TorchScript" in text:
         why = "It is a TorchScript archive, which is a program."
     elif head.startswith((_ZIP, b"\x80")) and "weights_only" not in text:
         why = text.splitlines()[0] if text else type(error).__name__
     else:
-        why = "It is damaged, or not a file of PyTorch."
+        why = "It is damaged, or not a PyTorch file."
     return IntegrityError(
         f"{path} is not a state dict that can be read safely; nothing in it was run.", why=why, fix=SAVE_AGAIN
     )

@@ -115,7 +115,7 @@ class World:
         return torch.cat([part.view(rounds, share, *mine.shape[1:]) for part in parts], dim=1).flatten(0, 1)
 
     def from_first(self, value: Any = None) -> Any:
-        """What rank 0 says, on every rank; a value that JSON can hold. Others wait here until it does."""
+        """Rank 0's value (JSON-serialisable), on every rank; the others wait here for it."""
         if self.size == 1:
             return value
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -160,7 +160,7 @@ def joined() -> Iterator[World]:
 
     Raises:
         UsageError: torchrun's environment is incomplete.
-        TrainingError: the others do not come, or a rank is lost on the way.
+        TrainingError: the other processes do not connect, or a rank is lost on the way.
     """
     global _current
     rank, size = launched()
@@ -187,7 +187,7 @@ def joined() -> Iterator[World]:
     _current = World(rank, size, messages)  # pyright: ignore[reportArgumentType] (every rank is a member)
     try:
         yield _current
-        # Only at a good end: with a rank lost, NCCL would wait for it here. The system closes what an error leaves.
+        # Only on success: if a rank was lost, NCCL would wait for it here. After an error, the system closes it.
         dist.destroy_process_group()
     finally:
         _current = SINGLE
@@ -225,7 +225,7 @@ def across_ranks(
 
 
 class _AcrossRanks(torch.autograd.Function):
-    """μ = mean(μᵣ) and σ² = mean(σᵣ²) + var(μᵣ), which cancels nothing, so dσ²/dμᵣ ∝ 2 (μᵣ − μ)."""
+    """μ = mean(μᵣ) and σ² = mean(σᵣ²) + var(μᵣ), which avoids cancellation, so dσ²/dμᵣ ∝ 2 (μᵣ − μ)."""
 
     @staticmethod
     def forward(ctx: Any, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,7 +244,7 @@ class _AcrossRanks(torch.autograd.Function):
 
 
 def _all(mine: Tensor) -> Tensor:
-    """The tensors of all ranks, one behind the other in a new first dimension."""
+    """The tensors of all ranks, stacked along a new first dimension."""
     mine = mine.contiguous()
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     _meet(dist.all_gather, found, mine)

@@ -264,10 +264,10 @@ class RunFolder:
         return forgotten
 
     def former_file(self, name: str, step: str, made_from: Iterable[str]) -> bool:
-        """Whether a file of the step's former result is still what the step would have to make.
+        """Whether a file of the step's former result is still up to date.
 
         Args:
-            made_from: the files that it depends on; those of today must be the ones that it was made from.
+            made_from: the files that it depends on; they must not have changed since it was made.
         """
         before = self.former.get(step)
         if before is None or before.record is None or name not in before.files:

@@ -125,7 +125,7 @@ def _exit_code(end: SystemExit) -> int:
         return EXIT_USAGE
     if isinstance(end.code, int) and end.code not in (EXIT_OK, EXIT_FAILED):
         return end.code
-    print(f"Error: code of this command ended the program with sys.exit({end.code!r}).", file=sys.stderr)  # noqa: T201
+    print(f"Error: code run by this command called sys.exit({end.code!r}).", file=sys.stderr)  # noqa: T201
     return EXIT_UNEXPECTED
 
 

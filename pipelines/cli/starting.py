@@ -62,13 +62,13 @@ def init(
     ] = None,
     resize: Annotated[
         str | None,
-        typer.Option("--resize", metavar="HxW", help="Resize the images if it accepts this size only."),
+        typer.Option("--resize", metavar="HxW", help="Size to resize images to, if the teacher accepts no other."),
     ] = None,
     mean: Annotated[
-        str | None, typer.Option("--mean", metavar="X,Y,Z", help="Its input normalisation: mean per channel.")
+        str | None, typer.Option("--mean", metavar="X,Y,Z", help="Input normalisation: mean per channel.")
     ] = None,
     std: Annotated[
-        str | None, typer.Option("--std", metavar="X,Y,Z", help="Its standard deviation per channel.")
+        str | None, typer.Option("--std", metavar="X,Y,Z", help="Input normalisation: standard deviation per channel.")
     ] = None,
     student: Annotated[
         str | None, typer.Option("--student", help="The student network.", show_default="by image size")

@@ -1,4 +1,4 @@
-"""The release before: pairs a run with it image by image.
+"""Pairs a run with the previous release, image by image.
 
 Two reports whose hold-outs have the same digest saw the same images in the same order, and each states which of them
 its artifacts classified correctly, one bit per image. Reports of different images are refused rather than compared
@@ -99,7 +99,7 @@ def _require_same_images(run: RunFolder, report: Report, folder: Path, before: R
     for place, each in ((run.root, report), (folder, before)):
         if each.dataset.kind == "synthetic":
             raise UsageError(
-                f"{place} was measured on synthetic images, so a release cannot be compared with the one before.",
+                f"{place} was measured on synthetic images, so releases cannot be compared on it.",
                 why="Every run generates its own images, and they have no true labels.",
                 fix=again,
             )

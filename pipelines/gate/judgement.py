@@ -65,7 +65,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The release before, paired with this one on the same images.
+    """The previous release, paired with this one on the same images.
 
     Attributes:
         name: of its folder.
@@ -115,7 +115,7 @@ def judge(report: Report, policy: Policy, baseline: Baseline | None = None) -> V
     Args:
         report: what `validate` measured.
         policy: what an artifact must satisfy.
-        baseline: the release before; where the policy limits the drop against it and there is none, that check fails.
+        baseline: the previous release; where the policy limits the drop against it and there is none, that check fails.
 
     Returns:
         The verdict, with the checks in the order of the policy's artifacts.

@@ -18,8 +18,8 @@ real error is about α/2 or less.
 - Tango's score bound (Statistics in Medicine 17, 1998, 891–908) with a continuity correction of one image,
 
 as long as it lies in [0, 0.1]. Elsewhere the floor. Each of the two alone is not enough: the first ignores
-what was gained; the second without the correction lets a drop that equals the limit pass in up to 6.2 % of
-releases at α = 5 % (n = 10,000), and with it alone it asks for more images than necessary where none is lost.
+what was gained; the second lets a drop that equals the limit pass in up to 6.2 % of releases at α = 5 %
+(n = 10,000) without the correction, and with it asks for more images than necessary where none is lost.
 
 That the smaller of the two keeps α is not a theorem. It was checked by exact enumeration of the trinomial
 distribution (no Monte Carlo): n in {20, 50, 100, 200, 500}, α in {0.1, 0.05, 0.025, 0.01, 0.001}, 40 true
@@ -27,7 +27,7 @@ drops from 0 to 0.1 and 26 discordances from none to the largest possible each; 
 with 60 drops of 0.05 to 60 images, and of 1, 3 and 10 %. The largest probability of a false pass was
 0.9988 α, reached where nothing is gained and the first bound, which is exact, decides. A part of it is
 repeated by tests/pipelines/gate/test_statistics.py. A correction of half an image exceeds α where n is small or
-nearly all images are discordant, and every variant, the skewness-corrected one included, does for drops far
+nearly all images are discordant, and every variant, including the skewness-corrected one, exceeds it for drops far
 above 0.1: hence the whole image and the limits of the range.
 
 **How many images.** If the true drop is D and nothing is ever gained, no image is lost with probability

@@ -53,7 +53,7 @@ def run_gate(
         run_root: the run folder.
         policy_file: a policy in TOML; the one of the run's recipe by default.
         references: a `references.toml` that names the release to compare with.
-        limits: keys of the policy that are to be others than there; see `limited`.
+        limits: overrides of the policy; see `limited`.
 
     Raises:
         UsageError: there is no run or no report yet, a newer version wrote the report, the policy or references are
@@ -71,12 +71,14 @@ def run_gate(
     run.require_intact()
     report = load_report(run)
     baseline = None if references is None else load_baseline(references, run, report, policy.artifacts)
-    return _judged(report, policy, baseline)
+    return _judged(run, report, policy, baseline)
 
 
-def _judged(report: Report, policy: Policy, baseline: Baseline | None = None) -> Verdict:
+def _judged(run: RunFolder, report: Report, policy: Policy, baseline: Baseline | None = None) -> Verdict:
     verdict = judge(report, policy, baseline)
-    return replace(verdict, notes=(*wording.notes(report.dataset, policy, baseline), *wording.advice(verdict)))
+    continuable = run.manifest.recipe.get("distill", {}).get("schedule") == "constant"
+    advice = wording.advice(verdict, continuable)
+    return replace(verdict, notes=(*wording.notes(report.dataset, policy, baseline), *advice))
 
 
 def load_policy(run: RunFolder, policy_file: Path | None = None) -> Policy:
@@ -364,7 +366,7 @@ def make_verdict(validate: Artifact, *, config: Recipe, out: RunFolder, progress
     """
     del validate, progress
     out.require_intact()
-    verdict = _judged(load_report(out), config.gate)
+    verdict = _judged(out, load_report(out), config.gate)
     write_json(out.path(VERDICT_PATH), verdict_json(verdict))
     write_junit(verdict, out.path(JUNIT_PATH))
     return Artifact("gate", {"verdict": VERDICT_PATH, "junit": JUNIT_PATH}, {"verdict": verdict.verdict})

@@ -97,7 +97,7 @@ def reason(verdict: Verdict) -> Reason:
 def notes(dataset: Dataset, policy: Policy, baseline: Baseline | None = None) -> tuple[str, ...]:
     """What goes with the checks of a verdict: limits of what it can promise, and the release it was compared with."""
     found = list(promise(dataset)) if dataset.kind == "synthetic" else []
-    found += [f"The hold-out is doubtful, and was measured all the same: {doubt}" for doubt in dataset.doubts]
+    found += [f"The hold-out is doubtful but was measured anyway: {doubt}" for doubt in dataset.doubts]
     accuracy = policy.accuracy
     limits = (accuracy.max_drop_vs_fp32, accuracy.max_drop_vs_teacher, policy.baseline.max_drop, policy.agreement.min)
     if all(limit is None for limit in limits):
@@ -112,15 +112,23 @@ def notes(dataset: Dataset, policy: Policy, baseline: Baseline | None = None) ->
     return tuple(found)
 
 
-def advice(verdict: Verdict) -> tuple[str, ...]:
-    """What to do if the student is too far from its teacher and quantization is not the cause."""
+def advice(verdict: Verdict, continuable: bool = True) -> tuple[str, ...]:
+    """What to do if the student is too far from its teacher.
+
+    Args:
+        continuable: the run can be given more time, because its schedule is constant.
+    """
     failed = {check.name for check in verdict.checks if check.verdict == "fail" and not check.advisory}
-    if not failed & _STUDENT or failed & _DEPLOYMENT:
+    if not failed & _STUDENT:
         return ()
-    return (
-        "The student is too far from its teacher; quantization is not the cause. Give it more training time: "
-        "nayer-edge run RUN --more 1h. Or choose a larger student.",
+    cause = "quantization loses accuracy, too" if failed & _DEPLOYMENT else "quantization is not the cause"
+    how = (
+        "Give it more training time: nayer-edge run RUN --more 1h."
+        if continuable
+        else "Give it more training time, in a run that starts with its images: "
+        "nayer-edge run RUN --bank RUN --budget 1h --out DIR."
     )
+    return (f"The student is too far from its teacher; {cause}. {how} Or choose a larger student.",)
 
 
 def promise(dataset: Dataset) -> tuple[str, ...]:
@@ -132,7 +140,7 @@ def promise(dataset: Dataset) -> tuple[str, ...]:
             "The bounds hold for images like these. They say nothing about other cameras, sites or classes.",
         )
     return (
-        "These images are synthetic: made by the generator, and in neither the memory bank nor the calibration set. "
+        "These images are synthetic: made without data, and in neither the memory bank nor the calibration set. "
         "They have no true class, so the teacher's answer is used instead.",
         "What this verdict can promise: on images like these, the artifact answers as its teacher does, and shows no "
         "damage from export or quantization.",

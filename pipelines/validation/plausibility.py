@@ -5,8 +5,8 @@ signs of it, each by exact one-sided binomial bounds (Clopper & Pearson 1934) at
 
 - **Near chance.** Answers that have nothing to do with the labels are right at the rate Σ p(c) q(c), where p are the
   shares of the labels and q those of the answers (the expected agreement of Cohen's kappa, 1960); if all labels are the
-  same, at the rate 1/classes. A teacher is near chance if its accuracy cannot be told from that rate and lies below the
-  middle between it and 1.
+  same, at the rate 1/classes. A teacher is near chance if its accuracy cannot be distinguished from that rate and lies
+  below the midpoint between that rate and 1.
 - **Another order.** On one half of the images, each label's most frequent answer is looked up; labels that exchange
   places by it (cat → dog, dog → cat) are renamed. If the new names are right more often than the old ones on the other
   half, by the exact McNemar test, the labels stand in another order than the teacher's classes. This also finds orders
@@ -101,7 +101,7 @@ def _near_chance(answers: np.ndarray, labels: np.ndarray, classes: int) -> str:
     chance = min(1.0, float(shares[0] @ shares[1])) if len(np.unique(labels)) > 1 else 1 / classes
     if binomial_lower(right, n, ALPHA) > chance or binomial_upper(right, n, ALPHA) >= (1 + chance) / 2:
         return ""
-    return f"It is right on {right:,} of {n:,} images ({right / n:.1%}); by chance it would be on {chance:.1%}."
+    return f"The teacher is right on {right:,} of {n:,} images ({right / n:.1%}); chance would give {chance:.1%}."
 
 
 def _another_order(answers: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> str:
@@ -117,9 +117,9 @@ def _another_order(answers: np.ndarray, labels: np.ndarray, classes: Sequence[st
     changed = [number for number in np.unique(labels) if whole[number] != number]
     shown = ", ".join(f"'{classes[int(number)]}' → '{classes[int(whole[number])]}'" for number in changed[:3])
     return (
-        f"The labels seem to stand in another order: it would be right on {(answers == renamed).mean():.1%} instead of "
-        f"{(answers == labels).mean():.1%} if {len(changed)} classes were renamed "
-        f"({shown}{', …' if len(changed) > 3 else ''})."
+        "The labels seem to be in another order: the teacher would be right on "
+        f"{(answers == renamed).mean():.1%} instead of {(answers == labels).mean():.1%} if {len(changed)} classes were "
+        f"renamed ({shown}{', …' if len(changed) > 3 else ''})."
     )
 
 
@@ -136,7 +136,7 @@ def _renaming(answers: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarr
     renamed = np.arange(classes)
     usual = {int(label): int(np.bincount(answers[labels == label]).argmax()) for label in np.unique(labels)}
     for label in usual:
-        # On a cycle: a teacher that takes eights for threes, and threes for threes, is no other order.
+        # Only cycles count: a teacher that predicts three for both threes and eights has not reordered the classes.
         step, place = 0, label
         while step < len(usual) and (place := usual.get(place, -1)) not in (label, -1):
             step += 1
@@ -149,7 +149,7 @@ def _below_card(answers: np.ndarray, labels: np.ndarray, card: float | None) -> 
     n, right = len(labels), int((answers == labels).sum())
     if card is None or binomial_upper(right, n, ALPHA) >= card - CARD_MARGIN:
         return ""
-    return f"It is right on {right / n:.1%} of {n:,} images; its card says {card:.1%}."
+    return f"The teacher is right on {right / n:.1%} of {n:,} images; its card says {card:.1%}."
 
 
 def _one_answer(answers: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> str:
@@ -158,4 +158,4 @@ def _one_answer(answers: np.ndarray, labels: np.ndarray, classes: Sequence[str])
     n, same = int(others.sum()), int((answers[others] == usual).sum())
     if n == 0 or binomial_lower(same, n, ALPHA) <= ONE_ANSWER:
         return ""
-    return f"It gives one answer, '{classes[usual]}', on {same:,} of the {n:,} images of other classes."
+    return f"The teacher gives one answer, '{classes[usual]}', on {same:,} of the {n:,} images of other classes."

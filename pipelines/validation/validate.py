@@ -3,8 +3,8 @@
 It only measures; the gate decides. Every batch of images passes once through all networks, and only each network's top
 five classes per image are kept: 50,000 ImageNet-sized images need one batch of pixels and 1 MB per network in memory.
 
-What another machine measured stays in the report if this one cannot measure it (an engine without its GPU, an ARM graph
-on x86), the file is the same and the images are.
+Another machine's measurement stays in the report if this machine cannot repeat it (an engine without its GPU, an ARM
+graph on x86) and neither the file nor the images have changed.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class _Earlier:
 
 
 def _earlier(out: RunFolder, networks: Sequence[str], seen: Seen) -> _Earlier:
-    """The former report's measurements, if its images and networks are those of today."""
+    """The former report's measurements, if its images and networks are the current ones."""
     if not all(out.former_file(name, "validate", networks) for name in (REPORT_PATH, PREDICTIONS_PATH)):
         return _Earlier({}, {})
     report = read_report(out.path(REPORT_PATH), f"Type: nayer-edge validate {out.typed}")
@@ -220,7 +220,7 @@ def _earlier(out: RunFolder, networks: Sequence[str], seen: Seen) -> _Earlier:
 
 
 def _tells_more(before: ArtifactReport, now: ArtifactReport, candidate: Candidate) -> bool:
-    """Whether the earlier measurement is of the device that the file is for, and the one of today is not."""
+    """Whether the earlier measurement is of the device that the file is for, and the new one is not."""
     verified = before.precision_verified and not now.precision_verified
     return now.status != "measured" or (verified and not candidate.timed)
 
@@ -246,7 +246,7 @@ def _images(
             yield pixels[start : start + size]
 
     drawn_from = "drawn from the trained generator" if source.generator is not None else "drawn procedurally"
-    name = "put aside during distillation" if not steps else drawn_from
+    name = "reserved during distillation" if not steps else drawn_from
     return Images(ImageStream(name, labels.astype(np.int64), batches), truth=False)
 
 
