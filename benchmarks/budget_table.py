@@ -39,22 +39,31 @@ def read() -> list[dict[str, Any]]:
 def table(results: list[dict[str, Any]]) -> str:
     """One line for each teacher, student and time."""
     lines = [
-        "| photographs, 10,000 real test images | time, two CPU cores | seeds | teacher, % | student, % | INT8, % |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| photographs, 10,000 real test images | time | two CPU cores | seeds | teacher, % | student, % | INT8, % |",
+        "|---|--:|---|--:|--:|--:|--:|",
     ]
-    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
-    for row in (row for result in results for row in result["rows"]):
-        extra = sum(parse_duration(text) for text in row["more"].split("+") if text)
-        groups.setdefault((row["recipe"], row["student"], parse_duration(row["budget"]) + extra), []).append(row)
-    for (recipe, student, seconds), rows in sorted(groups.items()):
+    groups: dict[tuple[str, str, float, str], list[dict[str, Any]]] = {}
+    for cores, row in ((cores_of(result), row) for result in results for row in result["rows"]):
+        seconds = parse_duration(row["budget"])
+        seconds += sum(parse_duration(text) for text in row["more"].split("+") if text)
+        groups.setdefault((row["recipe"], row["student"], seconds, cores), []).append(row)
+    for (recipe, student, seconds, cores), rows in sorted(groups.items()):
         cells = [
             f"{TEACHERS[recipe]} → {NAMES[student]}",
             duration(seconds),
+            cores,
             str(len(rows)),
             *(_percent([row[key] for row in rows]) for key in ("teacher_top1", "student_top1", "int8_top1")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def cores_of(result: dict[str, Any]) -> str:
+    """What decides how fast a processor trains: bf16 arithmetic, or the vectors that it has without."""
+    has = result["hardware"]["instructions"]
+    bf16 = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
+    return next((name for key, name in bf16.items() if key in has), "AVX512" if "avx512f" in has else "AVX2")
 
 
 def _percent(values: list[float]) -> str:
