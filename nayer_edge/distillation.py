@@ -121,6 +121,10 @@ class Epoch:
     """peak device memory, or peak resident memory of the process on a CPU"""
     synthesis_seconds: float = 0.0
     """the part of `seconds` that the rounds took"""
+    views_answered: int = 0
+    """augmented views whose teacher logits were computed in this epoch, on all ranks"""
+    answer_seconds: float = 0.0
+    """the part of `seconds` that this took; not measured on a GPU"""
     synthetic_classes: int = 0
     """number of classes that the teacher predicts on the newest images"""
     distinct: float = 1.0
@@ -286,6 +290,7 @@ class Distillation:
         shares, distinct, variety = map(self.world.mean, signs)
         if not len(self.holdout) and epoch >= distill.warmup_epochs - 1:
             self._make_holdout()
+        answered, answering = (self.views.computed, self.views.seconds) if self.views else (0, 0.0)
         loss_kd, lr = (None, None) if warm else self._train_student(epoch - distill.warmup_epochs, on_step)
         agreed, spread = self._compare() if len(self.holdout) else (0.0, 0.0)
         # A clock that jumps back must not end the run.
@@ -306,6 +311,8 @@ class Distillation:
             seconds=seconds,
             memory_mib=peak_memory_mib(self.compute),
             synthesis_seconds=max(synthesised - began, 0.0),
+            views_answered=(self.views.computed - answered) * self.world.size if self.views else 0,
+            answer_seconds=self.views.seconds - answering if self.views else 0.0,
             synthetic_classes=int((shares > 0).sum()),
             distinct=float(distinct),
             variety=None if math.isnan(variety) else float(variety),

@@ -26,7 +26,7 @@ from nayer_edge.storage.files import write_bytes
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 
 from . import shared_bank
-from .costs.budget import adapted
+from .costs.budget import Drawing, adapted
 from .costs.durations import duration
 from .image_grid import write_grid
 from .recipes.schema import Recipe
@@ -241,7 +241,9 @@ def _distil(
     def adapt(history: Sequence[Epoch], length: Length) -> Length | None:
         if config.budget is None:
             return None
-        found = adapted(history, length, config.budget)
+        of = config.distill
+        drawing = Drawing(of.views, of.steps * of.batch) if of.views else None
+        found = adapted(history, length, config.budget, drawing)
         if found is not None:
             progress.notice(
                 f"{'Slower' if found.epochs < length.epochs else 'Faster'} than planned: {found.epochs} epochs instead "

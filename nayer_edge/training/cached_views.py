@@ -7,6 +7,8 @@ runs once per view. docs/LOG.md has measurements of this and of mixed views.
 
 from __future__ import annotations
 
+import time
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -61,6 +63,8 @@ class ViewCache:
         self._seen = 0
         self.asked, self.computed = 0, 0
         """views drawn, and how many of them needed a forward pass of the teacher"""
+        self.seconds = 0.0
+        """that these passes took; not counted on a GPU, which works on while the program goes on"""
 
     def draw(self, count: int, random: torch.Generator) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
         """Images in [0, 1] and the teacher's logits, drawn uniformly with replacement."""
@@ -74,10 +78,13 @@ class ViewCache:
         images = self._view(places, numbers)
         missing = (~self._known[places, numbers]).nonzero().squeeze(1)
         if len(missing):
+            began = time.perf_counter()
             with torch.no_grad(), self._compute.autocast():
                 found = self._teacher(images[missing])
             self._logits[places[missing], numbers[missing]] = found.to(self._logits.dtype)
             self._known[places[missing], numbers[missing]] = True
+            if images.device.type == "cpu":
+                self.seconds += time.perf_counter() - began
         self.asked += len(places)
         self.computed += len(missing)
         return images, self._logits[places, numbers].float()

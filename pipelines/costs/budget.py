@@ -7,6 +7,7 @@ measurements (`benchmarks/search.py`, docs/LOG.md); the constants below are the 
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -304,8 +305,16 @@ class Pace:
     decay: float
 
     @classmethod
-    def of(cls, history: Sequence[Epoch], typical: Callable[[Sequence[float]], float] = statistics.median) -> Pace:
+    def of(
+        cls,
+        history: Sequence[Epoch],
+        typical: Callable[[Sequence[float]], float] = statistics.median,
+        answers: bool = True,
+    ) -> Pace:
         """Typical seconds of the last `RECENT` student epochs with synthesis rounds.
+
+        Args:
+            answers: include the seconds in which the teacher answered new views.
 
         Raises:
             ValueError: there is no such epoch.
@@ -313,10 +322,33 @@ class Pace:
         epochs = [epoch for epoch in history if epoch.phase == "distill" and epoch.loss_ce is not None][-RECENT:]
         if not epochs:
             raise ValueError("no student epoch has been trained")
-        return cls(
-            typical([epoch.seconds for epoch in epochs]),
-            typical([max(epoch.seconds - epoch.synthesis_seconds, 1e-3) for epoch in epochs]),
-        )
+        seconds = [epoch.seconds - (0.0 if answers else epoch.answer_seconds) for epoch in epochs]
+        decaying = [took - epoch.synthesis_seconds for took, epoch in zip(seconds, epochs, strict=True)]
+        return cls(*(typical([max(took, 1e-3) for took in each]) for each in (seconds, decaying)))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the student draws images: views of each image, and draws per epoch."""
+
+    views: int
+    draws: int
+
+
+def answers_left(history: Sequence[Epoch], length: Length, drawing: Drawing | None) -> float:
+    """Expected seconds in which the teacher will answer views for the first time; 0 if that was not measured.
+
+    Of V views, n uniform draws reach a given one with probability 1 − (1 − 1/V)ⁿ ≈ 1 − e^(−n/V).
+    """
+    answered, took = sum(e.views_answered for e in history), sum(e.answer_seconds for e in history)
+    if drawing is None or not answered or not took:
+        return 0.0
+    done = len(history)
+    bank = history[-1].bank_images
+    grown = bank - history[-2].bank_images if done > 1 else 0
+    views = drawing.views * (bank + max(grown, 0) * max(length.epochs - length.decay_epochs - done, 0))
+    reached = 1 - math.exp(-drawing.draws * max(length.epochs - done, 0) / max(views, 1))
+    return took / answered * max(views - answered, 0) * reached
 
 
 def undisturbed(seconds: Sequence[float]) -> float:
@@ -383,7 +415,7 @@ def finishing(length: Length, done: int, seconds: float, pace: Pace, rest: float
     return Length(done + decay, length.warmup_epochs, decay)
 
 
-def adapted(history: Sequence[Epoch], length: Length, budget: Budget) -> Length | None:
+def adapted(history: Sequence[Epoch], length: Length, budget: Budget, drawing: Drawing | None = None) -> Length | None:
     """Another length for a run that is slower or faster than planned; None if it keeps its budget.
 
     After two epochs, a machine of another kind than planned is noticed. From the third student epoch on, the end is
@@ -392,6 +424,7 @@ def adapted(history: Sequence[Epoch], length: Length, budget: Budget) -> Length 
 
     Args:
         history: metrics of all finished epochs.
+        drawing: None if the teacher answers every image anew.
     """
     done = len(history)
     if done == 2 and length.warmup_epochs > 2 and budget.fill_seconds > 0:
@@ -405,19 +438,26 @@ def adapted(history: Sequence[Epoch], length: Length, budget: Budget) -> Length 
     trained, training = done - length.warmup_epochs, length.epochs - length.decay_epochs - done
     if trained < 1 or training < 1:
         return None
-    pace, elapsed = Pace.of(history, undisturbed), sum(epoch.seconds for epoch in history)
-    share = DECAY / (1 - DECAY)
+    apart = drawing is not None and any(epoch.answer_seconds for epoch in history)
+    pace, elapsed = Pace.of(history, undisturbed, answers=not apart), sum(epoch.seconds for epoch in history)
     target = budget.seconds * (1 - MARGIN)
-    if trained < SETTLED <= trained + training:
-        waited = elapsed + (SETTLED - trained) * pace.train + SETTLED * share * pace.decay
-        if waited + budget.rest_seconds <= target:
-            return None
-    projected = elapsed + training * pace.train + length.decay_epochs * pace.decay + budget.rest_seconds
+
+    def end(length: Length) -> float:
+        training = length.epochs - length.decay_epochs - done
+        ahead = training * pace.train + length.decay_epochs * pace.decay + answers_left(history, length, drawing)
+        return elapsed + ahead + budget.rest_seconds
+
+    def of(further: int) -> Length:
+        decay = max(1, round(DECAY / (1 - DECAY) * (trained + further)))
+        return Length(done + further + decay, length.warmup_epochs, decay)
+
+    if trained < SETTLED <= trained + training and end(of(SETTLED - trained)) <= target:
+        return None
+    projected = end(length)
     accepted = TOLERANCE + EARLY_TOLERANCE * training / (trained + training)
     if abs(projected / target - 1) <= accepted:
         return None
-    left = target - elapsed - budget.rest_seconds
-    further = max(0, math.floor((left - trained * share * pace.decay) / (pace.train + share * pace.decay)))
-    decay = max(1, round(share * (trained + further)))
-    found = Length(done + further + decay, length.warmup_epochs, decay)
+    most = int(max(target - elapsed, 0) / pace.train) + 1
+    # The last number of further epochs that ends in time; none may.
+    found = of(max(bisect.bisect_right(range(most + 1), target, key=lambda further: end(of(further))) - 1, 0))
     return None if found == length else found

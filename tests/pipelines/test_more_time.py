@@ -135,7 +135,7 @@ def test_more_time_for_a_run_that_was_shortened(
     recipe asks for; and the budget is that of the longer run, not the old one and a little more."""
     planned = Budget(seconds=3600, fill_seconds=0, rest_seconds=1)
     monkeypatch.setattr(
-        distill_step, "adapted", lambda history, length, _: Length(5, 1, 1) if length.epochs == 1000 else None
+        distill_step, "adapted", lambda _history, length, *_: Length(5, 1, 1) if length.epochs == 1000 else None
     )
     root = tmp_path / "digits"
     done = run_recipe(recipe(1000, 300).model_copy(update={"budget": planned}), root, last="student")

@@ -42,6 +42,7 @@ from nayer_edge.runtime.distributed import SINGLE, World, joined, share_problems
 from nayer_edge.training.augment import crop_and_flip
 
 RANKS = 2
+TIMES = ("seconds", "synthesis_seconds", "answer_seconds", "images_per_s", "memory_mib")
 WHOLE_GROUPS = {"synthesis_batch": 12}
 """two groups of three classes for each rank"""
 LONGER = {**WHOLE_GROUPS, "distill_steps": 40, "distill_batch": 24, "distill_holdout_rounds": 4}
@@ -128,9 +129,7 @@ def normalised(name: str, world: World) -> dict[str, Tensor]:
 
 
 def line_of(epoch: Epoch) -> dict[str, Any]:
-    return {
-        n: v for n, v in vars(epoch).items() if n not in ("seconds", "synthesis_seconds", "images_per_s", "memory_mib")
-    }
+    return {n: v for n, v in vars(epoch).items() if n not in TIMES}
 
 
 # ------------------------------------------------------------------ the worker
