@@ -296,7 +296,8 @@ def unavailable(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def require_runtimes(run: RunFolder) -> None:
-    """Raises MissingError if a file of another runtime than ONNX Runtime and TensorRT could not be built.
+    """Raises MissingError if a file of another runtime than ONNX Runtime and TensorRT could not be built, for lack of a
+    package or because the runtime cannot take the student.
 
     Engines are left out: a recipe with a GPU target is often run on a machine without that GPU.
     """

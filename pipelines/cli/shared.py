@@ -72,7 +72,7 @@ def run_steps(
     """Runs steps, shows their progress, and exits with the code of the verdict if there is one.
 
     Raises:
-        MissingError: everything else is done, but a package of a target's runtime is not installed.
+        MissingError: everything else is done; see `actions.require_runtimes`.
     """
     display = watched(as_json)
     run = actions.make(recipe, root, last=last, fresh=fresh, display=display)

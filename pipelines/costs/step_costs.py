@@ -26,7 +26,8 @@ REPEATS = 5
 LONGEST = 20.0
 """maximum seconds to measure one kind of step"""
 REST_SECONDS = 6.0
-"""export, quantization, report and start-up, which hardly depend on the networks"""
+"""export, quantization, report and start-up, which hardly depend on the networks; as `REST_STUDENTS`, fitted to runs
+of three students (9, 50 and 59 s)"""
 REST_IMAGES = 10_000
 """images of an assumed hold-out"""
 REST_STUDENTS = 12
