@@ -189,12 +189,18 @@ def _part(text: str) -> tuple[int, int]:
     return int(number) % int(parts), int(parts)
 
 
+def pytest_configure() -> None:
+    """Until the tests begin, everything that is imported stays."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Takes what was imported out of garbage collection, which would visit it again and again and free none of it."""
     if "nayer_edge.export.to_onnx" in sys.modules:
         _read_torchlib_once()
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _read_torchlib_once() -> None:

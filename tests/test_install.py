@@ -31,7 +31,8 @@ py-modules = []
 SITE = Path(".venv/lib") / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
 STAMP, STAMP_DEV = ".venv/.installed", ".venv/.installed-dev"
 
-pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+# `.ci/pip-alone` installs the real locks every time.
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")]
 
 
 def make(tree: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -127,7 +128,6 @@ def test_the_second_time_nothing_is_done(installed: Path) -> None:
         assert "Nothing to be done" in make(installed, target).stdout
 
 
-@pytest.mark.slow
 def test_an_environment_of_ones_own_is_used(tree: Path) -> None:
     done = make(tree, "install-dev")
     assert done.returncode == 0, done.stderr
@@ -135,7 +135,7 @@ def test_an_environment_of_ones_own_is_used(tree: Path) -> None:
     assert (tree / STAMP_DEV).exists()
 
 
-@pytest.mark.parametrize("wrong", ["missing", pytest.param("altered", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wrong", ["missing", "altered"])
 def test_a_package_that_cannot_be_had(tree: Path, wrong: str) -> None:
     lock = tree / "requirements-dev.lock"
     good = lock.read_text()
@@ -189,7 +189,6 @@ def test_an_environment_that_was_not_finished_is_removed(tree: Path, damage: str
     assert not (tree / ".venv").exists()
 
 
-@pytest.mark.slow
 def test_an_environment_that_was_not_finished_is_created_anew(tree: Path) -> None:
     unfinish(tree, "package")
     done = make(tree, "install-dev")
@@ -200,7 +199,6 @@ def test_an_environment_that_was_not_finished_is_created_anew(tree: Path) -> Non
     assert "Nothing to be done" in make(tree, "install-dev").stdout
 
 
-@pytest.mark.slow
 def test_a_folder_that_is_no_environment_keeps_its_files(tree: Path) -> None:
     (tree / "mine").mkdir()
     (tree / "mine/notes.txt").write_text("kept")
@@ -262,7 +260,7 @@ def children_take_sigint() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("children_take_sigint")
-@pytest.mark.parametrize("shell", ["/bin/sh", pytest.param("/bin/bash", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
 def test_ctrl_c(tree: Path, silent_index: socket.socket, shell: str) -> None:
     if not Path(shell).exists():
         pytest.skip(f"there is no {shell}")

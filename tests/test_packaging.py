@@ -140,6 +140,7 @@ def outside(base: Path, *arguments: str | Path, cwd: Path) -> subprocess.Complet
     return run(base, "-I", "-m", "nayer_edge", *arguments, cwd=cwd, env=environment)
 
 
+@pytest.mark.slow
 def test_the_base_install_outside_the_checkout(base: Path, tiny_run: Path, tmp_path: Path) -> None:
     done = run(base, "-I", "-c", "import nayer_edge; print(nayer_edge.__file__)", cwd=tmp_path)
     assert done.stdout.startswith(str(base.parents[1])), done.stderr

@@ -64,6 +64,7 @@ def test_other_errors_are_not_explained_away() -> None:
         assert resource_error(error) is None
 
 
+@pytest.mark.slow
 def test_torch_without_memory() -> None:
     """With the real message of the installed PyTorch."""
     program = """

@@ -98,7 +98,7 @@ def every_tensor_rounded(path: Path) -> np.ndarray:
 KINDS = ("rescaled", "residual", "skip", "tiny", "norm", "weight", "logits", "image")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS[:3], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[3:])])
 def test_what_fp16_cannot_hold_stays_in_fp32(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     to_onnx(Scaled(kind).eval(), (3, 12, 12), tmp_path / "fp32.onnx")
@@ -124,7 +124,9 @@ def test_what_fp16_cannot_hold_stays_in_fp32(tmp_path: Path, kind: str) -> None:
     assert not np.abs(every_tensor_rounded(broken) - reference).max() < 0.01 * np.abs(reference).max()
 
 
-@pytest.mark.parametrize("kind", ["rescaled", "residual", "skip", "tiny", "logits"])
+@pytest.mark.parametrize(
+    "kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("skip", "tiny", "logits"))]
+)
 def test_int8_graphs_with_fp16_rest_keep_it_in_fp32_too(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     to_onnx(Scaled(kind).eval(), (3, 12, 12), tmp_path / "fp32.onnx")

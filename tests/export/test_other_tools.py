@@ -155,6 +155,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_polygraphys_lint_finds_nothing_unexplained(exported: Exported, tmp_path: Path) -> None:
     pytest.importorskip("polygraphy")
     pytest.importorskip("onnx_graphsurgeon", reason="Polygraphy's lint needs onnx-graphsurgeon")

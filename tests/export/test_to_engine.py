@@ -65,6 +65,7 @@ def test_engines_are_built_in_the_types_that_the_graph_states(
     assert any("does not show" in note for note in info.notes) == (precision == "int8")
 
 
+@pytest.mark.slow
 def test_another_kind_of_zoo_student_builds_in_int8(tmp_path: Path) -> None:
     """Beside the ResNet-8 above; the slow tests build every one."""
     path = export("nayer:wrn_16_1", tmp_path)

@@ -23,6 +23,10 @@ from nayer_edge.export.to_onnx import to_onnx
 
 SHAPE = (3, 16, 16)
 TARGETS = ("cpu", "arm", "tensorrt", "tensorrt-rtx")
+# The other targets have the same scheme in other types.
+OTHERS_SLOW = pytest.mark.parametrize(
+    "target", ["cpu", *(pytest.param(target, marks=pytest.mark.slow) for target in TARGETS[1:])]
+)
 
 
 class Block(nn.Module):
@@ -79,10 +83,7 @@ CALIBRATION = draw(128, torch.Generator().manual_seed(1))[0].numpy()
 HOLDOUT = draw(400, torch.Generator().manual_seed(2))[0].numpy()
 
 
-# All methods are tried for the graphs of two targets; the other two have the same scheme in other types.
-@pytest.mark.parametrize(
-    "target", ["cpu", "tensorrt", *(pytest.param(target, marks=pytest.mark.slow) for target in ("arm", "tensorrt-rtx"))]
-)
+@OTHERS_SLOW
 def test_int8_agrees_with_fp32_and_the_best_method_wins(trained: Path, tmp_path: Path, target: str) -> None:
     result = to_int8(trained, tmp_path / "m.onnx", CALIBRATION, target, holdout_images=HOLDOUT)
     assert set(result.scores) == set(METHODS)
@@ -112,7 +113,7 @@ def test_the_record_is_json_and_says_what_was_done(trained: Path, tmp_path: Path
     assert record["coverage"]["verified"] is True
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@OTHERS_SLOW
 def test_the_same_input_gives_the_same_bytes_and_no_other_file(
     trained: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +178,7 @@ def test_bias_correction_is_kept_only_where_it_helps(trained: Path, tmp_path: Pa
     assert result.record["final"]["top1"] == max(before, after)[0]
 
 
+@pytest.mark.slow
 def test_the_record_says_whether_biases_were_corrected(trained: Path, tmp_path: Path) -> None:
     modes: tuple[Literal["off", "on", "auto"], ...] = ("off", "on", "auto")
     results = {

@@ -123,6 +123,7 @@ def test_an_fp32_file_that_computes_something_else_is_refused(
     assert not (tmp_path / "fp32").exists()
 
 
+@pytest.mark.slow
 def test_a_new_file_that_the_runtime_refuses_is_the_targets_fault(
     target: Target, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

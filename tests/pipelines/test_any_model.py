@@ -123,7 +123,7 @@ def seen(network: Classifier) -> None:
         pytest.param(2, 20, 12, 3, marks=pytest.mark.slow),
         pytest.param(4, 12, 12, 5, marks=pytest.mark.slow),
         pytest.param(13, 9, 17, 7, marks=pytest.mark.slow),
-        (3, 16, 16, 1000),
+        pytest.param(3, 16, 16, 1000, marks=pytest.mark.slow),
     ],
 )
 def test_images_and_class_numbers_of_all_kinds(
@@ -327,7 +327,14 @@ def through(invoke: Invoke, path: Path, root: Path, *trust: str) -> dict[str, An
     return json.loads((root / "validate" / "report.json").read_text())
 
 
-@pytest.mark.parametrize("source", ["torchvision:resnet18", "timm:resnet10t", "hf", "python"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchvision:resnet18", "timm:resnet10t")),
+        "hf",
+        "python",
+    ],
+)
 def test_a_foreign_checkpoint_is_taken_over(source: str, invoke: Invoke, tmp_path: Path) -> None:
     """The teacher in the run folder answers as the checkpoint did, on real images."""
     lines, logits = checkpoint(source, tmp_path, epochs=0)

@@ -183,8 +183,8 @@ def test_help_does_not_import_pydantic() -> None:
         ("torch", ["run", "digits", "--out", "out"]),
         ("torch", ["lte", "show", "digits"]),
         ("onnxruntime", ["bench", "RUN"]),
-        ("jinja2", ["report", "RUN"]),
-        ("sklearn", ["validate", "RUN", "--data", "digits"]),
+        pytest.param("jinja2", ["report", "RUN"], marks=pytest.mark.slow),
+        pytest.param("sklearn", ["validate", "RUN", "--data", "digits"], marks=pytest.mark.slow),
     ],
 )
 def test_missing_extra(
@@ -703,6 +703,7 @@ def test_marks_differ_in_every_encoding(finished: Path, tmp_path: Path, encoding
     assert lines[-1] == "gate: fail", "'? gate' would read as inconclusive"
 
 
+@pytest.mark.slow
 def test_json_in_an_encoding_without_its_characters(spawn: Invoke, tmp_path: Path) -> None:
     """Names are escaped as JSON has it, not replaced by question marks."""
     names = tmp_path / "names.txt"

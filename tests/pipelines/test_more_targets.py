@@ -115,6 +115,7 @@ class TestEngines:
         monkeypatch.setattr(deploy, "to_engine", build)
         return made
 
+    @pytest.mark.slow
     def test_an_engine_is_not_built_again(
         self, finished: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch, invoke: Invoke
     ) -> None:
@@ -178,6 +179,7 @@ def deploy_info(target: str) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_verified_measurement_is_not_replaced_by_one_of_another_device(finished: Path, invoke: Invoke) -> None:
     """An ARM graph that was validated on an ARM device, and is validated again on x86 with one target more."""
     assert invoke("export", finished, "--int8", "--target", "arm").code == 0

@@ -128,6 +128,7 @@ def test_more_and_finish_by_the_command_line(run: RunFolder, invoke: Invoke) -> 
     assert (answer.code, "student is finished" in answer.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_more_time_for_a_run_that_was_shortened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
 ) -> None:
@@ -156,6 +157,7 @@ def test_more_time_for_a_run_that_was_shortened(
     assert planning.with_more(asked, done, 60.0).distill.epochs == 1001
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_early(tmp_path: Path, invoke: Invoke, stops_after: Callable[..., Silent]) -> None:
     root = tmp_path / "digits"
     # Other tests leave the handler of the command line, which `invoke` puts back.

@@ -111,6 +111,7 @@ class Interrupting(Silent):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_interrupted_it_ends_with_the_same_bits(plain: Path, tiny_settings: list[str], tmp_path: Path) -> None:
     wanted = recipe(tiny_settings, "export.qat=true", "export.qat_lr=0.02")
     before = sha256_of(plain / INT8)
@@ -125,6 +126,7 @@ def test_interrupted_it_ends_with_the_same_bits(plain: Path, tiny_settings: list
     assert (sha256_of(plain / INT8), (plain / QUANTIZATION).read_bytes()) == first
 
 
+@pytest.mark.slow
 def test_other_settings_of_qat_start_it_again(plain: Path, tiny_settings: list[str]) -> None:
     def int8_step(*more: str) -> StepEvent:
         events: list[StepEvent] = []
@@ -233,6 +235,7 @@ def test_the_key_that_was_typed_wins_whichever_name_was_read(tmp_path: Path, fin
         assert load_recipe(extending(tmp_path, "finetune = false"), ["export.qat=true"]).export.qat
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always::FutureWarning")
 def test_the_old_option_still_works_and_names_the_new_one(plain: Path, invoke: Callable[..., Any]) -> None:
     answer = invoke("export", plain, "--int8", "--finetune", "--no-engine")

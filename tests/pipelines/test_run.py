@@ -249,6 +249,7 @@ def killed(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_killed_inside_a_step_and_continued(tiny_run: Path, begun: Path) -> None:
     """The process dies while it distils, after a checkpoint."""
     process = start(tiny_run, begun)

@@ -217,6 +217,7 @@ def test_what_a_runtime_lacks_is_told_and_the_rest_is_exported(
     assert list(read_json(finished / QUANTIZATION, "")) == ["cpu", "arm"]
 
 
+@pytest.mark.slow
 def test_a_measurement_stays_where_the_runtime_is_gone(
     measured: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
@@ -277,6 +278,7 @@ def test_the_example_runs_with_the_runtime_alone(
     assert agree >= 6
 
 
+@pytest.mark.slow
 def test_the_runtime_is_not_imported_without_its_target() -> None:
     program = (
         "import sys\nimport nayer_edge.pipelines.deploy\n"

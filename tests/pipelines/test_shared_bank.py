@@ -93,7 +93,7 @@ def test_its_lineage_is_recorded(source: Path, whole: Path) -> None:
     assert parts["digits: bank.safetensors"]["bom-ref"] in made_from[parts[STUDENT]["bom-ref"]]
 
 
-@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("at_once", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_interrupted_it_ends_with_the_same_bits(
     at_once: bool, source: Path, whole: Path, tmp_path: Path, stops_after: Callable[..., Silent]
 ) -> None:
@@ -114,6 +114,7 @@ def test_interrupted_it_ends_with_the_same_bits(
         assert sha256_of(done.path(name)) == sha256_of(whole / name), name
 
 
+@pytest.mark.slow
 def test_more_time_is_one_long_run(source: Path, whole: Path, tmp_path: Path, invoke: Invoke) -> None:
     root, copied = tmp_path / "run", Path(shutil.copytree(source, tmp_path / "source"))
     run_recipe(recipe(copied, "distill.epochs=5"), root, last="student")
@@ -143,6 +144,7 @@ def test_an_interrupted_run_ends_early(
     assert len((root / "metrics.jsonl").read_text().splitlines()) < 999
 
 
+@pytest.mark.slow
 def test_the_other_run_may_go_on(source: Path, tmp_path: Path) -> None:
     """Its bank grows; the runs that started with it stay what they are."""
     grown, root = Path(shutil.copytree(source, tmp_path / "source")), tmp_path / "run"

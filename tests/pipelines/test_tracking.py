@@ -12,6 +12,7 @@ from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.storage.run_folder import RunFolder
 
 
+@pytest.mark.slow
 def test_the_board_shows_the_metrics(begun: Path, tiny_settings: list[str]) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra 'tracking'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

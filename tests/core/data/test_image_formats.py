@@ -437,7 +437,13 @@ def test_a_damaged_header_is_read_or_refused_and_nothing_else(tmp_path: Path, he
 # ------------------------------------------------------------------ bounded memory
 
 
-@pytest.mark.parametrize("kind", ["npz", "compressed npz", "cifar", "parquet", "folder", "parquet row group"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("npz", "cifar", "parquet"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("compressed npz", "folder", "parquet row group")),
+    ],
+)
 def test_memory_holds_a_batch_and_not_the_set(tmp_path: Path, kind: str) -> None:
     """The set is 24 MiB of pixels and more; a batch of 16 images is 192 KiB. numpy's and Python's own allocations are
     traced, Arrow's are asked of its pool."""

@@ -151,6 +151,7 @@ def test_auxiliary_heads_are_not_built(name: str) -> None:
     assert [key for key in whole.backbone.state_dict() if "aux" in key.lower()]
 
 
+@pytest.mark.slow
 def test_without_timm(tmp_path: Path) -> None:
     """In a process that cannot import it."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -42,6 +42,8 @@ from nayer_edge.runtime.distributed import SINGLE, World, joined, share_problems
 from nayer_edge.training.augment import crop_and_flip
 
 RANKS = 2
+# Starting two processes, and killing and restarting them, takes half a minute.
+two_processes = pytest.mark.slow
 TIMES = ("seconds", "synthesis_seconds", "answer_seconds", "images_per_s", "memory_mib")
 WHOLE_GROUPS = {"synthesis_batch": 12}
 """two groups of three classes for each rank"""
@@ -386,6 +388,7 @@ def joined_rounds(parts: list[Tensor], share: int) -> Tensor:
 # ------------------------------------------------------------------ synthesis
 
 
+@two_processes
 @pytest.mark.parametrize(("name", "changes"), [("rounds", WHOLE_GROUPS), ("rounds of one group", ONE_GROUP)])
 def test_rounds_are_those_of_one_process(two: list[dict[str, Any]], name: str, changes: dict[str, Any]) -> None:
     one, (first, second) = synthesised(begin(**changes)), [found[name] for found in two]
@@ -408,6 +411,7 @@ def test_rounds_are_those_of_one_process(two: list[dict[str, Any]], name: str, c
             torch.testing.assert_close(first["generator"][key], wanted, rtol=1e-4, atol=1e-5)
 
 
+@two_processes
 def test_each_rank_has_its_own_noise(two: list[dict[str, Any]]) -> None:
     for mine, other in zip(two[0]["rounds"]["noise"], two[1]["rounds"]["noise"], strict=True):
         assert mine.shape == (2, 6, 10)
@@ -416,6 +420,7 @@ def test_each_rank_has_its_own_noise(two: list[dict[str, Any]]) -> None:
         assert torch.equal(mine, other), "the one group is everyone's"
 
 
+@two_processes
 @pytest.mark.parametrize("name", list(NORMS))
 def test_synchronised_batchnorm_is_batchnorm_of_the_whole_batch(two: list[dict[str, Any]], name: str) -> None:
     one, parts = normalised(name, SINGLE), [found["norms"][name] for found in two]
@@ -429,6 +434,7 @@ def test_synchronised_batchnorm_is_batchnorm_of_the_whole_batch(two: list[dict[s
 # ------------------------------------------------------------------ student
 
 
+@two_processes
 def test_gradients_are_those_of_the_mean_loss(two: list[dict[str, Any]]) -> None:
     """Adam does not see a factor, so no round would show that a rank's own gradients lack it."""
     for rank, found in enumerate(two):
@@ -438,6 +444,7 @@ def test_gradients_are_those_of_the_mean_loss(two: list[dict[str, Any]]) -> None
         assert none is None
 
 
+@two_processes
 def test_student_steps_on_a_given_batch_are_those_of_one_process(two: list[dict[str, Any]]) -> None:
     one = student_steps(begin(**WHOLE_GROUPS))
     for key, wanted in one.items():
@@ -478,6 +485,7 @@ def _close(value: float | None) -> Any:
     return value if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)
 
 
+@two_processes
 def test_a_run_is_that_of_one_process_which_draws_the_same(two: list[dict[str, Any]]) -> None:
     run = drawing_like_two(begin(**LONGER), two[0]["run"]["whole"]["images"])
     distill(run)
@@ -493,6 +501,7 @@ def test_a_run_is_that_of_one_process_which_draws_the_same(two: list[dict[str, A
         torch.testing.assert_close(two[0]["run"]["student"][name], wanted, rtol=1e-4, atol=1e-5)
 
 
+@two_processes
 def test_own_draws_change_the_student_as_another_stream_does(two: list[dict[str, Any]]) -> None:
     """Without that, synthesis is equal until the first trained student takes part, and the student's loss differs by
     less than 30 %; eight streams in one process gave 0.130 to 0.148 in epoch 3 and 0.078 to 0.106 in epoch 4."""
@@ -509,6 +518,7 @@ def test_own_draws_change_the_student_as_another_stream_does(two: list[dict[str,
             assert found["loss_kd"] != pytest.approx(wanted.loss_kd, rel=1e-3), "each rank draws its own images"
 
 
+@two_processes
 def test_both_ranks_end_with_the_same_student(two: list[dict[str, Any]]) -> None:
     for name in ("run", "cached"):
         mine, other = (found[name]["student"] for found in two)
@@ -518,6 +528,7 @@ def test_both_ranks_end_with_the_same_student(two: list[dict[str, Any]]) -> None
 # ------------------------------------------------------------------ bank
 
 
+@two_processes
 def test_the_bank_is_divided_without_loss_or_duplicates(two: list[dict[str, Any]]) -> None:
     parts = [found["run"]["bank"] for found in two]
     assert [len(part["images"]) for part in parts] == [60, 60], "ten rounds of twelve images"
@@ -533,6 +544,7 @@ def test_the_bank_is_divided_without_loss_or_duplicates(two: list[dict[str, Any]
     assert int(apart.max()) <= 1, "warm-up is that of one process, in its order"
 
 
+@two_processes
 def test_a_full_bank_keeps_the_newest_whole_rounds(two: list[dict[str, Any]]) -> None:
     parts = [found["cached"]["bank"] for found in two]
     assert [len(part["images"]) for part in parts] == [18, 18]
@@ -549,6 +561,7 @@ def test_a_full_bank_keeps_the_newest_whole_rounds(two: list[dict[str, Any]]) ->
 # ------------------------------------------------------------------ checkpoints
 
 
+@two_processes
 def test_killed_together_and_started_again_they_end_with_the_same_bits(
     two: list[dict[str, Any]], launch: Launch
 ) -> None:
@@ -561,6 +574,7 @@ def test_killed_together_and_started_again_they_end_with_the_same_bits(
             assert torch.equal(found["state"][name], tensor), name
 
 
+@two_processes
 def test_another_number_of_processes_does_not_continue(two: list[dict[str, Any]], launch: Launch) -> None:
     """Neither two what one began nor one what two began, and the checkpoint stays."""
     for found in two:
@@ -580,6 +594,7 @@ def test_another_number_of_processes_does_not_continue(two: list[dict[str, Any]]
 # ------------------------------------------------------------------ what goes wrong
 
 
+@two_processes
 def test_an_error_on_one_rank_ends_both(launch: Launch) -> None:
     assert launch.said.returncode != 0
     assert launch.seconds_to_end < 60
@@ -590,6 +605,7 @@ def test_an_error_on_one_rank_ends_both(launch: Launch) -> None:
     assert not lost.exists() or "lost its connection to the other processes" in lost.read_text()
 
 
+@two_processes
 def test_differences_between_ranks_are_named_on_all(two: list[dict[str, Any]]) -> None:
     assert all("rank 1 does not match rank 0" in found["mismatch"] for found in two)
     assert all(found["said"] == {"what": "é", "rank": 0} for found in two)
@@ -677,6 +693,7 @@ def check_folder(root: Path, one: Path) -> None:
     assert lines[0][0]["loss_bn"] == pytest.approx(lines[1][0]["loss_bn"], rel=0.01)
 
 
+@two_processes
 def test_the_command_makes_the_run_folder_of_one_process(launch: Launch, tiny_run: Path) -> None:
     said = [(launch.folder / f"said{rank}").read_text() for rank in range(RANKS)]
     assert json.loads(said[0])["steps"]["student"]["numbers"]["processes"] == 2, said

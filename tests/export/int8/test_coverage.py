@@ -135,7 +135,7 @@ def test_operators_without_an_int8_form_are_ineligible_and_not_ignored(tmp_path:
     "model",
     [
         "nayer:wrn_10_1",
-        "nayer:vgg11_bn",
+        pytest.param("nayer:vgg11_bn", marks=pytest.mark.slow),
         pytest.param("torchvision:shufflenet_v2_x0_5", marks=pytest.mark.slow),
         pytest.param("torchvision:efficientnet_b0", marks=pytest.mark.slow),
         pytest.param("torchvision:convnext_tiny", marks=pytest.mark.slow),
@@ -149,6 +149,7 @@ def test_the_table_decides_about_every_operator_of_a_student(model: str, tmp_pat
     every_operator_is_decided(tmp_path / "fp32.onnx", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_table_decides_about_every_operator_of_a_mobilenet(mobilenet_onnx: Path, tmp_path: Path) -> None:
     every_operator_is_decided(mobilenet_onnx, tmp_path)
 

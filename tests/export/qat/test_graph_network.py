@@ -79,7 +79,9 @@ def alive(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["mixed", "nayer:resnet8", "nayer:wrn_10_1"])
+@pytest.fixture(
+    scope="module", params=["mixed", "nayer:resnet8", pytest.param("nayer:wrn_10_1", marks=pytest.mark.slow)]
+)
 def graph(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelProto]:
     torch.manual_seed(0)
     spec = InputSpec(height=8, width=8)

@@ -131,13 +131,12 @@ print(run(images=np.full((1, 3, 16, 16), 0.25, np.float32))["logits"][0].tolist(
 assert not {"torch", "jax", "nayer_edge"} & set(sys.modules)
 """,
 )
+
+
 # Each file that ExecuTorch builds takes longer than all that LiteRT builds.
-SLOW_IN_EXECUTORCH = pytest.mark.parametrize(
-    "edge", [pytest.param(EXECUTORCH, marks=pytest.mark.slow), LITERT], indirect=True, ids=lambda edge: edge.name
+@pytest.fixture(
+    scope="session", params=[pytest.param(EXECUTORCH, marks=pytest.mark.slow), LITERT], ids=lambda edge: edge.name
 )
-
-
-@pytest.fixture(scope="session", params=[EXECUTORCH, LITERT], ids=lambda edge: edge.name)
 def edge(request: pytest.FixtureRequest) -> Edge:
     if any(find_spec(package) is None for package in request.param.packages):
         pytest.skip(f"the extra '{request.param.name}' is not installed")
@@ -177,7 +176,6 @@ def int8(edge: Edge, make_student: Student, draw_patterns: Draw, once: Callable[
     )
 
 
-@SLOW_IN_EXECUTORCH
 def test_fp32_computes_what_torch_computes(
     edge: Edge, fp32: BuiltFile, make_student: Student, draw_patterns: Draw
 ) -> None:
@@ -221,7 +219,7 @@ def test_the_record_says_what_was_done(edge: Edge, int8: BuiltFile) -> None:
     assert edge.normalisation in int8.record["in_float"]
 
 
-@SLOW_IN_EXECUTORCH
+@pytest.mark.slow
 def test_named_layers_stay_in_float(edge: Edge, make_student: Student, draw_patterns: Draw, tmp_path: Path) -> None:
     network, layers = make_student(SHAPE), ["backbone.layer1", "backbone.fc"]
     calibration = draw_patterns(16, SHAPE, seed=1)
@@ -243,6 +241,7 @@ def test_the_runtime_alone_runs_the_file(edge: Edge, int8: BuiltFile, tmp_path: 
     np.testing.assert_allclose(json.loads(done.stdout), logits[0], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edge", [EXECUTORCH], indirect=True, ids=lambda edge: edge.name)
 def test_executorchs_threads_are_set_and_restored(
     edge: Edge, int8: BuiltFile, capfd: pytest.CaptureFixture[str]
@@ -269,8 +268,8 @@ def test_litert_takes_threads_and_leaves_the_terminal_clean(
     assert capfd.readouterr() == ("", "")
 
 
-@SLOW_IN_EXECUTORCH
-@pytest.mark.parametrize("shape", [pytest.param((1, 16, 16), marks=pytest.mark.slow), (13, 8, 12)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 16, 16), (13, 8, 12)])
 def test_channels_and_rectangles(
     edge: Edge, shape: tuple[int, int, int], make_student: Student, draw_patterns: Draw, tmp_path: Path
 ) -> None:
@@ -282,7 +281,6 @@ def test_channels_and_rectangles(
             runner.infer(images[:, :, :4])
 
 
-@SLOW_IN_EXECUTORCH
 def test_transposed_convolutions_and_splits_run_in_int8(edge: Edge, draw_patterns: Draw, tmp_path: Path) -> None:
     """The first input of LiteRT's TRANSPOSE_CONV is a shape, that of SPLIT an axis: not what tells the type."""
     torch.manual_seed(0)

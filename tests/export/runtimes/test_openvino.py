@@ -94,7 +94,7 @@ def test_every_layer_of_a_quantized_file_runs_in_int8(tmp_path: Path) -> None:
     assert 0 < np.abs(logits - fp32).mean() < 2 * noise
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", [LAYERS[0], *(pytest.param(layer, marks=pytest.mark.slow) for layer in LAYERS[1:])])
 def test_an_excluded_layer_stays_in_float(tmp_path: Path, layer: str) -> None:
     path, images = exported(tmp_path)
     to_int8(path, tmp_path / "q.onnx", images, "openvino", method="minmax", nodes_to_exclude=[layer])
@@ -153,6 +153,7 @@ def test_without_the_package_the_line_that_installs_it(tmp_path: Path, monkeypat
         require(dataclasses.replace(TARGET, packages=("no-such-package",)))
 
 
+@pytest.mark.slow
 def test_nothing_is_reported_and_no_home_is_needed() -> None:
     """OpenVINO reports its import to its makers, unless the package that does so is missing."""
     program = (

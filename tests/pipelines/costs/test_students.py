@@ -50,6 +50,7 @@ def test_multiply_accumulates_by_hand() -> None:
     assert not any(module._forward_hooks for module in network.modules()), "nothing stays in the network"
 
 
+@pytest.mark.slow
 def test_a_student_that_is_exported_and_timed() -> None:
     (cost,) = measure(["nayer:resnet8"], SPEC, 10, runs=5, threads=1)
     assert cost.int8_measured
@@ -68,6 +69,7 @@ def test_computed_sizes_are_those_of_the_files() -> None:
         assert int8_bytes_of(network) == pytest.approx(cost.int8_bytes, rel=0.1), cost.model
 
 
+@pytest.mark.slow
 def test_the_students_of_a_size() -> None:
     small, large = students_for(SPEC), students_for(InputSpec(height=224, width=224))
     assert {model for model in small if "@" in model} == {f"{model}@32" for model in LIBRARY}

@@ -288,6 +288,7 @@ def test_a_report_of_an_older_version_has_to_be_made_again(
         assert f"copy {REPORT_PATH} to {tmp_path / 'kept'}" in error
 
 
+@pytest.mark.slow
 def test_the_commands_that_make_it_again_do_so(finished: Path, invoke: Invoke, policy: Path, tmp_path: Path) -> None:
     values = json.loads((finished / REPORT_PATH).read_text())
     for artifact in values["artifacts"]:

@@ -232,7 +232,7 @@ def chance_of_passing(n: int, gained_rate: float, drop: float, limit: float, alp
         *((50, 0.0, 0.1), (50, 0.0999, 0.1), (50, 0.1, 0.05)),
         *((100, 0.03, 0.05), (100, 0.1, 0.05), (100, 0.11, 0.01)),
         *((598, 0.005, 0.05), (598, 0.04, 0.01), (600, 0.005, 0.001), (600, 0.015, 0.05), (600, 0.015, 0.2)),
-        *((10_000, 0.0003, 0.05), (10_000, 0.005, 0.05)),
+        *(pytest.param(10_000, limit, 0.05, marks=pytest.mark.slow) for limit in (0.0003, 0.005)),
     ],
 )
 def test_false_verdicts_enumerated(n: int, limit: float, alpha: float) -> None:

@@ -291,6 +291,7 @@ def test_sets_of_weights_side_by_side_are_a_choice(here: Path, invoke: Invoke) -
         assert look(here / "two.ckpt", key=key).exact
 
 
+@pytest.mark.slow
 def test_the_file_in_a_transformers_folder(here: Path, invoke: Invoke) -> None:
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -304,6 +305,7 @@ def test_the_file_in_a_transformers_folder(here: Path, invoke: Invoke) -> None:
     assert load_recipe("r.toml").teacher.model == f"hf:{here / 'hf'}"
 
 
+@pytest.mark.slow
 def test_thousand_classes_are_a_guess(here: Path, invoke: Invoke) -> None:
     torch.save(weights_of("torchvision:mobilenet_v3_small", 1000), "m.pt")
     answer = invoke("init", *TRIAL, "m.pt")
@@ -375,6 +377,7 @@ def on_terminal(folder: Path, answers: list[str], *arguments: str) -> tuple[int,
     return process.wait(timeout=60), shown.decode(errors="replace")
 
 
+@pytest.mark.slow
 def test_questions_on_a_terminal(here: Path) -> None:
     save_tensors(here / "w.safetensors", weights_of("nayer:resnet20"))
     (here / "short.txt").write_text("a\nb\n")
@@ -612,6 +615,7 @@ def test_what_is_wrong_at_first_sight_is_said_at_once(here: Path, spawn: Invoke,
         assert message in answer.err
 
 
+@pytest.mark.slow
 def test_a_network_for_one_image_size_only(here: Path, invoke: Invoke) -> None:
     """LeViT's attention biases belong to a number of positions: 224 pixels, or the size given with --resize."""
     pytest.importorskip("timm")
@@ -640,6 +644,7 @@ def test_the_channels_that_the_weights_have(here: Path, invoke: Invoke) -> None:
     assert "--input 3x32x32" in answer.err
 
 
+@pytest.mark.slow
 def test_what_was_said_is_not_called_a_guess(here: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     # One time of each step is as good as the median of five, except for the plan's accuracy.
     monkeypatch.setattr(step_costs, "REPEATS", 1)

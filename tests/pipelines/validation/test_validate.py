@@ -475,6 +475,7 @@ def test_answers_that_are_no_numbers_are_counted() -> None:
     assert seen.max_abs_diff == {"student": 0.0, "int8.cpu": None}
 
 
+@pytest.mark.slow
 def test_a_large_set_passes_in_bounded_memory(invoke: Invoke, finished: Path, tmp_path: Path) -> None:
     """900 images through the whole command: what Python and numpy hold at most is less than half of the set as the
     networks see it (float32), and does not grow with it."""
