@@ -18,7 +18,7 @@ from nayer_edge.export.parity import compare, edge_cases
 from nayer_edge.export.qat.train import QatTrainer, Schedule
 from nayer_edge.export.runners import OrtRunner, TorchRunner
 from nayer_edge.export.runtimes import describe, require
-from nayer_edge.export.targets import TARGETS, has_module
+from nayer_edge.export.targets import TARGETS, Target, has_module
 from nayer_edge.export.to_engine import to_engine
 from nayer_edge.export.to_int8 import FP16_IMAGES, to_int8
 from nayer_edge.export.to_onnx import to_onnx
@@ -164,6 +164,8 @@ def make_int8(
         if record["finetune"]:
             numbers[f"{target} QAT gain"] = _short(record["finetune"]["gain"])
         numbers[f"{target} int8 coverage"] = _short(record["coverage"]["fraction"])
+        if unused := _unused(TARGETS[target], config):
+            numbers[f"{target} does not use"] = f"{', '.join(unused)} (it quantizes by itself)"
         if stay := record.get("fp32_nodes"):
             numbers[f"{target} keeps in fp32"] = "; ".join(f"{node} ({why})" for node, why in stay)
     write_json(out.path(QUANTIZATION), records)
@@ -172,6 +174,14 @@ def make_int8(
         write_json(out.path(RUNTIMES), listed)
         files["runtimes"] = RUNTIMES
     return Artifact("int8", files, numbers)
+
+
+def _unused(target: Target, config: Recipe) -> list[str]:
+    """The settings of [export] that were given and that the quantizer of a target's runtime has no use for."""
+    if target.suffix == ".onnx":
+        return []
+    given = {"qat": config.export.qat, "calibration_method": config.export.calibration_method != "auto"}
+    return [name for name, is_given in given.items() if is_given]
 
 
 def _why_not(name: str, out: RunFolder) -> str:

@@ -36,7 +36,8 @@ class Export(Section):
     calibration_images: Annotated[int, Field(ge=1, le=65536)] = 512
     """number of synthetic images, reserved during distillation or drawn from the trained generator"""
     calibration_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
-    """auto: the method whose INT8 model agrees best with FP32 on a synthetic hold-out"""
+    """auto: the method whose INT8 model agrees best with FP32 on a synthetic hold-out; executorch and litert calibrate
+    by themselves"""
     max_drop: Fraction | None = 0.02
     """largest drop of INT8 against FP32 on synthetic images, with the teacher's answers as labels; the most sensitive
     layers are excluded from quantization until the limit holds (mixed precision)"""
@@ -44,7 +45,7 @@ class Export(Section):
     """measure the sensitivity of every layer, even if no layer has to be excluded"""
     qat: bool = False
     """quantization-aware training on images of the memory bank; its result is kept if it agrees better with FP32 on the
-    synthetic hold-out than calibration alone"""
+    synthetic hold-out than calibration alone. Not for executorch and litert, which quantize by themselves"""
     qat_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
     """epochs of QAT"""
     qat_steps: Annotated[int, Field(ge=1, le=100_000)] = 100

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 
 from nayer_edge.config import InputSpec
 from nayer_edge.data.datasets import digits
+from nayer_edge.export.targets import TARGETS
 from nayer_edge.models.load import load_classifier
-from nayer_edge.pipelines.deploy import FP32, SyntheticSource, int8_file
-from nayer_edge.pipelines.recipes.loading import recipe_of
+from nayer_edge.pipelines.deploy import FP32, SyntheticSource, _unused, int8_file
+from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
 from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
@@ -146,3 +147,11 @@ def test_the_manifest_names_every_file(tiny_run: Path) -> None:
     assert run.unexpected_files() == []
     assert run.problems() == []
     assert MANIFEST not in run.manifest.files
+
+
+def test_settings_that_a_runtimes_own_quantizer_does_not_use_are_named() -> None:
+    given = load_recipe("digits", ["export.qat=true", "export.calibration_method=mse"])
+    for name, target in TARGETS.items():
+        by_itself = name in ("executorch", "litert")
+        assert _unused(target, given) == (["qat", "calibration_method"] if by_itself else []), name
+        assert _unused(target, load_recipe("digits")) == []
