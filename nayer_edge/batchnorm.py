@@ -118,9 +118,7 @@ class BatchNormStatistics:
 
 
 class _Watch:
-    def __init__(
-        self, norms: list[nn.modules.batchnorm._BatchNorm], now: dict[int, tuple[Tensor, Tensor]], world: World
-    ) -> None:
+    def __init__(self, norms: list[nn.Module], now: dict[int, tuple[Tensor, Tensor]], world: World) -> None:
         self._norms, self._now, self._world = norms, now, world
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -211,5 +209,5 @@ def raise_bn_momentum(classifier: Classifier) -> None:
     class for every image.
     """
     for norm in batch_norms(classifier):
-        if norm.momentum is not None:
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is not None:
             norm.momentum = max(norm.momentum, SHORT_MOMENTUM)

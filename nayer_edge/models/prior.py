@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from nayer_edge.errors import UsageError, no_batch_norms
 from nayer_edge.models.classifier import Classifier
 
 
-def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Every BatchNorm with running statistics, in the order of `model.modules()`."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-    ]
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Every BatchNorm with running statistics, in the order of `model.modules()`.
+
+    Frozen BatchNorms, which libraries define anew with buffers in place of parameters (torchvision's, timm's and
+    DETR's), are among them: their statistics have the same meaning.
+    """
+    return [module for module in model.modules() if _has_statistics(module)]
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        # Its variances are means over images, without what images differ by.
+        return False
+    held = [getattr(module, name, None) for name in ("running_mean", "running_var")]
+    return all(isinstance(value, Tensor) and value.ndim == 1 for value in held)
 
 
 def require_prior(network: Classifier, what: str, prior: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from nayer_edge import generator as generators
 from nayer_edge import losses
@@ -206,6 +207,36 @@ def test_an_unused_batchnorm_is_skipped(stream: Stream) -> None:
     statistics.remember()
     assert statistics.memory is not None
     assert len(statistics.memory) == len(batch_norms(network)) - 1
+
+
+def test_frozen_batchnorms_are_batchnorms(stream: Stream) -> None:
+    """Libraries freeze a network by replacing its BatchNorms by modules of their own; no statistic changes."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+    network.train()(torch.rand(8, 3, 8, 8, generator=stream(0)))
+    network.eval()
+    by_timm = pytest.importorskip("timm.layers").freeze_batch_norm_2d(copy.deepcopy(network))
+    by_torchvision = copy.deepcopy(network)
+    for place in (1, 4):
+        frozen = FrozenBatchNorm2d(network[place].num_features)
+        frozen.load_state_dict(network[place].state_dict())
+        by_torchvision[place] = frozen
+    images, found = torch.rand(6, 3, 8, 8, generator=stream(1)), []
+    for each in (network, by_timm, by_torchvision):
+        statistics = BatchNormStatistics(each, 0.9)
+        with torch.no_grad(), statistics.watch():
+            each(images)
+        found.append(statistics.loss())
+    assert not any(isinstance(module, nn.BatchNorm2d) for each in (by_timm, by_torchvision) for module in each)
+    assert float(found[0]) > 0.01
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_statistics_of_single_images_are_not_those_of_a_batch() -> None:
+    tracked = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, track_running_stats=True))
+    with pytest.raises(UsageError, match="no BatchNorm layers"):
+        BatchNormStatistics(tracked, 0.9)
 
 
 def test_a_teacher_without_batchnorm_is_refused() -> None:
