@@ -172,6 +172,8 @@ def _show_findings(found: Findings, given: Given) -> None:
 def _show_plan(plan: Proposal, target: Path) -> None:
     from nayer_edge.procedural import EXPECTED
 
+    from ..init.inspect_checkpoint import advice_for
+
     spec = plan.spec
     pixels = f"{spec.channels}×{spec.height}×{spec.width}"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
@@ -190,6 +192,8 @@ def _show_plan(plan: Proposal, target: Path) -> None:
         _line(head, text)
     if plan.kind:
         _line("prior", f"procedural images, since the teacher stores no BatchNorm statistics. {EXPECTED}")
+        if advice := advice_for(plan.kind):
+            _line("", advice)
     _line("recipe", str(target))
     stdout().print(
         f"\nNext: nayer-edge run {inert(shlex.quote(str(target)))}", style="bold", highlight=False, soft_wrap=True

@@ -240,7 +240,16 @@ def _normalised_by(shapes: Shapes) -> str:
         return "it is a transformer"
     if any(name.endswith("weight") and len(shape) == 1 for name, shape in shapes.items()):
         return "it has LayerNorm, GroupNorm or the like"
+    if any(re.search(r"reparam|fused", name) for name in shapes):
+        return "they were folded into its convolutions"
     return "it has no normalisation at all, or one that was folded into its convolutions"
+
+
+def advice_for(kind: str) -> str:
+    """What to do first about a teacher without BatchNorm; empty if there is nothing but another teacher."""
+    if "folded" not in kind:
+        return ""
+    return "If they were folded and the checkpoint from training still exists, use that one: it has the BatchNorms."
 
 
 def _channels(path: Path, shapes: Shapes) -> int:

@@ -22,7 +22,7 @@ from ..costs.fitting import device_at_hand
 from ..costs.model_cost import cost_of, cost_of_network
 from ..costs.planning import plan_for
 from ..recipes.checking import checked
-from .inspect_checkpoint import Findings, Guess
+from .inspect_checkpoint import Findings, Guess, advice_for
 from .parsing import checked_name, named_after, parse_shape, parse_size, parse_values
 from .sizes import TRIAL, Effort, pad_for, student_for
 from .starter_recipe import Proposal
@@ -241,8 +241,8 @@ def _require_measured(found: Findings, network: Classifier) -> None:
             f"The network in {found.path} has no BatchNorm layers: {found.kind}.",
             why="NAYER matches statistics that BatchNorm stores. Without them, procedural images can be used: "
             f"{EXPECTED} They have not been measured at {height}×{width}.",
-            fix="Use a teacher with BatchNorm. To try procedural images nevertheless, write a recipe by hand, with "
-            '[synthesis] prior = "procedural" (docs/REFERENCE.md).',
+            fix=f"{advice_for(found.kind) or 'Use a teacher with BatchNorm.'} To try procedural images nevertheless, "
+            'write a recipe by hand, with [synthesis] prior = "procedural" (docs/REFERENCE.md).',
         )
 
 

@@ -23,7 +23,7 @@ from nayer_edge.models.load import build_classifier
 from nayer_edge.pipelines.costs import step_costs
 from nayer_edge.pipelines.costs.model_cost import cost_of
 from nayer_edge.pipelines.gate.statistics import drop_upper
-from nayer_edge.pipelines.init.inspect_checkpoint import look
+from nayer_edge.pipelines.init.inspect_checkpoint import _normalised_by, advice_for, look
 from nayer_edge.pipelines.init.parsing import parse_shape, parse_size, parse_values
 from nayer_edge.pipelines.init.sizes import student_for
 from nayer_edge.pipelines.recipes import preflight
@@ -437,6 +437,22 @@ def test_a_teacher_without_batchnorm_gets_procedural_images(here: Path, invoke: 
     answer = invoke("init", *TRIAL, *told, "--input", "1x16x16", "--json", "--mean", "0", "--std", "1", "--force")
     found = found_in(answer)
     assert (found["batch_norms"], found["prior"]) == (0, "procedural")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("stages.0.rbr_reparam", "they were folded into its convolutions"),  # RepVGG, deployed
+        ("stages.0.reparam_conv", "they were folded into its convolutions"),  # MobileOne, FastViT
+        ("features.0", "no normalisation at all, or one that was folded"),
+    ],
+)
+def test_folded_batchnorms_are_recognised(name: str, said: str) -> None:
+    shapes = {f"{name}.weight": (8, 3, 3, 3), f"{name}.bias": (8,), "head.weight": (10, 8), "head.bias": (10,)}
+    found = _normalised_by(shapes)
+    assert said in found
+    assert "the checkpoint from training" in advice_for(found)
+    assert not advice_for(_normalised_by({**shapes, "norm.weight": (8,)})), "another kind of normalisation"
 
 
 def test_a_budget_for_a_teacher_without_batchnorm(here: Path, invoke: Invoke) -> None:
