@@ -197,6 +197,8 @@ def test_a_target_without_its_runtime_is_missed_and_nothing_else(
             assert found[name]["status"] == "unavailable"
             assert f"nayer-edge[{target}]" in found[name]["reason"]
         assert invoke("report", finished).code == 0
+        assert invoke("run", finished, "--until", "student").code == 0, "it has no part in the missing files"
+        assert invoke("run", finished, "--until", "engine").code == 3
     before = sha256_of(finished / int8_file("arm"))
     assert invoke("export", finished, "--int8").code == 0, "what was missing is tried again"
     assert [entry["status"] for entry in read_json(finished / RUNTIMES, "")] == ["built", "built"]
