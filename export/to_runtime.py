@@ -15,6 +15,7 @@ from torch import nn
 
 from nayer_edge import __version__
 from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.runtime.progress import Progress, Silent
 from nayer_edge.storage.files import write_bytes
 
 from .int8.calibration import require_images
@@ -28,6 +29,7 @@ from .to_int8 import images_record
 
 PARITY_TOLERANCE = 1e-3
 """largest difference of logits between torch and the FP32 file that counts as rounding"""
+SILENT = Silent()
 PRODUCTS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
@@ -88,6 +90,7 @@ def to_int8_file(
     sensitivity: bool = False,
     parent_sha256: str,
     provenance: str = "synthetic",
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Quantizes a network with the runtime's own quantizer.
 
@@ -105,6 +108,7 @@ def to_int8_file(
             file per layer.)
         parent_sha256: of the network's weights, for the record.
         provenance: origin of the images, for the record.
+        progress: is told of every layer that is measured.
 
     Returns:
         the entry for quantization.json.
@@ -121,9 +125,14 @@ def to_int8_file(
         labels = None if teacher_logits is None else teacher_logits.argmax(1)
         search = _Search(network, shape, target, calibration, holdout, labels, Path(folder))
         search.build(frozenset())
-        final, found, rows, trail = search.agreements[frozenset()], [], [], []
+        final, found, trail = search.agreements[frozenset()], [], []
+        rows: list[LayerSensitivity] = []
         if sensitivity or (max_drop is not None and final.drop > max_drop):
-            rows = [LayerSensitivity(name, math.inf, search.measure(set(layers) - {name})) for name in layers]
+            progress.start(f"measure the layers for {target.name}", len(layers))
+            for name in layers:
+                rows.append(LayerSensitivity(name, math.inf, search.measure(set(layers) - {name})))
+                progress.advance()
+            progress.finish()
         if max_drop is not None:
             order = most_sensitive_first(rows)
             found, final, trail = search_mixed_precision(search.measure, order, max_drop)

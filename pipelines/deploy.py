@@ -286,7 +286,7 @@ def _quantize(
         try:
             if TARGETS[target].suffix != ".onnx":
                 records[target] = _built_by_runtime(
-                    target, student, calibration, holdout, teacher_logits, lacking, config, out
+                    target, student, calibration, holdout, teacher_logits, lacking, config, out, progress
                 )
                 continue
             records[target] = to_int8(
@@ -317,6 +317,7 @@ def _built_by_runtime(
     lacking: dict[str, str],
     config: Recipe,
     out: RunFolder,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Builds FP32 and INT8 files with the tools of a target's runtime; returns its entry of quantization.json."""
     target, weights = TARGETS[name], out.path(student.files["student"])
@@ -338,6 +339,7 @@ def _built_by_runtime(
         max_drop=config.export.max_drop,
         sensitivity=config.export.sensitivity,
         parent_sha256=sha256_of(weights),
+        progress=progress,
     )
 
 

@@ -17,6 +17,7 @@ from nayer_edge.export.runtimes import describe, module_of, require
 from nayer_edge.export.targets import TARGETS, Target
 from nayer_edge.export.to_int8 import to_int8
 from nayer_edge.export.to_runtime import to_fp32_file, to_int8_file
+from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.files import sha256_of
 
 SHAPE = (3, 8, 12)
@@ -62,6 +63,21 @@ def test_both_files_and_the_record(target: Target, network: nn.Module, tmp_path:
     assert record["build"]["float_layers_reach"]
 
 
+class Told(Silent):
+    """Adds up what it is told."""
+
+    def __init__(self) -> None:
+        self.totals: list[int] = []
+        self.done = 0
+
+    def start(self, what: str, total: int) -> None:
+        assert "layers" in what
+        self.totals.append(total)
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+
+
 @pytest.mark.slow
 def test_the_limit_is_held_in_the_runtime(
     target: Target, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -76,9 +92,12 @@ def test_the_limit_is_held_in_the_runtime(
         return logits if "4" in in_float else -logits
 
     monkeypatch.setattr(runner, "infer", infer)
+    told = Told()
+    given = images(16, 0), images(32, 1)
     record = to_int8_file(
-        network, SHAPE, tmp_path / "int8", target, images(16, 0), images(32, 1), max_drop=0.2, parent_sha256=PARENT
+        network, SHAPE, tmp_path / "int8", target, *given, max_drop=0.2, parent_sha256=PARENT, progress=told
     )
+    assert (told.totals, told.done) == ([2], 2), "two layers, each told of when it is measured"
     assert (record["float_nodes"], record["drop_held"]) == (["4"], True)
     assert [row["node"] for row in record["sensitivity"]] == ["0", "4"]
     assert [name for name, _ in record["coverage"]["not_int8"]] == ["4"]
