@@ -352,7 +352,17 @@ def test_mobilenet(edge: Edge, mobilenet: nn.Module, tmp_path: Path) -> None:
     found = edge.describe(built.path)
     assert found["coverage"]["fraction"] > 0.9
     assert all(layer and reason for layer, reason in found["coverage"]["not_int8"])
-    assert edge.agreement(mobilenet, built, images) >= 0.8
+    # Random weights and noise: which class is largest is a close call that hangs on the processor; the logits are not.
+    with edge.open(built.path) as runner:
+        logits = runner.infer(images)
+    wanted = expected(mobilenet, images)
+    assert correlation(logits, wanted) > 0.7
+    assert abs(correlation(np.roll(logits, 1, axis=0), wanted)) < 0.3, "of the logits of other images"
+
+
+def correlation(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Of logits, after the mean of each class is taken away."""
+    return float(np.corrcoef((found - found.mean(0)).ravel(), (wanted - wanted.mean(0)).ravel())[0, 1])
 
 
 @pytest.mark.slow
