@@ -11,8 +11,8 @@ from nayer_edge.models.classifier import Classifier
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """Every BatchNorm with running statistics, in the order of `model.modules()`.
 
-    Frozen BatchNorms, which libraries define anew with buffers in place of parameters (torchvision's, timm's and
-    DETR's), are among them: their statistics have the same meaning.
+    Frozen BatchNorms, which libraries define anew with buffers in place of parameters (torchvision's and timm's),
+    are among them: their statistics have the same meaning.
     """
     return [module for module in model.modules() if _has_statistics(module)]
 

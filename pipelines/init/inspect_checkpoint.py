@@ -232,6 +232,10 @@ def _batch_norms(shapes: Shapes) -> int:
     return sum(name.endswith("running_mean") for name in shapes)
 
 
+FOLDED = "they were folded into its convolutions"
+NONE_OR_FOLDED = "it has no normalisation at all, or one that was folded into its convolutions"
+
+
 def _normalised_by(shapes: Shapes) -> str:
     """What a network without BatchNorm has instead; one weight per channel is taken for a normalisation."""
     if _batch_norms(shapes):
@@ -241,13 +245,13 @@ def _normalised_by(shapes: Shapes) -> str:
     if any(name.endswith("weight") and len(shape) == 1 for name, shape in shapes.items()):
         return "it has LayerNorm, GroupNorm or the like"
     if any(re.search(r"reparam|fused", name) for name in shapes):
-        return "they were folded into its convolutions"
-    return "it has no normalisation at all, or one that was folded into its convolutions"
+        return FOLDED
+    return NONE_OR_FOLDED
 
 
 def advice_for(kind: str) -> str:
     """What to do first about a teacher without BatchNorm; empty if there is nothing but another teacher."""
-    if "folded" not in kind:
+    if kind not in (FOLDED, NONE_OR_FOLDED):
         return ""
     return "If they were folded and the checkpoint from training still exists, use that one: it has the BatchNorms."
 
