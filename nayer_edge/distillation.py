@@ -516,6 +516,11 @@ class Distillation:
                 taken = MemoryBank.load(path, device)
                 count = min(len(taken), own.capacity)
                 own.refill(*taken.newest(count), count)
+        # The reserved images spare this run the rounds of a hold-out. Of every two rounds, export calibrates with the
+        # first; the others validate, and must not choose the student.
+        rounds = self.reserve.newest(len(self.reserve))[0].split(self.settings.synthesis.batch)[::2]
+        if len(rounds) >= self.settings.distill.holdout_rounds:
+            self.holdout = torch.cat(rounds[-self.settings.distill.holdout_rounds :])
 
     def whole_bank(self) -> MemoryBank:
         """The images of all ranks in single-process order, on rank 0's CPU. Every rank must call it; the others get

@@ -49,16 +49,18 @@ class LabelledImages:
         return len(self.images)
 
 
-def load(source: str, purpose: Purpose, spec: InputSpec, classes: Sequence[str]) -> LabelledImages:
+def load(
+    source: str, purpose: Purpose, spec: InputSpec, classes: Sequence[str], split: str | None = None
+) -> LabelledImages:
     """Reads labelled images into memory, for training; pictures of another size or mode are resized and converted.
 
     Args:
-        source, purpose: as `open_images` takes them.
+        source, purpose, split: as `open_images` takes them.
 
     Raises:
         UsageError: no such images, or they do not match the model.
     """
-    stream = open_images(source, purpose, spec, classes, "stretch")
+    stream = open_images(source, purpose, spec, classes, "stretch", split)
     images = torch.from_numpy(np.concatenate(list(stream.batches(_BATCH))))
     return LabelledImages(images, torch.from_numpy(stream.labels), stream.name)
 

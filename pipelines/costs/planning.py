@@ -43,8 +43,48 @@ class Planned:
     costs: budget.Costs
 
 
-def plan_for(
-    seconds: float,
+@dataclass(frozen=True)
+class Measured:
+    """What a run can be planned from: its costs on a device, and the sizes that fit it.
+
+    Attributes:
+        costs: of the steps.
+        classes: number of classes of the teacher.
+        prior: what makes images.
+        channels: of the generator; None if the run takes over images and generator of another run.
+        image_bytes: of an image in the memory bank.
+        bank_mib: limit of the memory bank.
+        reasons: why the sizes are smaller than usual, for people.
+    """
+
+    costs: budget.Costs
+    classes: int
+    prior: Prior
+    channels: int | None
+    image_bytes: int
+    bank_mib: int
+    reasons: tuple[str, ...] = ()
+
+    @classmethod
+    def unpacked(cls, values: dict[str, Any]) -> Measured:
+        """Of `dataclasses.asdict`, also after a way through JSON."""
+        return cls(**{**values, "costs": budget.Costs(**values["costs"]), "reasons": tuple(values["reasons"])})
+
+    def planned(self, seconds: float) -> Planned:
+        """A run for so many seconds.
+
+        Raises:
+            TooShortError: they are too few for a useful student.
+        """
+        made = budget.plan(seconds, self.costs, self.classes, fill=self.channels is not None, prior=self.prior)
+        sections = budget.settings(seconds, made, self.costs, self.bank_mib, self.prior)
+        if self.prior == "batchnorm" and self.channels is not None:
+            sections["generator"] = {"channels": self.channels}
+        words = [*budget.described(made, self.costs, self.image_bytes), *(("", why) for why in self.reasons)]
+        return Planned(sections, words, self.costs)
+
+
+def measured(
     teacher: Classifier,
     student: Classifier,
     augment: Augment,
@@ -53,16 +93,19 @@ def plan_for(
     bank: Started | None = None,
     prior: Prior = "batchnorm",
     export: Export | None = None,
-) -> Planned:
-    """Measures the steps of these networks on the device and plans a run for so many seconds.
+    known: budget.Costs | None = None,
+) -> Measured:
+    """Measures the steps of these networks on the device.
 
     Args:
         bank: what the run takes over from another run, whose images it starts with.
         prior: what makes images.
         export: what follows the student; None: the defaults.
+        known: costs of another student of the same teacher on this device. What does not depend on the student is
+            taken from it.
 
     Raises:
-        UsageError: the budget is too small, or the networks do not fit each other.
+        UsageError: the networks do not fit each other.
     """
     compute = choose(device.kind, precision)
     spec, classes = teacher.spec, len(teacher.classes)
@@ -72,18 +115,20 @@ def plan_for(
         generator = Generator(channels=generator_channels(spec, classes, costs[0], device))
     else:
         generator, sizes = bank.generator, replace(sizes, batch=bank.batch)
-    measured = time_steps(
-        teacher, student, generator, augment, compute, sizes.batch, sizes.student_batch, prior, export
+    found = time_steps(
+        teacher, student, generator, augment, compute, sizes.batch, sizes.student_batch, prior, export, known
     )
     if bank is not None and bank.rest is not None:
-        measured = replace(measured, rest=bank.rest)
-    made = budget.plan(seconds, measured, classes, fill=bank is None, prior=prior)
-    sections = budget.settings(seconds, made, measured, sizes.bank_mib, prior)
-    image_bytes = spec.channels * spec.height * spec.width
-    words = [*budget.described(made, measured, image_bytes), *(("", why) for why in sizes.reasons.values())]
-    if prior == "batchnorm":
-        sections["generator"] = {"channels": generator.channels}
-    return Planned(sections, words, measured)
+        found = replace(found, rest=bank.rest)
+    return Measured(
+        found,
+        classes,
+        prior,
+        channels=generator.channels if bank is None else None,
+        image_bytes=spec.channels * spec.height * spec.width,
+        bank_mib=sizes.bank_mib,
+        reasons=tuple(sizes.reasons.values()),
+    )
 
 
 @dataclass(frozen=True)
@@ -116,6 +161,20 @@ def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Reci
         if former.get("name") == recipe.name and (former.get("budget") or {}).get("seconds") == seconds:
             sections = {name: former[name] for name in ("budget", "generator", "synthesis", "distill")}
             return with_sections(recipe, sections), [("time", "as planned when this run started")]
+    planned = measured_for(recipe).planned(seconds)
+    return with_sections(recipe, planned.sections), [*planned.words, *_replaced(recipe, planned.costs)]
+
+
+def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> Measured:
+    """Measures the steps of a recipe's networks on its device.
+
+    Args:
+        known: see `measured`.
+
+    Raises:
+        UsageError: the networks cannot be built, or do not fit each other.
+        IntegrityError: the bank's run was altered.
+    """
     bank_run = None if recipe.student.bank is None else RunFolder.open(Path(recipe.student.bank))
     with seeded(0):
         if bank_run is not None:
@@ -131,8 +190,7 @@ def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Reci
     if bank_run is not None:
         # Its generator and batch are in the recipe already.
         bank = Started(recipe.generator, recipe.synthesis.batch, _measured_rest(bank_run))
-    planned = plan_for(
-        seconds,
+    return measured(
         teacher,
         student,
         recipe.synthesis.augment,
@@ -141,8 +199,8 @@ def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Reci
         bank,
         recipe.synthesis.prior,
         recipe.export,
+        known,
     )
-    return with_sections(recipe, planned.sections), [*planned.words, *_replaced(recipe, planned.costs)]
 
 
 def _replaced(recipe: Recipe, costs: budget.Costs) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from nayer_edge.procedural import EXPECTED, MOST_PIXELS
 
 from ..costs.fitting import device_at_hand
 from ..costs.model_cost import cost_of, cost_of_network
-from ..costs.planning import plan_for
+from ..costs.planning import measured
 from ..recipes.checking import checked
 from .inspect_checkpoint import Findings, Guess, advice_for
 from .parsing import checked_name, named_after, parse_shape, parse_size, parse_values
@@ -185,7 +185,7 @@ def settle(found: Findings, given: Given) -> Proposal:
         seconds = given.budget or DEFAULT_BUDGET[device.kind]
         augment = Augment(pad=pad_for(spec), flip=given.flip)
         built = build_classifier(student, spec, classes)
-        planned = plan_for(seconds, network, built, augment, device, prior=found.prior)
+        planned = measured(network, built, augment, device, prior=found.prior).planned(seconds)
         sections, words = {**planned.sections, **IMAGES}, planned.words
     return Proposal(
         name=checked_name(given.name or named_after(found.path)),

@@ -273,7 +273,7 @@ class OnRay:
         bank = RunFolder.open(self._bank)
         teacher = bank.artifact("teacher").files.values()
         found = {f"{BANK_COPY}/{name}": bank.path(name) for name in (MANIFEST, *teacher)}
-        if task.plan is None:
+        if not task.measure:
             # After this the run needs nothing of the bank but its manifest.
             run = actions.make(task.recipe, task.root, last="lte")
             if task.recipe.student.bank is not None and "student" not in run.manifest.steps:
@@ -340,7 +340,7 @@ def do_with_files(values: Mapping[str, Any], files: Files, token: str, get: Any)
     recipe = actions.on_bank(task.recipe, base / BANK_COPY)
     result = replace(task, recipe=recipe, root=base / "run").do()
     made = None
-    if task.plan is None and result.error is None:
+    if not task.measure and result.error is None:
         made = {name: np.fromfile(path, dtype=np.uint8) for name, path in _files_in(base / "run").items()}
     if result.error is None:
         shutil.rmtree(base, ignore_errors=True)

@@ -37,7 +37,7 @@ from nayer_edge.training.evaluate import logits_of
 from .. import actions, shared_bank
 from ..costs.budget import TooShortError
 from ..costs.durations import duration
-from ..costs.planning import with_sections
+from ..costs.planning import Measured, with_sections
 from ..deploy import SyntheticSource
 from ..distill import BANK as BANK_FILE
 from ..distill import STUDENT, metrics_of
@@ -370,29 +370,31 @@ class _Work:
         if not waiting or self.sweep.done:
             return
         recipes = {each.model: shared_bank.started(self.recipe_for(each))[0] for each in waiting}
+        measured: dict[str, Measured] = {}
+        errors: list[NayerEdgeError] = []
+        tasks = {each.model: Task(recipes[each.model], self.root(each), True, is_trusted()) for each in waiting}
+        with contextlib.closing(self.workers.run(tasks)) as ended:
+            for model, result in ended:
+                if result.measured is not None:
+                    measured[model] = result.measured
+                elif result.error is not None:
+                    # The others share its time.
+                    self.fail(self.sweep.student(model), result.error)
+                    errors.append(result.error)
+        waiting = [each for each in waiting if each.open]
+        if not waiting:
+            raise errors[0]
         while True:
             seconds = max(share(self.left, self.sweep.rounds, len(self.open)), 1.0)
             short: dict[str, TooShortError] = {}
-            failed: dict[str, NayerEdgeError] = {}
-            tasks = {each.model: self.task(each, recipes[each.model], plan=seconds) for each in waiting}
-            with contextlib.closing(self.workers.run(tasks)) as planned:
-                for model, result in planned:
-                    if isinstance(result.error, TooShortError):
-                        short[model] = result.error
-                        if self.sweep.rounds > 1:
-                            break
-                    elif result.error is not None:
-                        failed[model] = result.error
-                    else:
-                        self.sweep.student(model).target = Target(round=1, seconds=seconds, sections=result.sections)
-            for model, error in failed.items():
-                self.fail(self.sweep.student(model), error)
-            waiting = [each for each in waiting if each.open]
-            if failed and not waiting:
-                raise next(iter(failed.values()))
-            if failed:
-                # The others share its time.
-                continue
+            for each in waiting:
+                try:
+                    planned = measured[each.model].planned(seconds)
+                except TooShortError as error:
+                    short[each.model] = error
+                    continue
+                sections = sections_of(with_sections(recipes[each.model], planned.sections))
+                each.target = Target(round=1, seconds=seconds, sections=sections)
             if not short or self.sweep.rounds == 1:
                 break
             self.sweep.rounds -= 1
@@ -408,9 +410,6 @@ class _Work:
         for each in waiting:
             if each.model in short:
                 self.end(each, "stopped", f"its share of {duration(seconds)} is too short: {short[each.model].why}")
-
-    def task(self, student: StudentRecord, recipe: Recipe, plan: float | None = None) -> Task:
-        return Task(recipe, self.root(student), plan, is_trusted())
 
     @property
     def made_bank(self) -> bool:
@@ -462,7 +461,8 @@ class _Work:
             )
             each.state = "training"
             on_ray.recover(self.root(each))
-            tasks[each.model] = self.task(each, with_sections(self.recipe_for(each), each.target.sections))
+            recipe = with_sections(self.recipe_for(each), each.target.sections)
+            tasks[each.model] = Task(recipe, self.root(each), trust_code=is_trusted())
         self.save()
         took: dict[str, float] = {}
         with contextlib.closing(self.counted(tasks)) as ended:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -28,8 +28,8 @@ from nayer_edge.models import user_code
 from nayer_edge.storage.files import write_json
 
 from .. import actions
-from ..costs.budget import TooShortError
-from ..costs.planning import with_budget
+from ..costs.budget import Costs
+from ..costs.planning import Measured, measured_for
 from ..recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -49,45 +49,51 @@ class Task:
     Attributes:
         recipe: of its run, with absolute paths.
         root: its run folder.
-        plan: plan the run for so many seconds, and write nothing; None: train the student as the recipe says.
+        measure: measure the steps of the run, and write nothing; False: train the student as the recipe says.
         trust_code: whether `python:` models may run.
     """
 
     recipe: Recipe
     root: Path
-    plan: float | None = None
+    measure: bool = False
     trust_code: bool = False
 
-    def do(self, last: str = "student", display: Display | None = None) -> Result:
+    def do(self, last: str = "student", display: Display | None = None, known: Costs | None = None) -> Result:
         """Does the work in this process.
 
         Args:
             last: the last step of the run.
+            known: costs of another student here; what does not depend on the student is not measured again.
         """
         began = time.monotonic()
-        sections, error = {}, None
+        measured, error = None, None
         try:
             with user_code.trusting(self.trust_code):
-                if self.plan is None:
-                    actions.make(self.recipe, self.root, last=last, display=display)
+                if self.measure:
+                    measured = measured_for(self.recipe, known)
                 else:
-                    sections = sections_of(with_budget(self.recipe, self.plan, None)[0])
+                    actions.make(self.recipe, self.root, last=last, display=display)
         except Exception as failure:
             error = understood(failure, "This student")
             if error is None:
                 raise
-        return Result(time.monotonic() - began, sections, error)
+        return Result(time.monotonic() - began, measured, error)
 
     def packed(self) -> dict[str, Any]:
         """As JSON can hold it."""
         recipe = self.recipe.model_dump(mode="json", by_alias=True)
-        return {"recipe": recipe, "root": str(self.root.absolute()), "plan": self.plan, "trust_code": self.trust_code}
+        return {
+            "recipe": recipe,
+            "root": str(self.root.absolute()),
+            "measure": self.measure,
+            "trust_code": self.trust_code,
+        }
 
     @classmethod
     def unpacked(cls, values: Mapping[str, Any]) -> Task:
         """Of `packed`."""
         recipe = Recipe.model_validate(values["recipe"])
-        return cls(recipe, Path(values["root"]), values["plan"], values["trust_code"])
+        return cls(recipe, Path(values["root"]), values["measure"], values["trust_code"])
 
 
 @dataclass(frozen=True)
@@ -96,31 +102,26 @@ class Result:
 
     Attributes:
         seconds: that it took.
-        sections: of the recipe, if a run was planned.
+        measured: what the run can be planned from, if that was asked for.
         error: why it failed.
     """
 
     seconds: float
-    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measured: Measured | None = None
     error: NayerEdgeError | None = None
 
     def packed(self) -> dict[str, Any]:
         """As JSON can hold it."""
         error = self.error
-        least = error.least if isinstance(error, TooShortError) else None
-        told = error and {"kind": type(error).__name__, "words": [error.what, error.why, error.fix], "least": least}
-        return {"seconds": self.seconds, "sections": self.sections, "error": told}
+        told = error and {"kind": type(error).__name__, "words": [error.what, error.why, error.fix]}
+        return {"seconds": self.seconds, "measured": self.measured and asdict(self.measured), "error": told}
 
     @classmethod
     def unpacked(cls, values: Mapping[str, Any]) -> Result:
         """Of `packed`."""
-        told, error = values["error"], None
-        if told is not None and told["least"] is not None:
-            what, why, fix = told["words"]
-            error = TooShortError(what, why=why, fix=fix, least=told["least"])
-        elif told is not None:
-            error = _ERRORS.get(told["kind"], NayerEdgeError)(*told["words"])
-        return cls(values["seconds"], values["sections"], error)
+        told, measured = values["error"], values["measured"]
+        error = None if told is None else _ERRORS.get(told["kind"], NayerEdgeError)(*told["words"])
+        return cls(values["seconds"], Measured.unpacked(measured) if measured else None, error)
 
 
 def sections_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -140,8 +141,11 @@ class Here:
 
     def run(self, tasks: Mapping[str, Task]) -> Generator[tuple[str, Result]]:
         """The results of tasks by name, as they come in."""
+        known = None
         for name, task in tasks.items():
-            yield name, task.do(self.last, self._display)
+            result = task.do(self.last, self._display, known)
+            known = result.measured.costs if result.measured else known
+            yield name, result
 
 
 class OnDevices:

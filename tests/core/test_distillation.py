@@ -511,6 +511,25 @@ def test_a_run_goes_on_with_another_runs_images_and_generator(
     assert len(rounds) > made
 
 
+def test_reserved_images_are_the_hold_out(start: Start, rounds: list[Round], tmp_path: Path) -> None:
+    """A run on another run's bank makes none of its own, and takes none of those that validation reads."""
+    first = start()
+    distill(first)
+    files, wanted = left_by(first, tmp_path), first.settings.distill.holdout_rounds
+    reserve = first._new_bank()
+    for number in range(2 * wanted + 1):
+        reserve.add(torch.full((8, *reserve.shape), number, dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
+    reserve.save(tmp_path / "reserve.safetensors")
+    run, made = on_the_bank(start), len(rounds)
+    run.start_from(replace(files, reserve=tmp_path / "reserve.safetensors"))
+    assert run.holdout.unique().tolist() == list(range(2, 2 * wanted + 1, 2))
+    run.run_epoch()
+    assert len(rounds) - made == run.settings.synthesis.rounds
+    too_few = on_the_bank(start, distill_holdout_rounds=wanted + 2)
+    too_few.start_from(replace(files, reserve=tmp_path / "reserve.safetensors"))
+    assert not len(too_few.holdout), "it makes its own"
+
+
 def test_a_smaller_bank_takes_the_newest_of_them(start: Start, tmp_path: Path) -> None:
     first = start()
     distill(first)

@@ -21,6 +21,7 @@ from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.pipelines import actions
 from nayer_edge.pipelines.cli.sweeping import sweep_table
+from nayer_edge.pipelines.costs.planning import measured_for
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
 from nayer_edge.pipelines.recipes.policy import Policy
 from nayer_edge.pipelines.run import run_recipe
@@ -218,22 +219,19 @@ def test_a_student_that_cannot_be_planned_ends_alone(
     plan, recipe = running.planned(actions.recipe_in(source), source, out, STUDENTS[:2], 1000.0)
     out.mkdir()
     work = running._Work(plan, recipe, out, None)
-    given: list[float] = []
 
-    def planned(task: Any) -> Any:
-        given.append(task.plan)
-        if task.recipe.student.model == STUDENTS[0]:
+    def without_memory(recipe: Any, *_: Any) -> Any:
+        if recipe.student.model == STUDENTS[0]:
             raise MemoryError
-        return task.recipe, []
+        return measured_for(recipe)
 
-    monkeypatch.setattr(workers, "with_budget", lambda recipe, seconds, _: planned(workers.Task(recipe, out, seconds)))
+    monkeypatch.setattr(workers, "measured_for", without_memory)
     work.prepare()
     small, large = plan.students
     assert (small.state, large.state) == ("failed", "waiting")
     assert "memory" in small.reason
     assert large.target is not None
     assert large.target.seconds == pytest.approx(1000.0, rel=0.02)
-    assert given[0] == pytest.approx(500.0, rel=0.02)
     assert running._Work(read_sweep(out), recipe, out, None).sweep.students[0].state == "failed"
 
 

@@ -19,7 +19,8 @@ import torch
 
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
 from nayer_edge.pipelines import actions
-from nayer_edge.pipelines.costs.budget import TooShortError
+from nayer_edge.pipelines.costs.budget import Costs
+from nayer_edge.pipelines.costs.planning import Measured
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.sweep import on_ray, running, workers
 from nayer_edge.pipelines.sweep.record import Sweep, Target, write_sweep
@@ -98,23 +99,24 @@ def test_devices_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [UsageError("a", "b", "c"), MissingError("a"), IntegrityError("a", fix="c"), TooShortError("a", "b", "c", 9.5)],
+    [UsageError("a", "b", "c"), MissingError("a"), IntegrityError("a", fix="c")],
 )
 def test_errors_travel(error: Any) -> None:
-    packed = json.loads(json.dumps(Result(1.5, {"distill": {"epochs": 3}}, error).packed()))
+    costs = Costs(0.1, 0.2, 0.3, 0.4, 5.0, 50, 64)
+    measured = Measured(costs, 10, "batchnorm", None, 768, 64, ("little memory",))
+    packed = json.loads(json.dumps(Result(1.5, measured, error).packed()))
     found = Result.unpacked(packed)
     assert type(found.error) is type(error)
     assert str(found.error) == str(error)
-    assert getattr(found.error, "least", None) == getattr(error, "least", None)
-    assert (found.seconds, found.sections) == (1.5, {"distill": {"epochs": 3}})
+    assert (found.seconds, found.measured) == (1.5, measured)
 
 
 def test_tasks_travel(tmp_path: Path) -> None:
     task = Task(
         load_recipe("digits", ["student.model=nayer:resnet8_w8", "teach.epochs=2", "export.max_drop=1.0"]),
         tmp_path,
-        12.5,
-        True,
+        measure=True,
+        trust_code=True,
     )
     assert Task.unpacked(json.loads(json.dumps(task.packed()))) == task
 
@@ -203,9 +205,15 @@ def test_a_worker_plans_with_the_teacher_of_the_bank(source: Path, tmp_path: Pat
     recipe = actions.on_bank(actions.recipe_in(source), source)
     teacher = recipe.teacher.model_copy(update={"weights": str(tmp_path / "elsewhere.safetensors")})
     recipe = recipe.model_copy(update={"teacher": teacher, "teach": None})
-    result = Task(recipe, tmp_path / "student", plan=600.0).do()
+    result = Task(recipe, tmp_path / "student", measure=True).do()
     assert result.error is None
-    assert result.sections["budget"]["seconds"] == 600.0
+    assert result.measured is not None
+    assert result.measured.planned(600.0).sections["budget"]["seconds"] == 600.0
+    # What the teacher costs is not measured for every student; the file is found all the same.
+    again = Task(recipe, tmp_path / "student", measure=True).do(known=result.measured.costs)
+    assert again.measured is not None
+    assert again.measured.costs.teacher_batch == result.measured.costs.teacher_batch
+    assert again.measured.costs.student_step != result.measured.costs.student_step
 
 
 def test_the_sweep_keeps_its_name_on_the_workers(tmp_path: Path) -> None:
