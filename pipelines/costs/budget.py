@@ -149,14 +149,26 @@ def fresh_views(per_step: float, costs: Costs) -> float:
     return min(VIEWS * per_step * (1 - RESERVE) / costs.student_batch, 1.0)
 
 
-def plan(budget: float, costs: Costs, classes: int, *, fill: bool = True, prior: Prior = "batchnorm") -> BudgetPlan:
+def fresh_views_of(bank: int, per_step: float, steps: float, costs: Costs) -> float:
+    """The same, on average over so many steps, if the run starts with a bank of images that no teacher has answered.
+
+    Of V views, n uniform draws reach V · (1 − e^(−n/V)); see `answers_left`.
+    """
+    draws = steps * costs.student_batch
+    views = VIEWS * (bank + per_step * steps * (1 - RESERVE))
+    return views * -math.expm1(-draws / views) / draws
+
+
+def plan(
+    budget: float, costs: Costs, classes: int, *, bank: int | None = None, prior: Prior = "batchnorm"
+) -> BudgetPlan:
     """Plans the run that fills a budget.
 
     Args:
         budget: seconds for the whole run, export and validation included.
         classes: the teacher's number of classes.
-        fill: make images before the student is trained; False for a run that starts with another run's images. It
-            makes as many per student step as any other.
+        bank: number of images that a run starts with if it takes over another run's. It makes none before its student
+            is trained, and then as many per student step as any other.
         prior: what makes images.
 
     Raises:
@@ -166,13 +178,19 @@ def plan(budget: float, costs: Costs, classes: int, *, fill: bool = True, prior:
     image = g_steps * costs.synthesis_step / costs.batch
     later_image = g_steps * (costs.synthesis_step + costs.adversary) / costs.batch
     per_step = images_per_step(FILLED * image + (1 - FILLED) * later_image, costs)
-    views = fresh_views(per_step, costs)
-    filled = FILLED if fill else 0.0
+    filled = FILLED if bank is None else 0.0
     images = per_step * (filled * image + (1 - FILLED) * later_image)
-    step = costs.student_step + views * costs.teacher_batch + images
     available = budget * (1 - MARGIN) - costs.rest
+    fewest = max(LEAST_STEPS, math.ceil(LEAST_ROUNDS * costs.batch / per_step) if bank is None else 0)
+
+    def views_of(steps: float) -> float:
+        return fresh_views(per_step, costs) if bank is None else fresh_views_of(bank, per_step, steps, costs)
+
+    def step_of(steps: float) -> float:
+        return costs.student_step + views_of(steps) * costs.teacher_batch + images
+
+    step = step_of(fewest)
     wanted = available / step
-    fewest = max(LEAST_STEPS, math.ceil(LEAST_ROUNDS * costs.batch / per_step) if fill else 0)
     if wanted < fewest:
         least = (fewest * step + costs.rest) / (1 - MARGIN)
         raise TooShortError(
@@ -182,13 +200,17 @@ def plan(budget: float, costs: Costs, classes: int, *, fill: bool = True, prior:
             fix=f"Use at least {duration(least * 1.05)}: --budget {math.ceil(least * 1.05 / 60)}m",
             least=least * 1.05,
         )
-    student_step = costs.student_step + views * costs.teacher_batch
+    if bank is not None:
+        # The more steps, the fewer of their views are new.
+        most = math.ceil(available / (costs.student_step + images))
+        wanted = bisect.bisect_right(range(1, most + 1), available, key=lambda steps: steps * step_of(steps))
+    student_step = costs.student_step + views_of(wanted) * costs.teacher_batch
     # Enough steps per epoch to match at least one full round of images.
     steps = max(math.ceil(costs.batch / per_step), round(wanted / EPOCHS))
     rounds = max(1, round((1 - FILLED) / (1 - DECAY) * per_step * steps / costs.batch))
     fill_rounds = max(2, round(filled * per_step * wanted / costs.batch))
-    warmup_epochs = min(10, fill_rounds // 2) if fill else 0
-    warmup_rounds = round(fill_rounds / warmup_epochs) if fill else 1
+    warmup_epochs = min(10, fill_rounds // 2) if bank is None else 0
+    warmup_rounds = round(fill_rounds / warmup_epochs) if bank is None else 1
     fill_seconds = warmup_epochs * warmup_rounds * costs.batch * image
     train_epoch = steps * student_step + rounds * costs.batch * later_image
     # Split the remaining time so that DECAY of the epochs decay the learning rate.

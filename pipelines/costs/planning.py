@@ -51,7 +51,9 @@ class Measured:
         costs: of the steps.
         classes: number of classes of the teacher.
         prior: what makes images.
-        channels: of the generator; None if the run takes over images and generator of another run.
+        channels: of the generator.
+        bank: number of images that the run takes over from another run, together with its generator; None if it takes
+            over nothing.
         image_bytes: of an image in the memory bank.
         bank_mib: limit of the memory bank.
         reasons: why the sizes are smaller than usual, for people.
@@ -60,7 +62,8 @@ class Measured:
     costs: budget.Costs
     classes: int
     prior: Prior
-    channels: int | None
+    channels: int
+    bank: int | None
     image_bytes: int
     bank_mib: int
     reasons: tuple[str, ...] = ()
@@ -76,9 +79,9 @@ class Measured:
         Raises:
             TooShortError: they are too few for a useful student.
         """
-        made = budget.plan(seconds, self.costs, self.classes, fill=self.channels is not None, prior=self.prior)
+        made = budget.plan(seconds, self.costs, self.classes, bank=self.bank, prior=self.prior)
         sections = budget.settings(seconds, made, self.costs, self.bank_mib, self.prior)
-        if self.prior == "batchnorm" and self.channels is not None:
+        if self.prior == "batchnorm":
             sections["generator"] = {"channels": self.channels}
         words = [*budget.described(made, self.costs, self.image_bytes), *(("", why) for why in self.reasons)]
         return Planned(sections, words, self.costs)
@@ -124,7 +127,8 @@ def measured(
         found,
         classes,
         prior,
-        channels=generator.channels if bank is None else None,
+        channels=generator.channels,
+        bank=None if bank is None else bank.images,
         image_bytes=spec.channels * spec.height * spec.width,
         bank_mib=sizes.bank_mib,
         reasons=tuple(sizes.reasons.values()),
@@ -137,11 +141,13 @@ class Started:
 
     Attributes:
         batch: images per synthesis round.
+        images: in its bank.
         rest: measured seconds of its steps after the student; None if they were not run.
     """
 
     generator: Generator
     batch: int
+    images: int
     rest: float | None
 
 
@@ -189,7 +195,8 @@ def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> Measured:
     bank = None
     if bank_run is not None:
         # Its generator and batch are in the recipe already.
-        bank = Started(recipe.generator, recipe.synthesis.batch, _measured_rest(bank_run))
+        count = int(bank_run.manifest.steps["student"].numbers.get("bank images", 0))
+        bank = Started(recipe.generator, recipe.synthesis.batch, count, _measured_rest(bank_run))
     return measured(
         teacher,
         student,

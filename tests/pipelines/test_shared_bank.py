@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -241,7 +242,7 @@ def test_what_is_no_bank(place: str, message: str, fix: str, source: Path, tmp_p
 
 def test_a_budget_plans_no_fill() -> None:
     costs = budget.Costs(synthesis_step=0.08, adversary=0.03, student_step=0.2, teacher_batch=0.1, rest=60)
-    made, usual = budget.plan(3600, costs, 10, fill=False), budget.plan(3600, costs, 10)
+    made, usual = budget.plan(3600, costs, 10, bank=1000), budget.plan(3600, costs, 10)
     assert (made.warmup_epochs, made.seconds["fill"]) == (0, 0)
     assert made.total == pytest.approx(usual.total, rel=0.05)
     assert made.steps_in_all > usual.steps_in_all
@@ -249,6 +250,25 @@ def test_a_budget_plans_no_fill() -> None:
     planned = planning.with_sections(load_recipe("digits"), {"distill": sections["distill"]})
     assert planned.distill.warmup_epochs == 0
     assert "of images" not in budget.described(made, costs, 256)[0][1]
+
+
+@pytest.mark.parametrize("bank", [500, 5000, 50_000])
+@pytest.mark.parametrize("seconds", [60, 3600])
+def test_a_budget_plans_the_answers_to_a_new_bank(bank: int, seconds: float) -> None:
+    """The planned time against a simulation: every view that is drawn for the first time costs an answer."""
+    costs = budget.Costs(synthesis_step=0.08, adversary=0.03, student_step=0.06, teacher_batch=0.1, rest=5)
+    made = budget.plan(seconds, costs, 10, bank=bank)
+    random, seen, answers, images = np.random.default_rng(0), set[int](), 0.0, bank
+    student_epochs = made.epochs
+    for epoch in range(student_epochs):
+        if epoch < student_epochs - made.decay_epochs:
+            images += round(made.rounds * costs.batch * (1 - budget.RESERVE))
+        before = len(seen)
+        seen.update(random.integers(0, images * budget.VIEWS, made.steps * costs.student_batch).tolist())
+        answers += (len(seen) - before) * costs.teacher_batch / costs.student_batch
+    rounds = (student_epochs - made.decay_epochs) * made.rounds * made.g_steps
+    took = rounds * (costs.synthesis_step + costs.adversary) + made.steps_in_all * costs.student_step + answers
+    assert took + costs.rest == pytest.approx(seconds * (1 - budget.MARGIN), rel=0.08)
 
 
 def test_a_budget_by_the_command_line(source: Path, tmp_path: Path, invoke: Invoke) -> None:
