@@ -375,6 +375,7 @@ class _Work:
         tasks = {each.model: Task(recipes[each.model], self.root(each), True, is_trusted()) for each in waiting}
         with contextlib.closing(self.workers.run(tasks)) as ended:
             for model, result in ended:
+                self.sweep.spent += result.seconds
                 if result.measured is not None:
                     measured[model] = result.measured
                 elif result.error is not None:

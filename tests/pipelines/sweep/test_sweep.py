@@ -231,7 +231,8 @@ def test_a_student_that_cannot_be_planned_ends_alone(
     assert (small.state, large.state) == ("failed", "waiting")
     assert "memory" in small.reason
     assert large.target is not None
-    assert large.target.seconds == pytest.approx(1000.0, rel=0.02)
+    assert plan.spent > 0, "measuring the students counts"
+    assert large.target.seconds == pytest.approx(1000.0 - plan.spent)
     assert running._Work(read_sweep(out), recipe, out, None).sweep.students[0].state == "failed"
 
 
