@@ -6,8 +6,8 @@
         --folder runs/without_batchnorm --json benchmarks/results/without_batchnorm.cifar10.json
 
 It trains one teacher of each kind on the labelled images (kept in the folder), then a ResNet-8 student of each by every
-way: `procedural` (synthesis.prior = "procedural" without steps on the pixels), `adversarial` (the same with two steps a
-round), `real images` (the same schedule and as many images, drawn from the training images) and, for the teachers with
+way: `procedural` (synthesis.prior = "procedural" without steps on the pixels), one of `ON_PIXELS` (the same with two
+steps a round), `real images` (the same schedule and as many images, drawn from the training images) and, for the teachers with
 BatchNorm, `NAYER` (the recipe `digits`). `folded` is that teacher after its BatchNorms were folded into the
 convolutions. No real image reaches a student, except for `real images`; nothing is chosen by the hold-out.
 
@@ -50,7 +50,16 @@ from nayer_edge.training.evaluate import logits_of, top1
 STUDENT = "nayer:resnet8"
 CIFAR = "cifar10-w402-w161-fast"
 """the recipe whose classes and NAYER settings count where the images are not digits"""
-WAYS = ("procedural", "real images", "NAYER", "adversarial")
+WAYS = ("procedural", "real images", "NAYER")
+ON_PIXELS: dict[str, dict[str, float]] = {
+    "adversarial": {"lambda_adv": 1.0},
+    "class term": {"lambda_ce": 1.0},
+    "total variation": {"lambda_tv": 1.0},
+    "activation norms": {"lambda_act": 1.0},
+    "patch similarity": {"lambda_patch": 1.0},
+    "PSAQ": {"lambda_ce": 1.0, "lambda_tv": 0.05, "lambda_patch": 1.0},
+}
+"""ways that take two steps on the pixels of procedural images, by these losses"""
 
 
 def resnet20(spec: InputSpec, classes: tuple[str, ...]) -> nn.Module:
@@ -235,8 +244,8 @@ def row(
     """One student."""
     synthesis, distill = schedule(digits=teacher.spec.channels == 1)
     generator, lte = Generator(), LTE(encoder="onehot")
-    if way == "adversarial":
-        synthesis = synthesis.model_copy(update={"lambda_adv": 1.0})
+    if way in ON_PIXELS:
+        synthesis = synthesis.model_copy(update={"pixel_step": 0.03, **ON_PIXELS[way]})
     if way == "NAYER":
         recipe = load_recipe("digits" if teacher.spec.channels == 1 else CIFAR)
         generator, synthesis, distill, lte = recipe.generator, recipe.synthesis, recipe.distill, recipe.lte

@@ -210,8 +210,8 @@ class Synthesis(Section):
     prior: Prior = "batchnorm"
     """what makes images: batchnorm: NAYER's generator, which matches the teacher's BatchNorm statistics; procedural:
     random textures, shapes and strokes, whose pixels are then optimised (not in the paper); for teachers without
-    BatchNorm. It uses neither generator nor label embeddings. Its only losses are L_ce and L_adv, which are off unless
-    they are given a weight, because they cost accuracy; it ignores lr, g_life, lambda_bn and bn_momentum"""
+    BatchNorm. It uses neither generator nor label embeddings. Its losses are off unless they are given a weight; it
+    ignores lr, g_life, lambda_bn and bn_momentum"""
     pixel_step: Positive = 0.1
     """root mean square by which a step changes the pixels of an image in [0, 1]; used by the procedural prior only"""
     batch: Annotated[int, Field(ge=2)] = 400
@@ -232,6 +232,13 @@ class Synthesis(Section):
     """weight of L_ce: cross-entropy of the teacher's prediction to the class that the image was generated for"""
     lambda_adv: Annotated[float, Field(ge=0)] = 1.33
     """weight of L_adv: divergence between student and teacher, which the generator maximises"""
+    lambda_tv: Annotated[float, Field(ge=0)] = 0.0
+    """weight of the total variation of the pixels; this and the next two are not in the paper, and used by the
+    procedural prior only"""
+    lambda_act: Annotated[float, Field(ge=0)] = 0.0
+    """weight of −mean |features| before the last linear layer (DAFL's activation loss)"""
+    lambda_patch: Annotated[float, Field(ge=0)] = 0.0
+    """weight of the negative entropy of the similarity between patches, for transformers (PSAQ-ViT)"""
     bn_momentum: Fraction = 0.9
     """weight of earlier rounds' BatchNorm statistics in L_bn (published: bn_mmt); 0 disables it"""
     reserve: Annotated[float, Field(ge=0, le=0.5)] = 0.0

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nayer_edge import generator as generators
-from nayer_edge import losses
+from nayer_edge import image_priors, losses
 from nayer_edge.batchnorm import BatchNormStatistics, synchronise_batchnorms
 from nayer_edge.config import Distill, Synthesis
 from nayer_edge.config import Generator as GeneratorConfig
@@ -48,7 +48,7 @@ from nayer_edge.training.cached_views import ViewCache
 from nayer_edge.training.evaluate import agreement, logits_of
 from nayer_edge.training.optimizers import make_optimizer, set_rate
 
-LATER_KEYS = ("prior", "pixel_step")
+LATER_KEYS = ("prior", "pixel_step", "lambda_tv", "lambda_act", "lambda_patch")
 """keys of [synthesis] that came after the first checkpoints"""
 
 
@@ -160,6 +160,7 @@ class Distillation:
         world: World = SINGLE,
     ) -> None:
         require_prior(teacher, "The teacher", settings.synthesis.prior)
+        image_priors.require_layers(teacher, settings.synthesis)
         _check_fit(teacher, embeddings, student)
         _check_shares(settings, len(teacher.classes), world)
         self.settings, self.compute, self.world = settings, compute, world

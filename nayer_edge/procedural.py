@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from nayer_edge import losses
+from nayer_edge import image_priors, losses
 from nayer_edge.config import Synthesis
 from nayer_edge.memory_bank import to_uint8, to_unit
 from nayer_edge.models.classifier import Classifier
@@ -200,8 +200,8 @@ def procedural_round(
     on_step: Callable[[], None] = lambda: None,
     world: World = SINGLE,
 ) -> Round:
-    """One round: canvases with balanced predictions, then `g_steps` steps on their pixels that raise the divergence of
-    student and teacher, with L_ce to the first prediction if `lambda_ce` is not 0. Without a student, no steps.
+    """One round: canvases with balanced predictions, then `g_steps` steps on their pixels by the losses whose weights
+    are not 0; see `ascend`. Without any, no steps.
 
     The labels are the teacher's final predictions. Of the losses, L_bn is NaN, and L_ce is that of the labels.
 
@@ -217,10 +217,11 @@ def procedural_round(
     chosen = balanced(predicted, config.batch // world.size)
     images, first = images[chosen], predicted[chosen]
     loss_adv = torch.zeros((), device=images.device)
-    moves = config.lambda_adv > 0 or config.lambda_ce > 0
+    adversary = student if config.lambda_adv > 0 else None
+    own = (config.lambda_ce, config.lambda_tv, config.lambda_act, config.lambda_patch)
     for _ in range(config.g_steps):
-        if student is not None and moves:
-            images, loss_adv = ascend(images, first, teacher, student, config, compute, random, world)
+        if adversary is not None or any(own):
+            images, loss_adv = ascend(images, first, teacher, adversary, config, compute, random, world)
         on_step()
     kept = to_uint8(images)
     logits = _answers(teacher, to_unit(kept), compute)
@@ -234,24 +235,36 @@ def ascend(
     images: Float[Tensor, "B C H W"],
     labels: Int[Tensor, " B"],
     teacher: Classifier,
-    student: Classifier,
+    student: Classifier | None,
     config: Synthesis,
     compute: Compute,
     random: torch.Generator,
     world: World = SINGLE,
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, ""]]:
-    """One step on the pixels: along the gradient of λ_adv · KL(T‖S) − λ_ce · L_ce, normalised per image to the root
-    mean square `pixel_step`, and clipped to [0, 1]. Returns the images and −KL before the step."""
+    """One step on the pixels: against the gradient of −λ_adv · KL(T‖S) + λ_ce · L_ce + λ_tv · TV + λ_act · L_a
+    + λ_patch · L_PSE, normalised per image to the root mean square `pixel_step`, and clipped to [0, 1]. Without a
+    student, there is no KL. Returns the images and −KL before the step."""
     images = images.detach().requires_grad_()
-    with compute.autocast():
+    with compute.autocast(), image_priors.watching(teacher) as watched:
         seen = crop_and_flip(images, config.augment, random, world)
-        teacher_logits, student_logits = teacher(seen), student(seen)
-    divergence = losses.distillation_loss(student_logits, teacher_logits, temperature=1.0)
-    gain = config.lambda_adv * divergence - config.lambda_ce * losses.class_loss(teacher_logits, labels)
-    (gradient,) = torch.autograd.grad(gain, images)
+        teacher_logits = teacher(seen)
+    loss = config.lambda_ce * losses.class_loss(teacher_logits, labels)
+    loss_adv = torch.zeros_like(loss)
+    if student is not None:
+        with compute.autocast():
+            student_logits = student(seen)
+        loss_adv = -losses.distillation_loss(student_logits, teacher_logits, temperature=1.0)
+        loss = loss + config.lambda_adv * loss_adv
+    if config.lambda_tv:
+        loss = loss + config.lambda_tv * image_priors.total_variation(images)
+    if config.lambda_act and watched.features is not None:
+        loss = loss + config.lambda_act * image_priors.activation_loss(watched.features.float())
+    for tokens in watched.tokens if config.lambda_patch else ():
+        loss = loss + config.lambda_patch * image_priors.patch_similarity_loss(tokens)
+    (gradient,) = torch.autograd.grad(loss, images)
     size = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
-    moved = (images + config.pixel_step * gradient / size).clamp(0, 1)
-    return moved.detach(), -divergence.detach()
+    moved = (images - config.pixel_step * gradient / size).clamp(0, 1)
+    return moved.detach(), loss_adv.detach()
 
 
 def draw_procedural(
