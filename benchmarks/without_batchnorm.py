@@ -7,8 +7,8 @@
 
 It trains one teacher of each kind on the labelled images (kept in the folder), then a ResNet-8 student of each by every
 way: `procedural` (synthesis.prior = "procedural" without steps on the pixels), one of `ON_PIXELS` (the same with two
-steps a round), `real images` (the same schedule and as many images, drawn from the training images) and, for the teachers with
-BatchNorm, `NAYER` (the recipe `digits`). `folded` is that teacher after its BatchNorms were folded into the
+steps a round), `real images` (the same schedule and as many images, drawn from the training images) and, for the
+teachers with BatchNorm, `NAYER` (the recipe `digits`). `folded` is that teacher with its BatchNorms folded into the
 convolutions. No real image reaches a student, except for `real images`; nothing is chosen by the hold-out.
 
 A row is written as soon as it is finished, and rows that are there are not run again.
