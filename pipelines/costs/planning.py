@@ -195,8 +195,8 @@ def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> Measured:
     bank = None
     if bank_run is not None:
         # Its generator and batch are in the recipe already.
-        count = int(bank_run.manifest.steps["student"].numbers.get("bank images", 0))
-        bank = Started(recipe.generator, recipe.synthesis.batch, count, _measured_rest(bank_run))
+        images = images_in_bank(bank_run) or 0
+        bank = Started(recipe.generator, recipe.synthesis.batch, images, _measured_rest(bank_run))
     return measured(
         teacher,
         student,
@@ -208,6 +208,12 @@ def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> Measured:
         recipe.export,
         known,
     )
+
+
+def images_in_bank(run: RunFolder) -> int | None:
+    """Number of images in the memory bank of a finished run; None if it is not recorded."""
+    count = run.manifest.steps["student"].numbers.get("bank images")
+    return int(count) if isinstance(count, int | float) else None
 
 
 def _replaced(recipe: Recipe, costs: budget.Costs) -> list[tuple[str, str]]:

@@ -37,7 +37,7 @@ from nayer_edge.training.evaluate import logits_of
 from .. import actions, shared_bank
 from ..costs.budget import TooShortError
 from ..costs.durations import duration
-from ..costs.planning import Measured, with_sections
+from ..costs.planning import Measured, images_in_bank, with_sections
 from ..deploy import SyntheticSource
 from ..distill import BANK as BANK_FILE
 from ..distill import STUDENT, metrics_of
@@ -273,12 +273,11 @@ class _Work:
         source = self.bank()
         run = RunFolder.open(source)
         if self.sweep.bank is None:
-            images = run.manifest.steps["student"].numbers.get("bank images")
             self.sweep.bank = Bank(
                 run=portable(actions.on_bank(self.recipe, source), self.out)["student"]["bank"],
                 name=str(run.manifest.recipe.get("name")),
                 digest=bank_digest(source) or "",
-                images=int(images) if isinstance(images, int | float) else None,
+                images=images_in_bank(run),
             )
             self.sweep.hardware = provenance.hardware()
         self.recipe = actions.on_bank(self.recipe, source)
