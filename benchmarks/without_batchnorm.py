@@ -122,12 +122,12 @@ DIGITS: dict[str, dict[str, Any]] = {
 }
 """how the teachers are trained on digits, in addition to `TEACH`"""
 PHOTOS: dict[str, Any] = {"epochs": 10, "batch": 256, "lr": 0.1}
-"""how they are trained on other images: in half an hour on two cores, so a few points short of what they can reach"""
+"""how they are trained on other images: shortly, for two cores; never run to its end"""
 TEACH: dict[str, Any] = {"batch": 64, "optimizer": "muon"}
 
 
 def schedule(digits: bool) -> tuple[Synthesis, Distill]:
-    """The student's schedule: 1,400 steps and 16,800 images on digits, else 2,000 steps and 52,000 images."""
+    """The student's schedule. On digits 1,400 steps and 16,800 images; the other one is a guess that was never run."""
     augment = Augment(pad=2, flip=False) if digits else Augment()
     synthesis = Synthesis(
         prior="procedural",

@@ -210,8 +210,8 @@ class Synthesis(Section):
     prior: Prior = "batchnorm"
     """what makes images: batchnorm: NAYER's generator, which matches the teacher's BatchNorm statistics; procedural:
     random textures, shapes and strokes, whose pixels are then optimised (not in the paper); for teachers without
-    BatchNorm. It uses neither generator nor label embeddings. Its losses are off unless they are given a weight; it
-    ignores lr, g_life, lambda_bn and bn_momentum"""
+    BatchNorm. It uses neither generator nor label embeddings. Its losses are off unless they are given a weight,
+    because none of them was measured to help; it ignores lr, g_life, lambda_bn and bn_momentum"""
     pixel_step: Positive = 0.1
     """root mean square by which a step changes the pixels of an image in [0, 1]; used by the procedural prior only"""
     batch: Annotated[int, Field(ge=2)] = 400

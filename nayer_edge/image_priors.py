@@ -28,7 +28,7 @@ LEAST_BANDWIDTH = 1e-3
 def total_variation(images: Float[Tensor, "B C H W"]) -> Float[Tensor, ""]:
     """Mean absolute difference of neighbouring pixels, vertical plus horizontal.
 
-    Mahendran & Vedaldi, CVPR 2015 (https://arxiv.org/abs/1412.0035, §3.1), anisotropic, with β = 1.
+    Mahendran & Vedaldi, CVPR 2015 (https://arxiv.org/abs/1412.0035), anisotropic, with β = 1.
     """
     down, across = images.diff(dim=2), images.diff(dim=3)
     return sum((part.abs().mean() for part in (down, across) if part.numel()), images.new_zeros(()))
@@ -37,8 +37,8 @@ def total_variation(images: Float[Tensor, "B C H W"]) -> Float[Tensor, ""]:
 def activation_loss(features: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     """L_a: −mean |f| of the features before the classifier, which are large for images like those of the training.
 
-    Chen et al., "Data-free learning of student networks", ICCV 2019 (https://arxiv.org/abs/1904.01186, Eq. 4), as a
-    mean over the features in place of their sum.
+    Chen et al., "Data-free learning of student networks", ICCV 2019 (https://arxiv.org/abs/1904.01186), as a mean
+    over the features in place of their sum.
     """
     return -features.abs().mean()
 
@@ -47,7 +47,7 @@ def patch_similarity_loss(tokens: Float[Tensor, "B N D"]) -> Float[Tensor, ""]:
     """L_PSE of one layer: the negative entropy of the similarities between an image's patches, mean over the images.
 
     Noise makes all patches alike; objects make some alike and others not. Li et al., "Patch similarity aware data-free
-    quantization for vision transformers", ECCV 2022 (https://arxiv.org/abs/2203.02250, §3.2): cosine similarity, a
+    quantization for vision transformers", ECCV 2022 (https://arxiv.org/abs/2203.02250): cosine similarity, a
     Gaussian kernel density, and its differential entropy, here by resubstitution with Silverman's bandwidth.
     """
     unit = F.normalize(tokens.float(), dim=2, eps=1e-6)

@@ -131,7 +131,10 @@ def test_a_step_lowers_its_loss(weight: str, vit: Classifier, compute: Compute, 
 
 def test_a_loss_without_its_layers_is_refused(vit: Classifier) -> None:
     convolutions = nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    for weight, what in (("lambda_patch", "no attention layers"), ("lambda_act", "no|none")):
+    for weight, what in (
+        ("lambda_patch", "no attention layers"),
+        ("lambda_act", "last linear layer, and the teacher has none"),
+    ):
         config = Synthesis(prior="procedural", **{weight: 1.0})
         image_priors.require_layers(vit, config)
         with pytest.raises(UsageError, match=what) as caught:
