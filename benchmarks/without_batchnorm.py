@@ -1,4 +1,4 @@
-"""Students of teachers without BatchNorm: procedural images beside NAYER's and real ones, over seeds.
+"""Students of teachers without BatchNorm: the priors made for them beside NAYER's and real images, over seeds.
 
     python benchmarks/without_batchnorm.py --folder runs/without_batchnorm \\
         --json benchmarks/results/without_batchnorm.digits.json
@@ -6,10 +6,11 @@
         --folder runs/without_batchnorm --json benchmarks/results/without_batchnorm.cifar10.json
 
 It trains one teacher of each kind on the labelled images (kept in the folder), then a ResNet-8 student of each by every
-way: `procedural` (synthesis.prior = "procedural" without steps on the pixels), one of `ON_PIXELS` (the same with two
-steps a round), `real images` (the same schedule and as many images, drawn from the training images) and, for the
-teachers with BatchNorm, `NAYER` (the recipe `digits`). `folded` is that teacher with its BatchNorms folded into the
-convolutions. No real image reaches a student, except for `real images`; nothing is chosen by the hold-out.
+way: `generator` (synthesis.prior = "generator", settings as `init` writes them), `procedural` (synthesis.prior =
+"procedural" without steps on the pixels), one of `ON_PIXELS` (the same with two steps a round), `real images` (the
+schedule of `procedural`, its images drawn from the training images) and, for the teachers with BatchNorm, `NAYER` (the
+recipe `digits`). `folded` is that teacher with its BatchNorms folded into the convolutions. No real image reaches a
+student, except for `real images`; nothing is chosen by the hold-out.
 
 A row is written as soon as it is finished, and rows that are there are not run again.
 """
@@ -39,6 +40,8 @@ from nayer_edge.labels import embeddings
 from nayer_edge.models.build import build
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier
+from nayer_edge.pipelines.costs.budget import BudgetPlan, Costs
+from nayer_edge.pipelines.costs.budget import settings as settings_of
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.runtime import compute as computing
 from nayer_edge.runtime.compute import Compute, random_stream, seeded
@@ -50,7 +53,7 @@ from nayer_edge.training.evaluate import logits_of, top1
 STUDENT = "nayer:resnet8"
 CIFAR = "cifar10-w402-w161-fast"
 """the recipe whose classes and NAYER settings count where the images are not digits"""
-WAYS = ("procedural", "real images", "NAYER")
+WAYS = ("generator", "procedural", "real images", "NAYER")
 ON_PIXELS: dict[str, dict[str, float]] = {
     "adversarial": {"lambda_adv": 1.0},
     "class term": {"lambda_ce": 1.0},
@@ -156,6 +159,23 @@ def schedule(digits: bool) -> tuple[Synthesis, Distill]:
     return synthesis, distill
 
 
+def generated(digits: bool) -> tuple[Generator, Synthesis, Distill]:
+    """The settings that `init` writes for the prior "generator", in sizes that do not depend on the machine."""
+    if digits:
+        costs = Costs(0, 0, 0, 0, 0, student_batch=128)
+        sizes = BudgetPlan(10, rounds=7, warmup_rounds=6, warmup_epochs=2, epochs=14, decay_epochs=4, steps=70,
+                           images=6800, steps_in_all=840, seconds={"fill": 0, "rest": 0})  # fmt: skip
+    else:
+        costs = Costs(0, 0, 0, 0, 0)
+        sizes = BudgetPlan(10, rounds=9, warmup_rounds=8, warmup_epochs=2, epochs=12, decay_epochs=3, steps=180,
+                           images=7900, steps_in_all=1800, seconds={"fill": 0, "rest": 0})  # fmt: skip
+    sections = settings_of(1, sizes, costs, bank_mib=256, prior="generator")
+    augment = Augment(pad=2, flip=False) if digits else Augment()
+    synthesis = Synthesis.model_validate({**sections["synthesis"], "reserve": 0, "augment": augment})
+    distill = Distill.model_validate({**sections["distill"], "augment": augment})
+    return Generator(channels=32), synthesis, distill
+
+
 class OnReal(Distillation):
     """Takes every image from a data set in place of making it."""
 
@@ -244,6 +264,9 @@ def row(
     """One student."""
     synthesis, distill = schedule(digits=teacher.spec.channels == 1)
     generator, lte = Generator(), LTE(encoder="onehot")
+    if way == "generator":
+        generator, synthesis, distill = generated(digits=teacher.spec.channels == 1)
+        lte = LTE()
     if way in ON_PIXELS:
         synthesis = synthesis.model_copy(update={"pixel_step": 0.03, **ON_PIXELS[way]})
     if way == "NAYER":

@@ -25,7 +25,7 @@ Side = Annotated[int, Field(ge=4, le=4096)]
 """pixels of an image's side"""
 Fit = Literal["exact", "stretch", "center-crop"]
 """what happens to an image of another size than the model's: error, resize, or resize and crop"""
-Prior = Literal["batchnorm", "procedural"]
+Prior = Literal["batchnorm", "generator", "procedural"]
 """what makes the images of a run"""
 Arguments = dict[str, bool | int | float | str]
 EMBEDDING_FILES = (".safetensors", ".npz", ".npy")
@@ -200,18 +200,22 @@ class Generator(Section):
     """output channels of the last up-sampling convolution; earlier layers have twice as many"""
 
 
-UNMOVED: dict[str, Any] = {"lambda_ce": 0.0, "lambda_adv": 0.0, "g_steps": 1}
-"""defaults of procedural images: no steps on their pixels"""
+OF_PRIOR: dict[str, dict[str, Any]] = {
+    "generator": {"lambda_ce": 1.0, "lambda_adv": 1.0},
+    "procedural": {"lambda_ce": 0.0, "lambda_adv": 0.0, "g_steps": 1},
+}
+"""defaults of the other priors, as they were measured; procedural images are used as they are drawn"""
 
 
 class Synthesis(Section):
     """A synthesis round, and the number of rounds (paper Alg. 1, Eq. 4 to 8)."""
 
     prior: Prior = "batchnorm"
-    """what makes images: batchnorm: NAYER's generator, which matches the teacher's BatchNorm statistics; procedural:
-    random textures, shapes and strokes, whose pixels are then optimised (not in the paper); for teachers without
-    BatchNorm. It uses neither generator nor label embeddings. Its losses are off unless they are given a weight,
-    because none of them was measured to help; it ignores lr, g_life, lambda_bn and bn_momentum"""
+    """what makes images: batchnorm: NAYER's generator, which matches the teacher's BatchNorm statistics. The others are
+    not in the paper, need no BatchNorm, and ignore lambda_bn and bn_momentum. generator: the same generator without
+    L_bn; the weights of the other losses are 1 unless given. procedural: random textures, shapes and strokes, without
+    generator (lr and g_life are ignored) and label embeddings. Losses can move their pixels; they are off unless given
+    a weight, because none was measured to help"""
     pixel_step: Positive = 0.1
     """root mean square by which a step changes the pixels of an image in [0, 1]; used by the procedural prior only"""
     batch: Annotated[int, Field(ge=2)] = 400
@@ -252,11 +256,16 @@ class Synthesis(Section):
     @model_validator(mode="before")
     @classmethod
     def _measured_for_the_prior(cls, values: Any) -> Any:
-        """Procedural images are used as they are drawn unless the recipe says otherwise: the published defaults, which
-        are those of the generator, would move their pixels, at a cost (`benchmarks/without_batchnorm.py`)."""
-        if isinstance(values, Mapping) and values.get("prior") == "procedural":
-            return {**UNMOVED, **values}
+        """The published defaults suit L_bn only; with procedural images, they would move the pixels, at a cost
+        (`benchmarks/without_batchnorm.py`)."""
+        if isinstance(values, Mapping) and isinstance(prior := values.get("prior"), str):
+            return {**OF_PRIOR.get(prior, {}), **values}
         return values
+
+    @property
+    def has_generator(self) -> bool:
+        """Whether a generator makes the images."""
+        return self.prior != "procedural"
 
 
 class Distill(Section):

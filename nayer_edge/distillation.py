@@ -175,11 +175,13 @@ class Distillation:
         world.broadcast(student.state_dict().values())
         self.embeddings = embeddings.embeddings.to(compute.device)
         check_teacher(self.teacher, compute)
-        self.has_generator = settings.synthesis.prior == "batchnorm"
-        """whether images come from a generator; the procedural prior has neither `statistics` nor `generator`"""
-        if self.has_generator:
-            config = settings.synthesis
+        config = settings.synthesis
+        self.statistics = None
+        """only the prior "batchnorm" has them"""
+        if config.prior == "batchnorm":
             self.statistics = BatchNormStatistics(self.teacher, config.bn_momentum, world)
+        self.has_generator = config.has_generator
+        if self.has_generator:
             self.generator = new_generator(embeddings, teacher.spec.shape, config, settings.generator, world)
             compute.place(self.generator)
         self.bank = self._new_bank()
@@ -301,7 +303,7 @@ class Distillation:
         found = Epoch(
             epoch=epoch + 1,
             phase="warmup" if warm else "distill",
-            loss_bn=loss_bn if self.has_generator else None,
+            loss_bn=loss_bn if self.statistics else None,
             loss_ce=loss_ce,
             loss_adv=loss_adv,
             loss_kd=None if loss_kd is None else float(loss_kd),
@@ -373,7 +375,8 @@ class Distillation:
         """Makes the hold-out with copies of generator and statistics, so that it does not affect training."""
         if self.has_generator:
             kept = self.generator, self.statistics
-            self.generator, self.statistics = copy.deepcopy(self.generator), self.statistics.copy()
+            self.generator = copy.deepcopy(self.generator)
+            self.statistics = self.statistics and self.statistics.copy()
         else:
             kept = None
         rounds = [
@@ -459,7 +462,7 @@ class Distillation:
         tensors |= {f"best.{n}": t for n, t in self.best_student.items()}
         if self.has_generator:
             tensors |= {f"generator.{n}": t for n, t in generators.whole_state(self.generator, self.world).items()}
-            tensors |= generators.memory_tensors(self.statistics.memory)
+            tensors |= generators.memory_tensors(self.statistics and self.statistics.memory)
         own = {"holdout": self.holdout}
         if images:
             own |= {f"bank.{n}": t for n, t in self.bank.tensors().items()}
@@ -511,7 +514,7 @@ class Distillation:
                 differing = [f"{key}: {before[key]} → {now[key]}" for key in now if before.get(key) != now[key]]
                 raise UsageError("The generator of the other run is of another size.", why="; ".join(differing) + ".")
             self.generator.load_state_dict(generator.state_dict())
-            self.statistics.memory = memory and [(mean.to(device), variance.to(device)) for mean, variance in memory]
+            self._remember(memory)
         for own, path in ((self.bank, start.bank), (self.reserve, start.reserve)):
             if path is not None:
                 taken = MemoryBank.load(path, device)
@@ -522,6 +525,12 @@ class Distillation:
         rounds = self.reserve.newest(len(self.reserve))[0].split(self.settings.synthesis.batch)[::2]
         if len(rounds) >= self.settings.distill.holdout_rounds:
             self.holdout = torch.cat(rounds[-self.settings.distill.holdout_rounds :])
+
+    def _remember(self, memory: generators.Memory | None) -> None:
+        """Takes over a BatchNorm memory."""
+        if self.statistics is not None:
+            device = self.compute.device
+            self.statistics.memory = memory and [(mean.to(device), variance.to(device)) for mean, variance in memory]
 
     def whole_bank(self) -> MemoryBank:
         """The images of all ranks in single-process order, on rank 0's CPU. Every rank must call it; the others get
@@ -574,8 +583,7 @@ class Distillation:
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
         if self.has_generator:
             generators.load_whole_state(self.generator, under("generator."))
-            memory = generators.memory_of(tensors)
-            self.statistics.memory = memory and [(mean.to(device), variance.to(device)) for mean, variance in memory]
+            self._remember(generators.memory_of(tensors))
         if facts.get("asked") == vars(self.asked) != facts["length"]:
             self.set_length(Length(**facts["length"]))
         self.epoch = int(facts["epoch"])
@@ -697,7 +705,7 @@ def distill(
             if (agreed := world.from_first(length and vars(length))) is not None:
                 distillation.set_length(Length(**agreed))
                 show_length()
-            if notice := health.check_health(distillation.history, distillation.finished):
+            if notice := health.check_health(distillation.history, distillation.finished, distillation.has_generator):
                 progress.notice(notice)
             # Save after the last epoch too: writing the results may be interrupted.
             done = bool(interrupt.asked) or distillation.finished

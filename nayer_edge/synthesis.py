@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ def synthesize_round(
     embeddings: Float[Tensor, "K D"],
     teacher: Classifier,
     student: Classifier | None,
-    statistics: BatchNormStatistics,
+    statistics: BatchNormStatistics | None,
     config: Synthesis,
     compute: Compute,
     random: torch.Generator,
@@ -59,6 +60,7 @@ def synthesize_round(
         embeddings: of all classes, on the device.
         teacher: in eval mode, frozen.
         student: for L_adv; None disables that loss (warm-up).
+        statistics: for L_bn; None disables that loss.
         random: generator on the device, equal on every rank: each draws for the whole batch and uses its share.
         on_step: called after each step.
         world: ranks that generate equal shares of the batch.
@@ -77,15 +79,16 @@ def synthesize_round(
         with compute.autocast():
             images = generator(inputs)
             seen = crop_and_flip(images, config.augment, random, world)
-            with statistics.watch():
+            with statistics.watch() if statistics else nullcontext():
                 teacher_logits = teacher(seen)
             student_logits = student(seen) if student is not None else None
-        loss_bn = statistics.loss()
         loss_ce = losses.class_loss(teacher_logits, labels)
+        loss_bn = statistics.loss() if statistics else torch.zeros_like(loss_ce)
         if student_logits is None:
             loss_adv = torch.zeros_like(loss_ce)
         else:
             loss_adv = losses.adversarial_loss(teacher_logits, student_logits)
+        # Without statistics, L_bn is 0 and its weight has no effect.
         loss = config.lambda_bn * loss_bn + config.lambda_ce * loss_ce + config.lambda_adv * loss_adv
         with torch.no_grad():
             # On the device: a comparison in Python would synchronise at every step.
@@ -101,7 +104,8 @@ def synthesize_round(
         world.average_gradients(parameters, generator.own_parameters)
         optimizer.step()
         on_step()
-    statistics.remember()
+    if statistics:
+        statistics.remember()
     return Round(to_uint8(best_images), labels, best_parts)
 
 
@@ -126,8 +130,10 @@ def draw_images(
         random: returns the random generator of round i; different streams give different images.
     """
     clone = copy.deepcopy(generator)
-    statistics = BatchNormStatistics(teacher, config.bn_momentum)
-    statistics.memory = memory
+    statistics = None
+    if config.prior == "batchnorm":
+        statistics = BatchNormStatistics(teacher, config.bn_momentum)
+        statistics.memory = memory
     images, labels = [], []
     for number in range(math.ceil(count / config.batch)):
         made = synthesize_round(clone, embeddings, teacher, None, statistics, config, compute, random(number), on_step)

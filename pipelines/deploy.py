@@ -451,7 +451,7 @@ class SyntheticSource:
         """Loads generator, embeddings and teacher onto the recipe's device."""
         compute = computing.choose(config.device, config.precision)
         generator, memory = None, None
-        if config.synthesis.prior == "batchnorm":
+        if config.synthesis.has_generator:
             generator, memory = generators.load(out.path(student.files["generator"]))
             compute.place(generator)
         network = load_classifier(out.path(teacher.files["teacher"])).requires_grad_(False)

@@ -159,7 +159,7 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
     save_classifier(student, out.path(STUDENT), facts)
     made = {"bank": BANK}
     if generator is not None:
-        generators.save(generator, run.statistics.memory, out.path(GENERATOR))
+        generators.save(generator, run.statistics and run.statistics.memory, out.path(GENERATOR))
         made |= {"generator": GENERATOR, "generator card": card_of(GENERATOR)}
     bank.save(out.path(BANK))
     if len(reserve):
@@ -232,8 +232,7 @@ def _distil(
     # A run on another run's bank may have reserved images although its own recipe reserves none.
     reserve = files["reserve"] if files["reserve"].is_file() else None
     start = None
-    generated = config.synthesis.prior == "batchnorm"
-    if "first bank" in files and ("first generator" in files or not generated):
+    if "first bank" in files and ("first generator" in files or not config.synthesis.has_generator):
         start = Start(files["first bank"], files.get("first generator"), files.get("first images put aside"))
     # Only a constant schedule can be continued from before its decay.
     before = Before(files["state"], files["bank"], reserve) if config.distill.schedule == "constant" else None

@@ -60,10 +60,14 @@ def started(recipe: Recipe) -> tuple[Recipe, list[tuple[str, str]]]:
     """
     source = require_fit(recipe)
     other, distill = recipe_of(source.manifest.recipe, source.root), recipe.distill
+    taken = ["batch", "prior", "pixel_step"]
+    if other.synthesis.prior != recipe.synthesis.prior:
+        # The weights of one prior's losses do not suit another.
+        taken += ["lambda_ce", "lambda_adv"]
     changes: dict[str, dict[str, Any]] = {
         "lte": other.lte.model_dump(),
         "generator": other.generator.model_dump(),
-        "synthesis": {key: getattr(other.synthesis, key) for key in ("batch", "prior", "pixel_step")},
+        "synthesis": {key: getattr(other.synthesis, key) for key in taken},
         "distill": {"epochs": distill.epochs - distill.warmup_epochs, "warmup_epochs": 0},
     }
     if recipe.budget is not None:
@@ -73,7 +77,7 @@ def started(recipe: Recipe) -> tuple[Recipe, list[tuple[str, str]]]:
         values[name] = {**values[name], **section}
     numbers = source.manifest.steps["student"].numbers
     images = f"{numbers.get('bank images', 0):,} images"
-    made = "generator" if other.synthesis.prior == "batchnorm" else f"{other.synthesis.prior} prior"
+    made = "generator" if other.synthesis.has_generator else f"{other.synthesis.prior} prior"
     words = f"{images} of {source.root}, with its teacher, embeddings and {made}; rounds of {other.synthesis.batch}"
     return Recipe.model_validate(values), [("bank", words)]
 

@@ -44,7 +44,6 @@ class EpochMetrics(Protocol):
     """The metrics of an epoch that `check_health` reads."""
 
     phase: str
-    loss_bn: float | None
     synthetic_classes: int
     distinct: float
     variety: float | None
@@ -88,12 +87,13 @@ def logit_spread(logits: Float[Tensor, "N K"]) -> Float[Tensor, ""]:
     return (logits - logits[:1]).abs().max()
 
 
-def check_health(history: Sequence[EpochMetrics], finished: bool) -> str | None:
+def check_health(history: Sequence[EpochMetrics], finished: bool, generated: bool = True) -> str | None:
     """Checks the run after an epoch; returns a warning when a problem first becomes persistent, else None.
 
     Args:
         history: all epochs so far.
         finished: whether this was the last epoch.
+        generated: whether a generator makes the images.
 
     Raises:
         TrainingError: training has failed for certain.
@@ -106,7 +106,6 @@ def check_health(history: Sequence[EpochMetrics], finished: bool) -> str | None:
             why="Its units no longer get gradients, so it cannot recover.",
             fix="Lower distill.lr, or choose another student.",
         )
-    generated = any(epoch.loss_bn is not None for epoch in history)
     one_class = _consecutive(history, lambda epoch: epoch.synthetic_classes == 1)
     copies = _consecutive(history, lambda epoch: epoch.distinct < COPIES)
     alike = _consecutive(history, lambda epoch: epoch.variety is not None and epoch.variety < ALIKE)

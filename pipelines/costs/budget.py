@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nayer_edge.config import UNMOVED, Distill, Prior, Synthesis
+from nayer_edge.config import OF_PRIOR, Distill, Prior, Synthesis
 from nayer_edge.distillation import Epoch, Length
 from nayer_edge.errors import UsageError
 
@@ -174,7 +174,7 @@ def plan(
     Raises:
         UsageError: the budget is too small for a useful student; the message gives the minimum.
     """
-    g_steps = g_steps_for(classes) if prior == "batchnorm" else UNMOVED["g_steps"]
+    g_steps = OF_PRIOR.get(prior, {}).get("g_steps") or g_steps_for(classes)
     image = g_steps * costs.synthesis_step / costs.batch
     later_image = g_steps * (costs.synthesis_step + costs.adversary) / costs.batch
     per_step = images_per_step(FILLED * image + (1 - FILLED) * later_image, costs)
@@ -263,10 +263,10 @@ def settings(
         bank_mib: limit of the memory bank; larger than the run needs, so that it can be continued.
         prior: what makes images.
     """
-    # After each re-initialisation of a generator about forty rounds are poor.
-    images: dict[str, Any] = {"g_life": NEVER}
-    if prior != "batchnorm":
-        images = {"prior": prior, **UNMOVED}
+    images: dict[str, Any] = {} if prior == "batchnorm" else {"prior": prior, **OF_PRIOR[prior]}
+    if prior != "procedural":
+        # After each re-initialisation of a generator about forty rounds are poor.
+        images["g_life"] = NEVER
     return {
         "budget": {
             "seconds": budget,

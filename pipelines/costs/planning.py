@@ -81,7 +81,7 @@ class Measured:
         """
         made = budget.plan(seconds, self.costs, self.classes, bank=self.bank, prior=self.prior)
         sections = budget.settings(seconds, made, self.costs, self.bank_mib, self.prior)
-        if self.prior == "batchnorm":
+        if self.prior != "procedural":
             sections["generator"] = {"channels": self.channels}
         words = [*budget.described(made, self.costs, self.image_bytes), *(("", why) for why in self.reasons)]
         return Planned(sections, words, self.costs)

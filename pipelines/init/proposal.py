@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nayer_edge.config import UNMOVED, Augment, InputSpec, Teacher
+from nayer_edge.config import OF_PRIOR, Augment, InputSpec, Teacher
 from nayer_edge.errors import UsageError
 from nayer_edge.labels.class_names import read_labels
 from nayer_edge.models import published
@@ -180,7 +180,7 @@ def settle(found: Findings, given: Given) -> Proposal:
     student_cost = cost_of(student, spec, len(classes))
     sections, words = TRIAL, []
     if found.prior == "procedural":
-        sections = {**TRIAL, "synthesis": {"prior": found.prior, **TRIAL["synthesis"], **UNMOVED}}
+        sections = {**TRIAL, "synthesis": {"prior": found.prior, **TRIAL["synthesis"], **OF_PRIOR[found.prior]}}
     if given.effort == "normal":
         seconds = given.budget or DEFAULT_BUDGET[device.kind]
         augment = Augment(pad=pad_for(spec), flip=given.flip)

@@ -117,6 +117,15 @@ def teacher(_teacher: Classifier) -> Classifier:
 
 
 @pytest.fixture
+def plain(teacher: Classifier) -> Classifier:
+    """The teacher with a GroupNorm in the place of each BatchNorm."""
+    for name, module in list(teacher.backbone.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            teacher.backbone.set_submodule(name, nn.GroupNorm(2, module.num_features))
+    return teacher.eval().requires_grad_(False)
+
+
+@pytest.fixture
 def student() -> Classifier:
     """An untrained student, with the same weights as at the start of a distillation."""
     return smooth(seed=10, width=4, scale=4)

@@ -1,26 +1,20 @@
-"""Procedural images, steps on their pixels, and distillation without a generator."""
+"""Procedural images and steps on their pixels."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nayer_edge import losses, procedural
 from nayer_edge.config import Augment, Synthesis
-from nayer_edge.distillation import Distillation, Settings, distill, resume, save_checkpoint
-from nayer_edge.errors import UsageError
-from nayer_edge.labels.embeddings import LabelEmbeddings
+from nayer_edge.distillation import Distillation
 from nayer_edge.memory_bank import to_unit
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.models.load import weights_digest
 from nayer_edge.runtime.compute import Compute
-from nayer_edge.storage.files import digest_of
 from nayer_edge.synthesis import Round
 
 Start = Callable[..., Distillation]
@@ -29,15 +23,6 @@ SHAPES = ((1, 16, 16), (3, 12, 20), (13, 9, 7), (1, 4, 4))
 MOVED = {"g_steps": 3, "lambda_ce": 0.5, "lambda_adv": 1.33}
 PROCEDURAL = {"synthesis_prior": "procedural", **{f"synthesis_{key}": value for key, value in MOVED.items()}}
 STILL = {"synthesis_lambda_adv": 0, "synthesis_lambda_ce": 0}
-
-
-@pytest.fixture
-def plain(teacher: Classifier) -> Classifier:
-    """The teacher of conftest.py with a GroupNorm in the place of each BatchNorm."""
-    for name, module in list(teacher.backbone.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            teacher.backbone.set_submodule(name, nn.GroupNorm(2, module.num_features))
-    return teacher.eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------ the families
@@ -230,114 +215,3 @@ def test_drawn_images_depend_on_their_streams_only(plain: Classifier, compute: C
     more, _ = procedural.draw_procedural(plain, config, compute, stream, 24)
     assert torch.equal(images, more[:20])
     assert not torch.equal(images[:8], images[8:16])
-
-
-# ------------------------------------------------------------------ whole runs
-
-
-@pytest.fixture
-def begin(
-    plain: Classifier,
-    label_embeddings: LabelEmbeddings,
-    settings: Callable[..., Settings],
-    compute: Compute,
-    start: Start,
-) -> Start:
-    """`begin(distill_views=2)`: a new run with procedural images and a teacher without BatchNorm."""
-
-    def run(**changes: object) -> Distillation:
-        student = start().student
-        return Distillation(plain, label_embeddings, student, settings(**{**PROCEDURAL, **changes}), compute)
-
-    return run
-
-
-def test_a_run_without_batchnorm(begin: Start) -> None:
-    run = begin(distill_epochs=8, distill_steps=30, distill_lr=0.1, synthesis_batch=30, **STILL)
-    distill(run)
-    first, last = run.history[2], run.history[-1]
-    assert first.loss_kd is not None
-    assert last.loss_kd is not None
-    assert last.loss_kd < 0.75 * first.loss_kd
-    assert last.loss_bn is None
-    assert run.whole_generator() is None
-    assert not [name for name in run.state()[0] if name.startswith(("generator.", "memory."))]
-
-
-@pytest.mark.parametrize("changes", [{}, {"distill_views": 3, "distill_mixup": 0.5, "synthesis_reserve": 0.4}])
-def test_a_continued_run_ends_with_the_same_bits(begin: Start, tmp_path: Path, changes: dict[str, object]) -> None:
-    whole, path = begin(**changes), tmp_path / "state.safetensors"
-    distill(whole)
-    for stop in range(1, 4):
-        part = begin(**changes)
-        if stop > 1:
-            assert resume(part, path)
-            assert part.epoch == stop - 1
-        part.run_epoch()
-
-        save_checkpoint(part, path)
-    last = begin(**changes)
-    assert resume(last, path)
-    distill(last)
-    assert [epoch.loss_adv == 0 for epoch in whole.history] == [True, True, False, False]
-    (one, _), (other, _) = whole.state(), last.state()
-    for state in (one, other):
-        if "views.logits" in state:  # what is not cached yet is uninitialised memory
-            state["views.logits"] = state["views.logits"][state["views.known"]]
-    assert sorted(one) == sorted(other)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_the_default_prior_does_not_change_a_digest(
-    teacher: Classifier, label_embeddings: LabelEmbeddings, settings: Callable[..., Settings]
-) -> None:
-    """The keys that checkpoints of 953f887, the last commit without `prior`, count."""
-    chosen = settings()
-    keys = (
-        *("batch", "g_steps", "rounds", "warmup_rounds", "g_life", "lr", "lambda_bn", "lambda_ce", "lambda_adv"),
-        *("bn_momentum", "reserve", "discard_rounds", "augment"),
-    )
-    synthesis = chosen.synthesis.model_dump(mode="json")
-    former = {
-        "generator": chosen.generator.model_dump(mode="json"),
-        "synthesis": {key: synthesis[key] for key in keys},
-        "distill": chosen.distill.model_dump(mode="json"),
-        "seed": 0,
-        "student": "a student",
-        "teacher": weights_digest(teacher),
-        "lte": label_embeddings.digest,
-    }
-    now = chosen.digest(teacher, label_embeddings, "a student")
-    assert now == digest_of(former)
-    for change in (PROCEDURAL, {"synthesis_pixel_step": 0.2}, {"synthesis_lambda_tv": 0.1}):
-        assert settings(**change).digest(teacher, label_embeddings, "a student") != now
-
-
-def test_a_checkpoint_of_the_other_prior_is_not_continued(start: Start, tmp_path: Path) -> None:
-
-    run = start()
-    run.run_epoch()
-    save_checkpoint(run, tmp_path / "state.safetensors")
-    assert not resume(start(**PROCEDURAL), tmp_path / "state.safetensors")
-
-
-def test_a_teacher_that_looks_at_the_whole_batch_is_refused(
-    teacher: Classifier,
-    label_embeddings: LabelEmbeddings,
-    student: Classifier,
-    settings: Callable[..., Settings],
-    compute: Compute,
-) -> None:
-    for norm in [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]:
-        norm.running_mean = norm.running_var = None
-    with pytest.raises(UsageError, match="4 BatchNorm layers without running statistics"):
-        Distillation(teacher, label_embeddings, student, settings(**PROCEDURAL), compute)
-
-
-def test_what_init_promises_is_what_was_measured() -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "results" / "without_batchnorm.digits.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["summary"]
-    for kind in ("GroupNorm ResNet-20", "ConvNeXt", "ViT"):
-        measured = found[kind]["procedural"]
-        assert measured["seeds"] == 3
-        assert f"{100 * measured['mean']:.1f} %" in procedural.EXPECTED, kind

@@ -1,4 +1,4 @@
-"""Teachers without BatchNorm: the whole way without a generator, and what is refused."""
+"""Teachers without BatchNorm: the whole way from a teacher to its artifacts, and what is refused."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ CLASSES = ("zero", "one", "two", "three")
 SPEC = ne.InputSpec(channels=1, height=8, width=8)
 TINY: dict[str, Any] = {
     "synthesis": {
-        **{"prior": "procedural", "batch": 8, "g_steps": 2, "warmup_rounds": 2, "rounds": 2, "reserve": 0.3},
+        **{"batch": 8, "g_steps": 2, "warmup_rounds": 2, "rounds": 2, "reserve": 0.3},
         **{"lambda_adv": 1.33, "augment": {"pad": 1}},
     },
+    "generator": {"noisy_dim": 8, "channels": 4},
     "distill": {
         **{"epochs": 4, "warmup_epochs": 1, "steps": 2, "batch": 8, "holdout_rounds": 1, "augment": {"pad": 1}},
         **{"optimizer": "muon", "schedule": "constant", "decay_epochs": 1, "views": 2, "mixup": 0.5},
@@ -63,10 +64,18 @@ def teacher() -> ne.Teacher:
     return ne.Teacher(Grouped(), classes=CLASSES, input=SPEC)
 
 
+def tiny(prior: str) -> dict[str, Any]:
+    """`TINY` with a prior."""
+    return {**TINY, "synthesis": {**TINY["synthesis"], "prior": prior}}
+
+
 @pytest.mark.slow
-def test_the_whole_way_without_a_generator(teacher: ne.Teacher, tmp_path: Path, invoke: Invoke) -> None:
-    run = ne.distill(teacher, "nayer:resnet8", tmp_path / "run", **TINY)
-    assert not (run.path / "generator" / "generator.safetensors").exists()
+@pytest.mark.parametrize("prior", ["generator", "procedural"])
+def test_the_whole_way_without_batchnorm(prior: str, teacher: ne.Teacher, tmp_path: Path, invoke: Invoke) -> None:
+    generated = prior == "generator"
+    settings = tiny(prior)
+    run = ne.distill(teacher, "nayer:resnet8", tmp_path / "run", **settings)
+    assert (run.path / "generator" / "generator.safetensors").exists() == generated
     run.export(int8=True, targets=["cpu"])
     report = run.validate()
     assert report.dataset.kind == "synthetic"
@@ -80,17 +89,22 @@ def test_the_whole_way_without_a_generator(teacher: ne.Teacher, tmp_path: Path, 
     assert np.array_equal(images, again)
     with torch.no_grad():
         answers = Grouped().eval()((torch.from_numpy(images) - 0.5) / 0.5).argmax(1)
-    assert answers.tolist() == made_for.tolist(), "the labels are the teacher's"
+    assert generated or answers.tolist() == made_for.tolist(), "the labels are the teacher's"
     assert invoke("verify", run.path).code == 0
     assert "random numbers" in make_sbom(RunFolder.open(run.path))
     assert invoke("report", run.path).code == 0
+    used = (run.path / "report.html").read_text(encoding="utf-8")
+    assert ("The generator starts from embeddings" in used) == generated
 
-    # Another student from its bank, and more epochs, bit by bit as resumable as with a generator.
-    other = ne.distill(teacher, "nayer:resnet20", tmp_path / "other", bank=run, **TINY)
+    # Another student from its bank, and more epochs, bit by bit as resumable as with BatchNorm. The other student's
+    # settings are those of the bank's prior, and so are the weights of its losses.
+    other = ne.distill(teacher, "nayer:resnet20", tmp_path / "other", bank=run, **{**TINY, "synthesis": {"batch": 8}})
     started = json.loads((other.path / "student" / "source.json").read_text())
     assert "bank.safetensors" in started["files"]
-    assert not [name for name in started["files"] if name.startswith("generator")]
-    longer = {**TINY, "distill": {**TINY["distill"], "epochs": 6}}
+    assert bool([name for name in started["files"] if name.startswith("generator")]) == generated
+    taken = other.recipe.synthesis
+    assert (taken.prior, taken.lambda_adv, taken.lambda_ce) == (prior, 1.33, 1.0 if generated else 0.0)
+    longer = {**settings, "distill": {**TINY["distill"], "epochs": 6}}
     ne.distill(teacher, "nayer:resnet8", run.path, **longer)
     assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 6
     ne.distill(teacher, "nayer:resnet8", tmp_path / "whole", **longer)
@@ -99,9 +113,12 @@ def test_the_whole_way_without_a_generator(teacher: ne.Teacher, tmp_path: Path, 
 
 
 def test_the_prior_brings_the_settings_that_were_measured() -> None:
-    """`--set synthesis.prior=procedural` is what error messages advise: it must not also move the pixels (LOG.md)."""
+    """`--set synthesis.prior=…` alone must not move the pixels of procedural images (LOG.md)."""
     alone = Synthesis.model_validate({"prior": "procedural"})
     assert (alone.lambda_ce, alone.lambda_adv, alone.g_steps) == (0.0, 0.0, 1)
+    generated = Synthesis.model_validate({"prior": "generator"})
+    assert (generated.lambda_ce, generated.lambda_adv, generated.g_steps) == (1.0, 1.0, 30)
+    assert load_recipe("digits", ["synthesis.prior=generator"]).lte.encoder == "all-MiniLM-L6-v2"
     assert Synthesis.model_validate({"prior": "procedural", "lambda_adv": 1.33}).lambda_adv == 1.33
     assert (Synthesis().lambda_ce, Synthesis().lambda_adv, Synthesis().g_steps) == (0.5, 1.33, 30)
     recipe = load_recipe("digits", ["synthesis.prior=procedural"])
@@ -112,7 +129,7 @@ def test_the_prior_brings_the_settings_that_were_measured() -> None:
 
 
 def test_the_default_prior_names_the_other_one(teacher: ne.Teacher, tmp_path: Path) -> None:
-    settings = {**TINY, "synthesis": {"batch": 8}}
+    settings = tiny("batchnorm")
     with pytest.raises(UsageError, match="has no BatchNorm layers") as caught:
         ne.distill(teacher, "nayer:resnet8", tmp_path / "run", **settings)
     assert "synthesis.prior=procedural" in f"{caught.value.why} {caught.value.fix}"
@@ -126,9 +143,10 @@ def test_the_default_prior_names_the_other_one(teacher: ne.Teacher, tmp_path: Pa
         ("{ img_size = 32, patch_size = 4 }", "built for images of 32×32, and it gets images of 16×16"),
     ],
 )
-def test_a_transformer_of_another_size_is_refused_before_any_work(arguments: str, words: str) -> None:
+@pytest.mark.parametrize("prior", ["generator", "procedural"])
+def test_a_transformer_of_another_size_is_refused_before_any_work(prior: str, arguments: str, words: str) -> None:
     pytest.importorskip("timm")
-    settings = ["teacher.model=timm:test_vit", f"teacher.arguments={arguments}", "synthesis.prior=procedural"]
+    settings = ["teacher.model=timm:test_vit", f"teacher.arguments={arguments}", f"synthesis.prior={prior}"]
     with pytest.raises(UsageError, match="cannot run here") as caught:
         preflight.check(load_recipe("digits", settings), STEPS)
     assert words in caught.value.why
@@ -150,7 +168,7 @@ def test_transformers_that_would_interpolate_or_leave_out_pixels(size: int, patc
     spec = InputSpec(channels=1, height=16, width=16, mean=(0.5,), std=(0.5,))
     network = Classifier(Dinov2ForImageClassification(config), "hf:dino", spec, ("a", "b", "c"))
     with pytest.raises(UsageError, match=words) as caught:
-        require_prior(network, "The teacher", "procedural")
+        require_prior(network, "The teacher", "generator")
     assert "teacher.resize = [" in caught.value.fix
 
 
@@ -163,5 +181,5 @@ def test_transformers_that_would_interpolate_or_leave_out_pixels(size: int, patc
 )
 def test_a_transformer_that_fits_is_accepted(settings: list[str]) -> None:
     pytest.importorskip("timm")
-    chosen = ["teacher.model=timm:test_vit", "synthesis.prior=procedural", *settings]
+    chosen = ["teacher.model=timm:test_vit", "synthesis.prior=generator", *settings]
     preflight.check(load_recipe("digits", chosen), STEPS)

@@ -25,7 +25,6 @@ class Line:
     """The metrics of a healthy epoch."""
 
     phase: str = "distill"
-    loss_bn: float | None = 1.0
     synthetic_classes: int = 3
     distinct: float = 1.0
     variety: float | None = 0.9
@@ -46,9 +45,9 @@ class Notices(Silent):
         self.texts.append(text)
 
 
-def warnings_of(lines: list[Line]) -> list[str]:
+def warnings_of(lines: list[Line], generated: bool = True) -> list[str]:
     """The warnings, epoch by epoch."""
-    warnings = [health.check_health(lines[: count + 1], finished=False) for count in range(len(lines))]
+    warnings = [health.check_health(lines[: count + 1], False, generated) for count in range(len(lines))]
     return [text for text in warnings if text]
 
 
@@ -71,8 +70,8 @@ def test_one_class_gives_one_warning_and_stops_a_run_that_had_nothing_else() -> 
 
 @pytest.mark.parametrize("bad", [{"synthetic_classes": 1}, {"distinct": 0.1}, {"variety": 0.1}])
 def test_procedural_images_get_advice_without_a_generator(bad: dict[str, float]) -> None:
-    lines = [warmup(loss_bn=None, **bad) for _ in range(health.NOTICE_AFTER)]
-    (warning,) = warnings_of(lines)
+    lines = [warmup(**bad) for _ in range(health.NOTICE_AFTER)]
+    (warning,) = warnings_of(lines, generated=False)
     assert "generator" not in warning
     assert "synthesis." in warning
     (warning,) = warnings_of([warmup(**bad) for _ in range(health.NOTICE_AFTER)])
