@@ -173,11 +173,15 @@ def portable(recipe: Recipe, root: Path) -> dict[str, Any]:
         if value is not None and value not in BUILT_IN_DATA and published_weights(value) is None:
             values[section][key] = _in_store(value) or _near(value, root)
     for section in ("teacher", "student"):
-        name = values[section]["model"]
-        if (model := parse(name)).local:
-            tail = f":{model.factory}" if model.factory else ""
-            values[section]["model"] = f"{model.source}:{_near(model.name, root)}{tail}"
+        values[section]["model"] = portable_model(values[section]["model"], root)
     return values
+
+
+def portable_model(name: str, root: Path) -> str:
+    """A model's name for a file in a folder: the path of a local file or folder as in `portable`."""
+    if not (model := parse(name)).local:
+        return name
+    return f"{model.source}:{_near(model.name, root.resolve())}" + (f":{model.factory}" if model.factory else "")
 
 
 def _in_store(value: str) -> str | None:

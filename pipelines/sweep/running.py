@@ -42,7 +42,7 @@ from ..deploy import SyntheticSource
 from ..distill import BANK as BANK_FILE
 from ..distill import STUDENT, metrics_of
 from ..plan import bank_digest, changes_of
-from ..recipes.loading import portable, recipe_of
+from ..recipes.loading import portable, portable_model, recipe_of
 from ..recipes.schema import Recipe
 from . import on_ray, results
 from .candidates import cannot_pass, cost_of, proposed, require_distinct
@@ -103,10 +103,10 @@ def planned(
     if bank is not None:
         shared_bank.require_fit(recipe)
     params = results.teacher_params(recipe, bank)
-    chosen = require_distinct(models) if models else proposed(params, teacher.input, teacher.classes)
+    chosen = _named(models, out) if models else proposed(params, teacher.input, teacher.classes)
     students = [StudentRecord(model=model, folder=folder) for model, folder in _folders(chosen)]
     for each in students:
-        _examine(each, recipe)
+        _examine(each, recipe, out)
     fit = [each for each in students if each.open]
     if not any(each.state != "refused" for each in students):
         raise UsageError(
@@ -216,7 +216,7 @@ def as_commands(sweep: Sweep, bank: Path | None, out: Path, name: str, settings:
         *lines,
         *(
             f"nayer-edge distill {' '.join(typed)} --bank {shlex.quote(str(bank))}{time} "
-            f"--set student.model={shlex.quote(each.model)} --out {shlex.quote(str(out / each.folder))}"
+            f"--set student.model={shlex.quote(located(each.model, out))} --out {shlex.quote(str(out / each.folder))}"
             for each in open_
         ),
     ]
@@ -360,7 +360,7 @@ class _Work:
 
     def recipe_for(self, student: StudentRecord) -> Recipe:
         """The recipe of a student, before its sizes are planned."""
-        model = Student(model=located(student.model, Path.cwd()), bank=self.recipe.student.bank)
+        model = Student(model=located(student.model, self.out), bank=self.recipe.student.bank)
         return self.recipe.model_copy(update={"student": model})
 
     def plan_first(self) -> None:
@@ -430,8 +430,9 @@ class _Work:
         for group in [[each] for each in taking_part] if self.workers.at_once == 1 else [taking_part]:
             seconds = share(self.left, self.sweep.rounds - self.sweep.done, left)
             for each in group:
-                # A share that failed is repeated first.
-                if each.target is None or any(made.round == each.target.round for made in each.shares):
+                # A share that failed is repeated first, unless the student was trained longer by hand since.
+                made = each.target is not None and any(share.round == each.target.round for share in each.shares)
+                if each.target is None or made or _outgrown(self.root(each), each.target):
                     each.target = self.extended(each, number, seconds)
             self.train([each for each in group if each.open])
             left -= len(group)
@@ -597,17 +598,27 @@ def _folders(models: Sequence[str]) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def _examine(student: StudentRecord, recipe: Recipe) -> None:
+def _named(models: Sequence[str], out: Path) -> list[str]:
+    """The students as the record names them: files and folders relative to the sweep's folder, because the sweep may
+    be continued from another current folder.
+
+    Raises:
+        UsageError: one is listed twice, or has no model's name.
+    """
+    return require_distinct(portable_model(located(model.strip(), Path.cwd()), out) for model in models)
+
+
+def _examine(student: StudentRecord, recipe: Recipe, out: Path) -> None:
     """Fills in what a student costs, or why it does not take part."""
-    teacher = recipe.teacher
-    if student.model == teacher.model and not teacher.arguments:
+    teacher, model = recipe.teacher, located(student.model, out)
+    if model == teacher.model and not teacher.arguments:
         student.state, student.reason = "refused", "it is the teacher's own network"
         return
     try:
-        cost = cost_of(located(student.model, Path.cwd()), teacher.input, teacher.classes, recipe.gate)
+        cost = cost_of(model, teacher.input, teacher.classes, recipe.gate)
         if cannot_pass(cost, recipe.gate):
             # One latency may be a disturbance.
-            cost = cost_of(located(student.model, Path.cwd()), teacher.input, teacher.classes, recipe.gate)
+            cost = cost_of(model, teacher.input, teacher.classes, recipe.gate)
     except Exception as failure:
         if (error := understood(failure, "This student")) is None:
             raise
@@ -628,7 +639,7 @@ def _require_same(
     if recipe is not None:
         former, asked = ({key: each.get(key) for key in _SAME} for each in (sweep.recipe, portable(recipe, out)))
         differing += changes_of(former, asked)
-    if models and set(require_distinct(models)) != {each.model for each in sweep.students}:
+    if models and set(_named(models, out)) != {each.model for each in sweep.students}:
         differing.append(f"its students are {', '.join(each.model for each in sweep.students)}")
     if seconds is not None and sweep.seconds is not None and seconds != sweep.seconds:
         differing.append(f"its time is {duration(sweep.seconds)}")
@@ -708,6 +719,13 @@ def _standing(student: StudentRecord) -> Standing:
         last.verdict == "pass",
         results.limit_missed(student),
     )
+
+
+def _outgrown(root: Path, target: Target) -> bool:
+    """Whether a student's run is finished and longer than a share would make it."""
+    if not (root / MANIFEST).is_file() or "student" not in RunFolder.open(root).manifest.steps:
+        return False
+    return actions.recipe_in(root).distill.epochs > target.sections["distill"]["epochs"]
 
 
 def _trained_seconds(run: RunFolder) -> float:

@@ -19,6 +19,7 @@ from rich.console import Console
 import nayer_edge as ne
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
+from nayer_edge.models.user_code import trusting
 from nayer_edge.pipelines import actions
 from nayer_edge.pipelines.cli.sweeping import sweep_table
 from nayer_edge.pipelines.costs.planning import measured_for
@@ -82,13 +83,17 @@ def done(source: Path, tmp_path_factory: pytest.TempPathFactory, stops_after: Ca
     work.run_round()
     # Time for a few epochs more.
     (kept,) = work.open
-    run = RunFolder.open(out / kept.folder)
-    rest = sum(run.manifest.steps[name].seconds for name in ("onnx", "int8", "engine", "validate", "gate"))
-    epoch = max(json.loads(line)["seconds"] for line in run.path("metrics.jsonl").read_text().splitlines())
-    plan.seconds = plan.spent + rest + 8 * epoch
+    plan.seconds = plan.spent + few_epochs(out / kept.folder)
     work.save()
     running.run_sweep(recipe, source, out, STUDENTS)
     return out
+
+
+def few_epochs(root: Path) -> float:
+    """Seconds for eight more epochs of a run, and its export and validation."""
+    run = RunFolder.open(root)
+    rest = sum(run.manifest.steps[name].seconds for name in ("onnx", "int8", "engine", "validate", "gate"))
+    return rest + 8 * max(json.loads(line)["seconds"] for line in run.path("metrics.jsonl").read_text().splitlines())
 
 
 def test_every_student_gets_its_share_once(done: Path) -> None:
@@ -144,6 +149,47 @@ def test_a_finished_sweep_is_read_again(done: Path, tmp_path: Path, invoke: Invo
     assert found["answer"] == before.students[0].model
     assert shlex.split(found["command"]) == ["nayer-edge", "export", str(small), "--int8"]
     assert "is the smallest student that passes" in (copied / "sweep.html").read_text()
+
+
+def test_a_student_that_was_trained_longer_by_hand_goes_on_from_there(done: Path) -> None:
+    # Beside the sweep, so that it finds its bank.
+    copied = Path(shutil.copytree(done, done.with_name("by_hand")))
+    plan = read_sweep(copied)
+    kept = next(each for each in plan.students if len(each.shares) == 2)
+    kept.shares.pop()
+    assert kept.target is not None
+    kept.target.sections["distill"]["epochs"] -= 1
+    epochs = actions.recipe_in(copied / kept.folder).distill.epochs
+    kept.state, plan.done, plan.seconds = "training", 1, plan.spent + few_epochs(copied / kept.folder)
+    write_sweep(copied, plan)
+    running.run_sweep(None, None, copied)
+    after = read_sweep(copied).student(kept.model)
+    assert (after.state, after.reason) == ("stopped", "it does not pass, and the time is over")
+    assert len(after.shares) == 2
+    assert actions.recipe_in(copied / kept.folder).distill.epochs > epochs
+
+
+def test_a_student_of_ones_own_is_found_from_any_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    code = tmp_path / "here" / "nets.py"
+    code.write_text(
+        "from torch import nn\n\n"
+        "def small(num_classes, in_chans):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(in_chans * 256, num_classes))\n"
+    )
+    out = tmp_path / "here" / "sweep"
+    monkeypatch.chdir(tmp_path / "here")
+    with trusting():
+        plan, recipe = running.planned(actions.recipe_in(source), source, out, ["python:nets.py:small"], 1000.0)
+    (student,) = plan.students
+    assert (student.model, student.params) == ("python:../nets.py:small", 2570), student.reason
+    monkeypatch.chdir(tmp_path / "there")
+    assert running._Work(plan, recipe, out, None).recipe_for(student).student.model == f"python:{code}:small"
+    (line,) = running.as_commands(plan, source, out, "digits")
+    assert f"student.model=python:{code}:small" in line
 
 
 def test_an_altered_student_is_found(done: Path, tmp_path: Path, invoke: Invoke) -> None:
