@@ -1,4 +1,4 @@
-"""FP32 and INT8 files of runtimes that quantize PyTorch networks themselves, and the layers to leave in float."""
+"""Files in float and INT8 of runtimes that quantize PyTorch networks themselves, and the layers to leave in float."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -27,14 +27,20 @@ from .runtimes.edge_file import BuiltFile
 from .targets import Target
 from .to_int8 import images_record
 
-PARITY_TOLERANCE = 1e-3
-"""largest difference of logits between torch and the FP32 file that counts as rounding"""
+PARITY_TOLERANCE = {"fp32": 1e-3, "fp16": 0.05}
+"""largest difference of logits between torch and a file in float that counts as rounding"""
 SILENT = Silent()
 PRODUCTS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
-def to_fp32_file(network: nn.Module, shape: tuple[int, int, int], path: Path, target: Target) -> BuiltFile:
-    """Builds the FP32 file of a target and compares it with the network on noise and edge cases.
+def to_float_file(
+    network: nn.Module,
+    shape: tuple[int, int, int],
+    path: Path,
+    target: Target,
+    precision: Literal["fp32", "fp16"] = "fp32",
+) -> BuiltFile:
+    """Builds the FP32 or FP16 file of a target and compares it with the network on noise and edge cases.
 
     Args:
         network: images (n, C, H, W) in [0, 1] → logits.
@@ -49,14 +55,14 @@ def to_fp32_file(network: nn.Module, shape: tuple[int, int, int], path: Path, ta
     noise = np.random.default_rng(0).random((8, *shape), np.float32)
     images = np.concatenate([noise, *edge_cases(shape).values()])
     with _new_file(target):
-        built = module_of(target).build(network, shape, path, precision="fp32")
+        built = module_of(target).build(network, shape, path, precision=precision)
     with _new_file(target), TorchRunner(network) as reference, open_runner(target, path) as runner:
-        parity = compare(reference.infer(images), runner.infer(images), tolerance=PARITY_TOLERANCE)
+        parity = compare(reference.infer(images), runner.infer(images), tolerance=PARITY_TOLERANCE[precision])
     if parity.verdict != "match":
         path.unlink()
         raise UsageError(
             f"{path.name} does not compute the same logits as the student ({parity.verdict}).",
-            why=f"Largest difference {parity.max_abs_diff:.3g}, allowed {PARITY_TOLERANCE}; "
+            why=f"Largest difference {parity.max_abs_diff:.3g}, allowed {PARITY_TOLERANCE[precision]}; "
             f"{parity.not_finite} inputs with NaN or infinity.",
             fix=f"Leave out the target '{target.name}', and please report it with the model's name.",
         )

@@ -91,7 +91,7 @@ class Teacher:
 
     Args:
         module: normalised images (B, C, H, W) → logits (B, K), possibly wrapped in a library's output object. Without
-            BatchNorm layers, `distill` needs the setting synthesis={"prior": "procedural"}.
+            BatchNorm layers, `distill` needs the setting synthesis={"prior": "generator"}.
         classes: the K class names in the order of the logits, or a text, JSON or CSV file that lists them.
         input: the input specification that it was trained with.
         resize: height and width that the module needs, if it cannot take images of the input's size. The teacher then
@@ -255,7 +255,7 @@ class Run:
 
         Args:
             int8: quantize, calibrating on images from the run's generator.
-            fp16: also export an FP16 graph. Default, here and below: the run's recipe.
+            fp16: also export FP16 files, for TensorRT, OpenVINO and LiteRT. Default, here and below: the run's recipe.
             qat: quantization-aware training (QAT) on synthetic images; requires `int8`.
             targets: deployment targets, such as "cpu", "arm", "tensorrt", "tensorrt-rtx". They are added to those of
                 the run, whose files and measurements stay.
@@ -695,10 +695,10 @@ def _copy_of(module: Any) -> nn.Module:
 
 
 def _possible_prior(network: Classifier) -> str:
-    """A prior that suits this teacher. The run's prior is not known yet; without BatchNorm, only one is possible."""
+    """A prior that suits this teacher. The run's prior is not known yet; those without BatchNorm need the same."""
     from nayer_edge.models.prior import batch_norms
 
-    return "batchnorm" if batch_norms(network) else "procedural"
+    return "batchnorm" if batch_norms(network) else "generator"
 
 
 def _check(classifier: Classifier) -> None:

@@ -22,7 +22,7 @@ from nayer_edge.export.targets import TARGETS, Target, has_module
 from nayer_edge.export.to_engine import to_engine
 from nayer_edge.export.to_int8 import FP16_IMAGES, to_int8
 from nayer_edge.export.to_onnx import to_onnx
-from nayer_edge.export.to_runtime import to_fp32_file, to_int8_file
+from nayer_edge.export.to_runtime import to_float_file, to_int8_file
 from nayer_edge.labels import embeddings as embeddings_of_labels
 from nayer_edge.memory_bank import MemoryBank, to_unit
 from nayer_edge.models.classifier import Classifier
@@ -64,6 +64,18 @@ def fp32_file(target: str) -> str:
     """Path of a target's FP32 file in the run folder; one ONNX file serves all runtimes that read ONNX."""
     suffix = TARGETS[target].suffix
     return FP32 if suffix == ".onnx" else f"export/student.fp32.{target}{suffix}"
+
+
+def fp16_file(target: str) -> str:
+    """Path of a target's FP16 file, as `fp32_file`."""
+    suffix = TARGETS[target].suffix
+    return FP16 if suffix == ".onnx" else f"export/student.fp16.{target}{suffix}"
+
+
+def files_of(target: str, config: Recipe) -> dict[str, str]:
+    """Precision → path, of the files that a target with a module in runtimes/ gets; FP16 only where it is wanted."""
+    files = {"fp32": fp32_file, "fp16": fp16_file, "int8": int8_file}
+    return {p: files[p](target) for p in TARGETS[target].precisions if p != "fp16" or config.export.fp16}
 
 
 def make_onnx(student: Artifact, *, config: Recipe, out: RunFolder, progress: Progress) -> Artifact:
@@ -138,7 +150,9 @@ def make_int8(
     needed = [*(name for part in (teacher, lte, student) for name in part.files.values()), onnx.files["fp32 onnx"]]
     kept, runtimes = _kept_targets(needed, config, out)
     missing = [target for target in config.export.targets if target not in kept]
-    lacking = {f"{precision}.{t}": why for t in missing if (why := _why_not(t, out)) for precision in ("fp32", "int8")}
+    lacking = {
+        f"{precision}.{t}": why for t in missing if (why := _why_not(t, out)) for precision in files_of(t, config)
+    }
     possible = [target for target in missing if f"int8.{target}" not in lacking]
     made = _quantize(teacher, lte, student, onnx, possible, lacking, config, out, progress) if possible else {}
     files, records, numbers = {}, {}, {}
@@ -146,14 +160,15 @@ def make_int8(
         if has_module(TARGETS[target]):
             if target not in kept:
                 runtimes[target] = [
-                    _runtime_record(name, lacking, out) for name in (f"fp32.{target}", f"int8.{target}")
+                    _runtime_record(precision, target, file, lacking, out)
+                    for precision, file in files_of(target, config).items()
                 ]
             for entry in runtimes[target]:
                 if entry["status"] != "built":
                     numbers[entry["name"]] = "not built"
                     continue
                 numbers[entry["name"]] = f"{out.path(entry['file']).stat().st_size / 1e6:.2f} MB"
-                if entry["file"] != FP32:
+                if entry["file"] not in (FP32, FP16):
                     files[f"{entry['precision']} {target}"] = entry["file"]
         else:
             files[f"int8 {target} onnx"] = int8_file(target)
@@ -198,15 +213,15 @@ def _why_not(name: str, out: RunFolder) -> str:
     return ""
 
 
-def _runtime_record(name: str, lacking: Mapping[str, str], out: RunFolder) -> dict[str, Any]:
+def _runtime_record(
+    precision: str, target: str, file: str, lacking: Mapping[str, str], out: RunFolder
+) -> dict[str, Any]:
     """The entry of an artifact in runtimes.json.
 
     Args:
-        name: of the artifact: "int8.openvino".
-        lacking: name → why it could not be built.
+        lacking: name of an artifact ("int8.openvino") → why it could not be built.
     """
-    precision, _, target = name.partition(".")
-    file = fp32_file(target) if precision == "fp32" else int8_file(target)
+    name = f"{precision}.{target}"
     record = {"name": name, "file": file, "target": target, "precision": precision}
     if name in lacking:
         return {**record, "status": "unavailable", "reason": lacking[name]}
@@ -238,22 +253,30 @@ def _kept_targets(
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """For the wanted targets whose files need not be made again: target → its entry in quantization.json, and target →
     its entries in runtimes.json."""
-    if _changes("int8", out, config, but=("targets",)):
+    if _changes("int8", out, config, but=("targets", "fp16")):
         return {}, {}
     held = [
         name
         for name in config.export.targets
-        if all(out.former_file(file, "int8", needed) for file in {fp32_file(name), int8_file(name)} - {FP32})
+        if all(out.former_file(file, "int8", needed) for file in _own_files(name, config))
     ]
     records = read_json(out.path(QUANTIZATION), "the record of quantization") if held else {}
     runtimes: dict[str, list[dict[str, Any]]] = {}
     if out.former_file(RUNTIMES, "int8", needed):
         for entry in read_json(out.path(RUNTIMES), "the list of runtimes' files"):
             runtimes.setdefault(entry["target"], []).append(entry)
+    listed = {name: {entry["precision"] for entry in entries} for name, entries in runtimes.items()}
     kept = {
-        name: records[name] for name in held if name in records and (name in runtimes or not has_module(TARGETS[name]))
+        name: records[name]
+        for name in held
+        if name in records and (not has_module(TARGETS[name]) or listed.get(name) == set(files_of(name, config)))
     }
     return kept, runtimes
+
+
+def _own_files(target: str, config: Recipe) -> set[str]:
+    """The files that the INT8 step makes for a target."""
+    return set(files_of(target, config).values() if has_module(TARGETS[target]) else [int8_file(target)]) - {FP32, FP16}
 
 
 def _quantize(
@@ -319,15 +342,21 @@ def _built_by_runtime(
     out: RunFolder,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Builds FP32 and INT8 files with the tools of a target's runtime; returns its entry of quantization.json."""
+    """Builds a target's files with the tools of its runtime; returns its entry of quantization.json."""
     target, weights = TARGETS[name], out.path(student.files["student"])
     network = load_classifier(weights)
     shape = network.spec.shape
     try:
-        to_fp32_file(network, shape, out.path(fp32_file(name)), target)
+        to_float_file(network, shape, out.path(fp32_file(name)), target)
     except (MissingError, UsageError) as error:
         lacking[f"fp32.{name}"] = _one_line(error)
+        lacking[f"fp16.{name}"] = _one_line(error)
         raise
+    if "fp16" in files_of(name, config):
+        try:
+            to_float_file(network, shape, out.path(fp16_file(name)), target, "fp16")
+        except (MissingError, UsageError) as error:
+            lacking[f"fp16.{name}"] = _one_line(error)
     return to_int8_file(
         network,
         shape,

@@ -135,6 +135,7 @@ STEPS = (
         (
             "synthesis",
             "export.targets",
+            "export.fp16",
             "export.calibration_images",
             "export.calibration_method",
             "export.max_drop",

@@ -24,7 +24,7 @@ from torch import nn
 from nayer_edge import __version__
 from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra
 
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "fp16", "int8"]
 INPUT = "images"
 OUTPUT = "logits"
 ON_REQUEST = "kept in float on request"
@@ -80,14 +80,18 @@ def check_request(
     precision: Precision,
     calibration: np.ndarray | None,
     float_layers: Collection[str],
+    offered: Sequence[Precision] = ("fp32", "int8"),
 ) -> None:
     """Checks the arguments of `build`.
+
+    Args:
+        offered: the precisions that the runtime has.
 
     Raises:
         UsageError: unknown precision or layer, or calibration images that are missing or of another shape.
     """
-    if precision not in ("fp32", "int8"):
-        raise UsageError(f"Unknown precision '{precision}'.", fix="Use fp32 or int8.")
+    if precision not in offered:
+        raise UsageError(f"There is no precision '{precision}' here.", fix=f"Use {' or '.join(offered)}.")
     if precision == "int8" and (calibration is None or len(calibration) == 0):
         raise UsageError("INT8 needs calibration images.", fix="Pass at least one; a few hundred work well.")
     if precision == "int8" and calibration is not None and calibration.shape[1:] != tuple(shape):
@@ -109,8 +113,8 @@ def is_within(layer: str, modules: Collection[str]) -> bool:
 
 def why_in_float(layer: str, origin: Mapping[str, Any]) -> str:
     """Why a convolution or matrix product does not run in INT8, from the provenance of its file."""
-    if origin.get("precision") == "fp32":
-        return "the file is FP32"
+    if (precision := origin.get("precision")) in ("fp32", "fp16"):
+        return f"the file is {precision.upper()}"
     return ON_REQUEST if is_within(layer, origin.get("float_layers", [])) else "the quantizer left it in float"
 
 

@@ -9,6 +9,7 @@ the converter cannot lower a dynamic one.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 from collections import Counter
@@ -54,6 +55,10 @@ _PACKAGES = ("ai-edge-litert", "litert-torch", "ai-edge-quantizer", "torch")
 _HARMLESS = re.compile(r"^(INFO|VERBOSE): |^[IW]\d{4} |absl::InitializeLog")
 _PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL")
 _CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
+_METHODS = {
+    "int8": "ai-edge-quantizer, static_wi8_ai8, minimum and maximum",
+    "fp16": "ai-edge-quantizer, float_casting of weights to 16 bits",
+}
 
 
 class _Named(nn.Module):
@@ -82,7 +87,7 @@ def build(
         network: images (batch, C, H, W) → logits (batch, classes); includes normalisation. It is not changed.
         shape: (C, H, W).
         path: the file to write.
-        precision: "fp32" or "int8".
+        precision: "fp32", "fp16" (of the weights, computed as the device does) or "int8".
         calibration: images (n, C, H, W), float32 in [0, 1], for INT8.
         float_layers: names of modules (as in `network.named_modules()`) that stay in float.
 
@@ -90,16 +95,20 @@ def build(
         UsageError: wrong arguments, or an operator that the converter does not have (named, with its layer).
         MissingError: litert-torch, ai-edge-quantizer or ai-edge-litert is not installed.
     """
-    check_request(network, shape, precision, calibration, float_layers)
+    check_request(network, shape, precision, calibration, float_layers, ("fp32", "fp16", "int8"))
     named = _Named(copy_for_export(network, shape)).eval()
     with quiet():
         content = _converted(named, shape)
         content, layers = _named_after_layers(content, named)
         before = _before_first_product(layers)
+        if precision != "fp32":
+            _require_quantizer()
         if precision == "int8":
             assert calibration is not None  # check_request
             kept = [name for name, _, layer in layers if is_within(layer, float_layers)]
             content = _quantized(content, calibration, [*before, *kept])
+        elif precision == "fp16":
+            content = _in_fp16(content, before)
         versions = versions_of(_PACKAGES)
         facts = {
             "precision": precision,
@@ -113,7 +122,7 @@ def build(
         "runtime": RUNTIME,
         "backend": BACKEND,
         "precision": precision,
-        "quantizer": "ai-edge-quantizer, static_wi8_ai8, minimum and maximum" if precision == "int8" else None,
+        "quantizer": _METHODS.get(precision),
         "versions": versions,
         "calibration": {"n": len(calibration)} if precision == "int8" and calibration is not None else None,
         "batch": 1,
@@ -244,23 +253,60 @@ def _before_first_product(operators: Collection[_NamedOperator]) -> list[str]:
     return names
 
 
-def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str]) -> bytes:
+def _require_quantizer() -> None:
+    """Raises MissingError where the quantizer cannot be imported."""
     try:
-        from ai_edge_quantizer import calibrator, qtyping, quantizer
-        from ai_edge_quantizer.algorithm_manager import AlgorithmName
-        from ai_edge_quantizer.utils import qsv_utils
+        importlib.import_module("ai_edge_quantizer.quantizer")
     except (ImportError, OSError) as error:
-        raise not_importable(error, "ai_edge_quantizer", "litert", "INT8 for LiteRT") from error
+        raise not_importable(error, "ai_edge_quantizer", "litert", "INT8 and FP16 for LiteRT") from error
+
+
+def _in_fp16(content: bytes, in_fp32: Collection[str]) -> bytes:
+    """The file with its weights in FP16, except those of some operators."""
+    from ai_edge_quantizer import qtyping, quantizer
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+
+    work = quantizer.Quantizer(content)
+    weights = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
+    casting = qtyping.OpQuantizationConfig(
+        weight_tensor_config=weights, compute_precision=qtyping.ComputePrecision.FLOAT, explicit_dequantize=True
+    )
+    work.update_quantization_recipe(".*", qtyping.TFLOperationName.ALL_SUPPORTED, casting, AlgorithmName.FLOAT_CASTING)
+    _leave_out(work, in_fp32)
+    try:
+        result: Any = work.quantize(enable_progress_report=False, enable_progress_bar=False)
+    except Exception as error:
+        raise UsageError(
+            "LiteRT's quantizer cannot convert the model to FP16.",
+            why=first_line(error),
+            fix="Export without FP16: nayer-edge export RUN --no-fp16",
+        ) from error
+    return bytes(result.quantized_model)
+
+
+def _leave_out(work: Any, names: Collection[str]) -> None:
+    """Tells the quantizer to leave operators as they are."""
+    from ai_edge_quantizer import qtyping
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+
+    for name in names:
+        # The quantizer's scope of an operator is the name of its result and a semicolon.
+        work.update_quantization_recipe(
+            f"^{re.escape(name)};$", qtyping.TFLOperationName.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
+        )
+
+
+def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str]) -> bytes:
+    from ai_edge_quantizer import calibrator, qtyping, quantizer
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+    from ai_edge_quantizer.utils import qsv_utils
+
     operation = qtyping.TFLOperationName
     work = quantizer.Quantizer(content)
     work.add_static_config(".*", operation.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
     for end in (operation.INPUT, operation.OUTPUT):
         work.update_quantization_recipe(".*", end, algorithm_key=AlgorithmName.NO_QUANTIZE)
-    for name in in_float:
-        # The quantizer's scope of an operator is the name of its result and a semicolon.
-        work.update_quantization_recipe(
-            f"^{re.escape(name)};$", operation.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
-        )
+    _leave_out(work, in_float)
     images = [{INPUT: np.ascontiguousarray(image[None], np.float32)} for image in calibration]
     # By default, ranges are a moving average over the images, which clips values and depends on their order.
     ranges = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)

@@ -32,7 +32,9 @@ def export(
     fp16: Annotated[
         bool | None,
         typer.Option(
-            "--fp16/--no-fp16", help="Also write an FP16 graph. Default: as the recipe says.", show_default=False
+            "--fp16/--no-fp16",
+            help="Also write FP16 files, for TensorRT, OpenVINO and LiteRT. Default: as the recipe says.",
+            show_default=False,
         ),
     ] = None,
     qat: Annotated[

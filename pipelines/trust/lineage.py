@@ -41,7 +41,7 @@ def chain(manifest: Manifest, artifact: ArtifactReport) -> list[Link]:
         **({GENERATOR: "generator"} if GENERATOR in manifest.files else {}),
         STUDENT: "student",
         **({FP32: "student as ONNX"} if target.suffix == ".onnx" else {}),
-        **({FP16: "in FP16"} if artifact.precision == "fp16" else {}),
+        **({FP16: "in FP16"} if artifact.precision == "fp16" and target.suffix == ".onnx" else {}),
         # Calibrated with images from the generator.
         **({int8_file(artifact.target): "quantized"} if quantized else {}),
     }

@@ -16,7 +16,7 @@ from nayer_edge.errors import MissingError, UsageError
 from nayer_edge.export.runtimes import describe, module_of, require
 from nayer_edge.export.targets import TARGETS, Target
 from nayer_edge.export.to_int8 import to_int8
-from nayer_edge.export.to_runtime import to_fp32_file, to_int8_file
+from nayer_edge.export.to_runtime import to_float_file, to_int8_file
 from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.files import sha256_of
 
@@ -47,7 +47,7 @@ def images(n: int, seed: int) -> np.ndarray:
 
 
 def test_both_files_and_the_record(target: Target, network: nn.Module, tmp_path: Path) -> None:
-    to_fp32_file(network, SHAPE, tmp_path / "fp32", target)
+    to_float_file(network, SHAPE, tmp_path / "fp32", target)
     assert describe(target, tmp_path / "fp32")["coverage"]["int8"] == 0
     record = to_int8_file(
         network, SHAPE, tmp_path / "int8", target, images(16, 0), images(32, 1), max_drop=0.5, parent_sha256=PARENT
@@ -138,7 +138,7 @@ def test_an_fp32_file_that_computes_something_else_is_refused(
     real: Callable[..., np.ndarray] = runner.infer
     monkeypatch.setattr(runner, "infer", lambda self, given: real(self, given) + 0.01)
     with pytest.raises(UsageError, match="does not compute the same logits"):
-        to_fp32_file(network, SHAPE, tmp_path / "fp32", target)
+        to_float_file(network, SHAPE, tmp_path / "fp32", target)
     assert not (tmp_path / "fp32").exists()
 
 
@@ -156,7 +156,7 @@ def test_a_new_file_that_the_runtime_refuses_is_the_targets_fault(
 
     monkeypatch.setattr(module_of(target), "build", cut)
     with pytest.raises(UsageError, match=f"built for '{target.name}' does not run") as caught:
-        to_fp32_file(network, SHAPE, tmp_path / "fp32", target)
+        to_float_file(network, SHAPE, tmp_path / "fp32", target)
     assert "does not load" in caught.value.what
     assert f"Leave out the target '{target.name}'" in caught.value.fix
     with pytest.raises(UsageError, match="does not run"):

@@ -21,7 +21,7 @@ from nayer_edge.export.runtimes import module_of, open_runner, require
 from nayer_edge.export.targets import TARGETS, get_target
 from nayer_edge.pipelines import actions, deploy
 from nayer_edge.pipelines.costs import bench
-from nayer_edge.pipelines.deploy import QUANTIZATION, RUNTIMES, int8_file
+from nayer_edge.pipelines.deploy import FP16, QUANTIZATION, RUNTIMES, int8_file
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.trust.lineage import chain
 from nayer_edge.storage.files import read_json, sha256_of
@@ -104,6 +104,43 @@ def test_they_are_measured_like_the_others(measured: Callable[[str], Path], targ
     assert int8["int8_coverage"] == 1.0
     assert int8["size_bytes"] < 0.6 * fp32["size_bytes"]
     assert abs(int8["top1"] - found["fp32"]["top1"]) < 0.02
+
+
+def test_fp16_on_request(measured: Callable[[str], Path], target: str, tmp_path: Path, invoke: Invoke) -> None:
+    root = Path(shutil.copytree(measured(target), tmp_path / "runs" / "digits"))
+    int8 = sha256_of(root / int8_file(target))
+    assert invoke("export", root, "--int8", "--fp16").code == 0
+    actions.validate(root)
+    found, has = report_of(root), target != "executorch"
+    assert (f"fp16.{target}" in found) == has
+    if has:
+        half, whole = found[f"fp16.{target}"], found[f"fp32.{target}"]
+        assert (half["status"], half["runtime"], half["precision"]) == ("measured", target, "fp16")
+        assert half["paired"]["vs_fp32"]["n"] == 600
+        assert half["size_bytes"] < 0.65 * whole["size_bytes"]
+        assert 0 < half["max_abs_diff"] < 0.05
+        assert (half["simulated"], half["latency_ms"]) == (True, None), "computed in FP32 here"
+        verdict = actions.gate(root, policy=policy_for(tmp_path, f"fp16.{target}"))
+        assert verdict.verdict == "fail"
+        assert "is for another device" in next(check.detail for check in verdict.checks if check.name == "runtime")
+        verdict = actions.gate(root, policy=policy_for(tmp_path, f"fp16.{target}", "accept_simulated = true"))
+        assert verdict.verdict == "pass", verdict
+        run = RunFolder.open(root)
+        (artifact,) = [each for each in report_artifacts(run) if each.name == f"fp16.{target}"]
+        links = [link.name for link in chain(run.manifest, artifact)]
+        assert (FP16 in links) == (target == "openvino"), "LiteRT's file is made from the network"
+        assert links[-1] == half["file"]
+    assert sha256_of(root / int8_file(target)) == int8
+    assert invoke("export", root, "--int8", "--no-fp16").code == 0
+    assert not list((root / "export").glob("*fp16*"))
+    assert RunFolder.open(root).problems() == RunFolder.open(root).unexpected_files() == []
+
+
+def policy_for(folder: Path, artifact: str, more: str = "") -> Path:
+    """A policy for one artifact."""
+    path = folder / "policy.toml"
+    path.write_text(f'artifacts = ["{artifact}"]\n{more}\naccuracy = {{ max_drop_vs_fp32 = 0.05 }}\n')
+    return path
 
 
 def test_the_gate_takes_them_by_name(measured: Callable[[str], Path], target: str, tmp_path: Path) -> None:

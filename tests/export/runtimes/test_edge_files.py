@@ -187,6 +187,33 @@ def test_fp32_computes_what_torch_computes(
     assert edge.describe(fp32.path)["coverage"]["int8"] == 0
 
 
+@pytest.mark.parametrize("edge", [LITERT], indirect=True, ids=lambda edge: edge.name)
+def test_fp16_halves_the_weights(
+    edge: Edge, fp32: BuiltFile, make_student: Student, draw_patterns: Draw, tmp_path: Path
+) -> None:
+    network, images = make_student(SHAPE), draw_patterns(20, SHAPE, seed=2)
+    built = edge.build(network, SHAPE, tmp_path / "m", precision="fp16")
+    saved = fp32.path.stat().st_size - built.path.stat().st_size
+    weights = sum(p.numel() for p in network.parameters() if p.ndim > 1)
+    assert saved == pytest.approx(2 * weights, rel=0.1)
+    with edge.open(built.path) as runner:
+        logits = runner.infer(images)
+    wanted = expected(network, images)
+    # Weights have 11 significant bits in FP16.
+    assert 0 < np.abs(logits - wanted).max() < 2**-9 * np.abs(wanted).max()
+    found = edge.describe(built.path)
+    assert (found["not_delegated"], found["int8"]) == ({}, {})
+    assert {why for _, why in found["coverage"]["not_int8"]} == {"the file is FP16"}
+    assert "float_casting" in built.record["quantizer"]
+
+
+@pytest.mark.parametrize("edge", [EXECUTORCH], indirect=True, ids=lambda edge: edge.name)
+def test_a_precision_that_a_runtime_lacks_is_refused(edge: Edge, make_student: Student, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no precision 'fp16' here") as caught:
+        edge.build(make_student(SHAPE), SHAPE, tmp_path / "m", precision="fp16")
+    assert caught.value.fix == "Use fp32 or int8."
+
+
 def test_int8_agrees_with_fp32(edge: Edge, int8: BuiltFile, make_student: Student, draw_patterns: Draw) -> None:
     images = draw_patterns(400, SHAPE, seed=3)
     network = make_student(SHAPE)

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
+from nayer_edge.export.fp16 import to_fp16
 from nayer_edge.export.int8.coverage import int8_coverage
 from nayer_edge.export.runners import OrtRunner
 from nayer_edge.export.runtimes import describe, require
@@ -76,6 +77,18 @@ def test_an_fp32_file_runs_in_float_and_says_so(tmp_path: Path) -> None:
     assert (target["name"], target["dtype"], target["shape"]) == ("logits", "float32", [-1, 5])
     assert found["coverage"]["int8"] == 0
     assert [name for name, _ in found["coverage"]["not_int8"]] == LAYERS
+
+
+def test_a_file_in_fp16_is_computed_in_float32(tmp_path: Path) -> None:
+    """As on any processor without FP16 arithmetic; what was rounded is the weights."""
+    path, images = exported(tmp_path)
+    to_fp16(path, tmp_path / "half.onnx", images)
+    with OpenVinoRunner(tmp_path / "half.onnx", threads=1) as runner:
+        logits, kinds = runner.infer(images), {computes for _, _, computes in runner.operators()}
+    wanted = run_onnx(path, images)
+    assert logits.dtype == np.float32
+    assert 0 < np.abs(logits - wanted).max() < 2**-8 * np.abs(wanted).max()
+    assert "f32" in kinds
 
 
 def test_every_layer_of_a_quantized_file_runs_in_int8(tmp_path: Path) -> None:
