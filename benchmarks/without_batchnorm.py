@@ -167,8 +167,8 @@ def generated(digits: bool) -> tuple[Generator, Synthesis, Distill]:
                            images=6800, steps_in_all=840, seconds={"fill": 0, "rest": 0})  # fmt: skip
     else:
         costs = Costs(0, 0, 0, 0, 0)
-        sizes = BudgetPlan(10, rounds=9, warmup_rounds=8, warmup_epochs=2, epochs=12, decay_epochs=3, steps=180,
-                           images=7900, steps_in_all=1800, seconds={"fill": 0, "rest": 0})  # fmt: skip
+        sizes = BudgetPlan(10, rounds=7, warmup_rounds=6, warmup_epochs=2, epochs=12, decay_epochs=3, steps=140,
+                           images=6100, steps_in_all=1400, seconds={"fill": 0, "rest": 0})  # fmt: skip
     sections = settings_of(1, sizes, costs, bank_mib=256, prior="generator")
     augment = Augment(pad=2, flip=False) if digits else Augment()
     synthesis = Synthesis.model_validate({**sections["synthesis"], "reserve": 0, "augment": augment})
