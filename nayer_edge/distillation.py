@@ -288,7 +288,7 @@ class Distillation:
         synthesised = time.perf_counter()
         for made in rounds:
             self._keep(made)
-        newest = rounds[-1].images if rounds else self.bank.newest(health.SAMPLE)[0]
+        newest = rounds[-1].images if rounds else self.bank.newest(health.sample_size(len(self.teacher.classes)))[0]
         signs = health.inspect_images(self.teacher, newest, self.compute)
         shares, distinct, variety = map(self.world.mean, signs)
         if not len(self.holdout) and epoch >= distill.warmup_epochs - 1:

@@ -19,7 +19,7 @@ from nayer_edge.runtime.compute import Compute
 from nayer_edge.training.evaluate import logits_of
 
 SAMPLE = 256
-"""number of newest images to inspect; costs a fraction of one synthesis step"""
+"""number of newest images to inspect, with few classes; costs a fraction of one synthesis step"""
 NOTICE_AFTER = 5
 """consecutive bad epochs before a warning; a generator re-initialised after g_life epochs may start with poor images"""
 STOP_AFTER = 20
@@ -50,6 +50,11 @@ class EpochMetrics(Protocol):
     student_spread: float | None
 
 
+def sample_size(classes: int) -> int:
+    """Number of newest images to inspect: with many classes so many that some share a class, or there is no variety."""
+    return max(SAMPLE, classes + LEAST_PAIRS)
+
+
 def inspect_images(
     teacher: Classifier, images: UInt8[Tensor, "N C H W"], compute: Compute
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, ""], Float[Tensor, ""]]:
@@ -59,7 +64,7 @@ def inspect_images(
         The fraction that the teacher assigns to each class, the fraction of distinct images, and `variety`, all on the
         device.
     """
-    newest = images[-SAMPLE:]
+    newest = images[-sample_size(len(teacher.classes)) :]
     seen = logits_of(teacher, newest, compute).argmax(dim=1)
     shares = torch.bincount(seen, minlength=len(teacher.classes)).float() / len(newest)
     distinct = torch.unique(newest.flatten(1), dim=0).shape[0]

@@ -204,6 +204,15 @@ def test_variety_is_the_share_of_variance_within_classes() -> None:
     assert float(health.variety(pixels, classes)) == pytest.approx(float(wanted), rel=0.08)
 
 
+@pytest.mark.parametrize("classes", [10, 224, 225, 1000])
+def test_any_number_of_classes_leaves_a_variety(classes: int) -> None:
+    """Even if the teacher predicts every class once."""
+    count = health.sample_size(classes)
+    assert (count == health.SAMPLE) == (classes < 225)
+    images = torch.randint(256, (count, 1, 2, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    assert not bool(health.variety(images, torch.arange(count) % classes).isnan())
+
+
 def test_variety_needs_images_of_one_class() -> None:
     images = torch.zeros(40, 1, 4, 4, dtype=torch.uint8)
     assert bool(health.variety(images, torch.arange(40)).isnan())
