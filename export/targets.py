@@ -201,8 +201,8 @@ TARGETS: dict[str, Target] = {
             suffix=".tflite",
             packages=("ai-edge-litert", "ai-edge-quantizer", "litert-torch"),
             session_options=(),
-            why="What ai-edge-quantizer makes of the converted network. Input and output stay float32, also in FP16, "
-            "of which processors without FP16 arithmetic widen the weights when they load the file.",
+            why="What ai-edge-quantizer makes of the converted network. Input and output stay float32. "
+            "FP16 files hold FP16 weights, which processors without FP16 arithmetic convert to float32.",
         ),
     )
 }

@@ -213,9 +213,9 @@ class Synthesis(Section):
     prior: Prior = "batchnorm"
     """what makes images: batchnorm: NAYER's generator, which matches the teacher's BatchNorm statistics. The others are
     not in the paper, need no BatchNorm, and ignore lambda_bn and bn_momentum. generator: the same generator without
-    L_bn; the weights of the other losses are 1 unless given. procedural: random textures, shapes and strokes, without
-    generator (lr and g_life are ignored) and label embeddings. Losses can move their pixels; they are off unless given
-    a weight, because none was measured to help"""
+    L_bn; lambda_ce and lambda_adv are 1 unless given. procedural: random textures, shapes and strokes, without a
+    generator (lr and g_life are ignored) or label embeddings. Losses can move their pixels; they are off unless given a
+    weight, because none was measured to help"""
     pixel_step: Positive = 0.1
     """root mean square by which a step changes the pixels of an image in [0, 1]; used by the procedural prior only"""
     batch: Annotated[int, Field(ge=2)] = 400
@@ -237,8 +237,7 @@ class Synthesis(Section):
     lambda_adv: Annotated[float, Field(ge=0)] = 1.33
     """weight of L_adv: divergence between student and teacher, which the generator maximises"""
     lambda_tv: Annotated[float, Field(ge=0)] = 0.0
-    """weight of the total variation of the pixels; this and the next two are not in the paper, and used by the
-    procedural prior only"""
+    """weight of the total variation of the pixels; this and the next two are not in the paper"""
     lambda_act: Annotated[float, Field(ge=0)] = 0.0
     """weight of −mean |features| before the last linear layer (DAFL's activation loss)"""
     lambda_patch: Annotated[float, Field(ge=0)] = 0.0

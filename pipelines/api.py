@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from nayer_edge import config
 from nayer_edge.errors import UsageError, understood
 from nayer_edge.models import in_memory, user_code
-from nayer_edge.models.names import BRING_WEIGHTS, MEMORY, parse
+from nayer_edge.models.names import BRING_WEIGHTS, MEMORY, located, parse
 from nayer_edge.storage.files import expanded
 
 from . import actions
@@ -255,7 +255,8 @@ class Run:
 
         Args:
             int8: quantize, calibrating on images from the run's generator.
-            fp16: also export FP16 files, for TensorRT, OpenVINO and LiteRT. Default, here and below: the run's recipe.
+            fp16: also export FP16 files: for TensorRT and, with `int8`, OpenVINO and LiteRT. Default, here and below:
+                the run's recipe.
             qat: quantization-aware training (QAT) on synthetic images; requires `int8`.
             targets: deployment targets, such as "cpu", "arm", "tensorrt", "tensorrt-rtx". They are added to those of
                 the run, whose files and measurements stay.
@@ -524,7 +525,14 @@ class Sweep:
         Raises:
             UsageError: it is not one of the sweep, or has no run.
         """
-        folder = next((self.path / each.folder for each in self.record.students if each.model == model), None)
+        folder = next(
+            (
+                self.path / each.folder
+                for each in self.record.students
+                if each.model == model or each.located(self.path) == located(model, Path.cwd())
+            ),
+            None,
+        )
         if folder is None or not folder.is_dir():
             names = ", ".join(each.model for each in self.record.students)
             raise UsageError(f"The sweep has no run of '{model}'.", fix=f"Its students are {names}.")

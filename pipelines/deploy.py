@@ -44,7 +44,7 @@ FP32 = "export/student.fp32.onnx"
 FP16 = "export/student.fp16.onnx"
 ENGINES = "export/engines.json"
 RUNTIMES = "export/runtimes.json"
-"""the FP32 and INT8 files of runtimes other than ONNX Runtime and TensorRT, and what their runtimes make of them"""
+"""the files of runtimes other than ONNX Runtime and TensorRT, and what their runtimes make of them"""
 QUANTIZATION = "export/quantization.json"
 
 PERIOD = 4
@@ -144,7 +144,8 @@ def make_int8(
 ) -> Artifact:
     """Quantizes for each target, calibrated with images from the trained generator.
 
-    A target's file stays as it is, with its record, if only the list of targets changed: what was measured of it holds.
+    A target's files stay as they are, with their records, if only the list of targets or FP16 changed: what was
+    measured of them holds.
     Files that a runtime cannot build, or lacks a package for, are recorded with the reason; the rest are built.
     """
     needed = [*(name for part in (teacher, lte, student) for name in part.files.values()), onnx.files["fp32 onnx"]]
@@ -154,15 +155,19 @@ def make_int8(
         f"{precision}.{t}": why for t in missing if (why := _why_not(t, out)) for precision in files_of(t, config)
     }
     possible = [target for target in missing if f"int8.{target}" not in lacking]
+    for target in kept:
+        listed = {entry["precision"] for entry in runtimes.get(target, ())}
+        if has_module(TARGETS[target]) and "fp16" in set(files_of(target, config)) - listed:
+            _build_fp16(target, student, lacking, out)
     made = _quantize(teacher, lte, student, onnx, possible, lacking, config, out, progress) if possible else {}
     files, records, numbers = {}, {}, {}
     for target in config.export.targets:
         if has_module(TARGETS[target]):
-            if target not in kept:
-                runtimes[target] = [
-                    _runtime_record(precision, target, file, lacking, out)
-                    for precision, file in files_of(target, config).items()
-                ]
+            before = {entry["precision"]: entry for entry in runtimes.get(target, ())} if target in kept else {}
+            runtimes[target] = [
+                before.get(precision) or _runtime_record(precision, target, file, lacking, out)
+                for precision, file in files_of(target, config).items()
+            ]
             for entry in runtimes[target]:
                 if entry["status"] != "built":
                     numbers[entry["name"]] = "not built"
@@ -258,25 +263,41 @@ def _kept_targets(
     held = [
         name
         for name in config.export.targets
-        if all(out.former_file(file, "int8", needed) for file in _own_files(name, config))
+        if all(out.former_file(file, "int8", needed) for file in {fp32_file(name), int8_file(name)} - {FP32})
     ]
     records = read_json(out.path(QUANTIZATION), "the record of quantization") if held else {}
     runtimes: dict[str, list[dict[str, Any]]] = {}
     if out.former_file(RUNTIMES, "int8", needed):
         for entry in read_json(out.path(RUNTIMES), "the list of runtimes' files"):
-            runtimes.setdefault(entry["target"], []).append(entry)
-    listed = {name: {entry["precision"] for entry in entries} for name, entries in runtimes.items()}
+            # An FP16 file that is missing or out of date is made anew; the others stay.
+            if entry["precision"] != "fp16" or _is_current(entry, needed, out):
+                runtimes.setdefault(entry["target"], []).append(entry)
     kept = {
-        name: records[name]
-        for name in held
-        if name in records and (not has_module(TARGETS[name]) or listed.get(name) == set(files_of(name, config)))
+        name: records[name] for name in held if name in records and (name in runtimes or not has_module(TARGETS[name]))
     }
     return kept, runtimes
 
 
-def _own_files(target: str, config: Recipe) -> set[str]:
-    """The files that the INT8 step makes for a target."""
-    return set(files_of(target, config).values() if has_module(TARGETS[target]) else [int8_file(target)]) - {FP32, FP16}
+def _is_current(entry: Mapping[str, Any], needed: Sequence[str], out: RunFolder) -> bool:
+    """Whether an FP16 file in runtimes.json was built, and is still that of the student."""
+    if entry["status"] != "built":
+        return False
+    if entry["file"] == FP16:
+        return out.path(FP16).is_file() and sha256_of(out.path(FP16)) == entry["sha256"]
+    return out.former_file(entry["file"], "int8", needed)
+
+
+def _build_fp16(name: str, student: Artifact, lacking: dict[str, str], out: RunFolder) -> None:
+    """Builds a target's FP16 file, unless it is the ONNX file; `lacking` gets the reason if that is impossible."""
+    target = TARGETS[name]
+    if why := _why_not(name, out):
+        lacking[f"fp16.{name}"] = why
+    elif target.suffix != ".onnx":
+        network = load_classifier(out.path(student.files["student"]))
+        try:
+            to_float_file(network, network.spec.shape, out.path(fp16_file(name)), target, "fp16")
+        except (MissingError, UsageError) as error:
+            lacking[f"fp16.{name}"] = _one_line(error)
 
 
 def _quantize(
@@ -353,10 +374,7 @@ def _built_by_runtime(
         lacking[f"fp16.{name}"] = _one_line(error)
         raise
     if "fp16" in files_of(name, config):
-        try:
-            to_float_file(network, shape, out.path(fp16_file(name)), target, "fp16")
-        except (MissingError, UsageError) as error:
-            lacking[f"fp16.{name}"] = _one_line(error)
+        _build_fp16(name, student, lacking, out)
     return to_int8_file(
         network,
         shape,

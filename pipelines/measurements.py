@@ -130,7 +130,8 @@ class ArtifactReport(_Part):
     precision_verified: bool = False
     """the runtime itself reported this precision"""
     simulated: bool = False
-    """it is for another device: this machine computed the graph as it is written, without that device's kernels"""
+    """it is for another device: this machine computed the graph as it is written, without that device's kernels; or it
+    is an FP16 file of OpenVINO or LiteRT, computed in float32"""
     top1: Rate | None = None
     agreement: Rate | None = None
     """with the teacher"""

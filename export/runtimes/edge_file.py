@@ -91,7 +91,7 @@ def check_request(
         UsageError: unknown precision or layer, or calibration images that are missing or of another shape.
     """
     if precision not in offered:
-        raise UsageError(f"There is no precision '{precision}' here.", fix=f"Use {' or '.join(offered)}.")
+        raise UsageError(f"This runtime has no files in '{precision}'.", fix=f"Use {' or '.join(offered)}.")
     if precision == "int8" and (calibration is None or len(calibration) == 0):
         raise UsageError("INT8 needs calibration images.", fix="Pass at least one; a few hundred work well.")
     if precision == "int8" and calibration is not None and calibration.shape[1:] != tuple(shape):

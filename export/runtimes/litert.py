@@ -87,7 +87,7 @@ def build(
         network: images (batch, C, H, W) → logits (batch, classes); includes normalisation. It is not changed.
         shape: (C, H, W).
         path: the file to write.
-        precision: "fp32", "fp16" (of the weights, computed as the device does) or "int8".
+        precision: "fp32", "fp16" (weights only; the device decides how to compute) or "int8".
         calibration: images (n, C, H, W), float32 in [0, 1], for INT8.
         float_layers: names of modules (as in `network.named_modules()`) that stay in float.
 
@@ -279,7 +279,7 @@ def _in_fp16(content: bytes, in_fp32: Collection[str]) -> bytes:
         raise UsageError(
             "LiteRT's quantizer cannot convert the model to FP16.",
             why=first_line(error),
-            fix="Export without FP16: nayer-edge export RUN --no-fp16",
+            fix="Leave out FP16: nayer-edge export RUN --int8 --no-fp16",
         ) from error
     return bytes(result.quantized_model)
 

@@ -33,7 +33,8 @@ def export(
         bool | None,
         typer.Option(
             "--fp16/--no-fp16",
-            help="Also write FP16 files, for TensorRT, OpenVINO and LiteRT. Default: as the recipe says.",
+            help="Also write FP16 files: for TensorRT and, with --int8, OpenVINO and LiteRT. Default: as the recipe "
+            "says.",
             show_default=False,
         ),
     ] = None,

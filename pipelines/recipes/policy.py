@@ -84,8 +84,9 @@ class Policy(Section):
     artifacts: Annotated[tuple[str, ...], Field(min_length=1)] = ("int8.cpu",)
     """artifacts to check, by their names in report.json"""
     accept_simulated: bool = False
-    """accept graphs for another device, such as int8.arm on an x86 machine. Their accuracy is that of the graph as
-    written, computed in float; neither speed nor the device's own kernels are measured"""
+    """accept graphs for another device, such as int8.arm on an x86 machine, and FP16 files for OpenVINO and LiteRT.
+    Their accuracy is that of the graph as written, computed in float32; neither speed nor the device's own kernels are
+    measured"""
     accuracy: AccuracyPolicy = AccuracyPolicy(max_drop_vs_fp32=0.015, max_drop_vs_teacher=0.04)
     baseline: BaselinePolicy = BaselinePolicy()
     agreement: AgreementPolicy = AgreementPolicy()

@@ -53,7 +53,7 @@ class Export(Section):
     qat_lr: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
     """peak learning rate of Adam, relative to the root mean square weight of each channel"""
     fp16: bool = False
-    """also write FP16 files, for TensorRT, OpenVINO and LiteRT (TensorRT's is always written if an engine is built)"""
+    """also write FP16 files for TensorRT, OpenVINO and LiteRT (TensorRT's is always written if an engine is built)"""
     engines: bool = True
     """build engines for targets that use one"""
     compute_capability: str = "sm89"

@@ -41,8 +41,8 @@ class Candidate:
 
     @property
     def timed(self) -> bool:
-        """Whether its speed is meaningful: a graph made for another device runs here, but not at that device's
-        speed, and FP16 in FP32."""
+        """Whether its speed is meaningful: a graph made for another device runs here, but not at that device's speed.
+        OpenVINO and LiteRT compute FP16 files in float32 here."""
         if self.precision == "fp16" and has_module(get_target(self.target)):
             return False
         return self.runtime != "onnxruntime" or is_native(get_target(self.target))

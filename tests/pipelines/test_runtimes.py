@@ -106,7 +106,9 @@ def test_they_are_measured_like_the_others(measured: Callable[[str], Path], targ
     assert abs(int8["top1"] - found["fp32"]["top1"]) < 0.02
 
 
-def test_fp16_on_request(measured: Callable[[str], Path], target: str, tmp_path: Path, invoke: Invoke) -> None:
+def test_fp16_on_request(
+    measured: Callable[[str], Path], target: str, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = Path(shutil.copytree(measured(target), tmp_path / "runs" / "digits"))
     int8 = sha256_of(root / int8_file(target))
     assert invoke("export", root, "--int8", "--fp16").code == 0
@@ -122,7 +124,7 @@ def test_fp16_on_request(measured: Callable[[str], Path], target: str, tmp_path:
         assert (half["simulated"], half["latency_ms"]) == (True, None), "computed in FP32 here"
         verdict = actions.gate(root, policy=policy_for(tmp_path, f"fp16.{target}"))
         assert verdict.verdict == "fail"
-        assert "is for another device" in next(check.detail for check in verdict.checks if check.name == "runtime")
+        assert "was computed in FP32" in next(check.detail for check in verdict.checks if check.name == "runtime")
         verdict = actions.gate(root, policy=policy_for(tmp_path, f"fp16.{target}", "accept_simulated = true"))
         assert verdict.verdict == "pass", verdict
         run = RunFolder.open(root)
@@ -131,8 +133,20 @@ def test_fp16_on_request(measured: Callable[[str], Path], target: str, tmp_path:
         assert (FP16 in links) == (target == "openvino"), "LiteRT's file is made from the network"
         assert links[-1] == half["file"]
     assert sha256_of(root / int8_file(target)) == int8
-    assert invoke("export", root, "--int8", "--no-fp16").code == 0
-    assert not list((root / "export").glob("*fp16*"))
+    # Nothing else is made anew, and so nothing is lost where the runtime is not installed.
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy, "_quantize", None)
+        gone(patch, target)
+        assert invoke("export", root, "--int8", "--no-fp16").code == 0
+        assert not list((root / "export").glob("*fp16*"))
+        assert invoke("export", root, "--int8", "--fp16").code == (3 if has else 0)
+    assert sha256_of(root / int8_file(target)) == int8
+    records = {entry["name"]: entry["status"] for entry in read_json(root / RUNTIMES, "")}
+    assert records[f"int8.{target}"] == records[f"fp32.{target}"] == "built"
+    assert records.get(f"fp16.{target}") == ("unavailable" if has else None)
+    assert invoke("export", root, "--int8").code == 0
+    records = {entry["name"]: entry["status"] for entry in read_json(root / RUNTIMES, "")}
+    assert records.get(f"fp16.{target}") == ("built" if has else None)
     assert RunFolder.open(root).problems() == RunFolder.open(root).unexpected_files() == []
 
 

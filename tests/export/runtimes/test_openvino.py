@@ -89,6 +89,7 @@ def test_a_file_in_fp16_is_computed_in_float32(tmp_path: Path) -> None:
     assert logits.dtype == np.float32
     assert 0 < np.abs(logits - wanted).max() < 2**-8 * np.abs(wanted).max()
     assert "f32" in kinds
+    assert "f16" not in kinds
 
 
 def test_every_layer_of_a_quantized_file_runs_in_int8(tmp_path: Path) -> None:
