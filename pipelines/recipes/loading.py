@@ -255,6 +255,9 @@ def _resolve(recipe: Recipe, folder_of: Callable[[str], Path]) -> Recipe:
     student = located(recipe.student.model, folder_of("student.model"))
     bank = recipe.student.bank and _absolute(recipe.student.bank, folder_of("student.bank"))
     updates["student"] = recipe.student.model_copy(update={"model": student, "bank": bank})
+    if recipe.sweep is not None:
+        students = tuple(located(model, folder_of("sweep.students")) for model in recipe.sweep.students)
+        updates["sweep"] = recipe.sweep.model_copy(update={"students": students})
     if recipe.teach is not None:
         data = _absolute(recipe.teach.data, folder_of("teach.data"))
         updates["teach"] = recipe.teach.model_copy(update={"data": data})

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.models.names import located, parse
 from nayer_edge.storage.files import read_json, write_json
 
 SWEEP_SCHEMA = "nayer-edge/sweep/1"
@@ -114,6 +115,16 @@ class StudentRecord(_Part):
     way: Way | None = None
     """what would help a student that does not pass: more time, a larger student, another limit, less loss in INT8, or
     more images to decide"""
+
+    def located(self, root: Path) -> str:
+        """Its model with an absolute path, if it is a file or folder.
+
+        Args:
+            root: the sweep's folder. Former versions wrote names relative to the current folder.
+        """
+        found = located(self.model, root)
+        typed = located(self.model, Path.cwd())
+        return typed if parse(found).path is None and parse(typed).path is not None else found
 
     @property
     def open(self) -> bool:

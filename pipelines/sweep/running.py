@@ -216,7 +216,7 @@ def as_commands(sweep: Sweep, bank: Path | None, out: Path, name: str, settings:
         *lines,
         *(
             f"nayer-edge distill {' '.join(typed)} --bank {shlex.quote(str(bank))}{time} "
-            f"--set student.model={shlex.quote(located(each.model, out))} --out {shlex.quote(str(out / each.folder))}"
+            f"--set student.model={shlex.quote(each.located(out))} --out {shlex.quote(str(out / each.folder))}"
             for each in open_
         ),
     ]
@@ -360,7 +360,7 @@ class _Work:
 
     def recipe_for(self, student: StudentRecord) -> Recipe:
         """The recipe of a student, before its sizes are planned."""
-        model = Student(model=located(student.model, self.out), bank=self.recipe.student.bank)
+        model = Student(model=student.located(self.out), bank=self.recipe.student.bank)
         return self.recipe.model_copy(update={"student": model})
 
     def plan_first(self) -> None:
@@ -603,14 +603,14 @@ def _named(models: Sequence[str], out: Path) -> list[str]:
     be continued from another current folder.
 
     Raises:
-        UsageError: one is listed twice, or has no model's name.
+        UsageError: one is listed twice, or is not the name of a model.
     """
     return require_distinct(portable_model(located(model.strip(), Path.cwd()), out) for model in models)
 
 
 def _examine(student: StudentRecord, recipe: Recipe, out: Path) -> None:
     """Fills in what a student costs, or why it does not take part."""
-    teacher, model = recipe.teacher, located(student.model, out)
+    teacher, model = recipe.teacher, student.located(out)
     if model == teacher.model and not teacher.arguments:
         student.state, student.reason = "refused", "it is the teacher's own network"
         return
@@ -639,7 +639,8 @@ def _require_same(
     if recipe is not None:
         former, asked = ({key: each.get(key) for key in _SAME} for each in (sweep.recipe, portable(recipe, out)))
         differing += changes_of(former, asked)
-    if models and set(_named(models, out)) != {each.model for each in sweep.students}:
+    asked_for = {located(model, Path.cwd()) for model in require_distinct(models)} if models else set()
+    if models and asked_for != {each.located(out) for each in sweep.students}:
         differing.append(f"its students are {', '.join(each.model for each in sweep.students)}")
     if seconds is not None and sweep.seconds is not None and seconds != sweep.seconds:
         differing.append(f"its time is {duration(sweep.seconds)}")

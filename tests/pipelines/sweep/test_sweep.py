@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -20,7 +21,7 @@ import nayer_edge as ne
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.models.user_code import trusting
-from nayer_edge.pipelines import actions
+from nayer_edge.pipelines import actions, api
 from nayer_edge.pipelines.cli.sweeping import sweep_table
 from nayer_edge.pipelines.costs.planning import measured_for
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
@@ -89,11 +90,13 @@ def done(source: Path, tmp_path_factory: pytest.TempPathFactory, stops_after: Ca
     return out
 
 
-def few_epochs(root: Path) -> float:
-    """Seconds for eight more epochs of a run, and its export and validation."""
+def few_epochs(root: Path, count: int = 8) -> float:
+    """Seconds for some more epochs of a run, and its export and validation."""
     run = RunFolder.open(root)
     rest = sum(run.manifest.steps[name].seconds for name in ("onnx", "int8", "engine", "validate", "gate"))
-    return rest + 8 * max(json.loads(line)["seconds"] for line in run.path("metrics.jsonl").read_text().splitlines())
+    return rest + count * max(
+        json.loads(line)["seconds"] for line in run.path("metrics.jsonl").read_text().splitlines()
+    )
 
 
 def test_every_student_gets_its_share_once(done: Path) -> None:
@@ -160,7 +163,7 @@ def test_a_student_that_was_trained_longer_by_hand_goes_on_from_there(done: Path
     assert kept.target is not None
     kept.target.sections["distill"]["epochs"] -= 1
     epochs = actions.recipe_in(copied / kept.folder).distill.epochs
-    kept.state, plan.done, plan.seconds = "training", 1, plan.spent + few_epochs(copied / kept.folder)
+    kept.state, plan.done, plan.seconds = "training", 1, plan.spent + few_epochs(copied / kept.folder, 30)
     write_sweep(copied, plan)
     running.run_sweep(None, None, copied)
     after = read_sweep(copied).student(kept.model)
@@ -190,6 +193,14 @@ def test_a_student_of_ones_own_is_found_from_any_folder(
     assert running._Work(plan, recipe, out, None).recipe_for(student).student.model == f"python:{code}:small"
     (line,) = running.as_commands(plan, source, out, "digits")
     assert f"student.model=python:{code}:small" in line
+    (out / student.folder).mkdir(parents=True)
+    assert api.Sweep(out, plan, None, trust_code=True).run("python:../here/nets.py:small").path == out / student.folder
+    # A record of the version before, which wrote what was typed.
+    monkeypatch.chdir(tmp_path / "here")
+    assert student.model_copy(update={"model": "python:nets.py:small"}).located(out) == f"python:{code}:small"
+    running._require_same(plan, None, None, out, ["python:nets.py:small"], None)
+    with pytest.raises(UsageError, match="its students are"):
+        running._require_same(plan, None, None, out, ["nayer:resnet8"], None)
 
 
 def test_an_altered_student_is_found(done: Path, tmp_path: Path, invoke: Invoke) -> None:
@@ -339,7 +350,7 @@ def test_a_dry_run_prints_equal_lines(source: Path, tmp_path: Path, invoke: Invo
     assert f"--bank {out}/bank --budget 225s" in lines[1]
 
 
-def test_a_recipe_names_its_students_and_time() -> None:
+def test_a_recipe_names_its_students_and_time(tmp_path: Path) -> None:
     order = SweepOrder.typed("digits-sweep", (), None)
     assert order.recipe is not None
     assert order.recipe.sweep is not None
@@ -350,6 +361,16 @@ def test_a_recipe_names_its_students_and_time() -> None:
     assert (order.students, order.seconds) == (STUDENTS, 600.0)
     order = SweepOrder.typed("digits", (), None)
     assert (order.students, order.seconds) == ((), None)
+    # Files are those of the recipe's folder, whatever the current one.
+    recipe = tmp_path / "own.toml"
+    shipped = Path(running.__file__).parents[1] / "recipes" / "digits-sweep.toml"
+    text, replaced = re.subn(
+        r"students = \[.*?\]", 'students = ["python:nets.py:small"]', shipped.read_text(), flags=re.S
+    )
+    assert replaced == 1
+    recipe.write_text(text)
+    shutil.copy(shipped.with_name("digits.toml"), tmp_path)
+    assert SweepOrder.typed(str(recipe), (), None).students == (f"python:{tmp_path / 'nets.py'}:small",)
 
 
 def test_from_python(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
