@@ -288,8 +288,12 @@ class Distillation:
         synthesised = time.perf_counter()
         for made in rounds:
             self._keep(made)
-        newest = rounds[-1].images if rounds else self.bank.newest(health.sample_size(len(self.teacher.classes)))[0]
-        signs = health.inspect_images(self.teacher, newest, self.compute)
+        several, _ = self.bank.newest(health.sample_size(len(self.teacher.classes)))
+        newest = rounds[-1].images if rounds else several
+        signs = [*health.inspect_images(self.teacher, newest, self.compute)]
+        if bool(signs[-1].isnan()) and len(several) > len(newest):
+            # With many classes, hardly any two images of one round share theirs.
+            signs[-1] = health.inspect_images(self.teacher, several, self.compute)[-1]
         shares, distinct, variety = map(self.world.mean, signs)
         if not len(self.holdout) and epoch >= distill.warmup_epochs - 1:
             self._make_holdout()

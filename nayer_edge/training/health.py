@@ -51,7 +51,7 @@ class EpochMetrics(Protocol):
 
 
 def sample_size(classes: int) -> int:
-    """Number of newest images to inspect: with many classes so many that some share a class, or there is no variety."""
+    """Number of newest images to inspect. Some must share a class, or there is no variety to measure."""
     return max(SAMPLE, classes + LEAST_PAIRS)
 
 

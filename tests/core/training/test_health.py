@@ -213,6 +213,16 @@ def test_any_number_of_classes_leaves_a_variety(classes: int) -> None:
     assert not bool(health.variety(images, torch.arange(count) % classes).isnan())
 
 
+def test_a_run_with_small_rounds_has_a_variety(start: Start) -> None:
+    """Rounds of eight images cannot have one; it is that of the bank's newest images."""
+    run = start()
+    first, second = run.run_epoch(), run.run_epoch()
+    assert run.settings.synthesis.batch == 8
+    assert (first.variety, len(run.bank)) == (None, 48)
+    assert second.variety is not None
+    assert 0.2 < second.variety < 1.2
+
+
 def test_variety_needs_images_of_one_class() -> None:
     images = torch.zeros(40, 1, 4, 4, dtype=torch.uint8)
     assert bool(health.variety(images, torch.arange(40)).isnan())
