@@ -6,11 +6,11 @@
         --folder runs/without_batchnorm --json benchmarks/results/without_batchnorm.cifar10.json
 
 It trains one teacher of each kind on the labelled images (kept in the folder), then a ResNet-8 student of each by every
-way: `generator` (synthesis.prior = "generator", settings as `init` writes them), `procedural` (synthesis.prior =
-"procedural" without steps on the pixels), one of `ON_PIXELS` (the same with two steps a round), `real images` (the
-schedule of `procedural`, its images drawn from the training images) and, for the teachers with BatchNorm, `NAYER` (the
-recipe `digits`). `folded` is that teacher with its BatchNorms folded into the convolutions. No real image reaches a
-student, except for `real images`; nothing is chosen by the hold-out.
+way: `generator` (synthesis.prior = "generator", settings as `init` writes them, but no reserved rounds), `procedural`
+(synthesis.prior = "procedural" without steps on the pixels), one of `ON_PIXELS` (the same with two steps a round),
+`real images` (the schedule of `procedural`, its images drawn from the training images) and, for the teachers with
+BatchNorm, `NAYER` (the recipe `digits`). `folded` is that teacher with its BatchNorms folded into the convolutions. No
+real image reaches a student, except for `real images`; nothing is chosen by the hold-out.
 
 A row is written as soon as it is finished, and rows that are there are not run again.
 """
@@ -160,7 +160,7 @@ def schedule(digits: bool) -> tuple[Synthesis, Distill]:
 
 
 def generated(digits: bool) -> tuple[Generator, Synthesis, Distill]:
-    """The settings that `init` writes for the prior "generator", in sizes that do not depend on the machine."""
+    """The settings that `init` writes for the prior "generator", without reserved rounds, and in fixed sizes."""
     if digits:
         costs = Costs(0, 0, 0, 0, 0, student_batch=128)
         sizes = BudgetPlan(10, rounds=7, warmup_rounds=6, warmup_epochs=2, epochs=14, decay_epochs=4, steps=70,

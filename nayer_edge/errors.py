@@ -80,7 +80,7 @@ def no_batch_norms(what: str, detail: str = "") -> UsageError:
         why="NAYER synthesises images whose activations match the statistics stored in BatchNorm layers. "
         "Transformers, ConvNeXt and GroupNorm networks store none, nor do networks whose BatchNorms were folded into "
         "convolutions, so there is nothing to match.",
-        fix="Use procedural images, which need none: --set synthesis.prior=procedural   (measured on digits only, see "
+        fix="Make images without these statistics: --set synthesis.prior=generator   (measured results: "
         "docs/BENCHMARKS.md)\n"
         "Or use a teacher with BatchNorm (ResNet, WideResNet, VGG-BN, MobileNet, EfficientNet, …).",
     )

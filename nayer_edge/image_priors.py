@@ -1,4 +1,4 @@
-"""Losses for the pixels of an image that need no BatchNorm statistics. Not part of NAYER; each is off by default.
+"""Losses for synthetic images that need no BatchNorm statistics. Not part of NAYER; each is off by default.
 
 Shapes: B images, C channels, H × W pixels, N patches, D features.
 """
@@ -62,6 +62,28 @@ def patch_similarity_loss(tokens: Float[Tensor, "B N D"]) -> Float[Tensor, ""]:
     distance = (similarity[:, :, None] - similarity[:, None, :]) / bandwidth
     density = torch.logsumexp(-0.5 * distance.square(), dim=2) - math.log(pairs * math.sqrt(2 * math.pi))
     return (density - bandwidth[:, :, 0].log()).mean()
+
+
+def weights(config: Synthesis) -> tuple[float, float, float]:
+    """The weights of these losses."""
+    return config.lambda_tv, config.lambda_act, config.lambda_patch
+
+
+def weighted_loss(images: Float[Tensor, "B C H W"], watched: Watched, config: Synthesis) -> Float[Tensor, ""]:
+    """λ_tv · TV + λ_act · L_a + λ_patch · Σ L_PSE over the attention layers; losses without a weight are not computed.
+
+    Args:
+        images: before augmentation.
+        watched: what the teacher computed of the augmented images; see `watching`.
+    """
+    loss = images.new_zeros((), dtype=torch.float32)
+    if config.lambda_tv:
+        loss = loss + config.lambda_tv * total_variation(images.float())
+    if config.lambda_act and watched.features is not None:
+        loss = loss + config.lambda_act * activation_loss(watched.features.float())
+    for tokens in watched.tokens if config.lambda_patch else ():
+        loss = loss + config.lambda_patch * patch_similarity_loss(tokens)
+    return loss
 
 
 @dataclass

@@ -30,13 +30,6 @@ from nayer_edge.training.augment import blend, crop_and_flip
 Shape = tuple[int, int, int]
 """(channels, height, width)"""
 Family = Callable[[int, Shape, torch.Generator], Tensor]
-MOST_PIXELS = 16
-"""longer side of the largest images with which distillation on these images was ever measured"""
-EXPECTED = (
-    "On digits of 16 pixels, ResNet-8 students reached 98.9 % (teacher with GroupNorm, 99.2 %), "
-    "98.4 % (ConvNeXt, 99.2 %) and 96.2 % (ViT, 98.5 %)."
-)
-"""what was measured (benchmarks/results/without_batchnorm.digits.json), for people"""
 PIXELS = 2**20
 """of the images that a family draws at once; bounds its memory at large image sizes"""
 MIXED = 0.3
@@ -218,7 +211,7 @@ def procedural_round(
     images, first = images[chosen], predicted[chosen]
     loss_adv = torch.zeros((), device=images.device)
     adversary = student if config.lambda_adv > 0 else None
-    own = (config.lambda_ce, config.lambda_tv, config.lambda_act, config.lambda_patch)
+    own = (config.lambda_ce, *image_priors.weights(config))
     for _ in range(config.g_steps):
         if adversary is not None or any(own):
             images, loss_adv = ascend(images, first, teacher, adversary, config, compute, random, world)
@@ -255,12 +248,7 @@ def ascend(
             student_logits = student(seen)
         loss_adv = -losses.distillation_loss(student_logits, teacher_logits, temperature=1.0)
         loss = loss + config.lambda_adv * loss_adv
-    if config.lambda_tv:
-        loss = loss + config.lambda_tv * image_priors.total_variation(images)
-    if config.lambda_act and watched.features is not None:
-        loss = loss + config.lambda_act * image_priors.activation_loss(watched.features.float())
-    for tokens in watched.tokens if config.lambda_patch else ():
-        loss = loss + config.lambda_patch * image_priors.patch_similarity_loss(tokens)
+    loss = loss + image_priors.weighted_loss(images, watched, config)
     (gradient,) = torch.autograd.grad(loss, images)
     size = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
     moved = (images - config.pixel_step * gradient / size).clamp(0, 1)

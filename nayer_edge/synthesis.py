@@ -1,7 +1,8 @@
 """One synthesis round (Tran et al., CVPR 2024, Alg. 1, lines 4 to 12, Eq. 4 to 8).
 
 Re-draw the noisy layer, create a new Adam optimizer, and for g steps minimise
-L = λ_bn·L_bn + λ_ce·L_ce + λ_adv·L_adv over all weights of the generator; keep the images of the best step.
+L = λ_bn·L_bn + λ_ce·L_ce + λ_adv·L_adv over all weights of the generator; keep the images of the best step. Recipes may
+add the losses of `nayer_edge.image_priors` to L.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from nayer_edge import losses
 from nayer_edge.batchnorm import BatchNormStatistics
 from nayer_edge.config import Synthesis
 from nayer_edge.generator import Generator, balanced_labels
+from nayer_edge.image_priors import watching, weighted_loss, weights
 from nayer_edge.memory_bank import to_uint8
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
@@ -79,7 +81,10 @@ def synthesize_round(
         with compute.autocast():
             images = generator(inputs)
             seen = crop_and_flip(images, config.augment, random, world)
-            with statistics.watch() if statistics else nullcontext():
+            with (
+                statistics.watch() if statistics else nullcontext(),
+                watching(teacher) if any(weights(config)) else nullcontext() as watched,
+            ):
                 teacher_logits = teacher(seen)
             student_logits = student(seen) if student is not None else None
         loss_ce = losses.class_loss(teacher_logits, labels)
@@ -90,6 +95,8 @@ def synthesize_round(
             loss_adv = losses.adversarial_loss(teacher_logits, student_logits)
         # Without statistics, L_bn is 0 and its weight has no effect.
         loss = config.lambda_bn * loss_bn + config.lambda_ce * loss_ce + config.lambda_adv * loss_adv
+        if watched is not None:
+            loss = loss + weighted_loss(images, watched, config)
         with torch.no_grad():
             # On the device: a comparison in Python would synchronise at every step.
             # By the loss over the whole batch, so that all ranks keep the same step.

@@ -60,10 +60,10 @@ def started(recipe: Recipe) -> tuple[Recipe, list[tuple[str, str]]]:
     """
     source = require_fit(recipe)
     other, distill = recipe_of(source.manifest.recipe, source.root), recipe.distill
-    taken = ["batch", "prior", "pixel_step"]
+    taken = {"batch", "prior", "pixel_step"}
     if other.synthesis.prior != recipe.synthesis.prior:
-        # The weights of one prior's losses do not suit another.
-        taken += ["lambda_ce", "lambda_adv"]
+        # Losses and steps for one prior do not suit another. How many images are made is still the recipe's.
+        taken = set(type(other.synthesis).model_fields) - {"rounds", "warmup_rounds", "reserve", "discard_rounds"}
     changes: dict[str, dict[str, Any]] = {
         "lte": other.lte.model_dump(),
         "generator": other.generator.model_dump(),

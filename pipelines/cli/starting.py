@@ -170,7 +170,7 @@ def _show_findings(found: Findings, given: Given) -> None:
 
 
 def _show_plan(plan: Proposal, target: Path) -> None:
-    from nayer_edge.procedural import EXPECTED
+    from nayer_edge.models.prior import EXPECTED
 
     from ..init.inspect_checkpoint import advice_for
 
@@ -191,7 +191,7 @@ def _show_plan(plan: Proposal, target: Path) -> None:
     for head, text in plan.words:
         _line(head, text)
     if plan.kind:
-        _line("prior", f"procedural images, since the teacher stores no BatchNorm statistics. {EXPECTED}")
+        _line("prior", f"generator without L_bn, since the teacher stores no BatchNorm statistics. {EXPECTED}")
         if advice := advice_for(plan.kind):
             _line("", advice)
     _line("recipe", str(target))

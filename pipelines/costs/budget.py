@@ -263,7 +263,7 @@ def settings(
         bank_mib: limit of the memory bank; larger than the run needs, so that it can be continued.
         prior: what makes images.
     """
-    images: dict[str, Any] = {} if prior == "batchnorm" else {"prior": prior, **OF_PRIOR[prior]}
+    images: dict[str, Any] = {} if prior == "batchnorm" else {"prior": prior}
     if prior != "procedural":
         # After each re-initialisation of a generator about forty rounds are poor.
         images["g_life"] = NEVER

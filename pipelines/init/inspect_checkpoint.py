@@ -80,7 +80,7 @@ class Findings:
     @property
     def prior(self) -> Prior:
         """What can make images for this teacher."""
-        return "batchnorm" if self.batch_norms else "procedural"
+        return "batchnorm" if self.batch_norms else "generator"
 
     @property
     def exact(self) -> tuple[Match, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nayer_edge.config import OF_PRIOR, Augment, InputSpec, Teacher
+from nayer_edge.config import Augment, InputSpec, Teacher
 from nayer_edge.errors import UsageError
 from nayer_edge.labels.class_names import read_labels
 from nayer_edge.models import published
@@ -16,7 +16,7 @@ from nayer_edge.models.adapt import TRACE_PIXELS
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, check_forward, load_teacher, untrained_teacher
 from nayer_edge.models.names import parse
-from nayer_edge.procedural import EXPECTED, MOST_PIXELS
+from nayer_edge.models.prior import EXPECTED, MOST_PIXELS
 
 from ..costs.fitting import device_at_hand
 from ..costs.model_cost import cost_of, cost_of_network
@@ -170,7 +170,7 @@ def settle(found: Findings, given: Given) -> Proposal:
     )
     # The same checks as `run`: the weights load and are finite, and a forward pass works.
     network, _ = load_teacher(teacher, _that_runs(teacher), found.prior)
-    if found.prior == "procedural":
+    if found.prior != "batchnorm":
         _require_measured(found, network)
     cost = cost_of_network(network)
     device = device_at_hand(given.device)
@@ -179,8 +179,8 @@ def settle(found: Findings, given: Given) -> Proposal:
         raise UsageError(f"Teacher and student are both {model}.", fix="Name a smaller network with --student.")
     student_cost = cost_of(student, spec, len(classes))
     sections, words = TRIAL, []
-    if found.prior == "procedural":
-        sections = {**TRIAL, "synthesis": {"prior": found.prior, **TRIAL["synthesis"], **OF_PRIOR[found.prior]}}
+    if found.prior != "batchnorm":
+        sections = {**TRIAL, "synthesis": {"prior": found.prior, **TRIAL["synthesis"]}}
     if given.effort == "normal":
         seconds = given.budget or DEFAULT_BUDGET[device.kind]
         augment = Augment(pad=pad_for(spec), flip=given.flip)
@@ -234,15 +234,15 @@ def _size_in_library(teacher: Teacher) -> tuple[int, int] | None:
 
 
 def _require_measured(found: Findings, network: Classifier) -> None:
-    """Raises UsageError for image sizes at which procedural images have not been measured."""
+    """Raises UsageError for image sizes at which no prior without BatchNorm has been measured."""
     height, width = network.resize or network.spec.shape[1:]
     if max(height, width) > MOST_PIXELS:
         raise UsageError(
             f"The network in {found.path} has no BatchNorm layers: {found.kind}.",
-            why="NAYER matches statistics that BatchNorm stores. Without them, procedural images can be used: "
-            f"{EXPECTED} They have not been measured at {height}×{width}.",
-            fix=f"{advice_for(found.kind) or 'Use a teacher with BatchNorm.'} To try procedural images nevertheless, "
-            'write a recipe by hand, with [synthesis] prior = "procedural" (docs/REFERENCE.md).',
+            why="NAYER matches statistics that BatchNorm stores. The generator can be trained without them: "
+            f"{EXPECTED} This has not been measured at {height}×{width}.",
+            fix=f"{advice_for(found.kind) or 'Use a teacher with BatchNorm.'} To try it nevertheless, "
+            'write a recipe by hand, with [synthesis] prior = "generator" (docs/REFERENCE.md).',
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.models.names import parse
-from nayer_edge.procedural import EXPECTED
+from nayer_edge.models.prior import EXPECTED
 from nayer_edge.storage.files import expanded, write_bytes
 
 from ..costs.fitting import Device
@@ -176,7 +176,7 @@ accuracy = {{ max_drop_vs_fp32 = 0.015, max_drop_vs_teacher = 0.04 }}
 
 _BUDGET = {"seconds": "Planned for this time on this machine; `nayer-edge run … --budget 2h` plans again"}
 _SYNTHESIS = {
-    "prior": f"The teacher stores no BatchNorm statistics, so images are procedural. {EXPECTED.rstrip('.')}",
+    "prior": f"The teacher stores no BatchNorm statistics, so the generator works without L_bn. {EXPECTED.rstrip('.')}",
     "batch": "Images per round, optimisation steps per round, rounds per epoch, and rounds per warm-up epoch",
     "g_life": "Epochs after which the generator is re-initialised: never, because its first rounds are poor",
     "reserve": "Fraction of the rounds reserved for calibration and as a synthetic hold-out",
@@ -193,8 +193,6 @@ _DISTILL = {
 
 
 def _embeddings(proposal: Proposal, typed: str) -> str:
-    if proposal.kind:
-        return '# Not used by procedural images, and so without a language model.\nencoder = "onehot"'
     return f"""\
 # Class names are embedded once. `nayer-edge lte show {_comment(typed)}` shows which of them are similar.
 encoder = "all-MiniLM-L6-v2"

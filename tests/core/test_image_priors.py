@@ -11,12 +11,15 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
+from nayer_edge import generator as generators
 from nayer_edge import image_priors, procedural
-from nayer_edge.config import Augment, InputSpec, Synthesis
+from nayer_edge.config import Augment, Generator, InputSpec, Synthesis
 from nayer_edge.errors import UsageError
+from nayer_edge.memory_bank import to_unit
 from nayer_edge.models.build import build
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
+from nayer_edge.synthesis import synthesize_round
 
 Stream = Callable[[int], torch.Generator]
 CLASSES = ("a", "b", "c")
@@ -105,6 +108,20 @@ def test_attention_of_other_libraries(library: str) -> None:
     assert [tokens.shape[:2] for tokens in seen.tokens] == [(2, 5)] * 3
 
 
+def loss_of(weight: str, images: torch.Tensor, network: Classifier) -> float:
+    """The loss that a weight belongs to."""
+    with torch.no_grad(), image_priors.watching(network) as watched:
+        network(images)
+    assert watched.features is not None
+    return float(
+        {
+            "lambda_tv": lambda: image_priors.total_variation(images),
+            "lambda_act": lambda: image_priors.activation_loss(watched.features),
+            "lambda_patch": lambda: sum(map(image_priors.patch_similarity_loss, watched.tokens)),
+        }[weight]()
+    )
+
+
 @pytest.mark.parametrize("weight", ["lambda_tv", "lambda_act", "lambda_patch"])
 def test_a_step_lowers_its_loss(weight: str, vit: Classifier, compute: Compute, stream: Stream) -> None:
     """Also without a student, as in warm-up."""
@@ -113,20 +130,21 @@ def test_a_step_lowers_its_loss(weight: str, vit: Classifier, compute: Compute, 
     images = 0.1 + 0.8 * procedural.canvases(8, vit.spec.shape, stream(0))
     moved, loss_adv = procedural.ascend(images, torch.zeros(8, dtype=torch.long), vit, None, config, compute, stream(1))
 
-    def loss(seen: torch.Tensor) -> float:
-        with torch.no_grad(), image_priors.watching(vit) as watched:
-            vit(seen)
-        assert watched.features is not None
-        return float(
-            {
-                "lambda_tv": lambda: image_priors.total_variation(seen),
-                "lambda_act": lambda: image_priors.activation_loss(watched.features),
-                "lambda_patch": lambda: sum(map(image_priors.patch_similarity_loss, watched.tokens)),
-            }[weight]()
-        )
-
-    assert loss(moved) < loss(images)
+    assert loss_of(weight, moved, vit) < loss_of(weight, images, vit)
     assert float(loss_adv) == 0
+
+
+@pytest.mark.parametrize("weight", ["lambda_tv", "lambda_act", "lambda_patch"])
+def test_a_generator_lowers_it_too(weight: str, vit: Classifier, compute: Compute, stream: Stream) -> None:
+    def made(value: float) -> torch.Tensor:
+        config = Synthesis(prior="generator", batch=12, g_steps=40, lambda_adv=0, augment=Augment(pad=0, flip=False),
+                           **{weight: value})  # fmt: skip
+        network = generators.Generator(6, 3, 12, vit.spec.shape, Generator(noisy_dim=10, channels=4))
+        generators.initialise(network, stream(0))
+        embeddings = torch.randn(3, 6, generator=stream(1))
+        return to_unit(synthesize_round(network, embeddings, vit, None, None, config, compute, stream(2)).images)
+
+    assert loss_of(weight, made(10.0), vit) < loss_of(weight, made(0.0), vit)
 
 
 def test_a_loss_without_its_layers_is_refused(vit: Classifier) -> None:

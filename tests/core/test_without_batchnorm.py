@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from nayer_edge.errors import UsageError
 from nayer_edge.labels.embeddings import LabelEmbeddings
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import weights_digest
-from nayer_edge.procedural import EXPECTED
+from nayer_edge.models.prior import EXPECTED
 from nayer_edge.runtime.compute import Compute
 from nayer_edge.storage.files import digest_of
 
@@ -142,12 +143,15 @@ def test_the_default_prior_does_not_change_a_digest(
         assert settings(**change).digest(teacher, label_embeddings, "a student") != now
 
 
-@PRIORS
-def test_a_checkpoint_of_another_prior_is_not_continued(start: Start, tmp_path: Path, prior: dict[str, object]) -> None:
-    run = start()
+@pytest.mark.parametrize(("prior", "other"), list(itertools.permutations([{}, PROCEDURAL, GENERATOR], 2)))
+def test_a_checkpoint_of_another_prior_is_not_continued(
+    start: Start, tmp_path: Path, prior: dict[str, object], other: dict[str, object]
+) -> None:
+    run = start(**prior)
     run.run_epoch()
     save_checkpoint(run, tmp_path / "state.safetensors")
-    assert not resume(start(**prior), tmp_path / "state.safetensors")
+    assert not resume(start(**other), tmp_path / "state.safetensors")
+    assert resume(start(**prior), tmp_path / "state.safetensors")
 
 
 @PRIORS
@@ -166,8 +170,9 @@ def test_a_teacher_that_looks_at_the_whole_batch_is_refused(
 
 
 def test_what_init_promises_is_what_was_measured() -> None:
-    found = json.loads((RESULTS / "without_batchnorm.digits.json").read_text(encoding="utf-8"))["summary"]
-    for kind in ("GroupNorm ResNet-20", "ConvNeXt", "ViT"):
-        measured = found[kind]["procedural"]
+    found = json.loads((RESULTS / "without_batchnorm.generator.json").read_text(encoding="utf-8"))
+    words = {"GroupNorm ResNet-20": "teacher with GroupNorm", "ConvNeXt": "ConvNeXt", "ViT": "ViT"}
+    for kind, name in words.items():
+        measured, teacher = found["summary"][kind]["generator"], found["teachers"][kind]["top1"]
         assert measured["seeds"] == 3
-        assert f"{100 * measured['mean']:.1f} %" in EXPECTED, kind
+        assert f"{100 * measured['mean']:.1f} % ({name}, {100 * teacher:.1f} %)" in EXPECTED

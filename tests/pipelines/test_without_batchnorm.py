@@ -17,6 +17,9 @@ from nayer_edge.config import InputSpec, Synthesis
 from nayer_edge.errors import UsageError
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.prior import require_prior
+from nayer_edge.pipelines.costs import budget
+from nayer_edge.pipelines.costs.budget import Costs
+from nayer_edge.pipelines.costs.planning import with_sections
 from nayer_edge.pipelines.recipes import preflight
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.steps import STEPS
@@ -89,7 +92,10 @@ def test_the_whole_way_without_batchnorm(prior: str, teacher: ne.Teacher, tmp_pa
     assert np.array_equal(images, again)
     with torch.no_grad():
         answers = Grouped().eval()((torch.from_numpy(images) - 0.5) / 0.5).argmax(1)
-    assert generated or answers.tolist() == made_for.tolist(), "the labels are the teacher's"
+    if generated:
+        assert np.bincount(made_for).tolist() == [10] * len(CLASSES), "the labels are those that were asked for"
+    else:
+        assert answers.tolist() == made_for.tolist(), "the labels are the teacher's"
     assert invoke("verify", run.path).code == 0
     assert "random numbers" in make_sbom(RunFolder.open(run.path))
     assert invoke("report", run.path).code == 0
@@ -104,6 +110,7 @@ def test_the_whole_way_without_batchnorm(prior: str, teacher: ne.Teacher, tmp_pa
     assert bool([name for name in started["files"] if name.startswith("generator")]) == generated
     taken = other.recipe.synthesis
     assert (taken.prior, taken.lambda_adv, taken.lambda_ce) == (prior, 1.33, 1.0 if generated else 0.0)
+    assert (taken.g_steps, taken.rounds) == (2, Synthesis().rounds), "its steps, and as many rounds as the recipe says"
     longer = {**settings, "distill": {**TINY["distill"], "epochs": 6}}
     ne.distill(teacher, "nayer:resnet8", run.path, **longer)
     assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 6
@@ -128,11 +135,23 @@ def test_the_prior_brings_the_settings_that_were_measured() -> None:
     assert (recipe.synthesis.lambda_ce, recipe.synthesis.g_steps) == (usual.lambda_ce, usual.g_steps)
 
 
+def test_a_budget_keeps_the_weights_that_were_given() -> None:
+    costs = Costs(1e-3, 1e-3, 1e-3, 1e-3, 5.0)
+    for prior, chosen in (("generator", "synthesis.lambda_adv=0.3"), ("procedural", "synthesis.lambda_ce=0.3")):
+        recipe = load_recipe("digits", [f"synthesis.prior={prior}", chosen])
+        made = budget.plan(600, costs, 10, prior=recipe.synthesis.prior)
+        sections = budget.settings(600, made, costs, 64, recipe.synthesis.prior)
+        planned = with_sections(recipe, sections).synthesis
+        assert planned.prior == prior
+        assert 0.3 in (planned.lambda_ce, planned.lambda_adv)
+        assert planned.g_steps == (10 if prior == "generator" else 1)
+
+
 def test_the_default_prior_names_the_other_one(teacher: ne.Teacher, tmp_path: Path) -> None:
     settings = tiny("batchnorm")
     with pytest.raises(UsageError, match="has no BatchNorm layers") as caught:
         ne.distill(teacher, "nayer:resnet8", tmp_path / "run", **settings)
-    assert "synthesis.prior=procedural" in f"{caught.value.why} {caught.value.fix}"
+    assert "synthesis.prior=generator" in f"{caught.value.why} {caught.value.fix}"
     assert not (tmp_path / "run").exists()
 
 

@@ -20,6 +20,7 @@ import torch
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.load import build_classifier
+from nayer_edge.models.prior import EXPECTED
 from nayer_edge.pipelines.costs import step_costs
 from nayer_edge.pipelines.costs.model_cost import cost_of
 from nayer_edge.pipelines.gate.statistics import drop_upper
@@ -29,7 +30,6 @@ from nayer_edge.pipelines.init.sizes import student_for
 from nayer_edge.pipelines.recipes import preflight
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.steps import STEPS
-from nayer_edge.procedural import EXPECTED
 from nayer_edge.storage.tensors import save_tensors
 
 Invoke = Callable[..., Any]
@@ -419,7 +419,9 @@ def without_batch_norms(kind: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "words"), [("vit", "it is a transformer"), ("plain", "folded into its convolutions")])
-def test_a_teacher_without_batchnorm_gets_procedural_images(here: Path, invoke: Invoke, kind: str, words: str) -> None:
+def test_a_teacher_without_batchnorm_gets_the_generator_alone(
+    here: Path, invoke: Invoke, kind: str, words: str
+) -> None:
     pytest.importorskip("timm")
     torch.save(without_batch_norms(kind), "w.pt")
     (here / "nets.py").write_text(NETS)
@@ -431,12 +433,12 @@ def test_a_teacher_without_batchnorm_gets_procedural_images(here: Path, invoke: 
     text = (here / "w.toml").read_text(encoding="utf-8")
     assert EXPECTED.rstrip(".") in text
     recipe = load_recipe("w.toml")
-    assert (recipe.synthesis.prior, recipe.lte.encoder) == ("procedural", "onehot")
-    # Steps on the pixels cost accuracy (LOG.md, 2026-11-29).
-    assert (recipe.synthesis.lambda_ce, recipe.synthesis.lambda_adv, recipe.synthesis.g_steps) == (0.0, 0.0, 1)
+    assert (recipe.synthesis.prior, recipe.lte.encoder) == ("generator", "all-MiniLM-L6-v2")
+    # The weights that were measured, not those of the paper.
+    assert (recipe.synthesis.lambda_ce, recipe.synthesis.lambda_adv) == (1.0, 1.0)
     answer = invoke("init", *TRIAL, *told, "--input", "1x16x16", "--json", "--mean", "0", "--std", "1", "--force")
     found = found_in(answer)
-    assert (found["batch_norms"], found["prior"]) == (0, "procedural")
+    assert (found["batch_norms"], found["prior"]) == (0, "generator")
 
 
 @pytest.mark.parametrize(
@@ -462,9 +464,9 @@ def test_a_budget_for_a_teacher_without_batchnorm(here: Path, invoke: Invoke) ->
     answer = invoke("init", "--budget", "30m", *told, "--input", "1x16x16")
     assert answer.code == 0, answer.err
     recipe = load_recipe("w.toml")
-    assert recipe.synthesis.prior == "procedural"
-    assert (recipe.synthesis.lambda_ce, recipe.synthesis.lambda_adv, recipe.synthesis.g_steps) == (0.0, 0.0, 1)
-    assert "[generator]" not in (here / "w.toml").read_text(encoding="utf-8")
+    assert recipe.synthesis.prior == "generator"
+    assert (recipe.synthesis.lambda_ce, recipe.synthesis.lambda_adv, recipe.synthesis.g_steps) == (1.0, 1.0, 10)
+    assert "[generator]" in (here / "w.toml").read_text(encoding="utf-8")
 
 
 def test_no_prior_is_proposed_where_none_was_measured(here: Path, invoke: Invoke) -> None:
@@ -474,7 +476,7 @@ def test_no_prior_is_proposed_where_none_was_measured(here: Path, invoke: Invoke
     answer = invoke("init", *TRIAL, "w.pt", *told)
     assert answer.code == 2
     assert "has no BatchNorm layers: it has no normalisation at all" in answer.err
-    assert "They have not been measured at 64×64" in answer.err
+    assert "This has not been measured at 64×64" in answer.err
     assert not list(here.glob("*.toml"))
 
 
