@@ -237,8 +237,10 @@ def _teacher_differences(recipe: Recipe, source: RunFolder) -> list[str]:
     from nayer_edge.models.load import load_classifier, load_teacher, untrained_teacher, weights_digest
     from nayer_edge.runtime.compute import seeded
 
+    # The bank's prior is what this teacher has to suit; see `started`.
+    prior = recipe_of(source.manifest.recipe, source.root).synthesis.prior
     with seeded(0):
-        network, _ = load_teacher(recipe.teacher, untrained_teacher(recipe.teacher), recipe.synthesis.prior)
+        network, _ = load_teacher(recipe.teacher, untrained_teacher(recipe.teacher), prior)
     there = weights_digest(load_classifier(source.path(source.artifact("teacher").files["teacher"])))
     here = weights_digest(network)
     where = shlex.quote(str(recipe.teacher.weights or recipe.teacher.model))
