@@ -176,3 +176,7 @@ def test_what_init_promises_is_what_was_measured() -> None:
         measured, teacher = found["summary"][kind]["generator"], found["teachers"][kind]["top1"]
         assert measured["seeds"] == 3
         assert f"{100 * measured['mean']:.1f} % ({name}, {100 * teacher:.1f} %)" in EXPECTED
+    found = json.loads((RESULTS / "without_batchnorm.cifar10.json").read_text(encoding="utf-8"))
+    measured, teacher = found["summary"]["GroupNorm ResNet-20"]["generator"], found["teachers"]["GroupNorm ResNet-20"]
+    assert measured["seeds"] == 3
+    assert f"reached {100 * measured['mean']:.1f} % (GroupNorm, {100 * teacher['top1']:.1f} %)" in EXPECTED
