@@ -154,6 +154,7 @@ def test_a_finished_sweep_is_read_again(done: Path, tmp_path: Path, invoke: Invo
     assert "is the smallest student that passes" in (copied / "sweep.html").read_text()
 
 
+@pytest.mark.slow  # thirty epochs, their export and validation
 def test_a_student_that_was_trained_longer_by_hand_goes_on_from_there(done: Path) -> None:
     # Beside the sweep, so that it finds its bank.
     copied = Path(shutil.copytree(done, done.with_name("by_hand")))
