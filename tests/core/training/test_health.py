@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from nayer_edge.distillation import Distillation, distill, resume
+from nayer_edge.distillation import Distillation, Epoch, distill, resume
 from nayer_edge.errors import TrainingError
+from nayer_edge.memory_bank import to_unit
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.runtime.compute import Compute
 from nayer_edge.runtime.progress import Silent
@@ -119,8 +120,16 @@ def test_logit_spread() -> None:
 
 def test_an_ordinary_run_has_health_metrics_and_no_warnings(start: Start) -> None:
     run, notices = start(distill_epochs=8), Notices()
-    distill(run, progress=notices)
+    seen: list[int] = []
+
+    def count_classes(_epoch: Epoch) -> None:
+        newest, _ = run.bank.newest(run.settings.synthesis.batch)
+        with torch.no_grad():
+            seen.append(len(run.teacher(to_unit(newest)).argmax(1).unique()))
+
+    distill(run, progress=notices, on_epoch=count_classes)
     assert notices.texts == []
+    assert [epoch.synthetic_classes for epoch in run.history] == seen
     for epoch in run.history:
         assert 1 <= epoch.synthetic_classes <= 3
         assert epoch.distinct > 0.9

@@ -460,6 +460,9 @@ def test_images_that_change_while_they_are_read(count: int) -> None:
 def test_a_batch_fits_whatever_the_size(shape: tuple[int, int, int]) -> None:
     assert 1 <= batch_size(shape) <= 256
     assert batch_size(shape) == 1 or batch_size(shape) * math.prod(shape) <= BATCH_VALUES
+    assert batch_size(shape) == 256 or (batch_size(shape) + 1) * math.prod(shape) > BATCH_VALUES, (
+        "no smaller than need be"
+    )
 
 
 def test_answers_that_are_no_numbers_are_counted() -> None:
