@@ -8,8 +8,9 @@
 It trains one teacher of each kind on the labelled images (kept in the folder), then a ResNet-8 student of each by every
 way: `generator` (synthesis.prior = "generator", settings as `init` writes them, but no reserved rounds), `procedural`
 (synthesis.prior = "procedural" without steps on the pixels), one of `ON_PIXELS` (the same with two steps a round),
-`real images` (the schedule of `procedural`, its images drawn from the training images) and, for the teachers with
-BatchNorm, `NAYER` (the recipe `digits`). `folded` is that teacher with its BatchNorms folded into the convolutions. No
+`real images` (images drawn from the training images, on the schedule of `procedural` for digits and of `generator` for
+other images) and, for the teachers with BatchNorm, `NAYER` (the recipe `digits`; for other images the settings of
+`generator`, with L_bn and its weights). `folded` is that teacher with its BatchNorms folded into the convolutions. No
 real image reaches a student, except for `real images`; nothing is chosen by the hold-out.
 
 A row is written as soon as it is finished, and rows that are there are not run again.
@@ -32,7 +33,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nayer_edge.batchnorm import raise_bn_momentum
-from nayer_edge.config import LTE, Augment, Distill, Generator, InputSpec, Synthesis, Teach
+from nayer_edge.config import LTE, Augment, Distill, Generator, InputSpec, Prior, Synthesis, Teach
 from nayer_edge.data import datasets
 from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.distillation import Distillation, Settings
@@ -52,7 +53,7 @@ from nayer_edge.training.evaluate import logits_of, top1
 
 STUDENT = "nayer:resnet8"
 CIFAR = "cifar10-w402-w161-fast"
-"""the recipe whose classes and NAYER settings count where the images are not digits"""
+"""the recipe whose classes count where the images are not digits"""
 WAYS = ("generator", "procedural", "real images", "NAYER")
 ON_PIXELS: dict[str, dict[str, float]] = {
     "adversarial": {"lambda_adv": 1.0},
@@ -161,8 +162,8 @@ def schedule(digits: bool) -> tuple[Synthesis, Distill]:
     return synthesis, distill
 
 
-def generated(digits: bool) -> tuple[Generator, Synthesis, Distill]:
-    """The settings that `init` writes for the prior "generator", without reserved rounds, and in fixed sizes."""
+def generated(digits: bool, prior: Prior) -> tuple[Generator, Synthesis, Distill]:
+    """The settings that `init` writes for a prior with a generator, without reserved rounds, and in fixed sizes."""
     if digits:
         costs = Costs(0, 0, 0, 0, 0, student_batch=128)
         sizes = BudgetPlan(10, rounds=7, warmup_rounds=6, warmup_epochs=2, epochs=14, decay_epochs=4, steps=70,
@@ -171,7 +172,7 @@ def generated(digits: bool) -> tuple[Generator, Synthesis, Distill]:
         costs = Costs(0, 0, 0, 0, 0)
         sizes = BudgetPlan(10, rounds=7, warmup_rounds=6, warmup_epochs=2, epochs=12, decay_epochs=3, steps=140,
                            images=6100, steps_in_all=1400, seconds={"fill": 0, "rest": 0})  # fmt: skip
-    sections = settings_of(1, sizes, costs, bank_mib=256, prior="generator")
+    sections = settings_of(1, sizes, costs, bank_mib=256, prior=prior)
     augment = Augment(pad=2, flip=False) if digits else Augment()
     synthesis = Synthesis.model_validate({**sections["synthesis"], "reserve": 0, "augment": augment})
     distill = Distill.model_validate({**sections["distill"], "augment": augment})
@@ -267,16 +268,18 @@ def row(
     compute: Compute,
 ) -> dict[str, Any]:
     """One student."""
-    synthesis, distill = schedule(digits=teacher.spec.channels == 1)
-    generator, lte = Generator(), LTE(encoder="onehot")
-    if way == "generator":
-        generator, synthesis, distill = generated(digits=teacher.spec.channels == 1)
+    digits = teacher.spec.channels == 1
+    if way == "NAYER" and digits:
+        recipe = load_recipe("digits")
+        generator, synthesis, distill, lte = recipe.generator, recipe.synthesis, recipe.distill, recipe.lte
+    elif way in {"generator", "NAYER"} or (way == "real images" and not digits):
+        generator, synthesis, distill = generated(digits, "generator" if way == "generator" else "batchnorm")
         lte = LTE()
+    else:
+        synthesis, distill = schedule(digits)
+        generator, lte = Generator(), LTE(encoder="onehot")
     if way in ON_PIXELS:
         synthesis = synthesis.model_copy(update={"pixel_step": 0.03, **ON_PIXELS[way]})
-    if way == "NAYER":
-        recipe = load_recipe("digits" if teacher.spec.channels == 1 else CIFAR)
-        generator, synthesis, distill, lte = recipe.generator, recipe.synthesis, recipe.distill, recipe.lte
     with seeded(random_stream(seed, "student").initial_seed()):
         student = build_classifier(STUDENT, teacher.spec, teacher.classes)
     raise_bn_momentum(student)
