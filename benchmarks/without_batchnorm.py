@@ -273,7 +273,7 @@ def row(
         recipe = load_recipe("digits")
         generator, synthesis, distill, lte = recipe.generator, recipe.synthesis, recipe.distill, recipe.lte
     elif way in {"generator", "NAYER"} or (way == "real images" and not digits):
-        generator, synthesis, distill = generated(digits, "generator" if way == "generator" else "batchnorm")
+        generator, synthesis, distill = generated(digits, "batchnorm" if way == "NAYER" else "generator")
         lte = LTE()
     else:
         synthesis, distill = schedule(digits)
