@@ -5,15 +5,18 @@ from __future__ import annotations
 import shlex
 import tomllib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter
 
+from nayer_edge.config import OF_PRIOR, Prior, Synthesis
 from nayer_edge.errors import UsageError
 
 from .checking import checked, field_of, section_of
 from .renamed import current_key
 from .schema import Recipe
+
+PRIORS = get_args(Prior)
 
 
 def is_default(key: str, value: Any) -> bool:
@@ -66,18 +69,38 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
         UsageError: an item is not of this form.
     """
     values = _copied(values)
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        parts = [part.strip() for part in key.split(".")]
-        if not equals or not all(parts):
-            raise UsageError(f"'{setting}' is not of the form a.b=c.", fix="For example: --set distill.epochs=40")
-        parts = current_key(".".join(parts)).split(".")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
+    items = [(*_parsed(setting), setting) for setting in settings]
+    for parts, value, _ in items:
+        if parts == ["synthesis", "prior"]:
+            _forget_defaults_of_prior(values, value)
+    for parts, value, setting in items:
         set_value(values, parts, value, f"--set {setting}")
     return values
+
+
+def _parsed(setting: str) -> tuple[list[str], Any]:
+    """The parts of the key, and the value."""
+    key, equals, text = setting.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise UsageError(f"'{setting}' is not of the form a.b=c.", fix="For example: --set distill.epochs=40")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return current_key(".".join(parts)).split("."), value
+
+
+def _forget_defaults_of_prior(values: dict[str, Any], prior: Any) -> None:
+    """Removes what is only a default of the prior in use: a run folder's recipe states every key, and the defaults of
+    another prior are different ones."""
+    section = values.get("synthesis")
+    if not isinstance(section, dict) or (old := section.get("prior", "batchnorm")) == prior or old not in PRIORS:
+        return
+    defaults = Synthesis(prior=old).model_dump(include={key for keys in OF_PRIOR.values() for key in keys})
+    for key, value in defaults.items():
+        if section.get(key) == value:
+            del section[key]
 
 
 def set_value(values: dict[str, Any], parts: list[str], value: Any, source: str) -> None:

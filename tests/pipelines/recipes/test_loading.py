@@ -192,6 +192,27 @@ def test_a_recipe_survives_the_manifest() -> None:
     assert recipe_of(values, Path()) == recipe
 
 
+def test_another_prior_brings_its_defaults() -> None:
+    """A run folder's recipe states every key. The defaults of its prior do not stay; what was chosen does."""
+    values = load_recipe("photos").model_dump(mode="json", by_alias=True)
+    assert (values["synthesis"]["lambda_ce"], values["synthesis"]["lambda_adv"]) == (0.5, 1.33)
+
+    def changed(*settings: str) -> tuple[float, float, int]:
+        section = apply_settings(values, list(settings))["synthesis"]
+        kept = recipe_of({**values, "synthesis": section}, Path()).synthesis
+        return kept.lambda_ce, kept.lambda_adv, kept.g_steps
+
+    assert changed("synthesis.prior=generator") == (1, 1, 10)
+    assert changed("synthesis.lambda_ce=0.5", "synthesis.prior=generator") == (0.5, 1, 10)
+    assert changed("synthesis.prior=batchnorm") == (0.5, 1.33, 10)
+    values["synthesis"]["lambda_adv"] = 2.0
+    assert changed("synthesis.prior=generator") == (1, 2, 10), "not a default, so it was chosen"
+    values["synthesis"] = {**values["synthesis"], "prior": "procedural", "lambda_ce": 0.0, "g_steps": 1}
+    assert changed("synthesis.prior=generator") == (1, 2, 30)
+    with pytest.raises(UsageError, match=r"synthesis\.prior|Invalid recipe"):
+        changed("synthesis.prior=unknown")
+
+
 def test_weights_of_ones_own_take_the_place_of_training(tmp_path: Path) -> None:
     """--set teacher.weights=… and a recipe that extends another with weights drop the [teach] below them."""
     assert load_recipe("digits").teach is not None
