@@ -21,6 +21,7 @@ from torch import nn
 from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra
 from nayer_edge.runtime.provenance import usable_cores
 
+from .engine_inspector import layers_of
 from .onnx_file import read_onnx
 from .targets import Target
 
@@ -295,6 +296,10 @@ class TensorRtRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._context = self._engine = None
+
+    def layers(self) -> dict[str, int]:
+        """Type in which they compute → number of layers, from the engine's inspector."""
+        return layers_of(import_tensorrt(self.name), self._engine)
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Logits (n, classes), float32."""

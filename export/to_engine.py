@@ -7,10 +7,9 @@ on the GPU that the engine is for.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ from typing import Any
 import torch
 from onnx import ModelProto, TensorProto
 
-from nayer_edge.errors import IntegrityError, MissingError, UsageError, nearest
+from nayer_edge.errors import MissingError, UsageError, nearest
 from nayer_edge.storage.files import sha256_of, write_bytes
 
+from .engine_inspector import confirms, layers_of
 from .onnx_file import read_onnx
 from .plain_graph import constants
 from .runners import import_tensorrt
@@ -41,7 +41,7 @@ class EngineInfo:
         batch: (smallest, best, largest) batch of the optimisation profile.
         network_types: type of layer outputs in the parsed, strongly typed network → number of layers.
         layers: type that the layers of the engine compute in → number of layers; empty without a GPU to load it.
-        precision_verified: `layers` was read from the engine itself.
+        precision_verified: some of `layers`, which were read from the engine itself, compute in the graph's precision.
         notes: for the user.
         seconds: build time.
         size_bytes: of the file.
@@ -177,28 +177,41 @@ def to_engine(
     write_bytes(path, bytes(serialized))
     if timing_cache and not rtx:
         write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
-    layers = _inspected(trt, logger, path)
-    if rtx and any(n.op_type == "QuantizeLinear" for n in model.graph.node):
+    layers, types = _inspected(trt, logger, path), _network_types(trt, network)
+    quantized = any(n.op_type == "QuantizeLinear" for n in model.graph.node)
+    precision = "int8" if quantized else "fp16" if "half" in types else "fp32"
+    if rtx and quantized:
         notes.append(
             "TensorRT-RTX documents INT8 only for the weights of matrix products: a successful build does not show "
             "that convolutions run in INT8."
         )
     if not layers:
         notes.append("The precision of the layers is not verified: there is no GPU here to load the engine.")
+    elif not confirms(layers, precision):
+        notes.append(f"No layer computes in {precision}: {', '.join(layers)}.")
     return EngineInfo(
         path=path,
         runtime=target.runtime,
         version=str(trt.__version__),
         compute_capability=capability,
         batch=batch,
-        network_types=_network_types(trt, network),
+        network_types=types,
         layers=layers,
-        precision_verified=bool(layers),
+        precision_verified=confirms(layers, precision),
         notes=tuple(notes),
         seconds=seconds,
         size_bytes=path.stat().st_size,
         sha256=sha256_of(path),
     )
+
+
+def require_capability(target: str, wanted: str | None) -> None:
+    """Raises UsageError for a compute capability that the target cannot be built for; nothing if its package is not
+    installed, or if it needs a GPU and there is none."""
+    runtime = get_target(target).runtime
+    rtx = runtime == "tensorrt_rtx"
+    with contextlib.suppress(MissingError):
+        _capability(import_tensorrt(runtime), rtx, wanted if rtx else None)
 
 
 def _capability(trt: Any, rtx: bool, wanted: str | None) -> str:
@@ -298,28 +311,4 @@ def _inspected(trt: Any, logger: Any, path: Path) -> dict[str, int]:
     if not torch.cuda.is_available():
         return {}
     engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
-    if engine is None:
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the names differ between 10.x and 11.x
-        text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return layer_types(text)
-
-
-def layer_types(inspector_json: str) -> dict[str, int]:
-    """Type of each layer's first input → number of layers, from an engine inspector's JSON.
-
-    Raises:
-        IntegrityError: it is not that JSON.
-    """
-    try:
-        layers = json.loads(inspector_json)["Layers"]
-        found: Counter[str] = Counter()
-        for layer in layers:
-            for tensor in layer.get("Inputs", [])[:1] if isinstance(layer, dict) else []:
-                text = str(tensor.get("Format/Datatype") or tensor.get("Datatype") or "")
-                kind = re.search(r"(?i)\b(int8|half|fp16|bf16|float|fp32|int32|uint8|bool)\b", text)
-                found[kind.group(1).lower() if kind else "unknown"] += 1
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise IntegrityError("The output of the engine inspector is not readable.", why=f"{error}") from error
-    return dict(sorted(found.items()))
+    return {} if engine is None else layers_of(trt, engine)

@@ -242,6 +242,8 @@ def export(
 
     if qat and not int8:
         raise UsageError("--qat trains the INT8 graph, which is not exported without --int8.", fix="Add --int8.")
+    if compute_capability and not int8:
+        raise UsageError("--compute-capability is for engines, which are not built without --int8.", fix="Add --int8.")
     recipe = recipe_in(root)
     asked = {"fp16": fp16, "engines": engines, "qat": qat, "compute_capability": compute_capability}
     changes = {
@@ -251,6 +253,12 @@ def export(
     if names := targets_in(targets):
         from nayer_edge.export.targets import get_target
 
+        if not int8 and not any(get_target(name).engine for name in names):
+            raise UsageError(
+                f"Without --int8, nothing is exported for {', '.join(names)}.",
+                why="The FP32 and FP16 ONNX files are the same for every target.",
+                fix="Add --int8.",
+            )
         before = () if only else recipe.export.targets
         changes["targets"] = tuple(dict.fromkeys([*before, *(get_target(name).name for name in names)]))
     elif only:
@@ -352,7 +360,7 @@ def validate(
 
     recipe = recipe_in(root)
     # A choice made for other images does not hold for new ones.
-    changes: dict[str, Any] = {} if data is ... else {"split": None, "allow_implausible": False}
+    changes: dict[str, Any] = {} if data is ... else {"split": None, "fit": "exact", "allow_implausible": False}
     asked = {"fit": fit, "split": split, "allow_implausible": allow_implausible or None}
     changes |= {key: value for key, value in asked.items() if value is not None}
     if data is None or data in BUILT_IN_DATA:

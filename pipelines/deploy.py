@@ -19,7 +19,7 @@ from nayer_edge.export.qat.train import QatTrainer, Schedule
 from nayer_edge.export.runners import OrtRunner, TorchRunner
 from nayer_edge.export.runtimes import describe, require
 from nayer_edge.export.targets import TARGETS, Target, has_module
-from nayer_edge.export.to_engine import to_engine
+from nayer_edge.export.to_engine import require_capability, to_engine
 from nayer_edge.export.to_int8 import FP16_IMAGES, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.export.to_runtime import to_float_file, to_int8_file
@@ -429,6 +429,8 @@ def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFold
     before = out.former.get("engine")
     earlier = read_json(out.path(ENGINES), "the list of engines") if before and before.record else []
     wanted = [name for name in config.export.targets if TARGETS[name].engine] if config.export.engines else []
+    for target in wanted:
+        require_capability(target, config.export.compute_capability)
     progress.start("build engines", 2 * len(wanted))
     files, records, numbers = {}, [], {}
     for target in wanted:
@@ -449,7 +451,7 @@ def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFold
                 info = to_engine(
                     out.path(source), out.path(name), target, compute_capability=capability if ahead else None
                 )
-            except MissingError as error:
+            except (MissingError, UsageError) as error:
                 records.append({**record, "status": "unavailable", "reason": str(error).replace("\n", " ")})
                 numbers[record["name"]] = "not built"
             else:

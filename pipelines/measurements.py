@@ -19,6 +19,8 @@ from nayer_edge.storage.files import read_json
 REPORT_SCHEMA = "nayer-edge/report/1"
 REPORT_PATH = "validate/report.json"
 PREDICTIONS_PATH = "validate/predictions.npz"
+NO_ANSWER = -1
+"""in the place of a class in the predictions: the output for this image is not finite"""
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -59,6 +59,8 @@ _PACKAGES = ("executorch", "torchao", "torch")
 # its number of threads, too.
 _HARMLESS = re.compile(r"^\[cpuinfo_utils\.cpp:\d+\]|^\[threadpool\.cpp:\d+\] Resetting threadpool")
 _PRODUCTS = ("Conv2d", "DepthwiseConv2d", "ConvTranspose2d", "FullyConnected", "BatchMatrixMultiply")
+_PRODUCT_CALL = re.compile(r"aten::(convolution|conv[123]d|conv_transpose[123]d|linear|addmm|mm|bmm|baddbmm)(\.\w+)?")
+"""kernels of ExecuTorch itself for the same operators"""
 _INT8 = ("xnn_datatype_qint8", "xnn_datatype_quint8")
 _STANDARD = "Replace that layer with standard operators; `nayer-edge students` lists students that can be exported."
 _DTYPES = {"BYTE": "uint8", "CHAR": "int8", "HALF": "float16", "FLOAT": "float32"}
@@ -370,7 +372,7 @@ def describe(path: Path) -> dict[str, Any]:
         "float": by_kind(operators, int8=False),
         "delegated": dict(sorted(Counter(kind for kind, _, _ in operators).items())),
         "not_delegated": dict(sorted(calls.items())),
-        "coverage": _coverage(operators, origin),
+        "coverage": _coverage(operators, calls, origin),
     }
 
 
@@ -424,14 +426,18 @@ def _operators(
     return operators, conversions
 
 
-def _coverage(operators: Collection[Operator], origin: Mapping[str, Any]) -> dict[str, Any]:
+def _coverage(operators: Collection[Operator], calls: Mapping[str, int], origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the delegated convolutions and matrix products, and of those that ExecuTorch's own kernels compute in float
+    (`calls`: kernel → count)."""
     products = [operator for operator in operators if operator[0] in _PRODUCTS]
-    int8 = sum(quantized for _, _, quantized in products)
+    outside = [name for name, count in calls.items() for _ in range(count) if _PRODUCT_CALL.fullmatch(name)]
+    int8, eligible = sum(quantized for _, _, quantized in products), len(products) + len(outside)
     return {
-        "eligible": len(products),
+        "eligible": eligible,
         "int8": int8,
-        "fraction": int8 / len(products) if products else 0.0,
+        "fraction": int8 / eligible if eligible else 0.0,
         "not_int8": [
-            [layer or kind, why_in_float(layer, origin)] for kind, layer, quantized in products if not quantized
+            *([layer or kind, why_in_float(layer, origin)] for kind, layer, quantized in products if not quantized),
+            *([name, "XNNPACK did not take it"] for name in outside),
         ],
     }

@@ -185,6 +185,9 @@ def _runtime(artifact: ArtifactReport, *, accept_simulated: bool) -> Check:
     if artifact.status != "measured":
         state = "could not be run here" if artifact.status == "unavailable" else "was not run"
         outcome, detail = "fail", f"{artifact.name} {state}{reason}."
+    elif reason:
+        # Of a measured artifact, that its output is not finite on some images.
+        outcome, detail = "fail", f"{artifact.name} cannot be trusted{reason}."
     elif artifact.simulated and artifact.precision == "fp16" and artifact.runtime not in ("onnxruntime", "tensorrt"):
         outcome = "pass" if accept_simulated else "fail"
         detail = f"{artifact.name} was computed in FP32, from its FP16 weights, and was not timed. " + (
@@ -204,7 +207,7 @@ def _runtime(artifact: ArtifactReport, *, accept_simulated: bool) -> Check:
         )
     elif not artifact.precision_verified:
         outcome = "fail"
-        detail = f"The runtime did not confirm that {artifact.name} ran in {ran}{reason}."
+        detail = f"The runtime did not confirm that {artifact.name} ran in {ran}."
     else:
         share = artifact.int8_coverage
         covered = "" if share is None else f"; {_percent(share)} % of its quantizable layers run in INT8"

@@ -98,6 +98,11 @@ def notes(dataset: Dataset, policy: Policy, baseline: Baseline | None = None) ->
     """What goes with the checks of a verdict: limits of what it can promise, and the release it was compared with."""
     found = list(promise(dataset)) if dataset.kind == "synthetic" else []
     found += [f"The hold-out is doubtful but was measured anyway: {doubt}" for doubt in dataset.doubts]
+    if dataset.duplicates:
+        found.append(
+            f"{dataset.duplicates:,} of the {dataset.n:,} images are exact copies of others. The bounds count each as "
+            "an image of its own, so they are narrower than these images justify."
+        )
     accuracy = policy.accuracy
     limits = (accuracy.max_drop_vs_fp32, accuracy.max_drop_vs_teacher, policy.baseline.max_drop, policy.agreement.min)
     if all(limit is None for limit in limits):

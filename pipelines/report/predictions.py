@@ -12,6 +12,8 @@ import numpy as np
 
 from nayer_edge.errors import IntegrityError
 
+from ..measurements import NO_ANSWER
+
 TEACHER = "teacher"
 
 
@@ -22,7 +24,7 @@ class Predictions:
     Attributes:
         truth: (n,), what counts as right: the label, or on synthetic images the teacher's answer.
         labelled: the truth is the label.
-        answers: model → (n,), its top-1 class.
+        answers: model → (n,), its top-1 class, or -1 where its output is not finite.
         classes: their names.
     """
 
@@ -34,7 +36,8 @@ class Predictions:
     def confusion(self, name: str) -> np.ndarray:
         """(K, K), images by truth (rows) and by the model's answer (columns)."""
         side = len(self.classes)
-        pairs = self.truth.astype(np.int64) * side + self.answers[name]
+        answered = self.answers[name] >= 0
+        pairs = self.truth[answered].astype(np.int64) * side + self.answers[name][answered]
         return np.bincount(pairs, minlength=side * side).reshape(side, side)
 
     def mistakes(self, name: str, most: int) -> list[dict[str, Any]]:
@@ -47,7 +50,7 @@ class Predictions:
         return [
             {
                 "truth": self.classes[pairs[place, 0]],
-                "answer": self.classes[pairs[place, 1]],
+                "answer": "output not finite" if pairs[place, 1] < 0 else self.classes[pairs[place, 1]],
                 "images": int(images[place]),
                 "of": int(of_class[pairs[place, 0]]),
             }
@@ -96,6 +99,6 @@ def read_predictions(path: Path, classes: Sequence[str]) -> Predictions:
     for name, found in (*answers.items(), ("labels", truth)):
         if found.shape != truth.shape or found.dtype.kind not in "iu" or found.size == 0:
             raise IntegrityError(f"{path} holds '{name}' of shape {found.shape}, not one class for each image.")
-        if int(found.min()) < 0 or int(found.max()) >= len(classes):
+        if int(found.min()) < (0 if found is truth else NO_ANSWER) or int(found.max()) >= len(classes):
             raise IntegrityError(f"{path} holds a class in '{name}' that is none of the {len(classes)}.")
     return Predictions(truth, labels is not None, answers, classes)

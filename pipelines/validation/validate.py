@@ -14,7 +14,7 @@ import datetime
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from nayer_edge.data import datasets as data
 from nayer_edge.data.stream import ImageStream
 from nayer_edge.errors import NayerEdgeError, UsageError
 from nayer_edge.export.benchmark import Timing, benchmark
+from nayer_edge.export.engine_inspector import confirms
 from nayer_edge.export.int8.coverage import int8_coverage
-from nayer_edge.export.runners import BATCH, Runner, TorchRunner, as_bytes
+from nayer_edge.export.runners import BATCH, Runner, TensorRtRunner, TorchRunner, as_bytes
 from nayer_edge.export.runtimes import describe
 from nayer_edge.export.targets import TARGETS, get_target, has_module
 from nayer_edge.models.load import load_classifier
@@ -36,6 +37,7 @@ from nayer_edge.storage.run_folder import Artifact, RunFolder
 
 from ..deploy import SyntheticSource
 from ..measurements import (
+    NO_ANSWER,
     PREDICTIONS_PATH,
     REPORT_PATH,
     ArtifactReport,
@@ -118,6 +120,7 @@ def make_report(
     candidates, records = candidates_of(config, out), not_graphs(out)
     with contextlib.ExitStack() as stack:
         opened, refused = open_all(candidates, out, stack)
+        candidates = [_inspected(candidate, opened.get(candidate.name)) for candidate in candidates]
         with TorchRunner(networks["teacher"]) as teacher_runner, TorchRunner(networks["student"]) as student_runner:
             runners: dict[str, Runner] = {"teacher": teacher_runner, "student": student_runner, **opened}
             seen = run_over(runners, images.stream, shape, len(classes), progress)
@@ -301,6 +304,13 @@ def run_over(
     return Seen(ranks, differences, not_finite, digest.hexdigest(), repeats(prints, images.labels))
 
 
+def _inspected(candidate: Candidate, runner: Runner | None) -> Candidate:
+    """An engine that runs here says itself in what precision: where it was built, there may have been no GPU."""
+    if not isinstance(runner, TensorRtRunner):
+        return candidate
+    return replace(candidate, verified=confirms(runner.layers(), candidate.precision))
+
+
 def require_answers(seen: Seen, name: str) -> None:
     """Raises UsageError if the teacher's output is not finite on some images: they would count as its errors and hide
     the losses of other networks there."""
@@ -361,9 +371,10 @@ def _compared(name: str, seen: Seen, labels: np.ndarray | None, classes: Sequenc
     """The parts of an artifact's report that follow from predictions alone."""
     truth = seen.ranks["teacher"][:, 0] if labels is None else labels
     right = {network: ranks[:, 0] == truth for network, ranks in seen.ranks.items()}
+    # Images with non-finite FP32 output would count as FP32 errors and hide losses there.
+    unpaired = "fp32" not in right or seen.not_finite["fp32"] > 0
     paired = PairedCounts(
-        # Images with non-finite FP32 output would count as FP32 errors and hide losses there.
-        vs_fp32=count_pairs(right["fp32"], right[name]) if "fp32" in right and not seen.not_finite["fp32"] else None,
+        vs_fp32=None if unpaired else count_pairs(right["fp32"], right[name]),
         vs_teacher=count_pairs(right["teacher"], right[name]),
     )
     agreement = same(seen.ranks[name], seen.ranks["teacher"])
@@ -374,16 +385,14 @@ def _compared(name: str, seen: Seen, labels: np.ndarray | None, classes: Sequenc
         "agreement": agreement,
         "paired": paired,
         "correct": np.packbits(right[name]).tobytes().hex(),
-        "per_class": _per_class(right.get("fp32"), right[name], labels, classes),
+        "per_class": () if unpaired else _per_class(right["fp32"], right[name], labels, classes),
     }
 
 
 def _per_class(
-    fp32: np.ndarray | None, mine: np.ndarray, labels: np.ndarray, classes: Sequence[str]
+    fp32: np.ndarray, mine: np.ndarray, labels: np.ndarray, classes: Sequence[str]
 ) -> tuple[ClassCounts, ...]:
     """Per class: number of images, and how many were lost and gained relative to FP32."""
-    if fp32 is None:
-        return ()
 
     def counts(chosen: np.ndarray) -> np.ndarray:
         return np.bincount(labels[chosen], minlength=len(classes))
@@ -433,8 +442,13 @@ def count_pairs(reference: np.ndarray, artifact: np.ndarray) -> Paired:
 
 
 def ranked(logits: np.ndarray) -> np.ndarray:
-    """The top five classes per image, most likely first; (n, min(5, K)), int32. Ties go to the lower class index."""
-    return np.argsort(-logits, axis=1, kind="stable")[:, :TOP].astype(np.int32)
+    """The top five classes per image, most likely first; (n, min(5, K)), int32. Ties go to the lower class index.
+
+    An image whose logits are not all finite has no answer: `NO_ANSWER`, which equals no class.
+    """
+    ranks = np.argsort(-logits, axis=1, kind="stable")[:, :TOP].astype(np.int32)
+    ranks[~np.isfinite(logits).all(axis=1)] = NO_ANSWER
+    return ranks
 
 
 def same(a: np.ndarray, b: np.ndarray) -> float:

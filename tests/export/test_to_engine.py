@@ -13,8 +13,9 @@ from onnx import numpy_helper
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
+from nayer_edge.export.engine_inspector import confirms, layer_types
 from nayer_edge.export.fp16 import to_fp16
-from nayer_edge.export.to_engine import compute_capabilities, layer_types, to_engine
+from nayer_edge.export.to_engine import compute_capabilities, to_engine
 from nayer_edge.export.to_int8 import to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models import zoo
@@ -58,7 +59,7 @@ def test_engines_are_built_in_the_types_that_the_graph_states(
     if precision != "fp32":
         assert info.network_types["float"] == 1, "only the cast back to float32 logits"
     assert (info.runtime, info.compute_capability, info.batch) == ("tensorrt_rtx", "sm89", (1, 2, 8))
-    assert info.precision_verified == bool(info.layers)
+    assert info.precision_verified == confirms(info.layers, precision)
     if not torch.cuda.is_available():
         assert not info.precision_verified
         assert any("not verified" in note for note in info.notes)
@@ -243,5 +244,9 @@ def test_inspector_json_is_counted_by_type() -> None:
         }
     )
     assert layer_types(text) == {"fp16": 1, "half": 1, "int8": 1}
+    assert confirms(layer_types(text), "int8")
+    assert confirms({"half": 3}, "fp16")
+    assert not confirms({"half": 3}, "int8"), "an INT8 graph whose engine computes in half precision"
+    assert not confirms({}, "fp32")
     with pytest.raises(IntegrityError):
         layer_types("not json")

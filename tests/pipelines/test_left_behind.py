@@ -96,6 +96,7 @@ def test_images_without_an_answer_of_fp32_are_none_either(finished: Path, broken
     assert (report.paired.vs_fp32 is not None) is pairs
     assert report.paired.vs_teacher is not None
     assert report.paired.vs_teacher.lost == 100
+    assert bool(report.per_class) is pairs, "nor class by class"
 
 
 def test_nothing_is_written_into_a_run(invoke: Invoke, finished: Path, tmp_path: Path) -> None:

@@ -98,6 +98,15 @@ def test_without_int8_targets_are_added_too(finished: Path) -> None:
     assert (finished / CPU).is_file()
     with pytest.raises(UsageError, match="no target 'toaster'"):
         actions.export(finished, targets=["toaster"])
+    for useless in (
+        {"targets": ["arm", "openvino"]},
+        {"targets": ["arm"], "only": True},
+        {"compute_capability": "sm89"},
+    ):
+        with pytest.raises(UsageError, match=r"[Ww]ithout --int8") as caught:
+            actions.export(finished, **useless)
+        assert caught.value.fix == "Add --int8."
+    assert targets_of(finished) == ["cpu", "tensorrt"], "nothing was changed"
 
 
 class TestEngines:
@@ -139,6 +148,29 @@ class TestEngines:
         actions.require_engines(run, ["cpu,arm"])
         with pytest.raises(MissingError, match=r"int8\.tensorrt\.engine"):
             actions.require_engines(run)
+
+    @pytest.mark.slow
+    def test_an_engine_that_is_refused_does_not_end_the_step(
+        self, finished: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build = deploy.to_engine
+
+        def refuses_int8(graph: Path, engine: Path, target: str, **options: Any) -> Any:
+            if "int8" in graph.name:
+                raise UsageError("tensorrt rejects this graph: it has no kernel for conv1.", fix="Use the FP16 file.")
+            return build(graph, engine, target, **options)
+
+        monkeypatch.setattr(deploy, "to_engine", refuses_int8)
+        run = actions.export(finished, int8=True, targets=["tensorrt"], engines=True)
+        found = {record["precision"]: record for record in json.loads((finished / ENGINES).read_text())}
+        assert (found["fp16"]["status"], found["int8"]["status"]) == ("built", "unavailable")
+        assert "has no kernel for conv1" in found["int8"]["reason"]
+        with pytest.raises(MissingError, match=r"int8\.tensorrt\.engine"):
+            actions.require_engines(run)
+        # A GPU that does not exist is a mistake of the user's, and ends it at once.
+        pytest.importorskip("tensorrt_rtx")
+        with pytest.raises(UsageError, match="does not build for 'sm12'"):
+            actions.export(finished, int8=True, targets=["tensorrt-rtx"], engines=True, compute_capability="sm12")
 
     @pytest.mark.slow
     def test_a_measured_engine_stays_measured_without_its_gpu(

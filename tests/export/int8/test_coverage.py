@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from nayer_edge.config import InputSpec
+from nayer_edge.export import targets
 from nayer_edge.export.eligible import eligible_nodes
 from nayer_edge.export.int8.coverage import int8_coverage
 from nayer_edge.export.targets import FLOAT_ONLY_OPS, PASS_THROUGH_OPS, QUANTIZABLE_OPS, get_target
@@ -40,6 +41,16 @@ def test_everything_eligible_runs_in_int8(fp32: Path, tmp_path: Path, target: st
     assert found.not_int8 == []
     assert len(found.ineligible) == (0 if target in ("cpu", "arm") else 1)
     assert found.verified == (target == "cpu")
+
+
+def test_what_an_arm_processor_runs_is_verified_there(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph that ONNX Runtime executes is read on the machine itself, whichever family the file was made for."""
+    monkeypatch.setattr(targets, "is_arm", lambda: True)
+    for target in ("cpu", "arm"):
+        to_int8(fp32, tmp_path / "m.onnx", IMAGES, target, method="minmax")
+        assert int8_coverage(tmp_path / "m.onnx", target).verified
 
 
 def test_an_fp32_file_has_none(fp32: Path) -> None:

@@ -237,6 +237,29 @@ def test_every_product_runs_in_int8_and_everything_is_delegated(edge: Edge, int8
     assert found["built_with"].keys() == set(edge.versions)
 
 
+class Dynamic(nn.Module):
+    """A convolution whose weight depends on the image, which XNNPACK does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(10, 3, 3, 3))
+        self.head = nn.Linear(10, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(nn.functional.conv2d(x, self.weight * x.mean()).mean((2, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edge", [EXECUTORCH], indirect=True, ids=lambda edge: edge.name)
+def test_products_outside_the_delegate_count(edge: Edge, tmp_path: Path) -> None:
+    """In FP32; in INT8, ExecuTorch refuses such a network."""
+    built = edge.build(Dynamic(), SHAPE, tmp_path / "m.pte", precision="fp32")
+    coverage = edge.describe(built.path)["coverage"]
+    assert (coverage["eligible"], coverage["int8"], coverage["fraction"]) == (2, 0, 0.0)
+    assert ["aten::convolution", "XNNPACK did not take it"] in coverage["not_int8"]
+
+
 def test_the_record_says_what_was_done(edge: Edge, int8: BuiltFile) -> None:
     json.dumps(int8.record, allow_nan=False)
     assert int8.record["calibration"] == {"n": 64}

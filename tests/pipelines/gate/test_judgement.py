@@ -263,6 +263,10 @@ def test_a_graph_for_another_device_passes_only_where_the_policy_accepts_it() ->
     accepted = judge(report_of(arm), policy_of(**accepting))
     assert accepted.verdict == "pass"
     assert "not measured" in the(accepted, "runtime").detail
+    broken = arm.model_copy(update={"reason": "its output is not finite on 3 of 600 images"})
+    untrusted = judge(report_of(broken), policy_of(**accepting))
+    assert (untrusted.verdict, the(untrusted, "runtime").verdict) == ("fail", "fail")
+    assert "its output is not finite on 3 of 600 images" in the(untrusted, "runtime").detail
     late = judge(report_of(arm), policy_of(**accepting, latency={"max_p95_ms": 100.0}))
     assert the(late, "latency_p95").verdict == "fail", "its speed is not known here"
     unsure = measured("int8.cpu", precision_verified=False)

@@ -48,6 +48,18 @@ def test_mistakes_are_the_largest_cells_off_the_diagonal(tmp_path: Path) -> None
     assert Predictions(found.truth, True, {"x": found.truth}, CLASSES).mistakes("x", 5) == []
 
 
+def test_images_without_an_answer_are_wrong_and_of_no_class(tmp_path: Path) -> None:
+    truth, answers = np.array([0, 0, 1, 2], np.int32), np.array([[0], [-1], [-1], [1]], np.int32)
+    found = read_predictions(write(tmp_path / "p.npz", teacher=truth[:, None], x=answers), CLASSES)
+    counts = found.confusion("x")
+    assert (counts.sum(), counts[0, 0], counts[2, 1]) == (2, 1, 1)
+    wrong = [(row["truth"], row["answer"]) for row in found.mistakes("x", 5)]
+    assert sorted(wrong) == [("ant", "output not finite"), ("bee", "output not finite"), ("cat", "bee")]
+    assert {row["label"]: row["rates"][0] for row in found.per_class(["x"])} == {
+        "ant": 0.5, "bee": 0.0, "cat": 0.0, "dog": None,
+    }  # fmt: skip
+
+
 def test_classes_from_the_first_model_to_the_last() -> None:
     truth = np.array([0, 0, 0, 0, 1, 1, 2])
     answers = {"teacher": np.array([0, 0, 0, 1, 1, 0, 2]), "int8": np.array([0, 1, 1, 1, 1, 1, 2])}

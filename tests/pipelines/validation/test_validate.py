@@ -287,6 +287,16 @@ def test_a_split_is_chosen(invoke: Invoke, finished: Path) -> None:
     assert facts_of(finished)["split"] == "test"
 
 
+def test_the_choice_of_a_fit_holds_for_its_images_only(invoke: Invoke, finished: Path, tmp_path: Path) -> None:
+    for name in ("small", "other"):
+        np.savez(tmp_path / f"{name}.npz", images=pixels(20, (8, 8)), labels=np.arange(20) % 10)
+    words = ("--data", tmp_path / "small.npz", "--allow-implausible")
+    assert invoke("validate", finished, *words, "--fit", "stretch").code == 0
+    answer = invoke("validate", finished, "--data", tmp_path / "other.npz", "--allow-implausible")
+    assert answer.code == EXIT_USAGE
+    assert "--fit" in answer.err
+
+
 def test_copies_and_files_left_out_are_counted(invoke: Invoke, finished: Path, tmp_path: Path) -> None:
     for number, name in enumerate(("zero/a", "zero/b", "nine/c", "zero/.hidden/a", "zero/notes.txt")):
         path = tmp_path / "held" / f"{name}.png" if "txt" not in name else tmp_path / "held" / name
@@ -308,6 +318,7 @@ def test_copies_and_files_left_out_are_counted(invoke: Invoke, finished: Path, t
     }
     assert "zero/.hidden/a.png" in answer.out
     assert "exact copies 2" in answer.out
+    assert "2 of the 3 images are exact copies of others" in " ".join(invoke("gate", finished).out.split())
     assert invoke("report", finished).code == 0
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "zero/.hidden/a.png" in page
@@ -389,6 +400,7 @@ def test_ranks_break_ties_by_class() -> None:
     logits = np.array([[0.0, 2.0, 2.0, 1.0, 2.0, -1.0, 0.5]])
     assert ranked(logits).tolist() == [[1, 2, 4, 3, 6]]
     assert ranked(np.array([[1.0, 3.0]])).tolist() == [[1, 0]]
+    assert ranked(np.array([[np.nan, np.nan], [2.0, np.inf], [2.0, 1.0]])).tolist() == [[-1, -1], [-1, -1], [0, 1]]
 
 
 def test_pairs() -> None:
@@ -476,6 +488,8 @@ def test_answers_that_are_no_numbers_are_counted() -> None:
     seen = run_over({"student": Counting(), "int8.cpu": Broken()}, stream, (3, 4, 4), 3, Silent())
     assert seen.not_finite == {"student": 0, "int8.cpu": 2}
     assert seen.max_abs_diff == {"student": 0.0, "int8.cpu": None}
+    # All images are of class 0, and so would be an answer sorted from NaN.
+    assert seen.ranks["int8.cpu"][:, 0].tolist() == [-1, *seen.ranks["student"][1:3, 0]] * 2
 
 
 @pytest.mark.slow
