@@ -755,6 +755,7 @@ def resume_before_decay(distillation: Distillation, before: Before) -> bool:
     """Continues from the state of a shorter run before its decay; False if there is none.
 
     Raises:
+        UsageError: it was written by several processes, or there are several.
         IntegrityError: it is damaged.
     """
     images = {"bank": before.bank, **({"reserve": before.reserve} if before.reserve else {})}
@@ -778,7 +779,14 @@ def _restore_from(distillation: Distillation, path: Path, images: Mapping[str, T
             facts = json.loads((file.metadata() or {})["facts"])
         if facts.get("digest") != distillation.digest:
             return False
-        _check_ranks(int(facts.get("ranks", 1)), distillation.world)
+        ranks = int(facts.get("ranks", 1))
+        if images and max(ranks, distillation.world.size) > 1:
+            # These images are those of all ranks, and the rest of the state is in parts.
+            raise UsageError(
+                "A finished run can be made longer only by one process, and if it was made by one.",
+                fix="Start another run with its images: nayer-edge run RUN --bank RUN --budget 1h --out DIR",
+            )
+        _check_ranks(ranks, distillation.world)
         distillation.restore(tensors, facts)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
         raise IntegrityError(

@@ -6,7 +6,7 @@ They take paths and values, print nothing, and raise on errors. Heavy modules ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -109,7 +109,13 @@ class Time:
 
 
 def timed(
-    recipe: Recipe, name: str | None, root: Path, time: Time, *, fresh: bool = False
+    recipe: Recipe,
+    name: str | None,
+    root: Path,
+    time: Time,
+    *,
+    fresh: bool = False,
+    settings: Sequence[str] = (),
 ) -> tuple[Recipe, list[tuple[str, str]]]:
     """The recipe with the sizes or the length that fit the given time, and the plan in words (heading, text). With
     `student.bank`, it also has what a new run takes over from that run.
@@ -118,9 +124,11 @@ def timed(
         name: the recipe as typed: a name, a file, or a run folder to continue; None if it comes from a program.
         root: the run folder.
         fresh: the folder will be emptied first.
+        settings: `--set` items that the recipe was read with.
 
     Raises:
-        UsageError: too little time, the run cannot change its length, or the other run's bank does not fit.
+        UsageError: too little time, the run cannot change its length, the other run's bank does not fit, or a plan
+            replaces what was set.
         IntegrityError: the other run was altered.
     """
     from .recipes.loading import run_folder
@@ -129,10 +137,13 @@ def timed(
     # The recipe of a run folder may also start another run.
     is_run = named is not None and not fresh and named.resolve() == root.resolve()
     words: list[tuple[str, str]] = []
+    asked = recipe
     if not is_run and recipe.student.bank is not None:
         from .shared_bank import started
 
         recipe, words = started(recipe)
+        # Its length is as asked for, without the filling.
+        _require_kept([each for each in settings if "epochs" not in each], asked, recipe, "--bank")
     if is_run and recipe.distill.schedule == "constant":
         from .costs.planning import continued
 
@@ -148,6 +159,7 @@ def timed(
                 f"To end it early: nayer-edge run {run.typed} --finish 5m",
             )
         recipe, plan = with_budget(recipe, time.budget, None if fresh else root)
+        _require_kept(settings, asked, recipe, "--budget")
         return recipe, words + plan
     if time.more is None and time.finish is None:
         return recipe, words
@@ -169,8 +181,23 @@ def timed(
     elif time.finish is not None:
         recipe = planning.with_finish(recipe, run, time.finish)
     after = recipe.distill
-    length = f"{after.epochs} epochs instead of {before.epochs}"
+    instead = (
+        f"instead of {before.epochs}" if before.epochs != after.epochs else "in all, as the interrupted command said"
+    )
+    length = f"{after.epochs} epochs {instead}"
     return recipe, [("length", f"{length}; the learning rate falls in the last {after.decay_epochs}")]
+
+
+def _require_kept(settings: Sequence[str], asked: Recipe, planned: Recipe, option: str) -> None:
+    """Raises UsageError if a plan replaces what was set."""
+    from .recipes.settings import replaced_keys
+
+    if keys := replaced_keys(settings, asked, planned):
+        these = "this key" if len(keys) == 1 else "these keys"
+        raise UsageError(
+            f"{option} sets {these} itself, so --set has no effect: {', '.join(keys)}.",
+            fix=f"Leave out --set for {these}, or leave out {option}.",
+        )
 
 
 def make(

@@ -432,8 +432,8 @@ def distill(
     Args:
         student: the compact network, such as "nayer:wrn_16_1" or "torchvision:mobilenet_v3_small@32".
         out: the run folder.
-        budget: plan the run for this much time on this machine, such as "20m" or "1h". It replaces the sizes in
-            `settings`.
+        budget: plan the run for this much time on this machine, such as "20m" or "1h". The plan replaces the sizes,
+            the student's optimizer and its schedule in `settings`.
         bank: a finished run with the same teacher: start with its images, generator and label embeddings instead of
             filling a memory bank.
         fresh: empty the folder and start over.
@@ -500,7 +500,7 @@ def run(
         chosen = actions.read_recipe(os.fspath(recipe), list(settings), None if bank is None else _folder(bank))
         path = actions.default_out(os.fspath(recipe), chosen) if out is None else expanded(os.fspath(out))
         time = actions.Time.typed(budget, more, finish)
-        chosen, _ = actions.timed(chosen, os.fspath(recipe), path, time, fresh=fresh)
+        chosen, _ = actions.timed(chosen, os.fspath(recipe), path, time, fresh=fresh, settings=settings)
         actions.make(chosen, path, last=until, fresh=fresh, display=_display(progress))
     return Run(path, trust_code=trust_code)
 

@@ -90,7 +90,7 @@ def _run(
     """Runs a recipe for the given time, and shows its plan first."""
     recipe = read_recipe(name, settings, bank)
     root = out or default_out(name, recipe)
-    recipe, words = timed(recipe, name, root, time, fresh=fresh)
+    recipe, words = timed(recipe, name, root, time, fresh=fresh, settings=settings or ())
     show_lines(words, as_json=as_json)
     with _ways_on(recipe, root):
         run_steps(recipe, root, last=last, fresh=fresh, as_json=as_json)

@@ -181,7 +181,9 @@ def plan(
     filled = FILLED if bank is None else 0.0
     images = per_step * (filled * image + (1 - FILLED) * later_image)
     available = budget * (1 - MARGIN) - costs.rest
-    fewest = max(LEAST_STEPS, math.ceil(LEAST_ROUNDS * costs.batch / per_step) if bank is None else 0)
+    one_round = math.ceil(costs.batch / per_step)
+    # With a bank, two epochs with the steps of one round each; see `steps` below.
+    fewest = max(LEAST_STEPS, math.ceil(LEAST_ROUNDS * costs.batch / per_step) if bank is None else 2 * one_round)
 
     def views_of(steps: float) -> float:
         return fresh_views(per_step, costs) if bank is None else fresh_views_of(bank, per_step, steps, costs)
@@ -206,7 +208,7 @@ def plan(
         wanted = bisect.bisect_right(range(1, most + 1), available, key=lambda steps: steps * step_of(steps))
     student_step = costs.student_step + views_of(wanted) * costs.teacher_batch
     # Enough steps per epoch to match at least one full round of images.
-    steps = max(math.ceil(costs.batch / per_step), round(wanted / EPOCHS))
+    steps = max(one_round, round(wanted / EPOCHS))
     rounds = max(1, round((1 - FILLED) / (1 - DECAY) * per_step * steps / costs.batch))
     fill_rounds = max(2, round(filled * per_step * wanted / costs.batch))
     warmup_epochs = min(10, fill_rounds // 2) if bank is None else 0
@@ -216,7 +218,13 @@ def plan(
     # Split the remaining time so that DECAY of the epochs decay the learning rate.
     whole = (available - fill_seconds) / ((1 - DECAY) * train_epoch + DECAY * steps * student_step)
     decay = max(1, round(DECAY * whole))
-    trained = max(1, round((available - fill_seconds - decay * steps * student_step) / train_epoch))
+    exact = (available - fill_seconds - decay * steps * student_step) / train_epoch
+    # Rounded up only if the margin has room for the rest of that epoch.
+    trained = max(1, math.floor(exact + min(0.5, budget * MARGIN / train_epoch)))
+    # Of few epochs, one is a large part of the time: what is left makes all of them longer.
+    unused = available - fill_seconds - trained * train_epoch - decay * steps * student_step
+    more = max(0, math.floor(unused / ((trained + decay) * student_step)))
+    steps, train_epoch = steps + more, train_epoch + more * student_step
     images_made = (warmup_epochs * warmup_rounds + rounds * trained) * costs.batch
     student_epochs = trained + decay
     seconds = {

@@ -16,6 +16,7 @@ from nayer_edge.runtime.compute import choose, seeded
 from nayer_edge.storage.files import read_json
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
+from ..recipes.loading import recipe_of
 from ..recipes.schema import Export, Recipe
 from ..steps import CHECKPOINT, DECAY_STATE, PENDING
 from . import budget
@@ -116,6 +117,8 @@ def measured(
     sizes = fit(spec, *costs, device)
     if bank is None:
         generator = Generator(channels=generator_channels(spec, classes, costs[0], device))
+        # One image per class, up to twice the images that suit the device.
+        sizes = replace(sizes, batch=max(sizes.batch, min(classes, 2 * sizes.batch)))
     else:
         generator, sizes = bank.generator, replace(sizes, batch=bank.batch)
     found = time_steps(
@@ -236,9 +239,13 @@ def with_sections(recipe: Recipe, sections: dict[str, dict[str, Any]]) -> Recipe
 def with_more(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
     """The recipe of a run that gets so much more time.
 
+    If the extension of a finished run was interrupted, the same time once more continues it.
+
     Raises:
         UsageError: the run cannot be continued, or the time is too short.
     """
+    if _was_asked(run, seconds):
+        return continued(recipe, run.root)
     state = _state_of(recipe, run)
     if state.decaying:
         raise UsageError(
@@ -246,11 +253,24 @@ def with_more(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
             fix=f"Let it finish, then give it more time:\n  nayer-edge run {run.typed}\n"
             f"  nayer-edge run {run.typed} --more {_minutes(seconds)}",
         )
+    return _with_length(recipe, _longer(recipe, state, seconds), state)
+
+
+def _longer(recipe: Recipe, state: _State, seconds: float) -> Length:
     length = budget.extended(state.length, seconds, state.pace, state.rest, state.finished)
     if length == Length.of(recipe.distill):
         # The run was shortened while it ran; the same length once more would be no change, and nothing would be done.
         length = replace(length, epochs=length.epochs + 1)
-    return _with_length(recipe, length, state)
+    return length
+
+
+def _was_asked(run: RunFolder, seconds: float) -> bool:
+    """Whether an unfinished extension of this run is the one that so many seconds make."""
+    if not (run.path(PENDING).is_file() and run.path(DECAY_STATE).is_file()):
+        return False
+    finished = recipe_of(run.manifest.recipe, run.root)
+    state = _state_of(finished, run, finished=True)
+    return _longer(finished, state, seconds) == Length.of(continued(finished, run.root).distill)
 
 
 def with_finish(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
@@ -315,15 +335,19 @@ class _State:
         return not self.finished and self.done > self.length.epochs - self.length.decay_epochs
 
 
-def _state_of(recipe: Recipe, run: RunFolder) -> _State:
-    """Reads the facts of the newest saved state of a run."""
+def _state_of(recipe: Recipe, run: RunFolder, *, finished: bool = False) -> _State:
+    """Reads the facts of the newest saved state of a run.
+
+    Args:
+        finished: of its finished student, whether or not it is being extended.
+    """
     if recipe.distill.schedule != "constant":
         raise UsageError(
             "This run cannot change its length.",
             why="Its learning rate follows a cosine over the whole run, as published; it ends at the last epoch.",
             fix="Start a run that can: nayer-edge run RECIPE --budget 1h --out DIR",
         )
-    interrupted = run.path(CHECKPOINT).is_file()
+    interrupted = not finished and run.path(CHECKPOINT).is_file()
     path = run.path(CHECKPOINT if interrupted else DECAY_STATE)
     if not path.is_file() and "student" in run.manifest.steps:
         raise UsageError(
@@ -339,6 +363,11 @@ def _state_of(recipe: Recipe, run: RunFolder) -> _State:
             fix=f"Type: nayer-edge run {run.typed}",
         )
     facts = _facts(path)
+    if not interrupted and (ranks := facts.get("ranks", 1)) != 1:
+        raise UsageError(
+            f"{run.root} was made by {ranks} processes, so its finished student cannot be trained further.",
+            fix=f"Start a run with its images: nayer-edge run {run.typed} --bank {run.typed} --budget 1h --out DIR",
+        )
     try:
         history, length = [Epoch(**line) for line in facts["history"]], Length(**facts["length"])
     except (KeyError, TypeError) as error:

@@ -53,7 +53,7 @@ def time_steps(
     Both networks stay on the device; training steps change the student.
 
     Args:
-        batch: images per synthesis round; at least one per class up to 2 × `ROUND` classes.
+        batch: images per synthesis round.
         student_batch: images per student step.
         prior: what makes images.
         export: what follows the student; None: the defaults.
@@ -63,7 +63,6 @@ def time_steps(
         UsageError: the teacher cannot be distilled from, or the networks do not fit each other.
     """
     classes = len(teacher.classes)
-    batch = max(batch, min(classes, 2 * batch))
     steps = 2
     with seeded(0):
         embeddings = LabelEmbeddings(torch.randn(classes, DIMENSIONS), "random", "", "{label}", tuple(teacher.classes))

@@ -78,6 +78,19 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
     return values
 
 
+def replaced_keys(settings: Sequence[str], before: Recipe, after: Recipe) -> list[str]:
+    """The keys among `--set` items whose values differ between two recipes."""
+    values = [recipe.model_dump(mode="json", by_alias=True) for recipe in (before, after)]
+    keys = dict.fromkeys(".".join(_parsed(setting)[0]) for setting in settings)
+    return [key for key in keys if _at(values[0], key) != _at(values[1], key)]
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
 def _parsed(setting: str) -> tuple[list[str], Any]:
     """The parts of the key, and the value."""
     key, equals, text = setting.partition("=")

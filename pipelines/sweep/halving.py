@@ -56,14 +56,17 @@ def rounds_for(students: int) -> int:
     return max(1, (students - 1).bit_length())
 
 
-def share(left: float, rounds_left: int, students: int) -> float:
-    """Seconds of each student in the coming round: an equal part of the time left.
+def share(left: float, rounds_left: int, students: int, taken: float = 0.0) -> float:
+    """Seconds of each student that still has to get its share of a round. Rounds get equal parts of the time.
 
     Args:
-        rounds_left: including the coming one.
-        students: those that take part.
+        left: seconds for this round and the later ones.
+        rounds_left: including this one.
+        students: those without a share of this round.
+        taken: seconds that other students took in this round.
     """
-    return max(left, 0.0) / max(rounds_left, 1) / max(students, 1)
+    of_round = (left + taken) / max(rounds_left, 1) - taken
+    return max(of_round, 0.0) / max(students, 1)
 
 
 def decide(standings: Sequence[Standing], rounds_left: int) -> dict[str, Decision]:

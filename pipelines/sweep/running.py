@@ -188,7 +188,9 @@ def default_seconds(run: RunFolder, students: int) -> float:
     Args:
         run: the one that made the bank.
     """
-    alone = sum(record.seconds for name, record in run.manifest.steps.items() if name not in ("teacher", "lte"))
+    # The manifest has the seconds of the last process only, and the student may have been made by several.
+    alone = sum(float(line["seconds"]) for line in metrics_of(run.root))
+    alone += sum(made.seconds for name, made in run.manifest.steps.items() if name not in ("teacher", "lte", "student"))
     return max(60.0, round(DEFAULT_SHARE * alone * students))
 
 
@@ -364,9 +366,10 @@ class _Work:
         return self.recipe.model_copy(update={"student": model})
 
     def plan_first(self) -> None:
-        """Plans the first round: with fewer rounds, if the shares would be too short for a useful student."""
+        """Plans the first share of every student that has none: those of a first round with fewer rounds, if the shares
+        would be too short for a useful student."""
         waiting = [each for each in self.open if each.target is None]
-        if not waiting or self.sweep.done:
+        if not waiting:
             return
         recipes = {each.model: shared_bank.started(self.recipe_for(each))[0] for each in waiting}
         measured: dict[str, Measured] = {}
@@ -385,7 +388,7 @@ class _Work:
         if not waiting:
             raise errors[0]
         while True:
-            seconds = max(share(self.left, self.sweep.rounds, len(self.open)), 1.0)
+            seconds = max(self.next_share(), 1.0)
             short: dict[str, TooShortError] = {}
             for each in waiting:
                 try:
@@ -394,11 +397,11 @@ class _Work:
                     short[each.model] = error
                     continue
                 sections = sections_of(with_sections(recipes[each.model], planned.sections))
-                each.target = Target(round=1, seconds=seconds, sections=sections)
-            if not short or self.sweep.rounds == 1:
+                each.target = Target(round=self.sweep.done + 1, seconds=seconds, sections=sections)
+            if not short or self.sweep.rounds == 1 or self.sweep.done:
                 break
             self.sweep.rounds -= 1
-        if len(short) == len(waiting):
+        if len(short) == len(self.open):
             least = max(error.least for error in short.values()) * len(self.open)
             if self.made_bank:
                 least /= 1 - BANK_SHARE
@@ -425,21 +428,29 @@ class _Work:
             NayerEdgeError: no student could be trained at all.
         """
         number = self.sweep.done + 1
-        taking_part = [each for each in self.open if not any(made.round == number for made in each.shares)]
-        left = len(taking_part)
+        taking_part = self.without_share(number)
         for group in [[each] for each in taking_part] if self.workers.at_once == 1 else [taking_part]:
-            seconds = share(self.left, self.sweep.rounds - self.sweep.done, left)
+            seconds = self.next_share()
             for each in group:
                 # A share that failed is repeated first, unless the student was trained longer by hand since.
                 made = each.target is not None and any(share.round == each.target.round for share in each.shares)
                 if each.target is None or made or _outgrown(self.root(each), each.target):
                     each.target = self.extended(each, number, seconds)
             self.train([each for each in group if each.open])
-            left -= len(group)
         if self.errors and not any(each.shares for each in self.sweep.students):
             # What ends every run is not the students' fault.
             raise self.errors[0]
         self.halve(number)
+
+    def without_share(self, number: int) -> list[StudentRecord]:
+        """The students that still have to get their share of a round."""
+        return [each for each in self.open if not any(made.round == number for made in each.shares)]
+
+    def next_share(self) -> float:
+        """Seconds of each of them in the present round."""
+        number = self.sweep.done + 1
+        taken = sum(made.spent for each in self.sweep.students for made in each.shares if made.round == number)
+        return share(self.left, self.sweep.rounds - self.sweep.done, len(self.without_share(number)), taken)
 
     def extended(self, student: StudentRecord, number: int, seconds: float) -> Target | None:
         """The plan of a further share; None ends the student."""

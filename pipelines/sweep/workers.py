@@ -9,6 +9,7 @@ on it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -194,7 +195,7 @@ def gpus(device: Literal["auto", "cpu", "cuda"]) -> list[str]:
 
 
 def _file(scratch: Path, name: str, kind: str) -> Path:
-    return scratch / f"{name.encode().hex()[-80:]}.{kind}"
+    return scratch / f"{hashlib.sha256(name.encode()).hexdigest()}.{kind}"
 
 
 def _started(task: Task, device: str, scratch: Path, name: str) -> subprocess.Popen[bytes]:

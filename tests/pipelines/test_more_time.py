@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from nayer_edge.distillation import Length
 from nayer_edge.errors import UsageError
@@ -27,6 +28,7 @@ from nayer_edge.pipelines.steps import CHECKPOINT, DECAY_STATE, PENDING
 from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.files import sha256_of
 from nayer_edge.storage.run_folder import RunFolder
+from nayer_edge.storage.tensors import load_tensors, save_tensors
 
 Invoke = Callable[..., Any]
 SETTINGS = (
@@ -94,6 +96,47 @@ def test_the_finished_student_stays_until_the_better_one_is_whole(
     assert sha256_of(done.path(STUDENT)) == sha256_of(long / STUDENT)
     assert not done.path(PENDING).exists()
     assert not done.path(CHECKPOINT).exists()
+
+
+def test_the_same_time_again_continues_an_interrupted_extension(
+    run: RunFolder, stops_after: Callable[..., Silent]
+) -> None:
+    """ "Repeat the command to continue": another five seconds would make the run longer at every interruption."""
+
+    def asked(seconds: float) -> tuple[Recipe, str]:
+        chosen, words = actions.timed(actions.recipe_in(run.root), str(run.root), run.root, actions.Time(more=seconds))
+        return chosen, words[0][1]
+
+    first, words = asked(5)
+    assert "instead of 5" in words
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(first, run.root, last="student", progress=stops_after(40, at_once=True))
+    assert run.path(CHECKPOINT).is_file()
+    again, words = asked(5)
+    assert again.distill == first.distill
+    assert "as the interrupted command said" in words
+    assert asked(50)[0].distill.epochs > first.distill.epochs
+    # Before its first epoch was saved, too.
+    run.path(CHECKPOINT).unlink()
+    assert asked(5)[0].distill == first.distill
+
+
+def test_a_student_of_several_processes_is_not_extended(run: RunFolder, invoke: Invoke) -> None:
+    """Its images are those of all processes, and the rest of its state is in parts."""
+    path = run.path(DECAY_STATE)
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads((file.metadata() or {})["facts"])
+    save_tensors(path, load_tensors(path, "a state"), {"facts": json.dumps({**facts, "ranks": 2})})
+    entry = run.manifest.files[DECAY_STATE]
+    run.manifest.files[DECAY_STATE] = entry.model_copy(update={"sha256": sha256_of(path), "bytes": path.stat().st_size})
+    run.save()
+    answer = invoke("run", run.root, "--more", "5s")
+    assert answer.code == 2
+    assert "was made by 2 processes" in answer.err
+    assert f"--bank {run.typed}" in " ".join(answer.err.split())
+    with pytest.raises(UsageError, match="only by one process"):
+        run_recipe(recipe(8, 2), run.root, last="student")
+    assert run.problems() == []
 
 
 def test_killed_after_the_student_is_recorded(run: RunFolder) -> None:

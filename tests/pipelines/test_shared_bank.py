@@ -281,6 +281,35 @@ def test_a_budget_by_the_command_line(source: Path, tmp_path: Path, invoke: Invo
     assert (done["synthesis"]["batch"], done["generator"]["channels"]) == (20, 8)
 
 
+def test_a_budget_keeps_the_banks_rounds(source: Path) -> None:
+    """A generator makes rounds of the size that it was made for, also if they have fewer images than classes."""
+    usual = recipe(source)
+    found = planning.measured_for(planning.with_sections(usual, {"synthesis": {"batch": 6}}))
+    assert found.costs.batch == 6
+    assert found.planned(36_000.0).sections["synthesis"]["batch"] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--budget", "10h", "--set", "distill.lr=0.05", "--set", "export.max_drop=0.5"),
+            "--budget sets this key itself, so --set has no effect: distill.lr.",
+        ),
+        (
+            ("--set", "synthesis.batch=10", "--set", "distill.epochs=9"),
+            "--bank sets this key itself, so --set has no effect: synthesis.batch.",
+        ),
+    ],
+)
+def test_a_setting_that_a_plan_replaces_is_refused(
+    words: tuple[str, ...], message: str, source: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    answer = invoke("run", source, "--bank", source, *words, "--out", tmp_path / "run")
+    assert (answer.code, message in " ".join(answer.err.split())) == (2, True), answer.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_from_python(source: Path, tmp_path: Path) -> None:
     teacher = ne.load_teacher(
         source / "teacher/teacher.safetensors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,21 @@ def test_a_plan_fills_its_budget_and_its_parts_add_up(cost: Costs, seconds: floa
         "schedule": "constant", "decay_epochs": found.decay_epochs,
     })  # fmt: skip
     Synthesis(g_steps=found.g_steps, rounds=found.rounds, warmup_rounds=found.warmup_rounds)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    costs, st.floats(0, 1), st.sampled_from([None, 100, 60_000]), st.sampled_from([32, 100, 400]),
+    st.sampled_from([64, 256]),
+)  # fmt: skip
+def test_no_plan_exceeds_its_budget(cost: Costs, more: float, bank: int | None, batch: int, student: int) -> None:
+    """Also from the least one that is accepted, with a bank, and with rounds larger than the student's batches."""
+    cost = replace(cost, batch=batch, student_batch=student)
+    with pytest.raises(budget.TooShortError) as caught:
+        plan(1.0, cost, 10, bank=bank)
+    seconds = caught.value.least * 1000**more
+    found = plan(seconds, cost, 10, bank=bank)
+    assert 0.85 * seconds <= found.total <= seconds
 
 
 def test_an_hour_is_planned_within_a_tenth() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,7 +95,21 @@ def test_the_halving_ends_with_one(count: int) -> None:
     assert math.isclose(spent, 1000.0)
 
 
+@given(st.integers(1, 40))
+def test_students_of_a_round_get_equal_shares_one_after_another(count: int) -> None:
+    """Each takes exactly its share, before that of the next one is computed."""
+    left, rounds, going = 1000.0, rounds_for(count), count
+    for number in range(rounds):
+        taken, shares = 0.0, []
+        for waiting in range(going, 0, -1):
+            shares.append(share(left, rounds - number, waiting, taken))
+            left, taken = left - shares[-1], taken + shares[-1]
+        assert np.allclose(shares, 1000.0 / rounds / going)
+        going = math.ceil(going / 2)
+
+
 def test_no_time_is_no_share() -> None:
+    assert share(-5.0, 2, 3, 20.0) == 0.0
     assert share(-5.0, 2, 3) == 0.0
 
 

@@ -292,6 +292,51 @@ def test_a_student_that_cannot_be_planned_ends_alone(
     assert plan.spent > 0, "measuring the students counts"
     assert large.target.seconds == pytest.approx(1000.0 - plan.spent)
     assert running._Work(read_sweep(out), recipe, out, None).sweep.students[0].state == "failed"
+    # The other one has had its first share by the time that there is enough memory.
+    monkeypatch.setattr(workers, "measured_for", measured_for)
+    plan.rounds, plan.done, plan.spent = 2, 1, 400.0
+    again = running._Work(plan, recipe, out, None)
+    again.prepare()
+    assert small.state == "waiting", small.reason
+    assert small.target is not None
+    assert small.target.round == 2
+    assert small.target.seconds == pytest.approx((1000.0 - plan.spent) / 2)
+
+
+def test_every_round_gets_an_equal_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five students, one after another; each takes exactly its share."""
+    students = [
+        StudentRecord(
+            model=f"s{n}", folder=f"s{n}", int8_bytes=n + 1, target=Target(round=1, seconds=66.7, sections={})
+        )
+        for n in range(5)
+    ]
+    sweep = Sweep(name="x", recipe={}, seconds=1000.0, rounds=3, students=students)
+    write_sweep(tmp_path, sweep)
+    work = running._Work(sweep, load_recipe("digits"), tmp_path, None)
+
+    def train(taking_part: list[StudentRecord]) -> None:
+        for each in taking_part:
+            seconds = each.target.seconds if each.target else 0.0
+            sweep.spent += seconds
+            each.shares.append(
+                Share(
+                    round=sweep.done + 1, seconds=seconds, spent=seconds, trained_seconds=1, verdict="fail",
+                    finished="", agreement=results.Bounds(value=0.5 + int(each.folder[1:]) / 100, low=0, high=1, n=100),
+                )
+            )  # fmt: skip
+
+    monkeypatch.setattr(running, "_outgrown", lambda *_: False)
+    monkeypatch.setattr(work, "train", train)
+    monkeypatch.setattr(
+        work, "extended", lambda _student, number, seconds: Target(round=number, seconds=seconds, sections={})
+    )
+    while work.open:
+        work.run_round()
+    got = [[made.seconds for each in students for made in each.shares if made.round == n] for n in (1, 2, 3)]
+    assert [len(shares) for shares in got] == [5, 3, 2]
+    for shares in got:
+        assert shares == pytest.approx([1000 / 3 / len(shares)] * len(shares), rel=1e-3)
 
 
 def test_a_damaged_record_can_be_started_over(done: Path, tmp_path: Path) -> None:

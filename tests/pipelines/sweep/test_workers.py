@@ -200,6 +200,12 @@ def test_workers_get_absolute_paths(source: Path, monkeypatch: pytest.MonkeyPatc
     assert packed["recipe"]["student"]["bank"] == str(source)
 
 
+def test_long_names_with_one_end_have_files_of_their_own(tmp_path: Path) -> None:
+    ends = "/experiments/networks_for_the_device.py:small_student"
+    files = {workers._file(tmp_path, f"python:../{folder}{ends}", "task").name for folder in ("first", "other")}
+    assert len(files) == 2
+
+
 def test_a_worker_plans_with_the_teacher_of_the_bank(source: Path, tmp_path: Path) -> None:
     """The file that the recipe names may not be on that machine."""
     recipe = actions.on_bank(actions.recipe_in(source), source)
