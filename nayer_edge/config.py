@@ -38,6 +38,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+BRIGHTEST_MEAN = 5.0
+"""mean and std of normalised pixels from 0 to 1 stay far below; those of pixels up to 255 are far above"""
+
+
 class InputSpec(Section):
     """The input a model expects: images in [0, 1], channels first, normalised inside the model as (x − mean) / std."""
 
@@ -57,6 +61,12 @@ class InputSpec(Section):
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.channels):
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.channels} channels")
+        if max(*map(abs, self.mean), *self.std) > BRIGHTEST_MEAN:
+            scaled = "; ".join(
+                f"{name} = [{', '.join(f'{value / 255:.4g}' for value in getattr(self, name))}]"
+                for name in ("mean", "std")
+            )
+            raise ValueError(f"mean and std are those of pixels from 0 to 1, not to 255: divide them by 255 ({scaled})")
         return self
 
     @property

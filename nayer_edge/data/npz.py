@@ -24,7 +24,7 @@ from nayer_edge.errors import UsageError
 ROLES = {
     "images": ("images", "image", "imgs", "img", "x", "data", "arr_0"),
     "labels": ("labels", "label", "y", "targets", "target", "arr_1"),
-    "names": ("class_names", "label_names", "classes", "names"),
+    "names": ("class_names", "label_names", "target_names", "class_labels", "categories", "classes", "names"),
 }
 """what an array holds → its names, with or without a split before or behind them: x_test, train_labels"""
 MAX_LABEL_BYTES = 2**30
@@ -67,6 +67,7 @@ def open_npz(
             labels = _read_small(archive, _member(archive, member, "labels"))
             own = member.get("names") or arrays.get(NO_SPLIT, {}).get("names")
             names = _texts(_read_small(archive, own)) if own else None
+        numbers, names = _numbers(labels, names, len(classes), path)
     except UNREADABLE as error:
         raise UsageError(f"{path} is not readable as labelled images.", why=f"{error}", fix=SHOW) from error
     if images.dtype != np.uint8 or len(images.shape) not in (3, 4):
@@ -75,7 +76,6 @@ def open_npz(
             f"{spec.shape} and uint8.",
             fix="Store images as (N, H, W, C) or (N, C, H, W) of values 0 … 255 as uint8.",
         )
-    numbers, names = _numbers(labels, names, len(classes), path)
     if images.fortran:
         raise UsageError(
             f"The images in {path} are stored in Fortran order, so they cannot be read one after the other.",
@@ -165,6 +165,9 @@ def _numbers(
         labels = labels.reshape(-1)
     if labels.ndim == 1 and labels.dtype.kind in "US":
         texts = _texts(labels)
+        if names and all(text.isdecimal() for text in texts):
+            # Numbers that were saved as text: the names beside them are the classes'.
+            return np.array([int(text) for text in texts], dtype=np.int64), names
         own = tuple(sorted(set(texts)))
         number_of = {name: number for number, name in enumerate(own)}
         return np.array([number_of[text] for text in texts], dtype=np.int64), own
@@ -215,6 +218,11 @@ def _open_member(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], _Heade
         if npy.read_magic(stream) != (1, 0):
             raise ValueError(f"array '{name}' does not hold plain numbers")
         header = _read_header(stream, name)
+        if header.dtype.hasobject:
+            raise ValueError(
+                f"array '{name}' holds Python objects, which are never read; save plain values, "
+                f"for example {name}=numpy.array({name}.tolist())"
+            )
         size = math.prod(header.shape) * header.dtype.itemsize
         if any(side < 0 for side in header.shape) or stream.tell() + size != entry.file_size:
             raise ValueError(f"array '{name}' is {entry.file_size} bytes long, and its header says otherwise")

@@ -236,6 +236,9 @@ def _columns(path: Path, schema: Any) -> tuple[str, str]:
             why=f"Its columns: {', '.join(schema.names)}.",
             fix="Name them image (with encoded bytes) and label.",
         )
+    for name in (image, label):
+        if schema.names.count(name) > 1:
+            raise UsageError(f"{path} has several columns named '{name}'.", fix="Rename all but one of them.")
     return image, label
 
 

@@ -21,6 +21,10 @@ from nayer_edge.runtime import hub
 
 PROBE_PIXELS = 512
 """side of the constant images given to an image processor"""
+OTHER_PIXELS = 384
+"""side of another one: its output has the same size if the processor resizes"""
+COLOUR = (0, 51, 255)
+"""a colour whose channels can be told apart"""
 REFUSED = ("timm_wrapper",)
 """refused model types: this one passes its configuration to a function that reads files"""
 
@@ -103,7 +107,8 @@ def own_weights(model: ModelName) -> dict[str, Tensor]:
                     fix="Save it with model.save_pretrained(folder), which writes model.safetensors.",
                 ) from error
             raise _unreachable(model, error) from error
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, ImportError) as error:
+            # ImportError: the weights are quantized by a library that is not installed.
             raise UsageError(f"{model.portable} cannot be loaded.", why=str(error).splitlines()[0]) from error
     absent = sorted(found.get("missing_keys") or ())
     if absent:
@@ -130,13 +135,18 @@ def published_labels(model: ModelName) -> list[str]:
         return labels(_config_of(transformers, model).to_dict())
 
 
+class UnknownSizeError(UsageError):
+    """The image processor of a model does not tell its input size."""
+
+
 def input_of(model: ModelName) -> dict[str, Any]:
     """Channels, height, width, mean and std, found by passing constant images through the image processor.
 
-    Its outputs for three brightness levels give an affine map per channel, whatever its settings are called; their size
-    is the model's input size.
+    Its outputs for three brightness levels give an affine map per channel, whatever its settings are called, and that
+    for a colour shows the order of the channels. Their size is the model's input size.
 
     Raises:
+        UnknownSizeError: the image processor does not resize.
         UsageError: it has no image processor, or one that does more than resize and normalise.
         MissingError: transformers is not installed, or the hub cannot be reached.
     """
@@ -144,6 +154,9 @@ def input_of(model: ModelName) -> dict[str, Any]:
         try:
             _require_hub(model)
             processor = transformers.AutoImageProcessor.from_pretrained(model.name, **_options(model))
+            dark, grey, bright = (_constant(processor, (level,) * 3) for level in (0, 51, 255))
+            colour = _constant(processor, COLOUR)
+            smaller = _constant(processor, (51,) * 3, OTHER_PIXELS)
         except OSError as error:
             if model.path is not None:
                 raise UsageError(
@@ -151,13 +164,12 @@ def input_of(model: ModelName) -> dict[str, Any]:
                     fix="Set [teacher.input]: channels, height, width, mean and std.",
                 ) from error
             raise _unreachable(model, error) from error
-        except (ValueError, TypeError, KeyError, ImportError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
             raise UsageError(
-                f"transformers cannot read the image processor of {model.portable}.",
-                why=str(error).splitlines()[0],
+                f"transformers cannot read or use the image processor of {model.portable}.",
+                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
                 fix="Set [teacher.input]: channels, height, width, mean and std.",
             ) from error
-        dark, grey, bright = (_constant(processor, level) for level in (0, 51, 255))
     low, middle, high = (image.mean(axis=(1, 2), dtype=np.float64) for image in (dark, grey, bright))
     gain = high - low
     if not np.allclose(middle, low + gain / 5, atol=1e-4) or not (gain > 0).all() or np.ptp(dark, axis=(1, 2)).any():
@@ -166,6 +178,25 @@ def input_of(model: ModelName) -> dict[str, Any]:
             fix="Set [teacher.input]: channels, height, width, mean and std.",
         )
     channels, height, width = dark.shape
+    if channels == len(COLOUR):
+        expected = low + gain * np.array(COLOUR) / 255
+        seen = colour.mean(axis=(1, 2), dtype=np.float64)
+        if not np.allclose(seen, expected, atol=1e-3):
+            turned = np.allclose(seen, low + gain * np.array(COLOUR[::-1]) / 255, atol=1e-3)
+            raise UsageError(
+                f"The image processor of {model.portable} "
+                + ("reverses the channels: the model expects BGR." if turned else "mixes the channels."),
+                why="Images are given to models as RGB.",
+                fix="Reverse the input channels of its first convolution (weight.flip(1)), save the model, and set "
+                "do_flip_channel_order to false in preprocessor_config.json."
+                if turned
+                else "Set [teacher.input], if the model does expect RGB: channels, height, width, mean and std.",
+            )
+    if smaller.shape != grey.shape:
+        raise UnknownSizeError(
+            f"The image processor of {model.portable} does not resize, so the model's input size is unknown.",
+            fix="Set [teacher.input]: channels, height, width, mean and std.",
+        )
     return {
         "channels": channels,
         "height": height,
@@ -175,8 +206,9 @@ def input_of(model: ModelName) -> dict[str, Any]:
     }
 
 
-def _constant(processor: Any, level: int) -> np.ndarray:
-    image = np.full((PROBE_PIXELS, PROBE_PIXELS, 3), level, dtype=np.uint8)
+def _constant(processor: Any, colour: tuple[int, ...], pixels: int = PROBE_PIXELS) -> np.ndarray:
+    """What the image processor makes of a square of one RGB colour."""
+    image = np.full((pixels, pixels, 3), colour, dtype=np.uint8)
     return np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])
 
 

@@ -65,6 +65,14 @@ def arguments_of(model: str, weights: str | None) -> dict[str, Any]:
     return {}
 
 
+def may_transform_input(model: str, weights: str) -> bool:
+    """Whether these weights may need `transform_input`, because they may have been trained from the published ones.
+    Nothing in them shows it."""
+    parsed = parse(model)
+    named = parsed.source == "torchvision" and parsed.name in TORCHVISION_TF_INPUT
+    return named and not arguments_of(model, weights)
+
+
 def fetch(model: str, weights: str) -> Path:
     """The file of published weights, from the library's cache or downloaded into it.
 

@@ -23,7 +23,7 @@ from nayer_edge.models.classifier import Classifier
 
 KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params", "backbone")
 """keys under which files nest a state dict, in order of preference"""
-AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?|shadow)([._]|$)", re.IGNORECASE)
+AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged?|polyak|shadow)([._]|$)", re.IGNORECASE)
 """names of averaged weights"""
 NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loop|callback|momentum", re.IGNORECASE)
 AUXILIARY = re.compile(r"(^|\.)(AuxLogits|aux_?(logits|head|classifier)?\d*)\.", re.IGNORECASE)
@@ -99,7 +99,7 @@ def _chosen(content: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor
     if len(found) > 1:
         plain = [place for place in found if not AVERAGED.search(place)]
         known = [place for name in KEYS for place in plain if place.rpartition(".")[2] == name]
-        if len(plain) == len(found) and known:
+        if len(plain) == len(found) and known and not _differing(found, known[0]):
             return _unwrapped(found[known[0]]), known[0]
         raise UsageError(
             f"{path} contains {len(found)} sets of weights: {_listed(found)}.",
@@ -109,6 +109,19 @@ def _chosen(content: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor
         )
     place, tensors = next(iter(found.items()))
     return _unwrapped(tensors), place
+
+
+def _differing(found: Mapping[str, Mapping[str, Tensor]], place: str) -> bool:
+    """Whether the weights at a place are also elsewhere, with other values: the last ones and the best, for example."""
+    known = _unwrapped(found[place])
+    shapes = {name: value.shape for name, value in known.items()}
+    for other, tensors in found.items():
+        bare = _unwrapped(tensors)
+        if other == place or {name: value.shape for name, value in bare.items()} != shapes:
+            continue
+        if not all(torch.equal(value, bare[name]) for name, value in known.items() if not name.endswith(COUNTER)):
+            return True
+    return False
 
 
 def choose_key(key: str) -> str:

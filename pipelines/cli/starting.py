@@ -150,8 +150,16 @@ def _show_findings(found: Findings, given: Given) -> None:
         f"{f' ({found.kind})' if found.kind else ''}, {found.classes} classes, "
         f"{found.channels} channel{'s' if found.channels != 1 else ''}",
     )
+    from nayer_edge.models.published import may_transform_input
+
+    from ..init.architectures import variants
+
     for match in found.exact:
         _line("network", f"{match.model}: every tensor fits")
+        if others := [name for name in variants(match.model) if name not in {each.model for each in found.exact}]:
+            _line("", f"({', '.join(others)}: the same tensors. If it is one of them, name it with --model.)")
+        if may_transform_input(match.model, str(found.path)):
+            _line("", "(It may need transform_input; see [teacher] in the recipe.)")
     if found.outside:
         starts = ", ".join(sorted({f"{name.partition('.')[0]}.*" if "." in name else name for name in found.outside}))
         _line("left out", f"{len(found.outside)} other tensors in the file ({starts})")

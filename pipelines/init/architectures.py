@@ -122,6 +122,8 @@ def find(shapes: Shapes, channels: int, classes: int, hint: str = "") -> list[Ma
                 # One library with an exact match is enough: networks of the same name are the same in the others.
                 # Within timm they are not: its `tf_` variants have the same tensors, but different padding.
                 twins = [other for other in names if other != model and _base(other) == _base(model)]
+                # The file's name may be that of a timm variant of another library's network.
+                twins += [other for other in variants(model) if other not in twins and _named(other[5:], hint)]
                 found = [compare(other, shapes, channels, classes) for other in twins]
                 return [match, *(other for other in found if other is not None and other.exact)]
             matches += [match] if match is not None else []
@@ -258,8 +260,23 @@ def _of_timm(families: Sequence[Family], hint: str) -> list[str]:
 
 
 def _base(model: str) -> str:
-    """A model name without the `tf_` of timm's variants with TensorFlow padding."""
-    return model.replace(":tf_", ":")
+    """A network's name without library, and without what tells timm's variants with the same tensors apart: `tf_` for
+    TensorFlow's padding, `aa` and `blur` for smoothing before each subsampling."""
+    name = model.rpartition(":")[2].removeprefix("tf_")
+    return re.sub(r"_(aa|blur)(?=_)", "", re.sub(r"(?<=(?:net|ext))(aa|blur)(?=\d)", "", name))
+
+
+@lru_cache(maxsize=64)
+def variants(model: str) -> tuple[str, ...]:
+    """timm's networks that have the tensors of another library's network, but smooth or pad where it does not."""
+    if model.startswith("timm:"):
+        return ()
+    try:
+        import timm
+    except ImportError:
+        return ()
+    base = _base(model)
+    return tuple(f"timm:{name}" for name in timm.list_models() if _base(name) == base != name)
 
 
 def _hinted(names: list[str], hint: str) -> list[str]:

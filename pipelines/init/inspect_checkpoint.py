@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +216,17 @@ def _look_at_folder(path: Path) -> Findings:
 def _processed(path: Path, model: ModelName, channels: int) -> Guess:
     """The input from a folder's image processor; without one, a guess."""
     if (path / "preprocessor_config.json").is_file():
-        spec = InputSpec.model_validate(huggingface.input_of(model))
-        return Guess(spec, f"the image processor in {path.name}", True)
+        try:
+            spec = InputSpec.model_validate(huggingface.input_of(model))
+        except huggingface.UnknownSizeError:
+            return _usual(path.name, channels, small=False)
+        if spec.channels == channels:
+            return Guess(spec, f"the image processor in {path.name}", True)
+        # It turns pictures into RGB, and this network takes another number of channels.
+        usual = _usual(path.name, channels, small=False)
+        one = {name: getattr(spec, name)[:1] for name in ("mean", "std") if len(set(getattr(spec, name))) == 1}
+        changes = {"height": spec.height, "width": spec.width, **(one if len(one) == 2 else {})}
+        return replace(usual, value=usual.value.model_copy(update=changes))
     return _usual(path.name, channels, small=False)
 
 
@@ -317,7 +326,8 @@ def _json_in(path: Path) -> dict[str, Any]:
 
 def _input(path: Path, model: str | None, channels: int, card: Mapping[str, Any]) -> Guess | None:
     told = card.get("input")
-    if isinstance(told, dict):
+    # A card states everything; what is missing in another JSON file must not be taken from the defaults.
+    if isinstance(told, dict) and told.keys() >= InputSpec.model_fields.keys():
         try:
             spec = InputSpec.model_validate({k: v for k, v in told.items() if k in InputSpec.model_fields})
             if spec.channels == channels:

@@ -14,6 +14,7 @@ from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
 from nayer_edge.models.names import parse
 from nayer_edge.models.prior import EXPECTED
+from nayer_edge.models.published import may_transform_input
 from nayer_edge.storage.files import expanded, write_bytes
 
 from ..costs.fitting import Device
@@ -124,7 +125,7 @@ def recipe_text(proposal: Proposal, out: Path, labels: Path | None) -> str:
 
 [teacher]
 # {_count(teacher.parameters)} parameters, {layers}, {_macs(teacher)} per image.
-{_entries(model=model, **weights)}
+{_entries(model=model, **weights)}{_transform(model, proposal.checkpoint)}
 # Class names, in the order of the outputs, from: {_comment(proposal.origins.get("labels", ""))}.
 {_entries(classes=_near(labels, folder) if labels else proposal.classes)}
 {_resize(proposal.resize)}
@@ -238,6 +239,15 @@ def _near(path: Path, folder: Path) -> str:
 def _entries(**values: Any) -> str:
     """Keys and values as TOML lines, without the last line break."""
     return to_toml(values).removesuffix("\n")
+
+
+def _transform(model: str, checkpoint: Path) -> str:
+    if not may_transform_input(model, str(checkpoint)):
+        return ""
+    return (
+        "\n# Uncomment this if it was trained from torchvision's published weights: torchvision then sets it silently."
+        "\n# arguments = { transform_input = true }"
+    )
 
 
 def _resize(size: tuple[int, int] | None) -> str:

@@ -44,6 +44,18 @@ def test_invalid_values(section: type[Section], values: dict[str, Any], message:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("mean", "std"), [((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)), ((127.5,), (127.5,)), ((0.5,), (127.5,))]
+)
+def test_normalisation_of_pixels_up_to_255(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    with pytest.raises(ValidationError, match="divide them by 255") as caught:
+        InputSpec(mean=mean, std=std)
+    if len(mean) == 3:
+        assert "mean = [0.485, 0.456, 0.406]; std = [0.229, 0.224, 0.225]" in str(caught.value)
+    # A teacher that takes pixels as they are stored.
+    assert InputSpec(mean=(0.0,), std=(1 / 255,)).std == (1 / 255,)
+
+
 def test_sections_are_immutable() -> None:
     spec = InputSpec()
     with pytest.raises(ValueError, match="frozen"):

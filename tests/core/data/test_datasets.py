@@ -140,6 +140,13 @@ def test_parquet_that_is_wrong(tmp_path: Path, columns: dict[str, Any], message:
         load(write_parquet(tmp_path / "x.parquet", **columns), "holdout", GREY, CLASSES)
 
 
+def test_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    table = pa.table([pa.array([picture((8, 6))]), pa.array([0]), pa.array([1])], names=["image", "label", "label"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match="several columns named 'label'"):
+        load(str(tmp_path / "x.parquet"), "holdout", GREY, CLASSES)
+
+
 def test_a_damaged_parquet_file(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     write_parquet(path, image=[picture((8, 6))], label=[0])
@@ -200,6 +207,28 @@ def test_npz_that_is_wrong(tmp_path: Path, arrays: dict[str, np.ndarray], messag
     np.savez(tmp_path / "x.npz", **arrays)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UsageError, match=message):
         load(str(tmp_path / "x.npz"), "holdout", GREY, CLASSES)
+
+
+def test_npz_with_class_names_under_another_key(tmp_path: Path) -> None:
+    """scikit-learn's names; numbers that were saved as text count in the order of the names beside them."""
+    pixels = np.zeros((2, 8, 6), np.uint8)
+    for labels in (np.array([0, 1]), np.array(["0", "1"]), np.array([b"0", b"1"])):
+        np.savez(tmp_path / "x.npz", images=pixels, target=labels, target_names=np.array(CLASSES[::-1]))
+        assert load(str(tmp_path / "x.npz"), "holdout", GREY, CLASSES).labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array(["ant", "bee"], dtype=object), "array 'labels' holds Python objects"),
+        (np.array(["été".encode("latin-1"), b"bee"]), "not readable as labelled images"),
+    ],
+)
+def test_npz_with_labels_of_other_kinds(tmp_path: Path, labels: np.ndarray, message: str) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((2, 8, 6), np.uint8), labels=labels)
+    with pytest.raises(UsageError) as caught:
+        load(str(tmp_path / "x.npz"), "holdout", GREY, CLASSES)
+    assert message in f"{caught.value.what} {caught.value.why}"
 
 
 def test_a_damaged_npz_file(tmp_path: Path) -> None:

@@ -132,6 +132,24 @@ def test_processors_of_other_kinds(make: Any, expected: tuple[Any, ...], folder:
     assert found["std"] == pytest.approx(std, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        # By default, MobileViT's reverses the channels; a grey image does not show it.
+        (lambda: transformers.MobileViTImageProcessor(size={"shortest_edge": 32}, crop_size=32), "expects BGR"),
+        (lambda: transformers.ViTImageProcessor(do_resize=False), "does not resize"),
+        (lambda: transformers.ImageGPTImageProcessor(clusters=[[0.0, 0.0, 0.0]] * 2), "cannot read or use"),
+    ],
+)  # fmt: skip
+def test_processors_that_need_a_decision(make: Any, message: str, folder: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(folder, tmp_path / "mine"))
+    (mine / "preprocessor_config.json").unlink()
+    make().save_pretrained(mine)
+    with pytest.raises(UsageError, match=message) as caught:
+        huggingface.input_of(parse(f"hf:{mine}"))
+    assert caught.value.fix
+
+
 def test_a_folder_without_a_processor(folder: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(folder, tmp_path / "mine"))
     (mine / "preprocessor_config.json").unlink()

@@ -197,6 +197,24 @@ def test_a_running_average_must_be_chosen(network: Classifier, tmp_path: Path, a
     assert key_taken(path) == average, "the key is reported"
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+@pytest.mark.parametrize("other", ["best_state_dict", "best", "model_best", "teacher", "avg_model", "polyak", "net"])
+def test_the_last_and_the_best_must_be_chosen(network: Classifier, tmp_path: Path, key: str, other: str) -> None:
+    last = dict(network.backbone.state_dict())
+    best = {name: value + 1 if value.is_floating_point() else value for name, value in last.items()}
+    path = tmp_path / "w.pth"
+    torch.save({"epoch": 3, key: last, other: best}, path)
+    with pytest.raises(UsageError, match="contains 2 sets of weights"):
+        read_state_dict(path)
+    assert torch.equal(read_state_dict(path, other)["fc.bias"], best["fc.bias"])
+    # A part of another network, or the same weights twice, leave no doubt.
+    if other in {"best_state_dict", "best", "model_best", "net"}:
+        torch.save({key: last, other: {f"module.{name}": value.clone() for name, value in last.items()}}, path)
+        assert torch.equal(read_state_dict(path)["fc.bias"], last["fc.bias"])
+        torch.save({key: last, other: {"loss.weight": torch.ones(2)}}, path)
+        assert torch.equal(read_state_dict(path)["fc.bias"], last["fc.bias"])
+
+
 def test_averages_under_a_prefix_must_be_chosen(network: Classifier, tmp_path: Path) -> None:
     """As saved by Lightning: both in one flat state dict."""
     plain = network.backbone.state_dict()

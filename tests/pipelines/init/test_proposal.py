@@ -127,6 +127,41 @@ def test_networks_that_only_pad_differently_are_a_question(here: Path, invoke: I
     assert "--model" in answer.err.splitlines()[-1]
 
 
+def test_networks_that_smooth_before_subsampling(here: Path, invoke: Invoke) -> None:
+    """timm's `aa` and `blur` networks have the tensors of torchvision's, and give other answers."""
+    pytest.importorskip("timm")
+    weights = weights_of("timm:resnetblur18")
+    torch.save(weights, "resnetblur18_mine.pth")
+    answer = invoke("init", *TRIAL, "resnetblur18_mine.pth", "--labels", "labels.txt", "--yes")
+    assert (answer.code, "2 networks" in answer.err) == (2, True), answer.err
+    assert "timm:resnetblur18" in answer.err
+    torch.save(weights, "mine.pth")
+    answer = invoke("init", *TRIAL, "mine.pth", "--labels", "labels.txt", "--input", "32", "--yes")
+    assert answer.code == 0, answer.err
+    assert "timm:resnetblur18: the same tensors" in " ".join(answer.out.split())
+
+
+def test_a_network_that_may_transform_its_input(here: Path, invoke: Invoke) -> None:
+    """torchvision sets this for its published GoogLeNet and Inception, and no tensor of a fine-tuned one shows it."""
+    torch.save(weights_of("torchvision:googlenet"), "mine.pth")
+    answer = invoke("init", *TRIAL, "mine.pth", "--labels", "labels.txt", "--input", "64", "--yes")
+    assert answer.code == 0, answer.err
+    assert "It may need transform_input" in answer.out
+    assert "# arguments = { transform_input = true }" in (here / "mine.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    "told", [{"height": 24, "width": 24}, {"size": 24, "mean": [0.4], "std": [0.2]}, {"name": "image"}]
+)
+def test_a_json_file_that_states_a_part_of_the_input_is_no_card(here: Path, told: dict[str, Any]) -> None:
+    torch.save(weights_of("torchvision:resnet18"), here / "mine.pt")
+    (here / "mine.json").write_text(json.dumps({"input": told}))
+    found = look(here / "mine.pt").input
+    assert found is not None
+    assert not found.sure
+    assert found.value.shape == (3, 224, 224)
+
+
 def test_a_card_beside_the_weights_is_believed(here: Path, invoke: Invoke) -> None:
     save_tensors(here / "t.safetensors", weights_of("nayer:resnet8", 3, 1))
     card = {"input": {"channels": 1, "height": 12, "width": 20, "mean": [0.4], "std": [0.3], "range": "[0,1]"}}
@@ -784,6 +819,27 @@ def test_a_folder_of_transformers(here: Path, invoke: Invoke) -> None:
     assert recipe.teacher.classes == ("crane (class 0)", "cat", "crane (class 2)")
     assert recipe.teacher.weights is None
     assert 'model = "hf:hf"' in (here / "hf.toml").read_text()
+
+
+@pytest.mark.parametrize(("resizes", "channels"), [(False, 3), (True, 1)])
+def test_an_image_processor_that_does_not_tell_the_input(here: Path, resizes: bool, channels: int) -> None:
+    """It leaves the size as it is, or makes RGB of every picture, whatever the network takes."""
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_channels=channels
+    )
+    ResNetForImageClassification(config).save_pretrained(here / "hf")
+    ViTImageProcessor(
+        size={"height": 40, "width": 48}, do_resize=resizes, image_mean=[0.3] * 3, image_std=[0.2] * 3
+    ).save_pretrained(here / "hf")
+    found = look(here / "hf").input
+    assert found is not None
+    assert not found.sure
+    if resizes:
+        assert found.value == InputSpec(channels=1, height=40, width=48, mean=(0.3,), std=(0.2,))
+    else:
+        assert found.value.shape == (3, 224, 224), "not the size of the picture that was tried"
 
 
 def test_errors_are_ours(here: Path) -> None:
