@@ -247,6 +247,14 @@ def plan(
     )
 
 
+def planned_keys() -> frozenset[str]:
+    """The keys of a recipe that a plan sets, such as "distill.steps"."""
+    no_plan = BudgetPlan(0, 0, 0, 0, 0, 0, 0, images=0, steps_in_all=0, seconds={"fill": 0.0, "rest": 0.0})
+    sections = settings(0.0, no_plan, Costs(0, 0, 0, 0, 0), bank_mib=0)
+    keys = {f"{name}.{key}" for name, section in sections.items() for key in section}
+    return frozenset({*keys, "generator.channels"})
+
+
 def seconds_of(synthesis: Synthesis, distill: Distill, costs: Costs) -> float:
     """Expected seconds of a distillation with these sizes, without export; costs grow in proportion to the batch."""
     warm = distill.warmup_epochs * synthesis.warmup_rounds

@@ -78,11 +78,19 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
     return values
 
 
+def keys_of(settings: Sequence[str]) -> list[str]:
+    """The keys among `--set` items.
+
+    Raises:
+        UsageError: an item is not of this form.
+    """
+    return list(dict.fromkeys(".".join(_parsed(setting)[0]) for setting in settings))
+
+
 def replaced_keys(settings: Sequence[str], before: Recipe, after: Recipe) -> list[str]:
     """The keys among `--set` items whose values differ between two recipes."""
     values = [recipe.model_dump(mode="json", by_alias=True) for recipe in (before, after)]
-    keys = dict.fromkeys(".".join(_parsed(setting)[0]) for setting in settings)
-    return [key for key in keys if _at(values[0], key) != _at(values[1], key)]
+    return [key for key in keys_of(settings) if _at(values[0], key) != _at(values[1], key)]
 
 
 def _at(values: Any, key: str) -> Any:

@@ -56,7 +56,9 @@ class SweepOrder:
         Raises:
             UsageError: unknown recipe, invalid settings, or not a duration.
         """
+        from ..costs.budget import planned_keys
         from ..recipes.loading import run_folder
+        from ..recipes.settings import keys_of
         from .record import RECORD
 
         seconds, models = Time.typed(budget).budget, tuple(targets_in(students))
@@ -68,6 +70,11 @@ class SweepOrder:
                 )
             return cls(None, None, Path(name), models, seconds)
         recipe = read_recipe(name, settings)
+        if planned := sorted(set(keys_of(settings or ())) & planned_keys()):
+            raise UsageError(
+                f"A sweep plans {', '.join(planned)} itself for every student, so --set has no effect.",
+                fix="Leave out --set for these keys.",
+            )
         if recipe.sweep is not None:
             models = models or recipe.sweep.students
             seconds = recipe.sweep.seconds if seconds is None else seconds

@@ -233,6 +233,8 @@ def test_another_sweep_is_not_continued(done: Path, source: Path, tmp_path: Path
     assert (answer.code, "holds another sweep" in answer.err) == (2, True), answer.err
     answer = invoke("sweep", source, "--students", ",".join(STUDENTS), "--budget", "9s", "--out", done)
     assert (answer.code, "its time is" in answer.err) == (2, True), answer.err
+    answer = invoke("sweep", source, "--set", "distill.mixup=0.3", "--set", "distill.lr=0.1", "--dry-run")
+    assert (answer.code, "A sweep plans distill.lr itself" in answer.err) == (2, True), answer.err
     answer = invoke("sweep", done, "--set", "seed=1")
     assert (answer.code, "its original settings" in answer.err) == (2, True), answer.err
     (tmp_path / "notes.txt").write_text("mine")
