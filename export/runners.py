@@ -339,6 +339,6 @@ def import_tensorrt(runtime: str) -> Any:
         raise MissingError(
             f"TensorRT {trt.__version__} is too old.",
             why="Strongly typed networks with explicit Q/DQ need 10.12 or newer.",
-            fix="Type: pip install --upgrade 'nayer-edge[gpu]'",
+            fix="Type: pip install --upgrade tensorrt",
         )
     return trt

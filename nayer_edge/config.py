@@ -52,9 +52,9 @@ class InputSpec(Section):
     width: Side = 32
     """pixels"""
     mean: tuple[float, ...] = (0.5,)
-    """one value per channel, or one for all channels"""
+    """for pixels in [0, 1]; one value per channel, or one for all channels"""
     std: tuple[Positive, ...] = (0.5,)
-    """one value per channel, or one for all channels"""
+    """for pixels in [0, 1]; one value per channel, or one for all channels"""
 
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> InputSpec:
@@ -66,7 +66,10 @@ class InputSpec(Section):
                 f"{name} = [{', '.join(f'{value / 255:.4g}' for value in getattr(self, name))}]"
                 for name in ("mean", "std")
             )
-            raise ValueError(f"mean and std are those of pixels from 0 to 1, not to 255: divide them by 255 ({scaled})")
+            raise ValueError(
+                "mean and std must be for pixels in [0, 1]; these look like values for [0, 255]: divide them by 255 "
+                f"({scaled})"
+            )
         return self
 
     @property

@@ -783,7 +783,7 @@ def _restore_from(distillation: Distillation, path: Path, images: Mapping[str, T
         if images and max(ranks, distillation.world.size) > 1:
             # These images are those of all ranks, and the rest of the state is in parts.
             raise UsageError(
-                "A finished run can be made longer only by one process, and if it was made by one.",
+                "Only a run made by a single process can be extended, and only by a single process.",
                 fix="Start another run with its images: nayer-edge run RUN --bank RUN --budget 1h --out DIR",
             )
         _check_ranks(ranks, distillation.world)

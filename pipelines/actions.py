@@ -104,7 +104,7 @@ class Time:
         typed = {"--budget": budget, "--more": more, "--finish": finish}
         given = {option: text for option, text in typed.items() if text is not None}
         if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} exclude each other.", fix="Give one of them.")
+            raise UsageError(f"{' and '.join(given)} cannot be combined.", fix="Use one of them.")
         return cls(**{option[2:]: parse_duration(text, option) for option, text in given.items()})
 
 
@@ -154,7 +154,7 @@ def timed(
         if is_run and (recipe.budget is None or recipe.budget.seconds != time.budget):
             run = open_run(root)
             raise UsageError(
-                f"{root} was planned already.",
+                f"{root} already has a time plan.",
                 fix=f"To give it more time: nayer-edge run {run.typed} --more 1h\n"
                 f"To end it early: nayer-edge run {run.typed} --finish 5m",
             )
@@ -182,7 +182,9 @@ def timed(
         recipe = planning.with_finish(recipe, run, time.finish)
     after = recipe.distill
     instead = (
-        f"instead of {before.epochs}" if before.epochs != after.epochs else "in all, as the interrupted command said"
+        f"instead of {before.epochs}"
+        if before.epochs != after.epochs
+        else "in all; continues the interrupted extension"
     )
     length = f"{after.epochs} epochs {instead}"
     return recipe, [("length", f"{length}; the learning rate falls in the last {after.decay_epochs}")]
@@ -355,7 +357,7 @@ def require_engines(run: RunFolder, targets: Iterable[str] = ()) -> None:
         raise MissingError(
             f"Everything was exported except {names}.",
             why="\n".join(dict.fromkeys(record["reason"] for record in missing)),
-            fix="Build them on a machine that meets this, or export only the ONNX files with --no-engine."
+            fix="Build them on a machine with the required GPU and packages, or export only ONNX files (--no-engine)."
             if engines
             else f"Then type: nayer-edge export {run.typed} --int8   (files that were exported are kept)",
         )
@@ -373,7 +375,7 @@ def validate(
     """Compares every artifact with the teacher; writes predictions.npz and report.json.
 
     Args:
-        data: labelled hold-out images, or None for fresh synthetic ones; default: the run's recipe.
+        data: labelled hold-out images, or None for synthetic ones; default: the run's recipe.
         fit: how images of another size are handled.
         split: which part of the hold-out, if it has several.
         allow_implausible: measure although the teacher's answers do not fit the labels.

@@ -92,7 +92,7 @@ class Teacher:
     Args:
         module: normalised images (B, C, H, W) → logits (B, K), possibly wrapped in a library's output object. Without
             BatchNorm layers, `distill` needs the setting synthesis={"prior": "generator"}.
-        classes: the K class names in the order of the logits, or a text, JSON or CSV file that lists them.
+        classes: the K class names in the order of the logits, or a text, JSON, CSV or YAML file that lists them.
         input: the input specification that it was trained with.
         resize: height and width that the module needs, if it cannot take images of the input's size. The teacher then
             resizes them, and the student sees them as they are.
@@ -170,7 +170,7 @@ def load_teacher(
         weights: a .safetensors file, a state dict, or a name such as "torchvision:IMAGENET1K_V1"; None for hf: and
             python: models that provide their own.
         model: "torchvision:resnet18", "timm:…", "nayer:…", "hf:…" or "python:file.py:factory".
-        classes: class names in the order of the logits, or a text, JSON or CSV file that lists them.
+        classes: class names in the order of the logits, or a text, JSON, CSV or YAML file that lists them.
         input: the input specification that it was trained with; omitted values default to the library's metadata for
             the weights.
         resize: see `Teacher`.
@@ -259,10 +259,10 @@ class Run:
                 the run's recipe.
             qat: quantization-aware training (QAT) on synthetic images; requires `int8`.
             targets: deployment targets, such as "cpu", "arm", "tensorrt", "tensorrt-rtx". They are added to those of
-                the run, whose files and measurements stay.
+                the run, whose files and measurements stay. They require `int8`, except for the two of TensorRT.
             only: `targets` replace those of the run, whose files are removed.
             engines: build engines for the targets that use them.
-            compute_capability: for TensorRT-RTX, such as "sm89".
+            compute_capability: for TensorRT-RTX, such as "sm89"; requires `int8`.
             settings: further keys of the recipe's [export], such as calibration_images=256.
 
         Returns:
@@ -303,7 +303,7 @@ class Run:
 
         Args:
             data: labelled hold-out images: a folder of class folders, a .parquet or .npz file, torchvision's formats,
-                or "digits". None: fresh synthetic images, which measure agreement with the teacher instead of accuracy.
+                or "digits". None: synthetic images, which measure agreement with the teacher instead of accuracy.
                 Default: the run's recipe.
             fit: how images of another size are handled: "exact" (refused), "stretch" or "center-crop".
             split: which part of the hold-out, if it has several: "train", "validation", "test" or its own name.
@@ -379,7 +379,7 @@ class Run:
             return run.path(run.artifact("report").files["page"])
 
     def draw(self, count: int = 512, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Draws class-balanced synthetic images from the trained generator, for example to calibrate other tools.
+        """Returns class-balanced synthetic images that the student was not trained on, to calibrate other tools with.
 
         Returns:
             Images (count, C, H, W), float32 in [0, 1], and the class that each was generated for, (count,). The same
@@ -564,7 +564,8 @@ def sweep(
         recipe: a finished run, whose bank, teacher and policy are taken; a recipe, which makes a bank first; or the
             folder of a sweep to continue.
         students: models; default: up to five that suit the teacher.
-        budget: time for all students, such as "3h"; default: 40 % of what their runs would take alone.
+        budget: time for all students, such as "3h"; default: 40 % of the time that separate
+            runs of all students would take.
         out: the folder of the sweep; default: runs/<recipe>-sweep.
         ray: address of a Ray cluster, whose workers train the students, such as "auto"; default: this machine.
         settings, fresh, progress, trust_code: see `run`.

@@ -193,7 +193,7 @@ def read_report(path: Path, again: str) -> Report:
         raise UsageError(
             f"{path} has the schema {stated}, but this version reads {REPORT_SCHEMA}.",
             "A newer nayer-edge wrote it.",
-            "Type: pip install --upgrade nayer-edge",
+            "Update this installation of nayer-edge.",
         )
     try:
         return Report.model_validate(values)

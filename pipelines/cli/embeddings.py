@@ -31,7 +31,7 @@ RecipeOrNone = Annotated[
     str | None, typer.Argument(help="A shipped recipe's name, or a .toml file.", show_default=False)
 ]
 Labels = Annotated[
-    Path | None, typer.Option("--labels", help="Class names: a text, JSON or CSV file; overrides the recipe's.")
+    Path | None, typer.Option("--labels", help="Class names: a text, JSON, CSV or YAML file; overrides the recipe's.")
 ]
 Encoder = Annotated[
     str | None,

@@ -36,7 +36,10 @@ def validate(
     allow_implausible: Annotated[
         bool, typer.Option("--allow-implausible", help="Measure although the teacher's answers do not fit the labels.")
     ] = False,
-    synthetic: Annotated[bool, typer.Option("--synthetic", help="Use fresh synthetic images instead.")] = False,
+    synthetic: Annotated[
+        bool,
+        typer.Option("--synthetic", help="Use synthetic images instead, reserved during distillation or drawn now."),
+    ] = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:

@@ -55,7 +55,8 @@ def init(
         typer.Option("--model", help="Its network: torchvision:…, timm:…, nayer:…, python:….", show_default="detected"),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option("--labels", help="Its class names: a text, JSON or CSV file.", show_default=False)
+        Path | None,
+        typer.Option("--labels", help="Its class names: a text, JSON, CSV or YAML file.", show_default=False),
     ] = None,
     size: Annotated[
         str | None, typer.Option("--input", metavar="CxHxW", help="Its input size, for example 3x224x224.")
@@ -71,7 +72,7 @@ def init(
         str | None, typer.Option("--std", metavar="X,Y,Z", help="Input normalisation: standard deviation per channel.")
     ] = None,
     student: Annotated[
-        str | None, typer.Option("--student", help="The student network.", show_default="by image size")
+        str | None, typer.Option("--student", help="The student network.", show_default="by teacher and image size")
     ] = None,
     key: Annotated[str | None, typer.Option("--key", help="Key of the weights, if the file holds several.")] = None,
     data: Annotated[
@@ -93,7 +94,9 @@ def init(
     name: Annotated[str | None, typer.Option("--name", help="The recipe's name.", show_default="the file's")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The recipe to write.", show_default="<name>.toml")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing recipe.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Accept all guesses without asking.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Accept the guesses without asking, except for the network.")
+    ] = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
@@ -159,7 +162,7 @@ def _show_findings(found: Findings, given: Given) -> None:
         if others := [name for name in variants(match.model) if name not in {each.model for each in found.exact}]:
             _line("", f"({', '.join(others)}: the same tensors. If it is one of them, name it with --model.)")
         if may_transform_input(match.model, str(found.path)):
-            _line("", "(It may need transform_input; see [teacher] in the recipe.)")
+            _line("", "(If it was fine-tuned from torchvision's weights, enable transform_input in the recipe.)")
     if found.outside:
         starts = ", ".join(sorted({f"{name.partition('.')[0]}.*" if "." in name else name for name in found.outside}))
         _line("left out", f"{len(found.outside)} other tensors in the file ({starts})")

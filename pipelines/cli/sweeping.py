@@ -48,7 +48,7 @@ def sweep(
             "--budget",
             metavar="TIME",
             help="Time for all students together, for example 3h.",
-            show_default="40 % of what their runs would take alone",
+            show_default="40 % of the time of separate runs",
         ),
     ] = None,
     settings: Settings = None,
@@ -118,7 +118,7 @@ def _show_plan(order: SweepOrder, name: str, settings: list[str], *, as_json: bo
         print_json({"plan": plan.model_dump(mode="json", by_alias=True), "commands": lines})
         return
     console = stdout()
-    time = "40 % of what the runs would take alone" if plan.seconds is None else duration(plan.seconds)
+    time = "40 % of the time that separate runs would take" if plan.seconds is None else duration(plan.seconds)
     going = sum(each.open for each in plan.students)
     rounds = f"{plan.rounds} round{'s' * (plan.rounds != 1)} of successive halving"
     console.print(f"{going} student{'s' * (going != 1)}, {time}, {rounds}.\n", highlight=False)

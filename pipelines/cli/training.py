@@ -149,7 +149,7 @@ def distill(
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Distils the student without a data set: teacher and class names in; student, generator and memory bank out.
+    """Distils the student without a data set, from the teacher and its class names.
 
     On several GPUs or machines: torchrun --nproc-per-node 4 -m nayer_edge distill RECIPE (docs/DISTRIBUTED.md).
     """

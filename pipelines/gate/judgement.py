@@ -196,13 +196,13 @@ def _runtime(artifact: ArtifactReport, *, accept_simulated: bool) -> Check:
     elif artifact.simulated and accept_simulated:
         outcome = "pass"
         detail = (
-            f"{artifact.name} is for another device. This machine computed its graph as written, which the policy "
+            f"{artifact.name} is for another device. This machine only simulated its graph, which the policy "
             "accepts; its speed and the kernels of the device were not measured."
         )
     elif artifact.simulated:
         outcome = "fail"
         detail = (
-            f"{artifact.name} is for another device: this machine only computed its graph as written. Validate it "
+            f"{artifact.name} is for another device: this machine only simulated its graph. Validate it "
             "there, or accept that with accept_simulated = true in the policy."
         )
     elif not artifact.precision_verified:
@@ -250,10 +250,7 @@ def _bounded_drop(
     drop = (lost - gained) / n
     size, limit_text = _apart(abs(bound), limit)
     side = "at least" if verdict == "fail" else "at most"
-    detail = (
-        f"{observed}; the drop is {side} {'-' if bound < 0 else ''}{size} at {_confidence(alpha)} confidence, "
-        f"the limit is {limit_text}"
-    )
+    detail = f"{observed}; the drop is {side} {'-' if bound < 0 else ''}{size} at {_confidence(alpha)} confidence (limit {limit_text})"
     if verdict == "inconclusive":
         detail += _would_decide(images_to_decide(lost, gained, n, limit, alpha), drop < limit)
     detail += "."
@@ -288,7 +285,7 @@ def _synthetic_drop_vs_teacher(report: Report, artifact: ArtifactReport, limit: 
     detail = (
         f"On synthetic images, {artifact.name} disagrees with the teacher, whose answers count as the true classes, on "
         f"{_percent(wrong / n)} % ({wrong} of {n:,}); the share is {side} {bound_text} % at {_confidence(alpha)} "
-        f"confidence, the limit is {limit_text} %"
+        f"confidence (limit {limit_text} %)"
     )
     if verdict == "inconclusive":
         detail += _would_decide(images_to_decide_rate(n - wrong, n, 1 - limit, alpha), wrong < limit * n)
@@ -341,8 +338,8 @@ def _synthetic_drop_from_rates(report: Report, artifact: ArtifactReport, limit: 
     detail = (
         f"On {n:,} synthetic images {artifact.name} agrees with the teacher on {_percent(right / n)} % and "
         f"FP32 on {_percent(right_fp32 / n)} %, a drop of {_percent(drop)} points; the drop is {side} "
-        f"{'-' if bound < 0 else ''}{size} at {_confidence(alpha)} confidence, however the answers pair up, "
-        f"the limit is {limit_text}"
+        f"{'-' if bound < 0 else ''}{size} at {_confidence(alpha)} confidence, for every possible "
+        f"pairing of the predictions (limit {limit_text})"
     )
     if verdict == "inconclusive":
         detail += _would_decide(images_to_decide(lost, gained, n, limit, alpha), drop < limit)
@@ -363,7 +360,7 @@ def _agreement(report: Report, artifact: ArtifactReport, limit: float, alpha: fl
     kind = "synthetic images" if synthetic else "images"
     detail = (
         f"{artifact.name} agrees with the teacher on {_percent(same / n)} % of {n:,} {kind}; the share is {side} "
-        f"{bound_text} % at {_confidence(alpha)} confidence, the minimum is {limit_text} %"
+        f"{bound_text} % at {_confidence(alpha)} confidence (minimum {limit_text} %)"
     )
     if verdict == "inconclusive":
         detail += _would_decide(images_to_decide_rate(same, n, limit, alpha), same > limit * n)
@@ -414,14 +411,14 @@ def _per_class(artifact: ArtifactReport, limit: float, alpha: float, advisory: b
         detail = (
             f"{len(open_)} of {len(seen)} classes of {artifact.name} {'is' if len(open_) == 1 else 'are'} "
             f"inconclusive, the worst is '{worst.label}' ({worst.lost} lost, {worst.gained} gained of {worst.n:,}): "
-            f"it loses at most {bound_text} points at {_confidence(alpha)} confidence, the limit is {limit_text}"
+            f"it loses at most {bound_text} points at {_confidence(alpha)} confidence (limit {limit_text})"
             f"{_would_decide(need, drops[open_[0]] < limit)}."
         )
         return Check(name, artifact.name, observed, bound, limit, "inconclusive", detail, advisory)
     worst_text, limit_text = _apart(bound or 0.0, limit)
     detail = (
         f"No class of {artifact.name} loses more than {worst_text} points at {_confidence(alpha)} "
-        f"confidence, the limit is {limit_text}."
+        f"confidence (limit {limit_text})."
     )
     return Check(name, artifact.name, observed, bound, limit, "pass", detail, advisory)
 
@@ -447,7 +444,7 @@ def _latency(artifact: ArtifactReport, limit: float) -> Check:
     if artifact.latency_ms is None:
         return _missing("latency_p95", artifact, limit, "latency")
     threads = f" with {artifact.threads} thread{'s' * (artifact.threads != 1)}" if artifact.threads else ""
-    text = "The 95th percentile of {}'s latency at batch 1{} is {:,.3g} ms, the limit is {:,.3g} ms."
+    text = "The 95th percentile of {}'s latency at batch 1{} is {:,.3g} ms (limit {:,.3g} ms)."
     p95 = artifact.latency_ms.p95
     verdict: Outcome = "pass" if p95 <= limit else "fail"
     detail = text.format(artifact.name, threads, p95, limit)
@@ -459,7 +456,7 @@ def _speedup(artifact: ArtifactReport, limit: float) -> Check:
     if speedup is None:
         return _missing("speedup_vs_fp32", artifact, limit, "speed-up against FP32")
     verdict: Outcome = "pass" if speedup >= limit else "fail"
-    detail = f"{artifact.name} is {speedup:,.3g} times as fast as FP32 at batch 1, the minimum is {limit:,.3g}."
+    detail = f"{artifact.name} is {speedup:,.3g} times as fast as FP32 at batch 1 (minimum {limit:,.3g})."
     return _plain("speedup_vs_fp32", artifact, speedup, limit, verdict, detail)
 
 
@@ -467,7 +464,7 @@ def _size(artifact: ArtifactReport, limit: int) -> Check:
     if artifact.size_bytes is None:
         return _missing("size", artifact, limit, "size")
     verdict: Outcome = "pass" if artifact.size_bytes <= limit else "fail"
-    detail = f"{artifact.name} takes {artifact.size_bytes:,} bytes, the limit is {limit:,}."
+    detail = f"{artifact.name} takes {artifact.size_bytes:,} bytes (limit {limit:,})."
     return _plain("size", artifact, artifact.size_bytes, limit, verdict, detail)
 
 
@@ -483,7 +480,7 @@ def _parity(report: Report, name: str, limit: float) -> Check:
     where = "On synthetic images the" if synthetic else "The"
     detail = (
         f"{where} logits of {found.name} differ from those of the student in torch by at most "
-        f"{difference:.3g}, the limit is {limit:.3g}."
+        f"{difference:.3g} (limit {limit:.3g})."
     )
     check = _plain("parity", found, difference, limit, verdict, detail)
     return replace(check, synthetic=synthetic)

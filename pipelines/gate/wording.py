@@ -100,8 +100,8 @@ def notes(dataset: Dataset, policy: Policy, baseline: Baseline | None = None) ->
     found += [f"The hold-out is doubtful but was measured anyway: {doubt}" for doubt in dataset.doubts]
     if dataset.duplicates:
         found.append(
-            f"{dataset.duplicates:,} of the {dataset.n:,} images are exact copies of others. The bounds count each as "
-            "an image of its own, so they are narrower than these images justify."
+            f"{dataset.duplicates:,} of the {dataset.n:,} images are exact copies of others. The confidence "
+            "bounds treat each copy as an independent image, so they are too narrow."
         )
     accuracy = policy.accuracy
     limits = (accuracy.max_drop_vs_fp32, accuracy.max_drop_vs_teacher, policy.baseline.max_drop, policy.agreement.min)

@@ -118,7 +118,7 @@ def _which_network(found: Findings) -> Question:
         text = (
             f"{len(names)} networks have these tensors, but may compute different results: {', '.join(names[:6])}"
             + (", …" if len(names) > 6 else "")
-            + ". Which one is it"
+            + ". Choose one"
         )
         return Question("--model", text, names[0], firm=False)
     text = "The network was not recognised"
@@ -137,10 +137,10 @@ def require_answers(asked: Sequence[Question], *, take_guesses: bool) -> None:
     missing = [q for q in asked if not (take_guesses and q.firm and q.guess is not None)]
     if not missing:
         return
-    lines = [f"  {q.flag}: {q.text}." + (f" A guess: {q.guess}" if q.guess else "") for q in missing]
+    lines = [f"  {q.flag}: {q.text}." + (f" Guess: {q.guess}" if q.guess else "") for q in missing]
     guesses = not take_guesses and any(question.guess and question.firm for question in missing)
     raise UsageError(
-        f"{len(missing)} value{'s are' if len(missing) > 1 else ' is'} missing, and there is no terminal to ask on:",
+        f"{len(missing)} value{'s are' if len(missing) > 1 else ' is'} missing and cannot be asked for here:",
         why="\n".join(lines),
         fix=f"Add {', '.join(question.flag for question in missing)}"
         + ("; or --yes, which accepts the guesses." if guesses else "."),

@@ -64,14 +64,15 @@ class Validate(Section):
     """The images on which the artifacts are compared with the teacher."""
 
     data: str | None = None
-    """labelled hold-out images, used only to measure; if absent, new synthetic images"""
+    """labelled hold-out images, used only to measure; if absent, synthetic images"""
     fit: Fit = "exact"
     """handling of images whose size or colour mode differs from the model's: exact: error with their count; stretch:
     resize; center-crop: resize the shorter side to 8/7 of the model's size and crop the centre"""
     split: str | None = None
     """which part of the hold-out, if it has several: train, validation, test, or its own name"""
     allow_implausible: bool = False
-    """measure although the teacher's answers do not fit the labels: near chance, far below its card, or one answer"""
+    """measure even if the labels look wrong: the teacher's accuracy is near chance or far below the published one, or
+    it predicts one class for nearly all images"""
     synthetic_images: Count = 2000
     """number of synthetic images, if there is no hold-out"""
 
@@ -93,8 +94,8 @@ class Sweep(Section):
     students: tuple[str, ...] = ()
     """models, as for student.model; empty: some that suit the teacher"""
     seconds: Positive | None = None
-    """seconds for all students, and for their images if there are none; absent: 40 % of what their runs would take
-    alone"""
+    """seconds for all students, and for their images if there are none; absent: 40 % of the time that separate
+    runs of all students would take"""
 
 
 class Measured(Section):

@@ -92,12 +92,14 @@ def decide(standings: Sequence[Standing], rounds_left: int) -> dict[str, Decisio
         (each for each in standings if each.name not in found), key=lambda each: (-each.agreement, each.size, each.name)
     )
     if rounds_left <= 0:
-        return found | {each.name: Decision("stop", "it does not pass, and the time is over") for each in open_}
+        return found | {each.name: Decision("stop", "it does not pass, and the time is used up") for each in open_}
     kept = math.ceil(len(open_) / ETA)
     for place, each in enumerate(open_, 1):
-        stands = f"{100 * each.agreement:.1f} % agreement, place {place} of {len(open_)}"
+        stands = f"{100 * each.agreement:.1f} % agreement, rank {place} of {len(open_)}"
         action: Action = "continue" if place <= kept else "stop"
-        found[each.name] = Decision(action, stands if action == "continue" else f"{stands}, of which {kept} go on")
+        found[each.name] = Decision(
+            action, stands if action == "continue" else f"{stands}; the best {kept} continue{'s' * (kept == 1)}"
+        )
     return found
 
 

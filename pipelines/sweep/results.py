@@ -138,7 +138,7 @@ def advice(student: StudentRecord) -> str:
         "larger": "a larger student: its last share of the time improved it too little",
         "images": "more hold-out images, which would decide",
         "limit": "a smaller student or another limit: training does not change this",
-        "quantization": "less loss in INT8: quantization-aware training, or layers in float (export.max_drop)",
+        "quantization": "a smaller loss in INT8: --qat, or a lower export.max_drop, which leaves more layers in float",
     }
     return words.get(student.way or "", "")
 

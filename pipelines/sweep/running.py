@@ -286,7 +286,9 @@ class _Work:
         if self.sweep.seconds is None:
             self.sweep.seconds = default_seconds(run, len(self.open))
             told = duration(self.sweep.seconds)
-            self.tell(f"No --budget was given: {told} for the students, {DEFAULT_SHARE:.0%} of their runs alone.")
+            self.tell(
+                f"No --budget was given: {told} for the students, {DEFAULT_SHARE:.0%} of the time of separate runs."
+            )
         self.save()
         _require_space(self.open, source, self.out)
         self.shared_images(run)
@@ -327,8 +329,8 @@ class _Work:
             except TooShortError as error:
                 least = math.ceil(1.1 * error.least / BANK_SHARE / 60)
                 raise UsageError(
-                    f"{duration(self.sweep.seconds or 0)} are too short for this sweep.",
-                    why=f"A quarter of the time makes the memory bank. {error.why}",
+                    f"{duration(self.sweep.seconds or 0)} is too short for this sweep.",
+                    why=f"A quarter of the time is used to make the memory bank. {error.why}",
                     fix=f"Use at least: --budget {least}m",
                 ) from error
             began, taught = time.monotonic(), _taught(root)
@@ -406,7 +408,7 @@ class _Work:
             if self.made_bank:
                 least /= 1 - BANK_SHARE
             raise UsageError(
-                f"{duration(self.sweep.seconds or 0)} are too short for {len(self.open)} students.",
+                f"{duration(self.sweep.seconds or 0)} is too short for {len(self.open)} students.",
                 why=next(iter(short.values())).why,
                 fix=f"Use at least {duration(least * 1.1)}, or fewer students.",
             )

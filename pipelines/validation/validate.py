@@ -475,7 +475,7 @@ def _numbers(report: Report) -> dict[str, float | int | str | None]:
     if dataset.left_out:
         numbers["left out"] = "; ".join(f"{each.count:,} {each.reason} ({each.first}, …)" for each in dataset.left_out)
     if dataset.duplicates:
-        numbers |= {"exact copies": dataset.duplicates, "of them labelled otherwise": dataset.contradictory or None}
+        numbers |= {"exact copies": dataset.duplicates, "with conflicting labels": dataset.contradictory or None}
     if dataset.doubts:
         numbers["doubts"] = " ".join(dataset.doubts)
     if report.teacher.top1 is not None:

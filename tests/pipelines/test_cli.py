@@ -515,7 +515,7 @@ def test_interrupted_it_keeps_what_is_finished(tiny_run: Path, begun: Path, numb
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "\nInterrupted. Finished work is kept; run the same command to continue.\n"
+    assert err == "\nInterrupted. Finished work is kept; run the same command to continue (without --fresh).\n"
     recipe = recipe_of(json.loads((tiny_run / MANIFEST).read_text())["recipe"], tiny_run)
     with pytest.raises(UsageError, match=r"unfinished step 'student' .* other settings"):
         run_recipe(recipe, begun, last="student")

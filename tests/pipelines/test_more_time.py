@@ -114,7 +114,7 @@ def test_the_same_time_again_continues_an_interrupted_extension(
     assert run.path(CHECKPOINT).is_file()
     again, words = asked(5)
     assert again.distill == first.distill
-    assert "as the interrupted command said" in words
+    assert "continues the interrupted extension" in words
     assert asked(50)[0].distill.epochs > first.distill.epochs
     # Before its first epoch was saved, too.
     run.path(CHECKPOINT).unlink()
@@ -134,7 +134,7 @@ def test_a_student_of_several_processes_is_not_extended(run: RunFolder, invoke: 
     assert answer.code == 2
     assert "was made by 2 processes" in answer.err
     assert f"--bank {run.typed}" in " ".join(answer.err.split())
-    with pytest.raises(UsageError, match="only by one process"):
+    with pytest.raises(UsageError, match="only by a single process"):
         run_recipe(recipe(8, 2), run.root, last="student")
     assert run.problems() == []
 
@@ -225,8 +225,8 @@ def test_an_interrupted_run_ends_early(tmp_path: Path, invoke: Invoke, stops_aft
     [
         (("digits", "--more", "1h"), "is not a run folder", "nayer-edge run runs/digits --more 1h"),
         (("{run}", "--more", "soon"), "'soon' is not a duration", "--more 20m"),
-        (("{run}", "--more", "1h", "--finish", "5m"), "exclude each other", "Give one of them"),
-        (("{run}", "--budget", "1h"), "was planned already", "--more 1h"),
+        (("{run}", "--more", "1h", "--finish", "5m"), "cannot be combined", "Use one of them"),
+        (("{run}", "--budget", "1h"), "already has a time plan", "--more 1h"),
         (("{run}", "--more", "0.001s"), "too short", "Use at least: --more 1m"),
     ],
 )

@@ -265,7 +265,7 @@ def test_newer_report(root: Path) -> None:
     write_report(root, schema="nayer-edge/report/2")
     error = refused(root)
     assert isinstance(error, UsageError)
-    assert "pip install --upgrade nayer-edge" in error.fix
+    assert "Update this installation" in error.fix
 
 
 @pytest.mark.parametrize("schema", ["nayer-edge/report/0", "nayer-edge/report/x", "other/report/2", 2, None, []])

@@ -146,7 +146,7 @@ def test_a_network_that_may_transform_its_input(here: Path, invoke: Invoke) -> N
     torch.save(weights_of("torchvision:googlenet"), "mine.pth")
     answer = invoke("init", *TRIAL, "mine.pth", "--labels", "labels.txt", "--input", "64", "--yes")
     assert answer.code == 0, answer.err
-    assert "It may need transform_input" in answer.out
+    assert "enable transform_input in the recipe" in " ".join(answer.out.split())
     assert "# arguments = { transform_input = true }" in (here / "mine.toml").read_text()
 
 
@@ -345,7 +345,7 @@ def test_thousand_classes_are_a_guess(here: Path, invoke: Invoke) -> None:
     torch.save(weights_of("torchvision:mobilenet_v3_small", 1000), "m.pt")
     answer = invoke("init", *TRIAL, "m.pt")
     assert answer.code == 2
-    assert "A guess: those of ImageNet-1k" in answer.err
+    assert "Guess: those of ImageNet-1k" in answer.err
     answer = invoke("init", *TRIAL, "m.pt", "--yes", "--student", "torchvision:shufflenet_v2_x0_5")
     assert answer.code == 0, answer.err
     recipe = load_recipe("m.toml")

@@ -34,7 +34,7 @@ def test_the_better_half_goes_on() -> None:
     five = [Standing(name, 10, agreement) for name, agreement in zip("abcde", (0.5, 0.9, 0.7, 0.8, 0.6), strict=True)]
     assert names(five, 2, "continue") == ["b", "c", "d"]
     assert names(five, 0, "continue") == []
-    assert "place 4 of 5, of which 3 go on" in decide(five, 1)["e"].reason
+    assert "rank 4 of 5; the best 3 continue" in decide(five, 1)["e"].reason
 
 
 def test_of_equals_the_smaller_goes_on() -> None:

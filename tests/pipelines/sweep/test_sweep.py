@@ -118,7 +118,7 @@ def test_every_student_gets_its_share_once(done: Path) -> None:
         assert each.ended
         assert {artifact.name for artifact in each.artifacts} == {"fp32", "int8.cpu"}
     stopped = next(each for each in (small, large) if len(each.shares) == 1)
-    assert "place 2 of 2" in stopped.reason
+    assert "rank 2 of 2" in stopped.reason
     kept = next(each for each in (small, large) if len(each.shares) == 2)
     assert stopped.shares[0].agreement.value <= kept.shares[0].agreement.value
 
@@ -168,7 +168,7 @@ def test_a_student_that_was_trained_longer_by_hand_goes_on_from_there(done: Path
     write_sweep(copied, plan)
     running.run_sweep(None, None, copied)
     after = read_sweep(copied).student(kept.model)
-    assert (after.state, after.reason) == ("stopped", "it does not pass, and the time is over")
+    assert (after.state, after.reason) == ("stopped", "it does not pass, and the time is used up")
     assert len(after.shares) == 2
     assert actions.recipe_in(copied / kept.folder).distill.epochs > epochs
 
