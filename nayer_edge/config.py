@@ -317,7 +317,8 @@ class Distill(Section):
     mixup: Fraction = 0.0
     """fraction of the student's images that are mixtures of two, labelled by the teacher; published: 0"""
     patience: Annotated[int, Field(ge=0)] = 0
-    """stop after this many epochs without better agreement on the synthetic hold-out; 0: never"""
+    """stop after this many epochs without better agreement on the synthetic hold-out, with the constant schedule after
+    its decay; 0: never"""
     bank_mib: Positive = 4096.0
     """size limit of the memory bank in MiB"""
     holdout_rounds: Count = 2

@@ -163,6 +163,8 @@ class Distillation:
         image_priors.require_layers(teacher, settings.synthesis)
         _check_fit(teacher, embeddings, student)
         _check_shares(settings, len(teacher.classes), world)
+        if settings.start is None and (problem := discard_problem(settings.synthesis, settings.distill)):
+            raise UsageError(f"{problem}.", fix="Lower synthesis.discard_rounds, or raise synthesis.warmup_rounds.")
         self.settings, self.compute, self.world = settings, compute, world
         self.asked = Length.of(settings.distill)
         """the length in the recipe; `settings` has the present one"""
@@ -246,9 +248,22 @@ class Distillation:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or agreement has not improved for `patience` epochs."""
-        patience = self.settings.distill.patience
-        return self.epoch >= self.settings.distill.epochs or 0 < patience <= self.stale_epochs
+        """Whether all epochs are done, or, with a cosine, agreement has not improved for `patience` epochs."""
+        return self.epoch >= self.settings.distill.epochs or (
+            self.settings.distill.schedule == "cosine" and self._out_of_patience
+        )
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return 0 < self.settings.distill.patience <= self.stale_epochs
+
+    def length_by_patience(self) -> Length | None:
+        """With a constant schedule, the length with which the learning rate decays now, because agreement has not
+        improved for `patience` epochs; None if there is nothing to change."""
+        of = self.settings.distill
+        if of.schedule != "constant" or not self._out_of_patience or self.epoch >= self.decay_start:
+            return None
+        return Length(self.epoch + of.decay_epochs, of.warmup_epochs, of.decay_epochs)
 
     @property
     def stale_epochs(self) -> int:
@@ -705,7 +720,8 @@ def distill(
                 **({"bank": epoch.bank_images} if epoch.phase == "warmup" else {"agreement": epoch.agreement}),
                 **{"images/s": epoch.images_per_s},
             )
-            length = adapt(distillation.history, Length.of(distillation.settings.distill))
+            length = distillation.length_by_patience()
+            length = length or adapt(distillation.history, Length.of(distillation.settings.distill))
             if (agreed := world.from_first(length and vars(length))) is not None:
                 distillation.set_length(Length(**agreed))
                 show_length()
@@ -846,6 +862,20 @@ def _check_fit(teacher: Classifier, embeddings: LabelEmbeddings, student: Classi
         )
     if student.spec != teacher.spec or student.classes != teacher.classes:
         raise UsageError("Teacher and student must have the same input and the same classes.")
+
+
+def discard_problem(synthesis: Synthesis, distill: Distill) -> str:
+    """Why discarded rounds leave nothing to train the student on; empty if they leave something."""
+    rounds = distill.warmup_epochs * synthesis.warmup_rounds
+    if distill.warmup_epochs < distill.epochs - distill.decay_epochs:
+        rounds += synthesis.rounds
+    left = rounds - synthesis.discard_rounds
+    if not synthesis.discard_rounds or left - math.floor(max(left, 0) * synthesis.reserve) > 0:
+        return ""
+    return (
+        f"synthesis.discard_rounds: {synthesis.discard_rounds} of the {rounds} rounds before the first student step "
+        "are discarded, so the student has no images"
+    )
 
 
 def _check_shares(settings: Settings, classes: int, world: World) -> None:

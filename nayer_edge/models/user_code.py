@@ -6,19 +6,28 @@ A recipe or run folder may come from anyone, so the code that it names is not im
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    BuiltinImporter,
+    ExtensionFileLoader,
+    FileFinder,
+    FrozenImporter,
+    SourceFileLoader,
+)
 from pathlib import Path
 from typing import Any
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError, nearest
 from nayer_edge.models.names import ModelName
-from nayer_edge.storage.files import sha256_of
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
@@ -74,19 +83,20 @@ def build(
     """
     require_trust(model)
     path = Path(model.name) if model.local else None
-    found = None
+    found = source = None
     if path is not None:
         if not path.is_file():
             raise UsageError(f"The file {path} of {model.portable} is missing.", fix="Restore the file.")
-        found = sha256_of(path)
+        source = path.read_bytes()
+        found = hashlib.sha256(source).hexdigest()
         if digest is not None and found != digest:
             raise IntegrityError(
                 f"{path} is not the file that the model was built with.",
                 why=f"Its SHA-256 is {found[:16]}…, but it was {digest[:16]}….",
                 fix="Restore the file, or start over with --fresh.",
             )
-    with _on_path(path.parent if path else Path.cwd()):
-        factory = _factory(model, path)
+    with _on_path(path.parent, _Beside(path.parent)) if path else _on_path(Path.cwd()):
+        factory = _factory(model, path, source)
         given = _given(factory, spec, classes) | dict(arguments)
         try:
             return factory(**given), found
@@ -98,9 +108,10 @@ def build(
             ) from error
 
 
-def _factory(model: ModelName, path: Path | None) -> Callable[..., Any]:
+def _factory(model: ModelName, path: Path | None, source: bytes | None) -> Callable[..., Any]:
     try:
-        module = importlib.import_module(model.name) if path is None else _module_of(path)
+        by_name = path is None or source is None
+        module = importlib.import_module(model.name) if by_name else _module_of(path, source)
     except ModuleNotFoundError as error:
         if error.name and model.name.startswith(error.name):
             raise UsageError(
@@ -122,27 +133,74 @@ def _factory(model: ModelName, path: Path | None) -> Callable[..., Any]:
     return factory
 
 
-def _module_of(path: Path) -> Any:
-    name = f"nayer_edge_user_code_{path.stem}"
+def _module_of(path: Path, source: bytes) -> Any:
+    """The module that these bytes are the source of: those that were hashed, whatever __pycache__ holds."""
+    name = f"nayer_edge_user_code_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     specification = importlib.util.spec_from_file_location(name, path)
     if specification is None or specification.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(specification)
     # Registered while it runs, as dataclasses require.
     sys.modules[name] = module
-    specification.loader.exec_module(module)
+    exec(compile(source, str(path), "exec"), module.__dict__)  # noqa: S102
     return module
 
 
+class _Source(SourceFileLoader):
+    """Compiles the source that is there; a file in __pycache__ may be of another one."""
+
+    def get_code(self, fullname: str) -> Any:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+class _Beside:
+    """Finds the modules beside a file before those of the same name elsewhere.
+
+    Attributes:
+        found: names of the modules and packages that lie in the folder itself.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.found: set[str] = set()
+
+    def find_spec(self, name: str, path: Sequence[str] | None, _target: object = None) -> Any:
+        # A package elsewhere may lie below the folder, too: in an environment, for example.
+        if path is not None and name.partition(".")[0] not in self.found:
+            return None
+        for place in [str(self.folder)] if path is None else path:
+            finder = FileFinder(place, (ExtensionFileLoader, EXTENSION_SUFFIXES), (_Source, SOURCE_SUFFIXES))
+            specification = finder.find_spec(name)
+            if specification is not None and specification.loader is not None:
+                self.found.add(name)
+                return specification
+        return None
+
+
+_beside: dict[str, Path] = {}
+"""modules that were found beside the code of a model → folder of that code"""
+
+
 @contextlib.contextmanager
-def _on_path(folder: Path) -> Iterator[None]:
-    """Lets the code import modules beside it, as if it were run from its folder."""
+def _on_path(folder: Path, finder: _Beside | None = None) -> Iterator[None]:
+    """Lets the code import modules from a folder, as if it were run there; with a finder, as their source has them."""
     kept = list(sys.path)
     sys.path.insert(0, str(folder))
+    if finder is not None:
+        for name, other in list(_beside.items()):
+            if other != finder.folder:
+                # Another model's helper, which is not this one's.
+                sys.modules.pop(name, None)
+                del _beside[name]
+        after = sum(each in (BuiltinImporter, FrozenImporter) for each in sys.meta_path)
+        sys.meta_path.insert(after, finder)
     try:
         yield
     finally:
         sys.path[:] = kept
+        if finder is not None:
+            sys.meta_path.remove(finder)
+            _beside.update(dict.fromkeys(finder.found, finder.folder))
 
 
 def _given(factory: Callable[..., Any], spec: InputSpec, classes: int) -> dict[str, Any]:

@@ -17,6 +17,13 @@ from nayer_edge.storage.files import write_atomic
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file atomically; equal tensors and metadata give equal bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    storages: set[int] = set()
+    for name, tensor in plain.items():
+        # A module that is registered under two names; the format has no shared tensors.
+        storage = tensor.untyped_storage().data_ptr()
+        if tensor.numel() and storage in storages:
+            plain[name] = tensor.clone()
+        storages.add(storage)
 
     def write(temporary: Path) -> None:
         save_file(plain, temporary, metadata=dict(metadata or {}) or None)

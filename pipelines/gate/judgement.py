@@ -250,7 +250,10 @@ def _bounded_drop(
     drop = (lost - gained) / n
     size, limit_text = _apart(abs(bound), limit)
     side = "at least" if verdict == "fail" else "at most"
-    detail = f"{observed}; the drop is {side} {'-' if bound < 0 else ''}{size} at {_confidence(alpha)} confidence (limit {limit_text})"
+    detail = (
+        f"{observed}; the drop is {side} {'-' if bound < 0 else ''}{size} at {_confidence(alpha)} confidence "
+        f"(limit {limit_text})"
+    )
     if verdict == "inconclusive":
         detail += _would_decide(images_to_decide(lost, gained, n, limit, alpha), drop < limit)
     detail += "."

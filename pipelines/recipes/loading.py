@@ -72,6 +72,8 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
     def folder_of(key: str) -> Path:
         return Path.cwd() if key in typed else folder
 
+    if root and typed & {"teacher.model", "teacher.weights"}:
+        values = _without_the_librarys_input(values)
     changed = _with_labels(apply_settings(values, settings or []), folder_of("teacher.classes"))
     try:
         recipe = make_recipe(changed, name_or_path, settings or [])
@@ -80,6 +82,18 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
         make_recipe(_with_labels(values, folder_of("teacher.classes")), name_or_path)
         raise
     return _resolve(recipe, folder_of)
+
+
+def _without_the_librarys_input(values: dict[str, Any]) -> dict[str, Any]:
+    """A run folder's recipe without the normalisation that a library stated for its teacher, for another teacher."""
+    teacher = dict(values["teacher"])
+    origin = str(teacher.pop("input_from", ""))
+    if origin in ("", "the recipe", "the program"):
+        return values
+    own = origin.partition("; ")[2]
+    written = own.removesuffix(" from the recipe").split(", ")
+    kept = {key: value for key, value in teacher["input"].items() if key in written or key not in ("mean", "std")}
+    return {**values, "teacher": {**teacher, "input": kept}}
 
 
 def run_folder(name_or_path: str) -> Path | None:

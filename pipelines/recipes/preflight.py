@@ -163,13 +163,16 @@ def _model(key: str, build: Callable[[], Classifier], prior: str = "") -> list[s
 
 
 def _processes(recipe: Recipe) -> list[str]:
-    """Why several processes cannot share the work."""
+    """Why the images are too few, or several processes cannot share the work."""
     import torch
 
+    from nayer_edge.distillation import discard_problem
     from nayer_edge.runtime.distributed import current, share_problems
 
     size = current().size
     problems = share_problems(recipe.synthesis, recipe.distill, len(recipe.teacher.classes), size)
+    if recipe.student.bank is None and (problem := discard_problem(recipe.synthesis, recipe.distill)):
+        problems.append(problem)
     if size > 1 and recipe.student.bank is not None:
         problems.append(f"student.bank: another run's bank cannot be divided between {size} processes")
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()

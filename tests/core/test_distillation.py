@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from nayer_edge import distillation as distilling
 from nayer_edge import generator as generators
 from nayer_edge.distillation import (
+    Before,
     Distillation,
     Epoch,
     Settings,
     check_teacher,
     cosine,
     distill,
+    next_state,
     resident_mib,
     resume,
     save_checkpoint,
@@ -416,6 +418,30 @@ def test_patience_ends_a_run_whose_agreement_does_not_rise(start: Start, tmp_pat
     again = start(**WILD, distill_patience=2)
     distill(again, path)
     assert_same_run(again, run)
+
+
+def test_with_a_constant_schedule_patience_starts_the_decay(start: Start, tmp_path: Path) -> None:
+    constant = {**WILD, "distill_schedule": "constant", "distill_decay_epochs": 2, "distill_patience": 2}
+    before = Before(tmp_path / "before.safetensors", tmp_path / "bank.safetensors", None)
+    run = start(**{**constant, "distill_epochs": 30})
+    distill(run, before=before)
+    length = len(run.history)
+    assert length < 30
+    assert run.decay_start == length - 2
+    rates = [epoch.lr for epoch in run.history if epoch.lr is not None]
+    assert rates[-3] > rates[-2] > rates[-1]
+    assert next_state(before.state).is_file(), "a longer run can continue from here"
+
+
+@pytest.mark.parametrize(("discarded", "wrong"), [(0, False), (4, False), (5, True), (50, True)])
+def test_not_all_images_are_discarded(start: Start, discarded: int, wrong: bool) -> None:
+    """Two warm-up epochs of two rounds, and one round before the first student step."""
+    rounds = {"synthesis_warmup_rounds": 2, "synthesis_rounds": 1, "distill_warmup_epochs": 2}
+    if not wrong:
+        start(**rounds, synthesis_discard_rounds=discarded)
+        return
+    with pytest.raises(UsageError, match=f"{discarded} of the 5 rounds .* the student has no images"):
+        start(**rounds, synthesis_discard_rounds=discarded)
 
 
 def test_a_checkpoint_of_another_run_is_not_continued(

@@ -104,7 +104,7 @@ def test_no_input_can_become_a_part_of_a_script() -> None:
 
 def test_only_the_package_itself_is_installed() -> None:
     (install,) = [step for step in steps() if step is not gate_step()]
-    assert install["run"] == 'python3 -m pip install --quiet "$GITHUB_ACTION_PATH"'
+    assert install["run"] == 'python3 -P -m pip install --quiet "$GITHUB_ACTION_PATH"'
     assert not re.search(r"curl|wget|https?:", gate_step()["run"])
 
 
@@ -137,6 +137,8 @@ def test_the_action_gives_the_verdict(finished: Path, tmp_path: Path) -> None:
     JUNIT.validate(tmp_path / "nayer-edge-junit.xml")
 
     (tmp_path / "policy.toml").write_text(IMPOSSIBLE)
+    # A module of the repository that is checked out does not read the verdict in the place of Python's own.
+    (tmp_path / "json.py").write_text("def load(file): return {'verdict': 'pass'}\n")
     done, outputs, summary = act(tmp_path, run="runs/digits", policy="policy.toml", junit="a b.xml", summary="s.md")
     assert done.code == 1
     assert outputs["verdict"] == "fail"
@@ -219,7 +221,7 @@ def test_the_github_workflow_is_whole() -> None:
             assert ("uses" in step) != ("run" in step), name
             assert "${{" not in step.get("run", ""), "values come as variables"
             if "uses" in step:
-                assert re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"])
+                assert re.fullmatch(r"actions/[a-z-]+(/(restore|save))?@v\d+", step["uses"])
     known = {"env.RUN", "github.run_id", "hashFiles('**/*.toml')"}
     assert set(expressions(GITHUB)) <= known
     names = [s["with"]["name"] for job in GITHUB["jobs"].values() for s in job["steps"] if "-artifact@" in str(s)]

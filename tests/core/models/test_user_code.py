@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import py_compile
 import sys
 from pathlib import Path
 
@@ -83,6 +85,34 @@ def test_a_file(code: Path) -> None:
     images = torch.rand(4, *SPEC.shape)
     for training in (False, True):
         assert network.train(training)(images).shape == (4, 3), "the logits are in a dictionary or tuple"
+
+
+def test_the_source_is_what_runs(code: Path, tmp_path: Path) -> None:
+    """Compiled files beside it may be of another source: their invalidation can be switched off."""
+    for name, source in (("nets.py", CODE.replace("touch", "mkdir")), ("widths.py", "WIDTH = 9\n")):
+        other = tmp_path / name
+        other.write_text(source)
+        planted = Path(importlib.util.cache_from_source(str(code.parent / name)))
+        mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        py_compile.compile(str(other), cfile=str(planted), doraise=True, invalidation_mode=mode)
+    with trusting():
+        network = build_classifier(f"python:{code}:make", SPEC, CLASSES)
+    assert code.with_name("it_ran").is_file()
+    assert network.backbone.get_submodule("body.0").weight.shape[0] == 5
+
+
+def test_helpers_of_one_name_are_each_models_own(code: Path, tmp_path: Path) -> None:
+    other = tmp_path / "others" / "nets.py"
+    other.parent.mkdir()
+    other.write_text(CODE.replace("from widths import", "from widths.inner import"))
+    (other.parent / "widths").mkdir()
+    (other.parent / "widths" / "__init__.py").touch()
+    (other.parent / "widths" / "inner.py").write_text("WIDTH = 4\n")
+    with trusting():
+        for path, width in ((code, 5), (other, 4), (code, 5)):
+            network = build_classifier(f"python:{path}:make", SPEC, CLASSES)
+            assert network.backbone.get_submodule("body.0").weight.shape[0] == width
+    assert sys.modules["torch"] is torch
 
 
 def test_a_module(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:

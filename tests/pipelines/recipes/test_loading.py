@@ -9,10 +9,19 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from nayer_edge.config import InputSpec, Teacher
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.pipelines.recipes import preflight
 from nayer_edge.pipelines.recipes.as_toml import to_toml
-from nayer_edge.pipelines.recipes.loading import Shipped, load_recipe, portable, recipe_of, shipped, without_local_paths
+from nayer_edge.pipelines.recipes.loading import (
+    Shipped,
+    load_recipe,
+    portable,
+    recipe_of,
+    shipped,
+    with_input,
+    without_local_paths,
+)
 from nayer_edge.pipelines.recipes.settings import apply_settings, make_recipe
 from nayer_edge.pipelines.schemas import load
 from nayer_edge.pipelines.steps import until
@@ -184,6 +193,29 @@ def test_settings() -> None:
 @pytest.mark.parametrize("setting", ["x", "=3", "a..b=3", ".=3", "seed.deep=3", "distill=3", "distill.epochs=many", ""])
 def test_settings_that_do_not_hold(setting: str) -> None:
     assert refused("digits", setting).exit_code == 2
+
+
+def test_another_teacher_gets_its_own_normalisation(tmp_path: Path) -> None:
+    """A run folder's recipe states the input that a library described, for that teacher only."""
+    pytest.importorskip("timm")
+    recipe = load_recipe("digits").model_copy(update={"teach": None})
+    first = Teacher(model="timm:vit_tiny_patch16_224", weights="timm:augreg_in21k_ft_in1k", classes=("a", "b"))
+    found = with_input(first)
+    assert found.input.mean == (0.5, 0.5, 0.5)
+    root = tmp_path / "run"
+    values = portable(recipe.model_copy(update={"teacher": found}), root)
+    RunFolder.create(root, values, 0, {}, {})
+    again = load_recipe(str(root), ["teacher.model=torchvision:resnet18", "teacher.weights=torchvision:IMAGENET1K_V1"])
+    assert (again.teacher.input.mean, again.teacher.input.height) == ((0.485, 0.456, 0.406), 224)
+    assert "torchvision" in again.teacher.input_from
+    # What the recipe itself stated stays.
+    own = with_input(first.model_copy(update={"input": InputSpec.model_validate({"mean": [0.4]})}))
+    values["teacher"] = own.model_dump(mode="json")
+    RunFolder.create(tmp_path / "own", values, 0, {}, {})
+    settings = ["teacher.model=torchvision:resnet18", "teacher.weights=torchvision:DEFAULT"]
+    again = load_recipe(str(tmp_path / "own"), settings)
+    assert (again.teacher.input.mean, again.teacher.input.std) == ((0.4,), (0.229, 0.224, 0.225))
+    assert load_recipe(str(root), ["seed=3"]).teacher.input == found.input
 
 
 def test_a_recipe_survives_the_manifest() -> None:
