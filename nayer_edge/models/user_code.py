@@ -110,8 +110,7 @@ def build(
 
 def _factory(model: ModelName, path: Path | None, source: bytes | None) -> Callable[..., Any]:
     try:
-        by_name = path is None or source is None
-        module = importlib.import_module(model.name) if by_name else _module_of(path, source)
+        module = importlib.import_module(model.name) if path is None or source is None else _module_of(path, source)
     except ModuleNotFoundError as error:
         if error.name and model.name.startswith(error.name):
             raise UsageError(

@@ -222,10 +222,14 @@ def test_the_github_workflow_is_whole() -> None:
             assert "${{" not in step.get("run", ""), "values come as variables"
             if "uses" in step:
                 assert re.fullmatch(r"actions/[a-z-]+(/(restore|save))?@v\d+", step["uses"])
-    known = {"env.RUN", "github.run_id", "hashFiles('**/*.toml')"}
+    known = {"env.RUN", "github.run_id", "github.run_attempt", "hashFiles('**/*.toml')"}
     assert set(expressions(GITHUB)) <= known
     names = [s["with"]["name"] for job in GITHUB["jobs"].values() for s in job["steps"] if "-artifact@" in str(s)]
     assert names == ["run", "run", "verdict"], "what one job uploads the other downloads"
+    fetch, keep = [step for step in GITHUB["jobs"]["make"]["steps"] if "actions/cache" in step.get("uses", "")]
+    assert (fetch["with"]["key"], fetch["with"]["path"]) == (keep["with"]["key"], keep["with"]["path"])
+    assert keep["if"] == "always()", "what was interrupted is kept, too"
+    assert fetch["with"]["key"].startswith(fetch["with"]["restore-keys"])
 
 
 def test_the_gitlab_pipeline_is_whole() -> None:
