@@ -384,8 +384,10 @@ def validate(
         UsageError: the images do not exist or do not match the model, or their labels do not fit the teacher's answers.
         NayerEdgeError: see `make`.
     """
+    from .recipes.checking import checked
     from .recipes.loading import BUILT_IN_DATA
     from .recipes.preflight import require_typed
+    from .recipes.schema import Validate
 
     recipe = recipe_in(root)
     # A choice made for other images does not hold for new ones.
@@ -396,7 +398,9 @@ def validate(
         changes["data"] = data
     elif isinstance(data, str):
         changes["data"] = str(expanded(data).resolve())
-    recipe = recipe.model_copy(update={"validate_": recipe.validate_.model_copy(update=changes)})
+    values = {**recipe.validate_.model_dump(), **changes}
+    section = checked(Validate, values, "Invalid validation settings:", "Correct them; nothing was started.")
+    recipe = recipe.model_copy(update={"validate_": section})
     if isinstance(data, str):
         require_typed(recipe, ["validate.data"])
     return make(recipe, root, last="validate", display=display)

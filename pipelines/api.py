@@ -22,9 +22,10 @@ from nayer_edge.errors import UsageError, understood
 from nayer_edge.models import in_memory, user_code
 from nayer_edge.models.names import BRING_WEIGHTS, MEMORY, located, parse
 from nayer_edge.storage.files import expanded
+from nayer_edge.storage.run_folder import MANIFEST
 
 from . import actions
-from .init.parsing import named_after
+from .init.parsing import plain_name
 from .recipes.checking import checked, problems_of
 from .recipes.loading import DESCRIBED, recipe_of, resolved_teacher, with_input
 from .recipes.preflight import require_typed
@@ -457,7 +458,8 @@ def distill(
                 f"distill() expects a Teacher, not {type(teacher).__name__}.",
                 fix="Use nayer_edge.Teacher(module, classes=…, input=…), or nayer_edge.load_teacher(…).",
             )
-        recipe = recipe_of(_values(teacher, student, path, settings), Path.cwd(), "given to distill()")
+        name = _name_of(path, fresh=fresh)
+        recipe = recipe_of(_values(teacher, student, name, settings), Path.cwd(), "given to distill()")
         require_typed(recipe, ["validate.data"])
         if bank is not None:
             recipe = actions.on_bank(recipe, _folder(bank))
@@ -497,10 +499,11 @@ def run(
         NayerEdgeError: see `distill`.
     """
     with _at_work(trust_code=trust_code):
-        chosen = actions.read_recipe(os.fspath(recipe), list(settings), None if bank is None else _folder(bank))
-        path = actions.default_out(os.fspath(recipe), chosen) if out is None else expanded(os.fspath(out))
+        name = _named(recipe)
+        chosen = actions.read_recipe(name, list(settings), None if bank is None else _folder(bank))
+        path = actions.default_out(name, chosen) if out is None else expanded(os.fspath(out))
         time = actions.Time.typed(budget, more, finish)
-        chosen, _ = actions.timed(chosen, os.fspath(recipe), path, time, fresh=fresh, settings=settings)
+        chosen, _ = actions.timed(chosen, name, path, time, fresh=fresh, settings=settings)
         actions.make(chosen, path, last=until, fresh=fresh, display=_display(progress))
     return Run(path, trust_code=trust_code)
 
@@ -577,9 +580,8 @@ def sweep(
     """
     teacher = recipe._teacher if isinstance(recipe, Run) else None
     with _at_work(teacher, trust_code):
-        named = os.fspath(recipe.path if isinstance(recipe, Run) else expanded(os.fspath(recipe)))
         order = SweepOrder.typed(
-            named,
+            _named(recipe),
             [students] if isinstance(students, str) else students,
             budget,
             _path(out),
@@ -627,14 +629,29 @@ def _require_same(teacher: Teacher, recipe: Recipe, root: Path) -> None:
         )
 
 
-def _values(teacher: Teacher, student: str, path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _name_of(path: Path, *, fresh: bool) -> str:
+    """The name of the recipe in a run folder: as it was when the run began, or that of the folder."""
+    if (path / MANIFEST).is_file() and not fresh:
+        return str(actions.open_run(path).manifest.recipe.get("name"))
+    return plain_name(path.resolve().name)
+
+
+def _named(recipe: Run | FilePath) -> str:
+    """A recipe, or a folder, as it would be typed. A Run is a folder, also if a shipped recipe has its name."""
+    if isinstance(recipe, Run) or (isinstance(recipe, os.PathLike) and (expanded(recipe) / MANIFEST).is_file()):
+        path = recipe.path if isinstance(recipe, Run) else expanded(os.fspath(recipe))
+        return os.path.join(os.curdir, path) if len(path.parts) == 1 else str(path)  # noqa: PTH118
+    return os.fspath(expanded(os.fspath(recipe)))
+
+
+def _values(teacher: Teacher, student: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of a distillation, in TOML values."""
     if wrong := [key for key in settings if key in GIVEN or key.partition(".")[0] in GIVEN]:
         raise UsageError(
             f"'{wrong[0]}' is not a setting of distill().", fix="Use the arguments teacher, student and bank."
         )
     values: dict[str, Any] = {
-        "name": named_after(path.resolve()),
+        "name": name,
         "teacher": teacher._section.model_dump(mode="json"),
         "student": {"model": student},
     }
@@ -746,6 +763,11 @@ def _at_work(teacher: Teacher | None = None, trust_code: bool = False) -> Iterat
     memory or disk space into a NayerEdgeError."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(user_code.trusting(trust_code))
+        if "torch" in sys.modules:
+            # Otherwise nobody has changed its settings, and not all that is done here needs it.
+            from nayer_edge.runtime.compute import usual_settings
+
+            stack.enter_context(usual_settings())
         network = getattr(teacher, "_network", None)
         if teacher is not None and network is not None:
             stack.enter_context(in_memory.holding(teacher.model, network))

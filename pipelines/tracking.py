@@ -20,6 +20,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise missing_extra("tensorboard", "tracking", 'tracking = "tensorboard"') from error
+        run = run.resolve()
         self.folder = run.with_name(f"{run.name}.tensorboard")
         self._writer: SummaryWriter = SummaryWriter(str(self.folder))
 

@@ -106,6 +106,20 @@ def random_stream(seed: int, *purpose: str | int, device: torch.device | str = "
 
 
 @contextlib.contextmanager
+def usual_settings() -> Iterator[None]:
+    """Context manager with torch's usual settings, whatever the caller has changed: gradients are computed, and new
+    tensors are float32 on the CPU."""
+    dtype = torch.get_default_dtype()
+    moved = torch.get_default_device().type != "cpu"
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu") if moved else contextlib.nullcontext():
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds PyTorch's global CPU generator, which weight initialisers use, and restores it afterwards."""
     with torch.random.fork_rng(devices=[]):

@@ -391,6 +391,11 @@ def remove_temporaries(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def inside_run(path: Path) -> bool:
+    """Whether a file would lie in a run folder, where the manifest lists every file."""
+    return any((folder / MANIFEST).is_file() for folder in path.resolve().parents)
+
+
 def is_vacant(root: Path) -> bool:
     """Whether a run can start here: the folder does not exist, or has only a lock or temporary files in it."""
     if not root.is_dir():

@@ -116,9 +116,10 @@ def calibration_data(
 ) -> None:
     """Writes class-balanced synthetic images, unused in training, in formats that other quantizers read."""
     from nayer_edge.export.calibration_data import write_calibration_data
+    from nayer_edge.storage.run_folder import inside_run
 
     opened = actions.open_run(run_folder)
-    if out.resolve().is_relative_to(run_folder.resolve()):
+    if inside_run(out):
         raise UsageError(
             f"{out} is inside the run folder, which holds only files listed in its manifest.",
             fix="Choose another folder.",

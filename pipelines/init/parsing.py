@@ -60,8 +60,12 @@ def parse_values(text: str, flag: str) -> tuple[float, ...]:
 
 def named_after(path: Path) -> str:
     """A recipe name derived from the name of the checkpoint."""
-    stem = path.name if path.is_dir() else path.stem
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64] or "mine"
+    return plain_name(path.name if path.is_dir() else path.stem)
+
+
+def plain_name(text: str) -> str:
+    """The text as a recipe name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:64] or "mine"
 
 
 def checked_name(name: str) -> str:

@@ -254,8 +254,8 @@ def _spec(found: Findings, given: Given) -> tuple[InputSpec, str]:
             f"The network expects {found.channels}-channel images, but --input is {channels}x{height}x{width}.",
             fix=f"Type: --input {found.channels}x{height}x{width}",
         )
-    mean = parse_values(given.mean, "--mean") if given.mean else base.mean
-    std = parse_values(given.std, "--std") if given.std else base.std
+    mean = parse_values(given.mean, "--mean") if given.mean is not None else base.mean
+    std = parse_values(given.std, "--std") if given.std is not None else base.std
     values = {"channels": channels, "height": height, "width": width, "mean": mean, "std": std}
     spec = checked(InputSpec, values, "Invalid input specification:", "Fix --input, --mean or --std.")
     told = [flag for flag in ("input", "mean", "std") if getattr(given, flag) is not None]

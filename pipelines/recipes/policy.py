@@ -128,7 +128,8 @@ def limited(policy: Policy, limits: Mapping[str, Any]) -> Policy:
 
     Args:
         limits: by the name of the key where only one section has it (max_drop_vs_fp32), by section and key
-            ("per_class.max_drop"), or a section with several keys; None removes a limit, or all of a section.
+            ("per_class.max_drop"), or a section with several keys, which single keys override; None removes a limit, or
+            all limits of a section.
 
     Raises:
         UsageError: there is no such key, several sections have it, or its value is invalid.
@@ -136,12 +137,14 @@ def limited(policy: Policy, limits: Mapping[str, Any]) -> Policy:
     if not limits:
         return policy
     values = policy.model_dump()
-    for name, value in limits.items():
-        place = _place(name)
+    # Sections first, so that single keys override them, in whatever order they were given.
+    for place, name, value in sorted(((_place(n), n, v) for n, v in limits.items()), key=lambda item: len(item[0])):
         if len(place) == 1 and isinstance(values[name], dict) and isinstance(value, Mapping):
             values[name] |= value
         elif len(place) == 1 and isinstance(values[name], dict) and value is None:
-            values[name] = type(getattr(policy, name))().model_dump()
+            # Without limits; the confidence is that of other checks, too.
+            kept = {key: values[name][key] for key in ("confidence",) if key in values[name]}
+            values[name] = type(getattr(policy, name))().model_dump() | kept
         elif len(place) == 1:
             values[name] = value
         else:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import nayer_edge as ne
 from nayer_edge.pipelines import api
+from nayer_edge.pipelines.recipes.policy import limited, make_policy
 from nayer_edge.pipelines.recipes.renamed import RenamedWarning
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
@@ -270,6 +271,64 @@ def test_a_home_folder_is_found(mine: Path, teacher: ne.Teacher, monkeypatch: py
     assert ne.distill(teacher, STUDENT, f"~/{mine.name}", **TINY).path == mine
     assert ne.open(f"~/{mine.name}").path == mine
     assert manifest(mine) == before
+
+
+def test_a_run_keeps_its_name(mine: Path, teacher: ne.Teacher) -> None:
+    """Whatever its folder is called, now or later."""
+    for name in ("lr0.1", "digits"):
+        mine = mine.rename(mine.parent / name)
+        before = manifest(mine)
+        assert ne.distill(teacher, STUDENT, mine, **TINY).path == mine
+        assert manifest(mine) == before
+
+
+def test_a_run_is_a_folder_whatever_its_name(mine: Path, teacher: ne.Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the shipped recipe of that name."""
+    monkeypatch.chdir(mine.rename(mine.parent / "photos").parent)
+    run = ne.open("photos", teacher=teacher)
+    orders: list[Any] = []
+    monkeypatch.setattr(api.SweepOrder, "execute", lambda order, **_: orders.append(order))
+    ne.sweep(run, ["nayer:resnet8_w4"], budget="5m")
+    ne.sweep(Path("photos"), ["nayer:resnet8_w4"], budget="5m")
+    assert [order.recipe.teacher.model for order in orders] == [teacher.model] * 2
+    assert [order.bank.resolve() for order in orders] == [Path("photos").resolve()] * 2
+    assert ne.run(Path("photos"), until="student").path.resolve() == Path("photos").resolve()
+
+
+@pytest.mark.parametrize(("settings", "message"), [({"fit": "crop"}, "validate.fit"), ({"split": 1}, "validate.split")])
+def test_settings_of_a_validation_are_checked(
+    settings: dict[str, Any], message: str, mine: Path, teacher: ne.Teacher
+) -> None:
+    before = manifest(mine)
+    with pytest.raises(ne.UsageError) as caught:
+        ne.open(mine, teacher=teacher).validate(None, **settings)
+    assert message.partition(".")[2] in caught.value.why
+    assert manifest(mine) == before
+
+
+def test_the_callers_torch_settings_do_not_matter(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with torch.no_grad():
+            with torch.device("cpu"):
+                network = Net().float()
+            run = ne.distill(ne.Teacher(network, classes=CLASSES, input=SPEC), STUDENT, tmp_path / "run", **TINY)
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_limits_in_any_order() -> None:
+    policy = make_policy({"accuracy": {"max_drop_vs_fp32": 0.01, "confidence": 0.99}}, "here")
+    for limits in ({"min": 0.9, "agreement": None}, {"agreement": {"min": 0.1}, "min": 0.9}):
+        assert limited(policy, limits).agreement.min == 0.9
+        assert limited(policy, dict(reversed(limits.items()))).agreement.min == 0.9
+    without = limited(policy, {"accuracy": None}).accuracy
+    assert (without.max_drop_vs_fp32, without.confidence) == (None, 0.99)
 
 
 def test_old_names_of_settings_are_warned_of(mine: Path, teacher: ne.Teacher) -> None:

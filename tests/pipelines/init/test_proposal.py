@@ -387,6 +387,14 @@ def test_without_a_terminal_it_names_every_flag(here: Path, invoke: Invoke) -> N
     assert load_recipe("w.toml").teacher.input.shape == (3, 20, 24)
 
 
+def test_an_empty_value_is_no_answer(here: Path, invoke: Invoke) -> None:
+    """As from a shell variable that is not set."""
+    save_tensors(here / "w.safetensors", weights_of("nayer:resnet8"))
+    told = ("--labels", "labels.txt", "--input", "32", "--std", "0.5", "--mean", "")
+    answer = invoke("init", *TRIAL, "w.safetensors", *told)
+    assert (answer.code, "'' is not a list of numbers" in answer.err) == (2, True), answer.err
+
+
 def on_terminal(folder: Path, answers: list[str], *arguments: str) -> tuple[int, str]:
     """A session on a terminal: (exit code, everything that was shown)."""
     mine, theirs = pty.openpty()
