@@ -7,7 +7,7 @@ of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,8 @@ def distinct(names: Iterable[str], taken: Iterable[str] = ()) -> Iterator[str]:
 
 
 def make_plain(model: ModelProto) -> None:
-    """Names all nodes, folds Gemm's alpha and beta, and gives every quantizable operator its own bias; in place.
+    """Names all nodes, folds Gemm's alpha and beta, and gives every quantizable operator its own bias, with one value
+    per output channel; in place.
 
     The graph computes the same as before.
     """
@@ -115,3 +116,17 @@ def _own_biases(model: ModelProto) -> None:
             copy = numpy_helper.from_array(numpy_helper.to_array(known[bias]), node.input[2])
             model.graph.initializer.append(copy)
             uses[bias] -= 1
+    known = constants(model)
+    for node in model.graph.node:
+        if node.op_type == "Gemm" and len(node.input) > 2 and {node.input[1], node.input[2]} <= known.keys():
+            _widen(model, node, known)
+
+
+def _widen(model: ModelProto, node: NodeProto, known: Mapping[str, TensorProto]) -> None:
+    """Gives a Gemm whose C is one value, or one row, the same values as a vector."""
+    bias, channels = numpy_helper.to_array(known[node.input[2]]), known[node.input[1]].dims[output_channel_axis(node)]
+    if bias.shape == (channels,) or (bias.size != 1 and bias.shape != (1, channels)):
+        return
+    node.input[2] = f"{node.name}_row"
+    row = np.broadcast_to(bias.reshape(-1), (channels,)).copy()
+    model.graph.initializer.append(numpy_helper.from_array(row, node.input[2]))

@@ -301,6 +301,12 @@ INELIGIBLE_OPS: tuple[IneligibleOp, ...] = (
         reason="ONNX Runtime has no INT8 kernel for ConvTranspose",
     ),
     IneligibleOp(
+        name="grouped transposed convolution",
+        targets=("openvino",),
+        applies=lambda op: op.op_type == "ConvTranspose" and op.groups > 1,
+        reason="its weight has one scale per output channel of a group, not of all",
+    ),
+    IneligibleOp(
         name="depthwise convolution",
         targets=_TENSORRT,
         applies=lambda op: op.groups > 1 and min(op.channels_in, op.channels_out) < 8,

@@ -125,6 +125,8 @@ def to_int8(
     if target.suffix != ".onnx":
         raise UsageError(f"Target '{target.name}' takes no ONNX file: its own quantizer makes its files.")
     rest = rest or target.rest
+    if rest == "float16" and target.bias == "int32":
+        raise UsageError(f"The target {target.name} has INT32 biases, which need rest='float32'.")
     source = read_onnx(fp32_path, external_data=True)
     if rest == "float16" and opset_of(source) < FP16_SCALES:
         raise UsageError(

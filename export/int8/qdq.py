@@ -75,7 +75,8 @@ def with_qdq(
     result = quantizer.model.model
     if target.outputs:
         _dequantize_outputs(result)
-        _keep_float(result, nodes_to_exclude)
+        # ONNX Runtime would quantize the weights of those that the target lacks a kernel for, too.
+        _keep_float(result, {*nodes_to_exclude, *(name for name, _ in ineligible)})
     else:
         _bypass_qdq(result, quantized, skips)
         _quantize_skips(result, skips, ranges)
@@ -121,6 +122,8 @@ def _isolated(model: ModelProto, quantized: Collection[str], operators: Collecti
     """Pass-through nodes that no chain of such nodes connects to a quantized operator. In INT8 they would only lose
     accuracy."""
     pass_through = [n for n in model.graph.node if n.op_type in operators and n.op_type not in QUANTIZABLE_OPS]
+    # Constants connect nothing, though several nodes may read one.
+    known = constants(model)
     connected: set[str] = set()
     for node in model.graph.node:
         if node.name in quantized:
@@ -129,7 +132,7 @@ def _isolated(model: ModelProto, quantized: Collection[str], operators: Collecti
     while before != len(connected):
         before = len(connected)
         for node in pass_through:
-            tensors = (*node.input, *node.output)
+            tensors = [name for name in (*node.input, *node.output) if name and name not in known]
             if any(name in connected for name in tensors):
                 connected.update(tensors)
     return {node.name for node in pass_through if node.output[0] not in connected}

@@ -139,7 +139,7 @@ def _layer_norm(a: Attributes, x: Tensor, scale: Tensor, bias: Tensor | None = N
 
 def _clip(a: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
     del a
-    return x.clamp(low, high)
+    return x if low is None and high is None else x.clamp(low, high)
 
 
 OPERATORS: Mapping[str, Callable[..., Any]] = {

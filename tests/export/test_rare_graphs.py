@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nayer_edge.errors import UsageError
+from nayer_edge.export.int8 import qdq
 from nayer_edge.export.int8.qdq import with_dead_tensors
 from nayer_edge.export.int8.sensitivity import activation_scale
 from nayer_edge.export.plain_graph import distinct
@@ -65,6 +66,31 @@ class Factors(Head):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.addmm(self.c, self.features(x), self.fc.weight.T, alpha=2.0, beta=0.5)
+
+
+class Rows(Head):
+    """Products whose C is one value, and one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(1)
+        self.one, self.row = nn.Parameter(torch.tensor([0.3])), nn.Parameter(torch.linspace(-1, 1, 10)[None])
+        self.w = nn.Parameter(torch.randn(16, 16, generator=random) / 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = F.relu(torch.addmm(self.one, self.features(x), self.w))
+        return torch.addmm(self.row, hidden, self.fc.weight.T)
+
+
+class Upsampling(Head):
+    """A layer that ONNX Runtime has no INT8 kernel for, between two that it has one for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.c = nn.ConvTranspose2d(16, 16, 2, stride=2), conv(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(F.relu(self.c(F.relu(self.up(F.relu(self.a(x)))))).mean((2, 3)))
 
 
 class ClipTo(nn.Module):
@@ -143,6 +169,8 @@ class Pruned(Head):
 
 MODELS = {
     "factors": Factors,
+    "rows": Rows,
+    "upsampling": Upsampling,
     "clip above": lambda: Head(ClipTo(0.3, 2.0)),
     "clip below": lambda: Head(ClipTo(-2.0, -0.1)),
     "clip around": lambda: Head(ClipTo(0.0, 6.0)),
@@ -187,6 +215,28 @@ def test_products_that_are_none_with_a_matrix_are_named(
 ) -> None:
     result = int8(fp32[name], "cpu", tmp_path)
     assert sum("weight is not a matrix" in reason for _, reason in result.coverage.ineligible) == excluded
+
+
+def test_what_has_no_kernel_stays_in_float(fp32: dict[str, Path], tmp_path: Path) -> None:
+    """Between Q/DQ pairs, ONNX Runtime quantizes its weights per tensor, which no file says."""
+    result = int8(fp32["upsampling"], "cpu", tmp_path)
+    graph = OrtRunner(result.path, target=get_target("cpu")).optimised_graph().graph
+    (layer,) = [node for node in graph.node if node.op_type == "ConvTranspose"]
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert types.get(layer.input[1]) == TensorProto.FLOAT
+
+
+def test_a_constant_connects_nothing() -> None:
+    """Two sums with one constant: the second lies between excluded layers, and would only lose accuracy."""
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], "a"), node("Add", ["a", "half"], ["p"], "p"),
+        node("Conv", ["x", "w"], ["b"], "b"), node("Add", ["b", "half"], ["q"], "q"),
+        node("Conv", ["q", "w"], ["c"], "c"),
+    ]  # fmt: skip
+    constants = [numpy_helper.from_array(np.ones(1, np.float32), name) for name in ("w", "half")]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], [], constants))
+    assert qdq._isolated(model, {"a"}, ("Conv", "Add")) == {"q"}
 
 
 def test_a_clip_is_removed_only_where_saturation_does_the_same(fp32: dict[str, Path], tmp_path: Path) -> None:
