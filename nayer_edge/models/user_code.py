@@ -132,24 +132,36 @@ def _factory(model: ModelName, path: Path | None, source: bytes | None) -> Calla
     return factory
 
 
-def _module_of(path: Path, source: bytes) -> Any:
-    """The module that these bytes are the source of: those that were hashed, whatever __pycache__ holds."""
-    name = f"nayer_edge_user_code_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    specification = importlib.util.spec_from_file_location(name, path)
-    if specification is None or specification.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(specification)
-    # Registered while it runs, as dataclasses require.
-    sys.modules[name] = module
-    exec(compile(source, str(path), "exec"), module.__dict__)  # noqa: S102
-    return module
-
-
 class _Source(SourceFileLoader):
     """Compiles the source that is there; a file in __pycache__ may be of another one."""
 
     def get_code(self, fullname: str) -> Any:
         return self.source_to_code(self.get_data(self.path), self.path)
+
+
+class _Held(_Source):
+    """Compiles source that was read before."""
+
+    def __init__(self, fullname: str, path: str, source: bytes) -> None:
+        super().__init__(fullname, path)
+        self.source = source
+
+    def get_data(self, path: str) -> bytes:
+        return self.source
+
+
+def _module_of(path: Path, source: bytes) -> Any:
+    """The module that these bytes are the source of: those that were hashed, whatever __pycache__ holds."""
+    name = f"nayer_edge_user_code_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    loader = _Held(name, str(path), source)
+    specification = importlib.util.spec_from_file_location(name, path, loader=loader)
+    if specification is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(specification)
+    # Registered while it runs, as dataclasses require.
+    sys.modules[name] = module
+    loader.exec_module(module)
+    return module
 
 
 class _Beside:

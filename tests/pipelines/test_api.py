@@ -409,7 +409,7 @@ def test_wrong_settings_are_refused_before_any_work(
 
 def test_single_keys_change_one_thing(teacher: ne.Teacher, tmp_path: Path) -> None:
     def recipe(**settings: Any) -> Any:
-        values = api._values(teacher, STUDENT, tmp_path / "a b", settings)
+        values = api._values(teacher, STUDENT, api._name_of(tmp_path / "a b", fresh=False), settings)
         return api.recipe_of(values, tmp_path, "of a test")
 
     plain = recipe()

@@ -94,8 +94,8 @@ def test_wrong_usage(here: Path, invoke: Invoke, arguments: list[str], words: st
 def test_files_that_it_will_not_write(here: Path, invoke: Invoke) -> None:
     assert invoke("lte", "build", "digits", "--out", "e.npy").code == 2
     assert invoke("lte", "show", "digits", "--picture", "e.jpg").code == 2
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "manifest.json").write_text("{}")
+    (here / "run").mkdir()
+    (here / "run" / "manifest.json").write_text("{}")
     answer = invoke("lte", "show", "digits", "--picture", "run/e.png")
     assert (answer.code, "lies inside a run folder" in answer.err) == (2, True), answer.err
     assert not list(here.glob("e.*"))
