@@ -23,6 +23,11 @@ from .calibration import Ranges
 
 _NARROWEST = 256 * float(np.finfo(np.float32).tiny)
 """a narrower range has no scale in float32"""
+_AFTER_LOGITS = {
+    *("Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Cast"),
+    *("Add", "Sub", "Mul", "Div", "Softmax", "LogSoftmax"),
+}
+"""operators between the classes' values and the graph's output, with at most one input that is no constant"""
 _TYPES = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
 
 
@@ -229,20 +234,42 @@ def _skip_inputs(model: ModelProto, quantized: Collection[str]) -> dict[str, int
 
 
 def _dequantize_outputs(model: ModelProto) -> None:
-    """Removes the Q/DQ pair at the graph's outputs: with 256 levels, logits of different classes would be equal."""
-    by_output, uses = producers(model), use_counts(model)
+    """Removes the Q/DQ pairs between the last operator that computes in INT8 and the graph's outputs: with 256 levels,
+    logits of different classes would be equal."""
     for output in model.graph.output:
-        dq = by_output[output.name]
-        if dq.op_type != "DequantizeLinear":
-            continue
-        q = by_output[dq.input[0]]
-        source = by_output.get(q.input[0])
-        if source is None or uses[q.input[0]] > 1 or uses[dq.input[0]] > 1:
-            continue
-        raw = q.input[0]
-        source.output[:] = [output.name if name == raw else name for name in source.output]
-        model.graph.node.remove(q)
-        model.graph.node.remove(dq)
+        name = output.name
+        while (node := producers(model).get(name)) is not None:
+            if node.op_type == "DequantizeLinear":
+                if not _remove_pair(model, node):
+                    break
+            elif node.op_type in _AFTER_LOGITS and (before := _only_input(model, node)) is not None:
+                name = before
+            else:
+                break
+
+
+def _only_input(model: ModelProto, node: NodeProto) -> str | None:
+    """The input of a node that is computed, if there is only one and no other node reads it."""
+    by_output = producers(model)
+    computed = [name for name in node.input if name in by_output and by_output[name].op_type != "Constant"]
+    return computed[0] if len(computed) == 1 and use_counts(model)[computed[0]] == 1 else None
+
+
+def _remove_pair(model: ModelProto, dq: NodeProto) -> bool:
+    """Connects what a Q/DQ pair separates; False if other nodes read it, or a convolution needs it for its kernel."""
+    by_output, uses = producers(model), use_counts(model)
+    q = by_output.get(dq.input[0])
+    source = by_output.get(q.input[0]) if q is not None and q.op_type == "QuantizeLinear" else None
+    if q is None or source is None or uses[q.input[0]] > 1 or uses[dq.input[0]] > 1:
+        return False
+    is_output = dq.output[0] in {output.name for output in model.graph.output}
+    if not is_output and source.op_type in ("Conv", "ConvTranspose"):
+        return False
+    raw, wanted = q.input[0], dq.output[0]
+    source.output[:] = [wanted if name == raw else name for name in source.output]
+    model.graph.node.remove(q)
+    model.graph.node.remove(dq)
+    return True
 
 
 def _keep_float(model: ModelProto, names: Collection[str]) -> None:

@@ -82,6 +82,24 @@ class Rows(Head):
         return torch.addmm(self.row, hidden, self.fc.weight.T)
 
 
+class Pooled(Head):
+    """The classes' values are pooled and flattened, as in SqueezeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(16, 10, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(F.relu(self.last(F.relu(self.b(F.relu(self.a(x)))))), 16).flatten(1)
+
+
+class Scaled(Head):
+    """They are divided by a temperature."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 0.07
+
+
 class Upsampling(Head):
     """A layer that ONNX Runtime has no INT8 kernel for, between two that it has one for."""
 
@@ -171,6 +189,8 @@ MODELS = {
     "factors": Factors,
     "rows": Rows,
     "upsampling": Upsampling,
+    "pooled": Pooled,
+    "scaled": Scaled,
     "clip above": lambda: Head(ClipTo(0.3, 2.0)),
     "clip below": lambda: Head(ClipTo(-2.0, -0.1)),
     "clip around": lambda: Head(ClipTo(0.0, 6.0)),
@@ -215,6 +235,14 @@ def test_products_that_are_none_with_a_matrix_are_named(
 ) -> None:
     result = int8(fp32[name], "cpu", tmp_path)
     assert sum("weight is not a matrix" in reason for _, reason in result.coverage.ineligible) == excluded
+
+
+@pytest.mark.parametrize("target", ["cpu", "arm"])
+@pytest.mark.parametrize("name", ["factors", "pooled", "scaled"])
+def test_logits_have_more_than_256_levels(fp32: dict[str, Path], tmp_path: Path, name: str, target: str) -> None:
+    """Whatever stands between the last product and the output."""
+    logits = run_onnx(int8(fp32[name], target, tmp_path).path, IMAGES, as_written=target != "cpu")
+    assert len(np.unique(logits)) > 256
 
 
 def test_what_has_no_kernel_stays_in_float(fp32: dict[str, Path], tmp_path: Path) -> None:
