@@ -143,7 +143,8 @@ def timed(
 
         recipe, words = started(recipe)
         # Its length is as asked for, without the filling.
-        _require_kept([each for each in settings if "epochs" not in each], asked, recipe, "--bank")
+        kept = [each for each in settings if each.partition("=")[0].strip() != "distill.epochs"]
+        _require_kept(kept, asked, recipe, "--bank")
     if is_run and recipe.distill.schedule == "constant":
         from .costs.planning import continued
 
@@ -181,11 +182,9 @@ def timed(
     elif time.finish is not None:
         recipe = planning.with_finish(recipe, run, time.finish)
     after = recipe.distill
-    instead = (
-        f"instead of {before.epochs}"
-        if before.epochs != after.epochs
-        else "in all; continues the interrupted extension"
-    )
+    instead = f"instead of {before.epochs}"
+    if before.epochs == after.epochs:
+        instead = "in all" + ("; continues the interrupted extension" if time.more is not None else "")
     length = f"{after.epochs} epochs {instead}"
     return recipe, [("length", f"{length}; the learning rate falls in the last {after.decay_epochs}")]
 
@@ -391,13 +390,16 @@ def validate(
 
     recipe = recipe_in(root)
     # A choice made for other images does not hold for new ones.
-    changes: dict[str, Any] = {} if data is ... else {"split": None, "fit": "exact", "allow_implausible": False}
+    changes: dict[str, Any] = {} if data is ... else {"split": None, "allow_implausible": False}
     asked = {"fit": fit, "split": split, "allow_implausible": allow_implausible or None}
     changes |= {key: value for key, value in asked.items() if value is not None}
     if data is None or data in BUILT_IN_DATA:
         changes["data"] = data
     elif isinstance(data, str):
         changes["data"] = str(expanded(data).resolve())
+    before = recipe.validate_.data
+    if before is not None and changes.get("data", before) != before:
+        changes.setdefault("fit", "exact")
     values = {**recipe.validate_.model_dump(), **changes}
     section = checked(Validate, values, "Invalid validation settings:", "Correct them; nothing was started.")
     recipe = recipe.model_copy(update={"validate_": section})

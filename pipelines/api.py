@@ -641,7 +641,9 @@ def _named(recipe: Run | FilePath) -> str:
     if isinstance(recipe, Run) or (isinstance(recipe, os.PathLike) and (expanded(recipe) / MANIFEST).is_file()):
         path = recipe.path if isinstance(recipe, Run) else expanded(os.fspath(recipe))
         return os.path.join(os.curdir, path) if len(path.parts) == 1 else str(path)  # noqa: PTH118
-    return os.fspath(expanded(os.fspath(recipe)))
+    text = os.fspath(recipe)
+    # "./digits" is a folder, and a path without the point would be the shipped recipe.
+    return str(expanded(text)) if text.startswith("~") else text
 
 
 def _values(teacher: Teacher, student: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -429,8 +429,6 @@ def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFold
     before = out.former.get("engine")
     earlier = read_json(out.path(ENGINES), "the list of engines") if before and before.record else []
     wanted = [name for name in config.export.targets if TARGETS[name].engine] if config.export.engines else []
-    for target in wanted:
-        require_capability(target, config.export.compute_capability)
     progress.start("build engines", 2 * len(wanted))
     files, records, numbers = {}, [], {}
     for target in wanted:
@@ -447,6 +445,7 @@ def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFold
                 numbers[record["name"]] = f"{out.path(name).stat().st_size / 1e6:.2f} MB"
                 progress.advance()
                 continue
+            require_capability(target, config.export.compute_capability)
             try:
                 info = to_engine(
                     out.path(source), out.path(name), target, compute_capability=capability if ahead else None

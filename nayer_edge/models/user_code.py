@@ -173,7 +173,7 @@ class _Beside:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        self.found: set[str] = set()
+        self.found = {name for name, other in _beside.items() if other == self.folder}
 
     def find_spec(self, name: str, path: Sequence[str] | None, _target: object = None) -> Any:
         # A package elsewhere may lie below the folder, too: in an environment, for example.
@@ -199,7 +199,8 @@ def _on_path(folder: Path, finder: _Beside | None = None) -> Iterator[None]:
     sys.path.insert(0, str(folder))
     if finder is not None:
         for name, other in list(_beside.items()):
-            if other != finder.folder:
+            first = finder.folder / name.partition(".")[0]
+            if other != finder.folder and (first.is_dir() or first.with_suffix(".py").is_file()):
                 # Another model's helper, which is not this one's.
                 sys.modules.pop(name, None)
                 del _beside[name]

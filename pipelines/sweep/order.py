@@ -70,14 +70,16 @@ class SweepOrder:
                 )
             return cls(None, None, Path(name), models, seconds)
         recipe = read_recipe(name, settings)
-        if planned := sorted(set(keys_of(settings or ())) & planned_keys()):
+        if recipe.sweep is not None:
+            models = models or recipe.sweep.students
+            seconds = recipe.sweep.seconds if seconds is None else seconds
+        planned = sorted(set(keys_of(settings or ())) & planned_keys())
+        # Without a budget, the run that makes the bank has the recipe's own sizes.
+        if planned and (seconds is not None or run_folder(name) or recipe.student.bank):
             raise UsageError(
                 f"A sweep plans {', '.join(planned)} itself for every student, so --set has no effect.",
                 fix="Leave out --set for these keys.",
             )
-        if recipe.sweep is not None:
-            models = models or recipe.sweep.students
-            seconds = recipe.sweep.seconds if seconds is None else seconds
         return cls(recipe, run_folder(name), out or Path("runs") / f"{recipe.name}-sweep", models, seconds)
 
     def execute(self, *, ray: str | None = None, fresh: bool = False, display: Display | None = None) -> Sweep:

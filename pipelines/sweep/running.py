@@ -387,10 +387,14 @@ class _Work:
                     self.fail(self.sweep.student(model), result.error)
                     errors.append(result.error)
         waiting = [each for each in waiting if each.open]
-        if not waiting:
+        begun = any(each.shares for each in self.sweep.students)
+        if not waiting and not begun and not self.open:
             raise errors[0]
+        if not waiting:
+            return
+        number = self.sweep.done + 1
         while True:
-            seconds = max(self.next_share(), 1.0)
+            seconds = max(self.next_share(len(self.without_share(number)), self.taken(number)), 1.0)
             short: dict[str, TooShortError] = {}
             for each in waiting:
                 try:
@@ -399,11 +403,11 @@ class _Work:
                     short[each.model] = error
                     continue
                 sections = sections_of(with_sections(recipes[each.model], planned.sections))
-                each.target = Target(round=self.sweep.done + 1, seconds=seconds, sections=sections)
+                each.target = Target(round=number, seconds=seconds, sections=sections)
             if not short or self.sweep.rounds == 1 or self.sweep.done:
                 break
             self.sweep.rounds -= 1
-        if len(short) == len(self.open):
+        if len(short) == len(self.open) and not begun:
             least = max(error.least for error in short.values()) * len(self.open)
             if self.made_bank:
                 least /= 1 - BANK_SHARE
@@ -431,8 +435,10 @@ class _Work:
         """
         number = self.sweep.done + 1
         taking_part = self.without_share(number)
+        left, before = len(taking_part), self.sweep.spent - self.taken(number)
         for group in [[each] for each in taking_part] if self.workers.at_once == 1 else [taking_part]:
-            seconds = self.next_share()
+            seconds = self.next_share(left, self.sweep.spent - before)
+            left -= len(group)
             for each in group:
                 # A share that failed is repeated first, unless the student was trained longer by hand since.
                 made = each.target is not None and any(share.round == each.target.round for share in each.shares)
@@ -448,11 +454,13 @@ class _Work:
         """The students that still have to get their share of a round."""
         return [each for each in self.open if not any(made.round == number for made in each.shares)]
 
-    def next_share(self) -> float:
-        """Seconds of each of them in the present round."""
-        number = self.sweep.done + 1
-        taken = sum(made.spent for each in self.sweep.students for made in each.shares if made.round == number)
-        return share(self.left, self.sweep.rounds - self.sweep.done, len(self.without_share(number)), taken)
+    def taken(self, number: int) -> float:
+        """Seconds of the shares of a round."""
+        return sum(made.spent for each in self.sweep.students for made in each.shares if made.round == number)
+
+    def next_share(self, waiting: int, taken: float) -> float:
+        """Seconds of each of so many students in the present round, in which others took so long."""
+        return share(self.left, self.sweep.rounds - self.sweep.done, waiting, taken)
 
     def extended(self, student: StudentRecord, number: int, seconds: float) -> Target | None:
         """The plan of a further share; None ends the student."""

@@ -292,7 +292,8 @@ def test_a_run_is_a_folder_whatever_its_name(mine: Path, teacher: ne.Teacher, mo
     ne.sweep(Path("photos"), ["nayer:resnet8_w4"], budget="5m")
     assert [order.recipe.teacher.model for order in orders] == [teacher.model] * 2
     assert [order.bank.resolve() for order in orders] == [Path("photos").resolve()] * 2
-    assert ne.run(Path("photos"), until="student").path.resolve() == Path("photos").resolve()
+    for named in (Path("photos"), "./photos"):
+        assert ne.run(named, until="lte").path.resolve() == Path("photos").resolve()
 
 
 @pytest.mark.parametrize(("settings", "message"), [({"fit": "crop"}, "validate.fit"), ({"split": 1}, "validate.split")])

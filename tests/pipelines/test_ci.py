@@ -223,11 +223,13 @@ def test_the_github_workflow_is_whole() -> None:
             if "uses" in step:
                 assert re.fullmatch(r"actions/[a-z-]+(/(restore|save))?@v\d+", step["uses"])
     known = {"env.RUN", "github.run_id", "github.run_attempt", "hashFiles('**/*.toml')"}
+    known |= {"steps.fetch.outputs.cache-primary-key"}
     assert set(expressions(GITHUB)) <= known
     names = [s["with"]["name"] for job in GITHUB["jobs"].values() for s in job["steps"] if "-artifact@" in str(s)]
     assert names == ["run", "run", "verdict"], "what one job uploads the other downloads"
     fetch, keep = [step for step in GITHUB["jobs"]["make"]["steps"] if "actions/cache" in step.get("uses", "")]
-    assert (fetch["with"]["key"], fetch["with"]["path"]) == (keep["with"]["key"], keep["with"]["path"])
+    assert (fetch["id"], keep["with"]["key"]) == ("fetch", "${{ steps.fetch.outputs.cache-primary-key }}")
+    assert fetch["with"]["path"] == keep["with"]["path"]
     assert keep["if"] == "always()", "what was interrupted is kept, too"
     assert fetch["with"]["key"].startswith(fetch["with"]["restore-keys"])
 

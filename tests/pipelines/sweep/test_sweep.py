@@ -294,9 +294,11 @@ def test_a_student_that_cannot_be_planned_ends_alone(
     assert plan.spent > 0, "measuring the students counts"
     assert large.target.seconds == pytest.approx(1000.0 - plan.spent)
     assert running._Work(read_sweep(out), recipe, out, None).sweep.students[0].state == "failed"
-    # The other one has had its first share by the time that there is enough memory.
-    monkeypatch.setattr(workers, "measured_for", measured_for)
+    # Failing again ends nothing. The other one has had its first share by the time that there is enough memory.
     plan.rounds, plan.done, plan.spent = 2, 1, 400.0
+    running._Work(plan, recipe, out, None).prepare()
+    assert (small.state, large.state) == ("failed", "waiting")
+    monkeypatch.setattr(workers, "measured_for", measured_for)
     again = running._Work(plan, recipe, out, None)
     again.prepare()
     assert small.state == "waiting", small.reason
