@@ -80,7 +80,7 @@ def _array_bytes(array: np.ndarray) -> bytes:
 
 def _npz(images: np.ndarray, path: Path, input_name: str) -> Path:
     buffer = io.BytesIO()
-    np.savez(buffer, **{input_name: images})
+    np.savez(buffer, **{input_name: images})  # pyright: ignore[reportArgumentType]
     write_bytes(path, buffer.getvalue())
     return path
 

@@ -638,10 +638,10 @@ def _name_of(path: Path, *, fresh: bool) -> str:
 
 def _named(recipe: Run | FilePath) -> str:
     """A recipe, or a folder, as it would be typed. A Run is a folder, also if a shipped recipe has its name."""
-    if isinstance(recipe, Run) or (isinstance(recipe, os.PathLike) and (expanded(recipe) / MANIFEST).is_file()):
-        path = recipe.path if isinstance(recipe, Run) else expanded(os.fspath(recipe))
+    path = recipe.path if isinstance(recipe, Run) else expanded(os.fspath(recipe))
+    if not isinstance(recipe, str) and (path / MANIFEST).is_file():
         return os.path.join(os.curdir, path) if len(path.parts) == 1 else str(path)  # noqa: PTH118
-    text = os.fspath(recipe)
+    text = str(path) if isinstance(recipe, Run) else os.fspath(recipe)
     # "./digits" is a folder, and a path without the point would be the shipped recipe.
     return str(expanded(text)) if text.startswith("~") else text
 
