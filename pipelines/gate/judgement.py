@@ -437,8 +437,8 @@ def _coverage(artifact: ArtifactReport, limit: float) -> Check:
     verdict: Outcome = "pass" if share >= limit else "fail"
     share_text, limit_text = _apart(share, limit)
     detail = (
-        f"{share_text} % of the quantizable convolutions and matrix products of {artifact.name} run in INT8, "
-        f"the minimum is {limit_text} %."
+        f"{share_text} % of the quantizable convolutions and matrix products of {artifact.name} run in INT8 "
+        f"(minimum {limit_text} %)."
     )
     return Check("int8_coverage", artifact.name, share, None, limit, verdict, detail)
 
