@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
-import shlex
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.models.names import parse
 from nayer_edge.runtime import provenance
 from nayer_edge.runtime.progress import Progress, Silent
 from nayer_edge.storage.files import digest_of, read_json, write_json
@@ -70,6 +71,8 @@ def run_recipe(
     if {"teacher", "lte", "student"} & {step.name for step in stale}:
         _check_bank(recipe, root, fresh)
     preflight.check(recipe, stale, root)
+    if fresh:
+        _refuse_to_delete_its_inputs(recipe, root)
     with lock_folder(root):
         if fresh:
             clear_folder(root)
@@ -80,12 +83,28 @@ def run_recipe(
         run, former = _take_over(run, values, root, extends=any(plan.extends for plan in plans))
         remove_temporaries(root)
         for plan in plans:
-            _run_step(plan, recipe, run, former, progress or Silent(), on_event, plan.step.name in again)
+            ran = _run_step(plan, recipe, run, former, progress or Silent(), on_event, plan.step.name in again)
+            if ran:
+                # If a later step fails, the recipe still has the values that this one was made with.
+                former = _with_values(former, values, plan.step.settings)
             if plan.step.name == "student" and _extension(run) == _length_of(values):
                 # Only now does the longer run replace the finished one.
+                former = {**former, **_length_of(values)}
                 _adopt(run, values)
                 _discard_scratch(plan.step, run)
     return run
+
+
+def _with_values(recipe: dict[str, Any], values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The recipe with the values of these dotted keys."""
+    changed = copy.deepcopy(recipe)
+    for key in keys:
+        section, _, name = key.partition(".")
+        if name and isinstance(changed.get(section), dict):
+            changed[section][name] = values[section][name]
+        else:
+            changed[section] = values[section]
+    return changed
 
 
 def _check_bank(recipe: Recipe, root: Path, fresh: bool) -> None:
@@ -97,6 +116,30 @@ def _check_bank(recipe: Recipe, root: Path, fresh: bool) -> None:
     if Path(recipe.student.bank).resolve() == root.resolve():
         raise UsageError("A run cannot start with its own memory bank.", fix="Choose another folder with --out.")
     shared_bank.require_fit(recipe)
+
+
+def _refuse_to_delete_its_inputs(recipe: Recipe, root: Path) -> None:
+    """Raises UsageError if the folder that is to be emptied holds files that the new run starts from."""
+    named = {
+        "teacher.weights": recipe.teacher.weights,
+        "teacher.model": parse(recipe.teacher.model).name,
+        "student.model": parse(recipe.student.model).name,
+        "student.bank": recipe.student.bank,
+        "lte.encoder": recipe.lte.encoder,
+        "teach.data": recipe.teach.data if recipe.teach else None,
+        "validate.data": recipe.validate_.data,
+    }
+    inside = [
+        key
+        for key, value in named.items()
+        if value and Path(value).is_absolute() and Path(value).resolve().is_relative_to(root.resolve())
+    ]
+    if inside:
+        raise UsageError(
+            f"--fresh would delete files that the recipe reads: {', '.join(inside)}.",
+            why=f"They are in {root}.",
+            fix="Copy them to another folder first, or choose another folder with --out.",
+        )
 
 
 def _found(root: Path) -> RunFolder | None:
@@ -117,8 +160,7 @@ def _checked(recipe: Recipe, steps: tuple[Step, ...], run: RunFolder | None, dig
     if run is not None and (name := run.manifest.recipe.get("name")) != recipe.name:
         raise UsageError(
             f"{run.root} belongs to the recipe '{name}', not to '{recipe.name}'.",
-            fix=f"Choose another folder with --out, or start over in this one: "
-            f"nayer-edge run {shlex.quote(recipe.name)} --out {shlex.quote(str(run.root))} --fresh",
+            fix="Choose another folder with --out, or start over in this one: repeat the command with --fresh.",
         )
     plans = plan_steps(recipe, steps, run, digest)
     for plan in plans:
@@ -187,7 +229,12 @@ def _run_step(
     progress: Progress,
     on_event: Callable[[StepEvent], None],
     again: bool,
-) -> None:
+) -> bool:
+    """Runs a step unless its result is kept; whether it ran.
+
+    Args:
+        former: the recipe to go back to if the step fails before it changed a file.
+    """
     step = plan.step
     inputs = [run.artifact(name) for name in step.inputs]
     # Not the plan's record: an earlier step that ran again may have removed this step's result.
@@ -208,7 +255,7 @@ def _run_step(
             if _extension(run) is None:
                 _discard_scratch(step, run)
             on_event(StepEvent(step, "kept", "already finished", record.seconds, dict(record.numbers)))
-            return
+            return False
         reason = "; ".join(plan.changes) or ("tried again" if record.digest == digest else "its inputs changed")
     run.require_intact(list(input_hashes))
     on_event(StepEvent(step, "started", reason, 0.0, {}))
@@ -242,6 +289,7 @@ def _run_step(
         _discard_scratch(step, run)
     told = {"removed": ", ".join(removed)} if removed else {}
     on_event(StepEvent(step, "finished", reason, seconds, {**artifact.numbers, **told}))
+    return True
 
 
 def _discard_scratch(step: Step, run: RunFolder) -> None:

@@ -24,7 +24,7 @@ from nayer_edge.pipelines.recipes.settings import apply_settings
 from nayer_edge.pipelines.run import StepEvent, run_recipe
 from nayer_edge.pipelines.steps import NAMES, STEPS
 from nayer_edge.storage.files import digest_of, sha256_of
-from nayer_edge.storage.run_folder import MANIFEST, Manifest, RunFolder
+from nayer_edge.storage.run_folder import MANIFEST, Artifact, Manifest, RunFolder
 
 SAME = ("student/student.safetensors", "bank.safetensors", "generator/generator.safetensors")
 ONNX = ("export/student.fp32.onnx", "export/student.int8.cpu.onnx")
@@ -210,6 +210,52 @@ def test_fresh_with_a_recipe_that_cannot_run_discards_nothing(finished: Path) ->
         again(finished, "student.model=nayer:nothing", fresh=True)
     assert RunFolder.open(finished).problems() == []
     assert again(finished) == [(name, "kept") for name in NAMES]
+
+
+@pytest.mark.usefixtures("no_step")
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("teacher.weights", "teacher/teacher.safetensors"), ("validate.data", "images"), ("student.model", "net.py")],
+)
+def test_fresh_does_not_delete_what_the_recipe_reads(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, key: str, name: str
+) -> None:
+    """As one types to keep the teacher and change the student."""
+    monkeypatch.setattr("nayer_edge.pipelines.run.preflight.check", lambda *_: None)
+    value = f"python:{finished / name}:make" if key == "student.model" else finished / name
+    with pytest.raises(UsageError, match=f"--fresh would delete files that the recipe reads: {key}"):
+        run_recipe(load_recipe("digits", [f"{key}={value}"]), finished, fresh=True)
+    assert RunFolder.open(finished).problems() == []
+
+
+@pytest.mark.usefixtures("no_step")
+@pytest.mark.parametrize(
+    ("stopped", "key", "value"),
+    [("engine", "compute_capability", "sm90"), ("validate", "fit", "stretch")],
+)
+def test_finished_steps_keep_their_settings_when_a_later_one_fails(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, stopped: str, key: str, value: str
+) -> None:
+    """Otherwise the next command would make them anew with the old settings, without being asked."""
+    section = "export" if stopped == "engine" else "validate"
+    before = manifest(finished).recipe[section][key]
+    held = RunFolder.open(finished)
+    kept = {step: held.artifact(step) for step in NAMES}
+
+    def load(step: step_table.Step) -> Any:
+        def run(*_inputs: Any, **_named: Any) -> Artifact:
+            if step.name == stopped:
+                raise KeyboardInterrupt
+            return kept[step.name]
+
+        return run
+
+    monkeypatch.setattr(step_table.Step, "load", load)
+    with pytest.raises(KeyboardInterrupt):
+        again(finished, "export.max_drop=0.5", f"{section}.{key}={value}")
+    now = manifest(finished)
+    assert now.steps["int8"].settings["export.max_drop"] == now.recipe["export"]["max_drop"] == 0.5
+    assert now.recipe[section][key] == before != value
 
 
 @pytest.mark.slow
