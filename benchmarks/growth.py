@@ -80,9 +80,9 @@ def one(teacher: str, pixels: int, classes: int, images: int) -> dict[str, Any]:
     else:
         device = device_at_hand()
         costs = cost_of_network(network), cost_of_network(student)
-        sizes, channels = fit(spec, *costs, device), generator_channels(spec, classes, costs[0], device)
-        batch = max(sizes.batch, min(classes, 2 * sizes.batch))
-        made = time_steps(network, student, Generator(channels=channels), augment, compute, batch, sizes.student_batch)
+        sizes, channels = fit(spec, *costs, device, classes), generator_channels(spec, classes, costs[0], device)
+        generator = Generator(channels=channels)
+        made = time_steps(network, student, generator, augment, compute, sizes.batch, sizes.student_batch)
         found = {
             "seconds_per_image": made.synthesis_step * g_steps_for(classes) / made.batch,
             "seconds_per_student_image": (made.student_step + made.teacher_batch) / made.student_batch,

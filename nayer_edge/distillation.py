@@ -35,7 +35,7 @@ from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import weights_digest
 from nayer_edge.models.prior import require_prior
 from nayer_edge.procedural import procedural_round
-from nayer_edge.runtime.compute import Compute, random_stream
+from nayer_edge.runtime.compute import Compute, random_stream, seeded
 from nayer_edge.runtime.distributed import SINGLE, World, share_problems
 from nayer_edge.runtime.process import Deferred
 from nayer_edge.runtime.progress import Progress, Silent
@@ -209,6 +209,8 @@ class Distillation:
         self.best_student: dict[str, Tensor] = {}
         self.epoch = 0
         """finished epochs"""
+        self.patient_from = 0
+        """the epoch with which patience begins: that in which the run last got another length"""
         self.history: list[Epoch] = []
 
     def _new_bank(self) -> MemoryBank:
@@ -267,9 +269,12 @@ class Distillation:
 
     @property
     def stale_epochs(self) -> int:
-        """Student epochs since the best agreement on the synthetic hold-out."""
-        agreed = [epoch.agreement for epoch in self.history if epoch.phase == "distill"]
-        return len(agreed) - 1 - agreed.index(max(agreed)) if agreed else 0
+        """Student epochs since the best agreement on the synthetic hold-out, or since the run was made longer."""
+        trained = [number for number, epoch in enumerate(self.history) if epoch.phase == "distill"]
+        if not trained:
+            return 0
+        best = max(trained, key=lambda number: self.history[number].agreement)
+        return len(self.history) - max(best + 1, self.patient_from)
 
     def steps_of(self, epoch: int) -> int:
         """Synthesis and student steps of an epoch, for progress."""
@@ -354,6 +359,12 @@ class Distillation:
             self.student.backbone.load_state_dict(self.best_student)
         return self.student.eval()
 
+    @property
+    def shipped_agreement(self) -> float:
+        """Agreement of the student that `result` returns, on the synthetic hold-out."""
+        best = self.settings.distill.select == "agreement" and self.best_student
+        return self.best_agreement if best else self.history[-1].agreement
+
     def _stream(self, *purpose: str | int) -> torch.Generator:
         return random_stream(self.settings.seed, *purpose, device=self.compute.device)
 
@@ -419,19 +430,22 @@ class Distillation:
         config = self.settings.distill
         total = (config.epochs - config.warmup_epochs) * config.steps
         decay = config.decay_epochs * config.steps
-        random = self._stream("student", epoch, *([] if self.world.size == 1 else ["rank", self.world.rank]))
+        own = [] if self.world.size == 1 else ["rank", self.world.rank]
+        random = self._stream("student", epoch, *own)
         self.student.train()
         loss_sum = torch.zeros((), device=self.compute.device)
         lr = config.lr
-        for step in range(config.steps):
-            done = epoch * config.steps + step
-            if config.schedule == "cosine":
-                lr = cosine(done, total, config.lr, config.lr_min)
-            else:
-                lr = constant_then_linear(done, total, decay, config.lr, config.lr_min)
-            set_rate(self.optimizer, lr / config.lr)
-            loss_sum += self._student_step(*self._draw(random))
-            on_step()
+        # Dropout and stochastic depth draw from torch's global generator.
+        with seeded(random_stream(self.settings.seed, "dropout", epoch, *own).initial_seed()):
+            for step in range(config.steps):
+                done = epoch * config.steps + step
+                if config.schedule == "cosine":
+                    lr = cosine(done, total, config.lr, config.lr_min)
+                else:
+                    lr = constant_then_linear(done, total, decay, config.lr, config.lr_min)
+                set_rate(self.optimizer, lr / config.lr)
+                loss_sum += self._student_step(*self._draw(random))
+                on_step()
         self.student.eval()
         return self.world.mean(loss_sum) / config.steps, lr
 
@@ -499,6 +513,7 @@ class Distillation:
             "digest": self.digest,
             "ranks": self.world.size,
             "epoch": self.epoch,
+            "patient_from": self.patient_from,
             "rounds_made": self.rounds_made,
             "asked": vars(self.asked),
             "length": vars(Length.of(self.settings.distill)),
@@ -606,6 +621,8 @@ class Distillation:
         if facts.get("asked") == vars(self.asked) != facts["length"]:
             self.set_length(Length(**facts["length"]))
         self.epoch = int(facts["epoch"])
+        longer = "asked" in facts and facts["asked"] != vars(self.asked)
+        self.patient_from = self.epoch if longer else int(facts.get("patient_from", 0))
         self.best_agreement = float(facts["best_agreement"])
         self.history = [Epoch(**line) for line in facts["history"]]
 

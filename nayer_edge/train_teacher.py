@@ -19,7 +19,7 @@ from nayer_edge.data.datasets import LabelledImages
 from nayer_edge.errors import IntegrityError, TrainingError
 from nayer_edge.memory_bank import to_unit
 from nayer_edge.models.classifier import Classifier
-from nayer_edge.runtime.compute import Compute, random_stream
+from nayer_edge.runtime.compute import Compute, random_stream, seeded
 from nayer_edge.runtime.progress import Progress, Silent
 from nayer_edge.storage.files import digest_of
 from nayer_edge.storage.tensors import load_tensors, save_tensors
@@ -82,18 +82,20 @@ def teach(
         random = random_stream(seed, "teach", epoch, device=compute.device)
         order = torch.randperm(len(images), generator=random, device=compute.device)
         total = torch.zeros((), device=compute.device)
-        for step in range(steps):
-            chosen = order[step * batch : (step + 1) * batch]
-            seen = to_unit(crop_and_flip(images[chosen], config.augment, random))
-            with compute.autocast():
-                logits = classifier(seen)
-            loss = F.cross_entropy(logits.float(), labels[chosen], label_smoothing=config.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.detach()
-            progress.advance()
+        # Dropout and stochastic depth draw from torch's global generator.
+        with seeded(random_stream(seed, "teach dropout", epoch).initial_seed()):
+            for step in range(steps):
+                chosen = order[step * batch : (step + 1) * batch]
+                seen = to_unit(crop_and_flip(images[chosen], config.augment, random))
+                with compute.autocast():
+                    logits = classifier(seen)
+                loss = F.cross_entropy(logits.float(), labels[chosen], label_smoothing=config.label_smoothing)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.detach()
+                progress.advance()
         mean = float(total) / steps
         if not math.isfinite(mean):
             raise TrainingError(

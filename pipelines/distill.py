@@ -188,7 +188,7 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
         {
             "model": student.model,
             "parameters": student.parameter_count,
-            "synthetic agreement": round(run.history[-1].agreement, 4),
+            "synthetic agreement": round(run.shipped_agreement, 4),
             "bank images": len(bank),
             **({"images put aside": len(reserve)} if len(reserve) else {}),
             **(

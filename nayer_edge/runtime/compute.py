@@ -121,7 +121,8 @@ def usual_settings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds PyTorch's global CPU generator, which weight initialisers use, and restores it afterwards."""
-    with torch.random.fork_rng(devices=[]):
+    """Seeds PyTorch's global generators, which weight initialisers and dropout use, and restores them afterwards."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield

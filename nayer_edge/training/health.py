@@ -36,6 +36,8 @@ COPIES = 0.5
 ALIKE = 0.25
 """variety below which a warning is due: 0.54 for real digits, 0.89 for NAYER's and 0.85 for procedural images of them;
 0.01 to 0.13 for one image per class with noise of 2 to 20 of 255 grey levels (docs/LOG.md)"""
+PIXELS_AT_ONCE = 4096
+"""of every image, whose variance is computed at a time"""
 LEAST_PAIRS = 32
 """images beyond the first of their class that a variety needs"""
 
@@ -77,14 +79,17 @@ def variety(images: UInt8[Tensor, "N C H W"], classes: Int[Tensor, " N"]) -> Flo
 
     Agreement on synthetic images does not see a loss of variety: student and teacher agree on the few images there are.
     """
-    pixels = images.flatten(1).float()
     counts = classes.bincount()
-    sums = torch.zeros(len(counts), pixels.shape[1], device=pixels.device).index_add_(0, classes, pixels)
-    centres = sums / counts.clamp_min(1)[:, None]
     freedom = len(images) - (counts > 0).sum()
-    within = (pixels - centres[classes]).square().sum() / freedom
-    whole = pixels.var(dim=0).sum().clamp_min(1e-6)
-    return torch.where(freedom >= LEAST_PAIRS, within / whole, torch.nan)
+    within = whole = torch.zeros((), device=images.device)
+    # In parts: a thousand large images in float32 take gigabytes.
+    for part in images.flatten(1).split(PIXELS_AT_ONCE, dim=1):
+        pixels = part.float()
+        sums = torch.zeros(len(counts), pixels.shape[1], device=pixels.device).index_add_(0, classes, pixels)
+        centres = sums / counts.clamp_min(1)[:, None]
+        within = within + (pixels - centres[classes]).square().sum()
+        whole = whole + pixels.var(dim=0).sum()
+    return torch.where(freedom >= LEAST_PAIRS, within / freedom / whole.clamp_min(1e-6), torch.nan)
 
 
 def logit_spread(logits: Float[Tensor, "N K"]) -> Float[Tensor, ""]:

@@ -14,6 +14,7 @@ from nayer_edge.generator import Generator
 from nayer_edge.runtime.compute import choose
 
 from ..doctor import memory_gib
+from .budget import VIEWS
 from .model_cost import Cost, flop_of
 
 LARGE = 64
@@ -25,7 +26,7 @@ BACKWARD = 3
 SHARE = 0.4
 """fraction of the free memory that activations may use"""
 BANK_SHARE = 0.25
-"""fraction of the free memory that the memory bank may use"""
+"""fraction of the free memory that the memory bank and the teacher's cached answers may use"""
 MIB = 2**20
 _WHAT = {"batch": "round", "student_batch": "student step"}
 
@@ -62,29 +63,38 @@ class Fit:
 
 
 def device_at_hand(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Device:
-    """The device that a run would use, with its free memory.
+    """The device that a run would use, with its free memory. What PyTorch holds of a GPU's memory without using it is
+    free.
 
     Raises:
         MissingError: CUDA was requested but is not available.
     """
     chosen = choose(kind)
     if chosen.device.type == "cuda":
-        return Device("cuda", torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0])
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return Device("cuda", torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0] + held)
     return Device("cpu", chosen.reason.partition(",")[0], (memory_gib()[1] or 4.0) * 2**30)
 
 
-def fit(spec: InputSpec, teacher: Cost, student: Cost, device: Device) -> Fit:
-    """The batches of the budget schedule, as far as memory allows, and the limit of the bank."""
+def fit(spec: InputSpec, teacher: Cost, student: Cost, device: Device, classes: int) -> Fit:
+    """The batches of the budget schedule, as far as memory allows, and the limit of the bank.
+
+    A round has one image per class, up to twice the images that suit the device otherwise.
+    """
     if device.kind == "cuda":
         wanted = (200, 256) if max(spec.height, spec.width) > LARGE else (400, 512)
     else:
         wanted = (32, 64) if max(spec.height, spec.width) > LARGE else (100, 256)
     reasons: dict[str, str] = {}
-    batch = _fitting(wanted[0], BACKWARD * teacher.activation_bytes, device, "batch", reasons)
+    round_of = max(wanted[0], min(classes, 2 * wanted[0]))
+    batch = _fitting(round_of, BACKWARD * teacher.activation_bytes, device, "batch", reasons)
     both = teacher.activation_bytes + BACKWARD * student.activation_bytes
     student_batch = _fitting(wanted[1], both, device, "student_batch", reasons)
-    least = 4 * batch * math.prod(spec.shape)
-    return Fit(batch, student_batch, max(1, math.ceil(max(device.free_bytes * BANK_SHARE, least) / MIB)), reasons)
+    pixels = math.prod(spec.shape)
+    # The teacher's cached answers share the memory with the images. While they grow, old and new ones exist.
+    answers = 1.5 * VIEWS * classes * torch.float32.itemsize
+    bank_bytes = max(device.free_bytes * BANK_SHARE * pixels / (pixels + answers), 4 * batch * pixels)
+    return Fit(batch, student_batch, max(1, math.ceil(bank_bytes / MIB)), reasons)
 
 
 def _fitting(wanted: int, bytes_each: float, device: Device, name: str, reasons: dict[str, str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from ..recipes.schema import Export, Recipe
 from ..steps import CHECKPOINT, DECAY_STATE, PENDING
 from . import budget
 from .durations import duration
-from .fitting import Device, device_at_hand, fit, generator_channels
+from .fitting import MIB, Device, device_at_hand, fit, generator_channels
 from .model_cost import cost_of_network
 from .step_costs import time_steps
 
@@ -114,13 +115,13 @@ def measured(
     compute = choose(device.kind, precision)
     spec, classes = teacher.spec, len(teacher.classes)
     costs = cost_of_network(teacher.to("cpu")), cost_of_network(student.to("cpu"))
-    sizes = fit(spec, *costs, device)
+    sizes, image_bytes = fit(spec, *costs, device, classes), math.prod(spec.shape)
     if bank is None:
         generator = Generator(channels=generator_channels(spec, classes, costs[0], device))
-        # One image per class, up to twice the images that suit the device.
-        sizes = replace(sizes, batch=max(sizes.batch, min(classes, 2 * sizes.batch)))
     else:
-        generator, sizes = bank.generator, replace(sizes, batch=bank.batch)
+        # The images that are there must fit, with room for some more.
+        least = math.ceil(1.25 * bank.images * image_bytes / MIB)
+        generator, sizes = bank.generator, replace(sizes, batch=bank.batch, bank_mib=max(sizes.bank_mib, least))
     found = time_steps(
         teacher, student, generator, augment, compute, sizes.batch, sizes.student_batch, prior, export, known
     )
@@ -132,7 +133,7 @@ def measured(
         prior,
         channels=generator.channels,
         bank=None if bank is None else bank.images,
-        image_bytes=spec.channels * spec.height * spec.width,
+        image_bytes=image_bytes,
         bank_mib=sizes.bank_mib,
         reasons=tuple(sizes.reasons.values()),
     )
@@ -145,7 +146,7 @@ class Started:
     Attributes:
         batch: images per synthesis round.
         images: in its bank.
-        rest: measured seconds of its steps after the student; None if they were not run.
+        rest: measured seconds of its steps after the student; None if they were not run, or with other settings.
     """
 
     generator: Generator
@@ -168,7 +169,11 @@ def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Reci
     if root is not None and (root / MANIFEST).is_file():
         former = RunFolder.open(root).manifest.recipe
         if former.get("name") == recipe.name and (former.get("budget") or {}).get("seconds") == seconds:
-            sections = {name: former[name] for name in ("budget", "generator", "synthesis", "distill")}
+            keys = budget.planned_keys()
+            sections = {"budget": former["budget"]} | {
+                name: {key: value for key, value in former[name].items() if f"{name}.{key}" in keys}
+                for name in ("generator", "synthesis", "distill")
+            }
             return with_sections(recipe, sections), [("time", "as planned when this run started")]
     planned = measured_for(recipe).planned(seconds)
     return with_sections(recipe, planned.sections), [*planned.words, *_replaced(recipe, planned.costs)]
@@ -199,7 +204,10 @@ def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> Measured:
     if bank_run is not None:
         # Its generator and batch are in the recipe already.
         images = images_in_bank(bank_run) or 0
-        bank = Started(recipe.generator, recipe.synthesis.batch, images, _measured_rest(bank_run))
+        other = recipe_of(bank_run.manifest.recipe, bank_run.root)
+        alike = (other.export, other.validate_) == (recipe.export, recipe.validate_)
+        rest = _measured_rest(bank_run) if alike else None
+        bank = Started(recipe.generator, recipe.synthesis.batch, images, rest)
     return measured(
         teacher,
         student,

@@ -17,6 +17,7 @@ import secrets
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -199,6 +200,9 @@ class OnRay:
         # At least two: a task may run on a worker that does not share this machine's files.
         self.at_once = max(fitting, 2)
         self._look, self._work = _functions(ray)
+        self._fitting = fitting
+        self.started: dict[str, float] = {}
+        """as of `Here`; the cluster does not say which tasks are running, so this assumes the order of submission"""
         self._held: dict[str, Any] = {}
         self._token = _token(out)
         self.shared = self._examine([node for node in nodes if self.needs.met_by(node)])
@@ -239,14 +243,26 @@ class OnRay:
         """The results of tasks by name, as they come in. If it is not read to the end, the tasks are told to save their
         work and end."""
         running: dict[Any, str] = {}
+
+        def note_started() -> None:
+            for name in running.values():
+                if len(self.started) < self._fitting:
+                    self.started.setdefault(name, time.monotonic())
+
+        # The files of students change from round to round, and those of the bank are sent again.
+        self._held.clear()
         try:
             for name, task in tasks.items():
                 running[self._start(task)] = name
+                note_started()
             while running:
                 ready, _ = self._ray.wait(list(running), num_returns=1, timeout=LOOK)
                 for answer in ready:
                     name = running.pop(answer)
-                    yield name, self._result(answer, name, tasks[name])
+                    since = self.started.pop(name, None)
+                    seconds = 0.0 if since is None else time.monotonic() - since
+                    note_started()
+                    yield name, self._result(answer, name, tasks[name], seconds)
                 if not ready and not any(self.needs.met_by(node) for node in _nodes(self._ray)):
                     raise UsageError(
                         "The Ray cluster has no machine left that can train a student.",
@@ -287,7 +303,7 @@ class OnRay:
             self._held[digest] = self._ray.put(np.fromfile(path, dtype=np.uint8))
         return self._held[digest]
 
-    def _result(self, answer: Any, name: str, task: Task) -> Result:
+    def _result(self, answer: Any, name: str, task: Task, seconds: float) -> Result:
         try:
             values, files = self._ray.get(answer)
         except self._ray.exceptions.RayTaskError as error:
@@ -295,10 +311,10 @@ class OnRay:
             if not isinstance(cause, Exception) or (told := understood(cause, "This student")) is None:
                 # A bug.
                 raise
-            return Result(0.0, error=told)
+            return Result(seconds, error=told)
         except self._ray.exceptions.RayError as error:
             return Result(
-                0.0,
+                seconds,
                 error=MissingError(
                     f"The worker of {name} died {RETRIES + 1} times.",
                     why=" ".join(f"{error}".split())[:400],

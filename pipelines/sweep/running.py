@@ -337,8 +337,9 @@ class _Work:
             try:
                 actions.make(chosen, root, last="student", display=self.display)
             finally:
-                if limit is not None:
-                    # The budget is for distillation; the teacher comes before it.
+                steps = RunFolder.open(root).manifest.steps if (root / MANIFEST).is_file() else {}
+                # The budget is for distillation; the teacher comes before it.
+                if limit is not None and {"teacher", "lte"} <= steps.keys():
                     self.sweep.spent += time.monotonic() - began - (_taught(root) - taught)
                     self.save()
         return root
@@ -377,15 +378,13 @@ class _Work:
         measured: dict[str, Measured] = {}
         errors: list[NayerEdgeError] = []
         tasks = {each.model: Task(recipes[each.model], self.root(each), True, is_trusted()) for each in waiting}
-        with contextlib.closing(self.workers.run(tasks)) as ended:
-            for model, result in ended:
-                self.sweep.spent += result.seconds
-                if result.measured is not None:
-                    measured[model] = result.measured
-                elif result.error is not None:
-                    # The others share its time.
-                    self.fail(self.sweep.student(model), result.error)
-                    errors.append(result.error)
+        for model, result in self.counted(tasks):
+            if result.measured is not None:
+                measured[model] = result.measured
+            elif result.error is not None:
+                # The others share its time.
+                self.fail(self.sweep.student(model), result.error)
+                errors.append(result.error)
         waiting = [each for each in waiting if each.open]
         begun = any(each.shares for each in self.sweep.students)
         if not waiting and not begun and not self.open:
@@ -501,18 +500,18 @@ class _Work:
 
     def counted(self, tasks: dict[str, Task]) -> Generator[tuple[str, Result]]:
         """The results of tasks as they come in; what they take counts, also if they are interrupted."""
-        began = time.monotonic()
-        with contextlib.closing(self.workers.run(tasks)) as running:
-            try:
+        try:
+            with contextlib.closing(self.workers.run(tasks)) as running:
                 for model, result in running:
-                    if self.workers.at_once > 1:
-                        self.sweep.spent += result.seconds
-                        self.save()
+                    self.sweep.spent += result.seconds
+                    self.save()
                     yield model, result
-            finally:
-                if self.workers.at_once == 1:
-                    self.sweep.spent += time.monotonic() - began
-                self.save()
+        finally:
+            # After the tasks were told to end: the time in which they saved their work counts, too.
+            now = time.monotonic()
+            self.sweep.spent += sum(now - since for since in self.workers.started.values())
+            self.workers.started.clear()
+            self.save()
 
     def fail(self, student: StudentRecord, error: NayerEdgeError) -> None:
         """Ends a student whose run failed; raises the error if a run was altered."""

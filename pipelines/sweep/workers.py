@@ -139,12 +139,16 @@ class Here:
 
     def __init__(self, display: Display | None) -> None:
         self._display = display
+        self.started: dict[str, float] = {}
+        """task → when it started, on the monotonic clock; of tasks without a result"""
 
     def run(self, tasks: Mapping[str, Task]) -> Generator[tuple[str, Result]]:
         """The results of tasks by name, as they come in."""
         known = None
         for name, task in tasks.items():
+            self.started[name] = time.monotonic()
             result = task.do(self.last, self._display, known)
+            del self.started[name]
             known = result.measured.costs if result.measured else known
             yield name, result
 
@@ -160,6 +164,8 @@ class OnDevices:
 
     def __init__(self, devices: Sequence[str]) -> None:
         self._devices = list(devices)
+        self.started: dict[str, float] = {}
+        """as of `Here`"""
 
     @property
     def at_once(self) -> int:
@@ -177,12 +183,13 @@ class OnDevices:
                 while waiting and free:
                     name, task = waiting.pop(0)
                     device = free.pop(0)
+                    self.started[name] = time.monotonic()
                     running[name] = _started(task, device, Path(scratch), name), device
                 ended = [name for name, (process, _) in running.items() if process.poll() is not None]
                 for name in ended:
                     process, device = running.pop(name)
                     free.append(device)
-                    yield name, _read(process, Path(scratch), name)
+                    yield name, _read(process, Path(scratch), name, time.monotonic() - self.started.pop(name))
                 if not ended:
                     time.sleep(POLL)
 
@@ -213,14 +220,15 @@ def _started(task: Task, device: str, scratch: Path, name: str) -> subprocess.Po
         )
 
 
-def _read(process: subprocess.Popen[bytes], scratch: Path, name: str) -> Result:
+def _read(process: subprocess.Popen[bytes], scratch: Path, name: str, seconds: float) -> Result:
+    """The result of a process that ended after so many seconds."""
     answer = _file(scratch, name, "result")
     if answer.is_file():
         return Result.unpacked(json.loads(answer.read_text(encoding="utf-8")))
     log = _file(scratch, name, "log").read_text(encoding="utf-8", errors="replace").strip()
     code = process.returncode
     return Result(
-        0.0,
+        seconds,
         error=MissingError(
             f"The process of {name} was ended by signal {-code}."
             if code < 0

@@ -338,7 +338,7 @@ class KilledError(Exception):
     pass
 
 
-def kill_after(run: Distillation, path: Path, epochs: int) -> None:
+def kill_after(run: Distillation, path: Path, epochs: int, before: Before | None = None) -> None:
     """Runs, and dies in the epoch after these; the checkpoint is that of the last complete epoch."""
 
     def die(epoch: Epoch) -> None:
@@ -346,7 +346,7 @@ def kill_after(run: Distillation, path: Path, epochs: int) -> None:
             raise KilledError
 
     with pytest.raises(KilledError):
-        distill(run, path, checkpoint_seconds=0, on_epoch=die)
+        distill(run, path, checkpoint_seconds=0, on_epoch=die, before=before)
 
 
 @pytest.mark.parametrize("views", [0, 3])
@@ -383,6 +383,29 @@ def test_a_continued_run_ends_with_the_same_bits(start: Start, tmp_path: Path, v
         assert_same_run(continued, whole)
         for name, value in whole.result().state_dict().items():
             assert torch.equal(value, shipped.state_dict()[name]), (after, name)
+
+
+def test_a_student_with_dropout_is_reproducible(start: Start, tmp_path: Path) -> None:
+    """Dropout draws from torch's global generator, which has another seed in every process."""
+
+    def begun(share: float = 0.3, **changes: Any) -> Distillation:
+        run = start(**changes)
+        run.student.backbone.register_forward_pre_hook(
+            lambda module, inputs: (nn.functional.dropout(inputs[0], share, module.training),)
+        )
+        return run
+
+    whole, path = begun(), tmp_path / "checkpoint.safetensors"
+    distill(whole)
+    torch.manual_seed(5)
+    kill_after(begun(), path, 3)
+    continued = begun()
+    distill(continued, path)
+    assert_same_run(continued, whole)
+    other = begun(share=0.0)
+    distill(other)
+    with pytest.raises(AssertionError, match="differs"):
+        assert_same_run(other, whole)
 
 
 # The learning rate is so high that a later student is worse than an earlier one.
@@ -431,6 +454,17 @@ def test_with_a_constant_schedule_patience_starts_the_decay(start: Start, tmp_pa
     rates = [epoch.lr for epoch in run.history if epoch.lr is not None]
     assert rates[-3] > rates[-2] > rates[-1]
     assert next_state(before.state).is_file(), "a longer run can continue from here"
+    # Longer, it has its whole patience again, also if it is interrupted.
+    run.bank.save(before.bank)
+    next_state(before.state).replace(before.state)
+    longer = {**constant, "distill_epochs": 80}
+    whole, killed, path = start(**longer), start(**longer), tmp_path / "checkpoint.safetensors"
+    distill(whole, before=before)
+    assert len(whole.history) >= length + 2
+    kill_after(killed, path, length, before)
+    again = start(**longer)
+    distill(again, path, before=before)
+    assert_same_run(again, whole)
 
 
 @pytest.mark.parametrize(("discarded", "wrong"), [(0, False), (4, False), (5, True), (50, True)])
@@ -590,6 +624,7 @@ def test_select_agreement_ships_the_best_student(start: Start) -> None:
     shipped = run.result()
     for name, value in shipped.state_dict().items():
         assert torch.equal(value, students[best][name])
+    assert run.shipped_agreement == max(scores)
     teacher = logits_of(run.teacher, run.holdout, run.compute)
     assert float(agreement(logits_of(shipped, run.holdout, run.compute), teacher)) == pytest.approx(max(scores))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,10 +75,13 @@ class StopAfter(Silent):
             raise StoppedError
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize(("optimizer", "dropout"), [("sgd", 0.0), ("muon", 0.0), ("sgd", 0.3)])
 def test_an_interrupted_training_continues_bit_identically(
-    network: Classifier, compute: Compute, tmp_path: Path, optimizer: str
+    network: Classifier, compute: Compute, tmp_path: Path, optimizer: str, dropout: float
 ) -> None:
+    """Also with dropout, which draws from torch's global generator."""
+    if dropout:
+        network.backbone.register_forward_pre_hook(_drops(dropout))
     data, config, path = halves(96, seed=1), settings(optimizer=optimizer), tmp_path / "checkpoint.safetensors"
     fresh, whole = copy.deepcopy(network), copy.deepcopy(network)
     with pytest.raises(StoppedError):
@@ -84,6 +89,10 @@ def test_an_interrupted_training_continues_bit_identically(
     # Two of the four epochs are done, and each has three steps.
     continued = teach(fresh, data, config, compute, 0, StopAfter(1 + 6), path, checkpoint_seconds=0)
     assert weights_digest(continued) == weights_digest(teach(whole, data, config, compute, 0))
+
+
+def _drops(share: float) -> Callable[..., Any]:
+    return lambda module, inputs: (F.dropout(inputs[0], share, module.training),)
 
 
 def test_the_checkpoint_of_another_training_is_not_continued(

@@ -198,7 +198,9 @@ def test_a_checkpoint_that_fits_by_its_digest_and_not_by_its_content(start: Star
     spoilt({n: t.flatten()[:1] if n == "holdout" else t for n, t in state[0].items()}, {**state[1], "epoch": None})
 
 
-def test_variety_is_the_share_of_variance_within_classes() -> None:
+@pytest.mark.parametrize("at_once", [5, 4096])
+def test_variety_is_the_share_of_variance_within_classes(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(health, "PIXELS_AT_ONCE", at_once)
     random = torch.Generator().manual_seed(0)
     centres = torch.randint(0, 256, (4, 1, 6, 6), generator=random)
     classes = torch.arange(4).repeat(25)
