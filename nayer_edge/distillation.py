@@ -930,7 +930,8 @@ def check_teacher(teacher: Classifier, compute: Compute) -> None:
     """
     noise = torch.rand(30, *teacher.spec.shape, generator=random_stream(0, "check"))
     images = torch.cat((noise, torch.zeros(1, *teacher.spec.shape), torch.ones(1, *teacher.spec.shape)))
-    logits = teacher(images.to(compute.device)).float()
+    images = images.to(compute.device)
+    logits = teacher(images).float()
     if logits.shape != (len(images), len(teacher.classes)):
         raise UsageError(
             f"The teacher's output shape per image is {tuple(logits.shape[1:])}, but there are "
@@ -947,4 +948,16 @@ def check_teacher(teacher: Classifier, compute: Compute) -> None:
         raise TrainingError(
             "The teacher gives the same output for every image.",
             fix="Check that its weights were loaded, and check its input specification (mean, std).",
+        )
+    if bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < 1e-3).all()):
+        raise UsageError(
+            "The teacher returns probabilities, not logits.",
+            why="They are positive and add up to 1 for every image.",
+            fix="Use the network without the softmax at its end.",
+        )
+    if bool((logits - teacher(images).float()).abs().max() > 0.01 * logits.abs().max()):
+        raise UsageError(
+            "The teacher gives another output when it sees the same images again.",
+            why="It draws random numbers, or changes, in eval mode.",
+            fix="Switch that off. F.dropout, for example, needs training=self.training.",
         )

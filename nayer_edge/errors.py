@@ -86,6 +86,15 @@ def no_batch_norms(what: str, detail: str = "") -> UsageError:
     )
 
 
+WRONG_ARGUMENT = (TypeError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, ArithmeticError)
+"""what libraries raise while they build or run a network with arguments that it cannot use"""
+
+
+def on_meta(error: Exception) -> bool:
+    """Whether the reason is that a network was built on PyTorch's meta device, without values."""
+    return isinstance(error, RuntimeError) and "meta" in str(error)
+
+
 def missing_extra(module: str, extra: str, purpose: str) -> MissingError:
     """The error for a missing package that an extra installs."""
     return MissingError(

@@ -51,6 +51,8 @@ class Dataset(_Part):
     """SHA-256 of the network input and the labels, in order; reports with equal digests can be paired image by image"""
     split: str | None = None
     """which part of the data set: "train", "validation", "test" or its own name; null if it has no parts"""
+    fit: Literal["exact", "stretch", "center-crop"] | None = None
+    """what was done with pictures of another size; null for synthetic images, built-in ones, and in older reports"""
     matched_by: Literal["name", "WordNet id", "number"] | None = None
     """how labels were assigned to the teacher's classes. number: the hold-out has no class names, and its numbers were
     taken in the order of the teacher's classes; null for synthetic images"""

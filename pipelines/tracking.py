@@ -22,6 +22,9 @@ class TensorBoard:
             raise missing_extra("tensorboard", "tracking", 'tracking = "tensorboard"') from error
         run = run.resolve()
         self.folder = run.with_name(f"{run.name}.tensorboard")
+        # A continued run logs its earlier epochs again, and one that starts over has others.
+        for path in self.folder.glob("events.out.tfevents.*"):
+            path.unlink(missing_ok=True)
         self._writer: SummaryWriter = SummaryWriter(str(self.folder))
 
     def log(self, epoch: Epoch) -> None:

@@ -75,7 +75,7 @@ def open_parquet(
         _require_one_whole_set(chosen, root)
     names = _class_names(chosen)
     found: list[int | str] = []
-    mismatches = Mismatches(spec, fit)
+    mismatches = Mismatches(spec, fit, upright=True)
     for data, label, where in _rows(chosen, ROWS, kept):
         if not found:
             require_grey_or_colour(spec, chosen[0])
@@ -87,7 +87,7 @@ def open_parquet(
     def batches(size: int) -> Iterator[np.ndarray]:
         batch = []
         for data, _, where in _rows(chosen, min(size, ROWS), kept):
-            batch.append(decode(data, spec, where, fit))
+            batch.append(decode(data, spec, where, fit, upright=True))
             if len(batch) == size:
                 yield np.stack(batch)
                 batch = []

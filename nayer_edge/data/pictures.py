@@ -18,10 +18,19 @@ from nayer_edge.errors import UsageError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
-class Mismatches:
-    """Pictures that do not match the model's input: each reason with its count and its first picture."""
+LYING = (5, 6, 7, 8)
+"""EXIF orientations whose width and height are exchanged"""
 
-    def __init__(self, spec: InputSpec, fit: Fit) -> None:
+
+class Mismatches:
+    """Pictures that do not match the model's input: each reason with its count and its first picture.
+
+    Args:
+        upright: as `decode` takes it.
+    """
+
+    def __init__(self, spec: InputSpec, fit: Fit, *, upright: bool = False) -> None:
+        self._upright = upright
         self._spec = spec
         self._fit: Fit = fit
         self._counts: Counter[str] = Counter()
@@ -29,11 +38,14 @@ class Mismatches:
 
     def check(self, file: Any, where: str) -> None:
         """Reads the header of a picture."""
-        from PIL import Image
+        from PIL import ExifTags, Image
 
         try:
             with Image.open(file) as picture:
-                reason = mismatch(picture.size, picture.mode, self._spec, self._fit)
+                width, height = picture.size
+                lying = self._upright and picture.getexif().get(ExifTags.Base.Orientation) in LYING
+                size = (height, width) if lying else (width, height)
+                reason = mismatch(size, picture.mode, self._spec, self._fit)
         except _unreadable():
             reason = "not readable as an image"
         if reason:
@@ -69,18 +81,23 @@ def _unreadable() -> tuple[type[Exception], ...]:
     return UnidentifiedImageError, OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError
 
 
-def decode(data: bytes, spec: InputSpec, where: str, fit: Fit = "stretch") -> np.ndarray:
+def decode(
+    data: bytes, spec: InputSpec, where: str, fit: Fit = "stretch", *, upright: bool = False
+) -> np.ndarray:
     """Decodes a picture into uint8 of the model's shape, (C, H, W).
+
+    Args:
+        upright: turn it as its EXIF orientation says. Hugging Face's datasets do, torchvision's ImageFolder does not.
 
     Raises:
         UsageError: it cannot be decoded.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     require_grey_or_colour(spec, where)
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            return resized(picture, spec, fit)
+            return resized(ImageOps.exif_transpose(picture) if upright else picture, spec, fit)
     except _unreadable() as error:
         raise UsageError(
             f"{where} is not a readable image.", why=f"{error}", fix="Replace or remove it, then repeat the command."

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from nayer_edge.data.arrays import StoredImages, in_memory, in_records
-from nayer_edge.data.splits import Purpose, canonical, choose
+from nayer_edge.data.splits import NO_SPLIT, Purpose, canonical, choose, split_in
 from nayer_edge.data.stream import MAX_IMAGES
 from nayer_edge.errors import UsageError, missing_extra
 
@@ -74,10 +74,12 @@ def open_torchvision(path: Path, purpose: Purpose = "holdout", asked: str | None
             _refuse_pickled(path)
         return replace(next(iter(known.values()))(), split=split) if known else None
     if IDX_IMAGES in path.name or path.name.endswith(SVHN_FILE):
-        split = "train" if path.name.startswith("train") else "test"
+        name = path.name.removesuffix(SVHN_FILE).partition(IDX_IMAGES)[0]
+        # EMNIST and QMNIST put their names before it.
+        split = split_in(name) or {prefix: part for part, prefix in IDX_PREFIX.items()}.get(name, NO_SPLIT)
         if asked is not None:
             choose([split], purpose, asked, path)
-        return replace(_idx(path) if IDX_IMAGES in path.name else _svhn(path), split=split)
+        return replace(_idx(path) if IDX_IMAGES in path.name else _svhn(path), split=split or None)
     _refuse_pickled(path)
     return None
 

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from nayer_edge.config import InputSpec
-from nayer_edge.errors import UsageError, missing_extra, nearest
+from nayer_edge.errors import WRONG_ARGUMENT, UsageError, missing_extra, nearest, on_meta
 from nayer_edge.models import huggingface, in_memory, user_code, zoo
 from nayer_edge.models.adapt import lower_strides, replace_channels
 from nayer_edge.models.names import MEMORY, ModelName, parse
+from nayer_edge.models.published import torchvision_classifiers
 
 FORBIDDEN_ARGUMENTS = ("pretrained", "checkpoint", "weights", "cache", "num_classes", "in_chans", "scriptable", "url")
 """forbidden parts of argument names: they would download or load files, or duplicate other recipe keys"""
@@ -127,8 +128,7 @@ def _torchvision(model: ModelName, spec: InputSpec, classes: Sequence[str], opti
         from torchvision import models as torchvision_models
     except ImportError as error:
         raise missing_extra("torchvision", "cpu", f"The model {model.portable}") from error
-    # Of this module only: others contain detection and segmentation models, which may download backbone weights.
-    known = torchvision_models.list_models(module=torchvision_models)
+    known = torchvision_classifiers()
     if model.name not in known:
         raise UsageError(
             f"torchvision has no classifier '{model.name}'.{nearest(model.name, known)}",
@@ -139,7 +139,9 @@ def _torchvision(model: ModelName, spec: InputSpec, classes: Sequence[str], opti
         given = {"aux_logits": False, **AUXILIARY[model.name], **given}
     try:
         network = torchvision_models.get_model(model.name, weights=None, num_classes=len(classes), **given)
-    except (TypeError, ValueError) as error:
+    except WRONG_ARGUMENT as error:
+        if on_meta(error):
+            raise
         raise _refused(model, options, error) from error
     if spec.channels != 3:
         replace_channels(network, spec.channels)
@@ -166,8 +168,8 @@ def _timm(model: ModelName, spec: InputSpec, classes: Sequence[str], options: Ma
     try:
         return timm.create_model(model.name, pretrained=False, num_classes=len(classes), in_chans=spec.channels,
                                  **options)  # fmt: skip
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        if isinstance(error, RuntimeError) and "meta" in str(error):
+    except WRONG_ARGUMENT as error:
+        if on_meta(error):
             raise
         raise _refused(model, options, error) from error
 

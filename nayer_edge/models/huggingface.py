@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nayer_edge.config import InputSpec
-from nayer_edge.errors import MissingError, UsageError, missing_extra
+from nayer_edge.errors import WRONG_ARGUMENT, MissingError, UsageError, missing_extra, on_meta
 from nayer_edge.models.names import ModelName
 from nayer_edge.runtime import hub
 
@@ -50,11 +50,14 @@ def build(
         MissingError: transformers is not installed, or the hub cannot be reached.
     """
     with _quiet(model) as transformers:
+        from huggingface_hub.errors import StrictDataclassError
+
         try:
             values = dict(config) if config is not None else _config_of(transformers, model).to_dict()
             kind = str(values.get("model_type"))
             # Keys that would run code from a repository, and local paths.
-            for key in ("auto_map", "_name_or_path", "name_or_path", "quantization_config"):
+            # The type in which weights are stored is not that of the network.
+            for key in ("auto_map", "_name_or_path", "name_or_path", "quantization_config", "dtype", "torch_dtype"):
                 values.pop(key, None)
             if kind in REFUSED:
                 raise UsageError(
@@ -67,13 +70,21 @@ def build(
             if unknown:
                 raise UsageError(f"The configuration of {model.portable} has no {', '.join(unknown)}.")
             settings.update(dict(arguments))
+            if (problem := getattr(settings, "problem_type", None)) not in (None, "single_label_classification"):
+                raise UsageError(
+                    f"{model.portable} does not choose one class for an image.",
+                    why=f"Its config.json has problem_type = {problem}.",
+                    fix="Use a model that was trained with one label per image. If this one was, correct config.json.",
+                )
             if config is None:
                 settings.id2label = dict(enumerate(classes))
                 settings.label2id = {label: number for number, label in enumerate(classes)}
                 if hasattr(settings, "num_channels"):
                     settings.num_channels = spec.channels
             network = transformers.AutoModelForImageClassification.from_config(settings, trust_remote_code=False)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (*WRONG_ARGUMENT, StrictDataclassError) as error:
+            if on_meta(error):
+                raise
             raise UsageError(
                 f"transformers cannot build an image classifier from {model.portable}.",
                 why=str(error).splitlines()[0] if str(error) else type(error).__name__,

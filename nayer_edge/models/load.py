@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from nayer_edge.config import InputSpec, Teacher
-from nayer_edge.errors import IntegrityError, UsageError
+from nayer_edge.errors import WRONG_ARGUMENT, IntegrityError, UsageError
 from nayer_edge.models import build as sources
 from nayer_edge.models import huggingface, published
 from nayer_edge.models.classifier import Classifier
@@ -64,7 +64,7 @@ def check_forward(classifier: Classifier) -> None:
     try:
         with torch.no_grad():
             logits = classifier.eval()(torch.zeros(2, *spec.shape, device=device))
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except WRONG_ARGUMENT as error:
         raise UsageError(
             f"{classifier.model} cannot take images of {spec.channels}×{spec.height}×{spec.width}{resized}.",
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,
@@ -99,6 +99,11 @@ def save_classifier(classifier: Classifier, weights: Path, facts: Mapping[str, A
         **facts,
     }
     write_json(weights.with_suffix(".json"), card)
+
+
+def is_card_of(card: Mapping[str, Any], weights: Path) -> bool:
+    """Whether a JSON file's content is the card that `save_classifier` wrote for these weights."""
+    return card.get("schema") == CARD_SCHEMA and card.get("sha256") == sha256_of(weights)
 
 
 def load_classifier(weights: Path) -> Classifier:

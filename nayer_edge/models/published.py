@@ -35,6 +35,11 @@ def input_of(model: str, weights: str | None) -> tuple[dict[str, Any], str]:
         entry = _torchvision_entry(parsed, weights)
         if entry is None:
             return {}, ""
+        if parsed.name not in torchvision_classifiers():
+            raise UsageError(
+                f"torchvision's {parsed.name} is not a classifier of images.",
+                fix="For classifiers, see https://pytorch.org/vision/stable/models.html#classification.",
+            )
         transforms = entry.transforms()
         (side,) = transforms.crop_size
         found = {"channels": 3, "height": side, "width": side, "mean": transforms.mean, "std": transforms.std}
@@ -47,6 +52,14 @@ def input_of(model: str, weights: str | None) -> tuple[dict[str, Any], str]:
     if parsed.source == "hf":
         return huggingface.input_of(parsed), f"the image processor of {parsed.portable}"
     return {}, ""
+
+
+def torchvision_classifiers() -> list[str]:
+    """Names of torchvision's image classifiers. Its other modules contain detection and segmentation models, which may
+    download backbone weights."""
+    from torchvision import models
+
+    return models.list_models(module=models)
 
 
 def top1_of(model: str, weights: str | None) -> float | None:

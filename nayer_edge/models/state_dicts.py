@@ -84,10 +84,16 @@ def _chosen(content: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor
     if key:
         if key in found:
             return _unwrapped(found[key]), key
+        inside = {}
         for place, tensors in found.items():
-            under = _under(tensors, f"{key}.")
-            if under:
-                return _unwrapped(under), f"{place}.{key}".lstrip(".")
+            for start in {key, key.removeprefix(f"{place}.")}:
+                if under := _under(tensors, f"{start}."):
+                    inside[f"{place}.{start}".lstrip(".")] = under
+        if len(inside) > 1 and key not in inside:
+            raise several_sets(path, list(inside))
+        if inside:
+            name = key if key in inside else next(iter(inside))
+            return _unwrapped(inside[name]), name
         raise UsageError(
             f"{path} has no weights under '{key}'.{nearest(key, found)}",
             why=f"It has: {_listed(found)}." if found else "",
@@ -143,11 +149,18 @@ def _state_dicts(content: Any, place: str = "", depth: int = 0) -> Iterator[tupl
         if isinstance(name, str)
         for found in _state_dicts(value, f"{place}.{name}".lstrip("."), depth + 1)
     ]
-    # A few tensors beside a state dict are values such as an epoch number or a loss.
-    if len(tensors) > max((len(inner) for _, inner in nested), default=0):
+    # A few tensors beside a state dict are values such as an epoch number or a loss, and a few inside it are parts of it,
+    # unless both are the weights of one network.
+    own = len(tensors) > max((len(inner) for _, inner in nested), default=0)
+    if own or any(_alike(tensors, inner) for _, inner in nested):
         yield place, tensors
-    else:
-        yield from nested
+    yield from (found for found in nested if not own or _alike(tensors, found[1]))
+
+
+def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether most of the names of both are the same."""
+    shared = unwrapped(one).keys() & unwrapped(other).keys()
+    return len(shared) > max(len(one), len(other)) / 2
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -232,7 +245,9 @@ def align(names: Collection[str], wanted: Collection[str]) -> Alignment:
 def _prefix(held: Collection[str], own: Collection[str]) -> tuple[str | None, tuple[str, ...]]:
     """The prefix in the file under which most of the network's names are found, and all of these prefixes if there are
     several; None if names match better, or as well, without one."""
-    known, wanted, names = set(held), set(own), list(held)
+    # Some copies of a network lack the counters, which nothing reads.
+    names = [name for name in held if not name.endswith(COUNTER)]
+    known, wanted = set(names), {name for name in own if not name.endswith(COUNTER)}
     # A few names may match by chance, but not more than half.
     least = max(len(known & wanted), len(wanted) // 2)
     counts = {

@@ -103,11 +103,14 @@ def _require_same_images(run: RunFolder, report: Report, folder: Path, before: R
                 why="Every run generates its own images, and they have no true labels.",
                 fix=again,
             )
+    fits = report.dataset.fit, before.dataset.fit
+    resized = f" Pictures of other sizes: {fits[0]} here, {fits[1]} there." if None not in fits and fits[0] != fits[1] else ""
     if report.dataset.sha256 is None or report.dataset.sha256 != before.dataset.sha256:
         raise UsageError(
             f"{run.root} and its baseline {folder} were measured on different images.",
             why=f"{report.dataset.n:,} of {report.dataset.name} here, {before.dataset.n:,} of {before.dataset.name} "
-            "there, and their digests differ. A drop between different images may only mean that one set is harder.",
+            f"there, and their digests differ.{resized} A drop between different images may only mean that one set is "
+            "harder.",
             fix=again,
         )
 

@@ -66,7 +66,7 @@ def run_gate(
     if references is not None and policy.baseline.max_drop is None:
         raise UsageError(
             f"{references} names a baseline, but the policy does not limit the drop against it.",
-            fix="Add to the policy, for one point: [baseline] max_drop = 0.01",
+            fix="Add to the policy, for one point:\n[baseline]\nmax_drop = 0.01",
         )
     run.require_intact()
     report = load_report(run)
@@ -76,7 +76,8 @@ def run_gate(
 
 def _judged(run: RunFolder, report: Report, policy: Policy, baseline: Baseline | None = None) -> Verdict:
     verdict = judge(report, policy, baseline)
-    continuable = run.manifest.recipe.get("distill", {}).get("schedule") == "constant"
+    distill = run.manifest.recipe.get("distill")
+    continuable = isinstance(distill, dict) and distill.get("schedule") == "constant"
     advice = wording.advice(verdict, continuable)
     return replace(verdict, notes=(*wording.notes(report.dataset, policy, baseline), *advice))
 

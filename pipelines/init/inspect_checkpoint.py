@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from nayer_edge.config import InputSpec, Prior
 from nayer_edge.errors import NayerEdgeError, UsageError
 from nayer_edge.labels.class_names import checked
 from nayer_edge.models import huggingface, published
+from nayer_edge.models.load import is_card_of
 from nayer_edge.models.names import ModelName, parse
 from nayer_edge.models.state_dicts import AUXILIARY, key_taken, read_state_dict, several_sets
 
@@ -27,6 +28,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 _HEAD = re.compile(r"fc|head|classif|linear|logits|output", re.IGNORECASE)
 MAX_CARD_BYTES = 64 * 2**20
+NAMED_IN_CARDS = ("nayer", "torchvision", "timm")
+"""sources of networks whose names in our own cards are enough to build them"""
 UNKNOWN_CLASSES = 1000
 """a number of classes to build a network with, where the checkpoint suggests none"""
 
@@ -62,6 +65,7 @@ class Findings:
         input: the input that the model expects; None if unknown.
         labels: class names; None if unknown.
         outside: tensors of the file that are not the network's.
+        arguments, resize: of the network, as the file's own card states them.
     """
 
     path: Path
@@ -76,6 +80,8 @@ class Findings:
     labels: Guess | None
     outside: tuple[str, ...] = ()
     kind: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    resize: tuple[int, int] | None = None
 
     @property
     def prior(self) -> Prior:
@@ -104,6 +110,12 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
         return _look_at_folder(path)
     if model is None and key is None and _is_transformers(path):
         return _look_at_folder(path.parent)
+    card = _card_beside(path)
+    own = card if is_card_of(card, path) else {}
+    if model is None and str(own.get("model")).partition(":")[0] in NAMED_IN_CARDS:
+        # Networks that differ in strides only have the same tensors.
+        model = own["model"]
+    rebuild = own.get("rebuild") or {}
     tensors = read_state_dict(path, key)
     shapes = shapes_of(tensors)
     classes = _classes(shapes)
@@ -121,7 +133,6 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
         classes = found[0].classes
         tensors = {name: value for name, value in tensors.items() if name not in set(found[0].outside)}
     assert classes is not None
-    card = _card_beside(path)
     name = model or (found[0].model if found and found[0].exact else None)
     return Findings(
         path=path,
@@ -136,6 +147,8 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
         input=_input(path, name, channels, card),
         labels=_labels(path, name, classes, card),
         outside=found[0].outside if found and found[0].exact else (),
+        arguments=rebuild.get("arguments", {}),
+        resize=tuple(rebuild["resize"]) if "resize" in rebuild else None,
     )
 
 

@@ -166,7 +166,8 @@ def settle(found: Findings, given: Given) -> Proposal:
         weights_key=given.key,
         classes=classes,
         input=spec,
-        resize=None if given.resize is None else parse_size(given.resize, "--resize"),
+        arguments=dict(found.arguments),
+        resize=found.resize if given.resize is None else parse_size(given.resize, "--resize"),
     )
     # The same checks as `run`: the weights load and are finite, and a forward pass works.
     network, _ = load_teacher(teacher, _that_runs(teacher), found.prior)
@@ -206,6 +207,7 @@ def settle(found: Findings, given: Given) -> Proposal:
         costs=(cost, student_cost),
         batch_norms=found.batch_norms,
         kind=found.kind,
+        arguments=found.arguments,
         origins={"input": spec_origin, "labels": labels_origin},
     )
 

@@ -37,6 +37,7 @@ class Proposal:
         sections: values of the recipe's other sections.
         words: the plan for a time budget, as (heading, text); empty for a trial.
         kind: what the teacher has instead of BatchNorm, for people; empty if it has BatchNorm.
+        arguments: of the teacher's network.
         origins: where input and class names come from, for comments.
         labels: the user's file of class names; None if they did not name one.
     """
@@ -59,6 +60,7 @@ class Proposal:
     costs: tuple[Cost, Cost]
     batch_norms: int
     kind: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -125,7 +127,7 @@ def recipe_text(proposal: Proposal, out: Path, labels: Path | None) -> str:
 
 [teacher]
 # {_count(teacher.parameters)} parameters, {layers}, {_macs(teacher)} per image.
-{_entries(model=model, **weights)}{_transform(model, proposal.checkpoint)}
+{_entries(model=model, **weights)}{_arguments(proposal, model)}
 # Class names, in the order of the outputs, from: {_comment(proposal.origins.get("labels", ""))}.
 {_entries(classes=_near(labels, folder) if labels else proposal.classes)}
 {_resize(proposal.resize)}
@@ -241,13 +243,27 @@ def _entries(**values: Any) -> str:
     return to_toml(values).removesuffix("\n")
 
 
-def _transform(model: str, checkpoint: Path) -> str:
-    if not may_transform_input(model, str(checkpoint)):
+def _arguments(proposal: Proposal, model: str) -> str:
+    if proposal.arguments:
+        return "\n" + _dotted(proposal.arguments, "arguments.")
+    if not may_transform_input(model, str(proposal.checkpoint)):
         return ""
     return (
         "\n# Uncomment this if it was trained from torchvision's published weights: torchvision then sets it silently."
         "\n# arguments = { transform_input = true }"
     )
+
+
+def _dotted(values: Mapping[str, Any], prefix: str) -> str:
+    """Keys and values as TOML lines with dotted keys, which need no section of their own."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            name = to_toml({key: 0}).partition(" = ")[0]
+            lines.append(_dotted(value, f"{prefix}{name}."))
+        else:
+            lines.append(prefix + _entries(**{key: value}))
+    return "\n".join(lines)
 
 
 def _resize(size: tuple[int, int] | None) -> str:

@@ -68,6 +68,9 @@ def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
     typed = {setting.partition("=")[0].replace(" ", "") for setting in settings or []}
     if "teacher.weights" in typed:
         values = _without_teach(values)
+    if typed & {"teacher.model", "teacher.weights", "teacher.arguments"}:
+        # They are those of the recipe's own teacher.
+        values = {key: value for key, value in values.items() if key != "measured"}
 
     def folder_of(key: str) -> Path:
         return Path.cwd() if key in typed else folder
@@ -228,6 +231,9 @@ def without_local_paths(recipe: Recipe, root: Path) -> tuple[dict[str, Any], lis
         root: the run folder.
     """
     values, here, beside = portable(recipe, root), recipe.model_dump(mode="json", by_alias=True), []
+    if values["export"]["max_drop"] is None:
+        # TOML has no null, and no drop exceeds 1.
+        values["export"]["max_drop"] = 1.0
     for section, key in _PATHS:
         path = (here.get(section) or {}).get(key)
         if path is not None and last_part(path) != path and not values[section][key].startswith("$"):

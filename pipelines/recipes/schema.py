@@ -66,8 +66,9 @@ class Validate(Section):
     data: str | None = None
     """labelled hold-out images, used only to measure; if absent, synthetic images"""
     fit: Fit = "exact"
-    """handling of images whose size or colour mode differs from the model's: exact: error with their count; stretch:
-    resize; center-crop: resize the shorter side to 8/7 of the model's size and crop the centre"""
+    """handling of images whose size differs from the model's: exact: error with their count; stretch: resize;
+    center-crop: resize the shorter side to 8/7 of the model's size and crop the centre. A grey model refuses colour
+    pictures only with exact"""
     split: str | None = None
     """which part of the hold-out, if it has several: train, validation, test, or its own name"""
     allow_implausible: bool = False

@@ -13,7 +13,7 @@ from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 from ..gate import wording
 from ..gate.judgement import Check, Verdict
 from ..gate.statistics import binomial_lower, binomial_upper
-from ..gate.verdict import load_report, run_gate
+from ..gate.verdict import load_policy, load_report, run_gate
 from ..measurements import ArtifactReport, Report
 from ..recipes.schema import Recipe
 from .halving import way_on
@@ -58,9 +58,8 @@ def refresh(student: StudentRecord, root: Path, sweep: Sweep) -> Outcome | None:
     run = RunFolder.open(root)
     if "validate" not in run.manifest.steps:
         return None
-    verdict, report = run_gate(root), load_report(run)
-    policy = run.manifest.recipe.get("gate", {})
-    named, confidence = policy.get("artifacts", ()), policy.get("accuracy", {}).get("confidence", 0.95)
+    verdict, report, policy = run_gate(root), load_report(run), load_policy(run)
+    named, confidence = policy.artifacts, policy.accuracy.confidence
     student.artifacts = [
         _measured(artifact, report, verdict if artifact.name in named else None, confidence)
         for artifact in report.artifacts

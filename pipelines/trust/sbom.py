@@ -62,7 +62,7 @@ def make_sbom(run: RunFolder) -> str:
     used = {*held.versions.items(), *(pair for step in held.steps.values() for pair in step.versions.items())}
     software = [_software(name, version, held.versions.get(name) == version) for name, version in sorted(used)]
     whole = Component(
-        name=str(held.recipe.get("name")),
+        name=inert(str(held.recipe.get("name"))),
         type=ComponentType.MACHINE_LEARNING_MODEL,
         version=digest[:12],
         bom_ref="run",

@@ -18,6 +18,8 @@ from nayer_edge.errors import IntegrityError, UsageError, missing_extra
 from nayer_edge.storage.files import write_bytes
 from nayer_edge.storage.run_folder import LOCK, SIGNATURE, RunFolder
 
+from ..gate.verdict import load_report
+from ..measurements import REPORT_PATH
 from .verification import continuation, examine
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def sign(run: RunFolder, private_key: Path) -> Path:
 
     Raises:
         UsageError: the key cannot be used, or the run is unfinished.
-        IntegrityError: the run does not match its manifest.
+        IntegrityError: the run does not match its manifest, or its files were made anew after they were validated.
         MissingError: the signing library is not installed.
     """
     signing = _library("signing")
@@ -55,6 +57,9 @@ def sign(run: RunFolder, private_key: Path) -> Path:
                 why="Not yet in the manifest: " + ", ".join(found.left) + ".",
                 fix=f"Type: {continuation(run)}",
             )
+        if REPORT_PATH in run.manifest.files:
+            # A verdict about other files must not be signed.
+            load_report(run)
         config = signing.Config().set_hashing_config(_hashing())
         password = os.environ.get(PASSWORD_VARIABLE)
         try:

@@ -52,6 +52,7 @@ from ..measurements import (
     Report,
     read_report,
 )
+from ..recipes.loading import BUILT_IN_DATA
 from ..recipes.schema import Recipe
 from .plausibility import NO_REPEATS, Repeats, doubts, repeats, require_plausible
 from .runnable import Candidate, not_graphs, open_all
@@ -147,7 +148,7 @@ def make_report(
     _save_predictions(out.path(PREDICTIONS_PATH), {**arrays, **seen.ranks})
     report = Report(
         run=config.name,
-        dataset=_dataset(images, seen, doubted),
+        dataset=_dataset(images, seen, doubted, config),
         teacher=Network(top1=_top1(seen.ranks["teacher"], labels), params=networks["teacher"].parameter_count),
         student=Network(
             top1=_top1(seen.ranks["student"], labels),
@@ -171,8 +172,8 @@ def _doubts(seen: Seen, images: Images, card: Path, config: Recipe) -> tuple[str
     return doubts(seen.ranks["teacher"][:, 0], images.stream.labels, config.teacher.classes, published)
 
 
-def _dataset(images: Images, seen: Seen, found: Sequence[str]) -> Dataset:
-    stream = images.stream
+def _dataset(images: Images, seen: Seen, found: Sequence[str], config: Recipe) -> Dataset:
+    stream, asked = images.stream, config.validate_
     if not images.truth:
         return Dataset(kind="synthetic", n=len(stream), name=stream.name, sha256=seen.sha256)
     return Dataset(
@@ -181,6 +182,7 @@ def _dataset(images: Images, seen: Seen, found: Sequence[str]) -> Dataset:
         name=stream.name,
         sha256=seen.sha256,
         split=stream.split,
+        fit=None if asked.data in BUILT_IN_DATA else asked.fit,
         matched_by=stream.matched_by,
         left_out=tuple(LeftOut(reason=each.reason, count=each.count, first=each.first) for each in stream.left_out),
         duplicates=seen.repeats.copies,
@@ -471,7 +473,7 @@ def _save_predictions(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _numbers(report: Report) -> dict[str, float | int | str | None]:
     numbers: dict[str, float | int | str | None] = {"images": report.dataset.n, "kind": report.dataset.kind}
     dataset = report.dataset
-    numbers |= {"split": dataset.split, "labels by": dataset.matched_by}
+    numbers |= {"split": dataset.split, "fit": dataset.fit, "labels by": dataset.matched_by}
     if dataset.left_out:
         numbers["left out"] = "; ".join(f"{each.count:,} {each.reason} ({each.first}, …)" for each in dataset.left_out)
     if dataset.duplicates:

@@ -681,6 +681,24 @@ def test_a_constant_teacher_is_refused(
         Distillation(teacher, label_embeddings, student, run.settings, run.compute)
 
 
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (lambda _module, _inputs, logits: logits.softmax(1), "returns probabilities, not logits"),
+        (lambda _module, _inputs, logits: nn.functional.dropout(logits, 0.3), "gives another output"),
+    ],
+)
+def test_outputs_that_are_no_logits_are_refused(
+    teacher: Classifier, start: Start, last: Any, message: str
+) -> None:
+    """Their largest entries are right, so that nothing else would notice."""
+    compute = start().compute
+    check_teacher(teacher, compute)
+    teacher.backbone.register_forward_hook(last)
+    with pytest.raises(UsageError, match=message):
+        check_teacher(teacher, compute)
+
+
 def test_class_counts_must_fit(
     teacher: Classifier, student: Classifier, label_embeddings: LabelEmbeddings, start: Start
 ) -> None:

@@ -18,8 +18,9 @@ from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.pipelines import actions, shared_bank
 from nayer_edge.pipelines.costs import budget, planning
+from nayer_edge.pipelines.costs.fitting import Device
 from nayer_edge.pipelines.plan import plan_steps, read_once
-from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.recipes.loading import load_recipe, portable
 from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.steps import CHECKPOINT, SOURCE, START_FILES, STEPS
@@ -287,6 +288,38 @@ def test_a_budget_keeps_the_banks_rounds(source: Path) -> None:
     found = planning.measured_for(planning.with_sections(usual, {"synthesis": {"batch": 6}}))
     assert found.costs.batch == 6
     assert found.planned(36_000.0).sections["synthesis"]["batch"] == 6
+
+
+def test_a_small_limit_never_drops_the_banks_images(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan counts all images of the bank."""
+    images = planning.images_in_bank(RunFolder.open(source))
+    assert images
+    pixels = 10 * images * 16 * 16
+    monkeypatch.setattr(planning, "images_in_bank", lambda _run: 10 * images)
+    monkeypatch.setattr(planning, "device_at_hand", lambda _kind: Device("cpu", "", 2**20))
+    assert planning.measured_for(recipe(source)).bank_mib * 2**20 >= pixels
+
+
+def test_another_export_than_the_banks_run_takes_another_time(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "_measured_rest", lambda _run: 1234.0)
+    usual = recipe(source)
+    assert planning.measured_for(usual).costs.rest == 1234.0
+    trained = planning.with_sections(usual, {"export": {"qat": True}})
+    assert planning.measured_for(trained).costs.rest != 1234.0
+
+
+def test_the_same_budget_again_keeps_the_plan_and_nothing_else(tmp_path: Path) -> None:
+    constant = ["distill.schedule=constant", "distill.decay_epochs=2", "distill.optimizer=muon"]
+    usual = load_recipe("digits", [*constant, "distill.steps=7", "distill.temperature=7.0"])
+    planned = planning.with_sections(usual, {"budget": {"seconds": 60.0, "fill_seconds": 1.0, "rest_seconds": 1.0}})
+    RunFolder.create(tmp_path / "run", portable(planned, tmp_path / "run"), 0, {}, {})
+    same, words = planning.with_budget(usual, 60.0, tmp_path / "run")
+    assert same == planned, words
+    warmer = load_recipe("digits", [*constant, "distill.temperature=9.0"])
+    again, _ = planning.with_budget(warmer, 60.0, tmp_path / "run")
+    assert (again.distill.steps, again.distill.temperature) == (7, 9.0)
 
 
 @pytest.mark.parametrize(

@@ -24,3 +24,9 @@ def test_the_board_shows_the_metrics(begun: Path, tiny_settings: list[str]) -> N
     assert shown == pytest.approx({line["epoch"]: line["loss_bn"] for line in lines}, rel=1e-4)
     assert len(board.Scalars("loss_kd")) == sum(line["loss_kd"] is not None for line in lines) > 0
     assert RunFolder.open(begun).unexpected_files() == []
+    # Another run in its place leaves nothing of it on the board.
+    again = load_recipe("digits", [*tiny_settings, "tracking=tensorboard", "seed=1"])
+    run_recipe(again, begun, last="student", fresh=True)
+    board = EventAccumulator(str(begun.with_name("a run.tensorboard"))).Reload()
+    assert len(board.Scalars("loss_bn")) == len(lines)
+    assert {point.step: point.value for point in board.Scalars("loss_bn")} != shown

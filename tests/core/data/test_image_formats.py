@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image, features
+from PIL import ExifTags, Image, features
 from pyarrow import parquet
 from scipy.io import savemat
 
@@ -86,6 +86,20 @@ def test_mnist(tmp_path: Path, place: str) -> None:
     assert (whole(stream)[:, 0] == images).all()
     assert (whole(stream)[:, 0] == images).all(), "a stream is read as often as one likes"
     assert len(load(str(raw), "train", GREY, TEN)) == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "split"),
+    [("emnist-digits-train", "train"), ("emnist-digits-test", "test"), ("t10k", "test"), ("train", "train"), ("mine", None)],
+)
+def test_the_split_of_an_idx_file_is_in_its_name(tmp_path: Path, part: str, split: str | None) -> None:
+    write_mnist(tmp_path, pixels(4, 28, 28), np.arange(4, dtype=np.uint8), part)
+    file, grey = str(tmp_path / f"{part}-images-idx3-ubyte"), InputSpec(channels=1, height=28, width=28)
+    assert open_images(file, "holdout", grey, TEN, "exact").split == split
+    if split is not None:
+        assert open_images(file, "holdout", grey, TEN, "exact", split).split == split
+    with pytest.raises(UsageError):
+        open_images(file, "holdout", grey, TEN, "exact", "validation")
 
 
 def test_compressed_mnist_says_how_to_unpack_it(tmp_path: Path) -> None:
@@ -322,6 +336,24 @@ def test_a_folder_of_parquet_parts(tmp_path: Path) -> None:
     stream = opened(tmp_path)
     assert stream.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert (whole(stream, 5)[9] == pixels(32, 32, 3, seed=21).transpose(2, 0, 1)).all()
+
+
+def test_phones_turn_pictures_by_their_exif_orientation(tmp_path: Path) -> None:
+    """Hugging Face's datasets turn pictures when they decode them, torchvision's ImageFolder does not."""
+    lying, buffer = Image.fromarray(pixels(40, 32, 3)), io.BytesIO()
+    orientation = Image.Exif()
+    orientation[ExifTags.Base.Orientation] = 6
+    lying.save(buffer, "png", exif=orientation)
+    wide = InputSpec(height=32, width=40)
+    table = pa.table({"image": [{"bytes": buffer.getvalue(), "path": None}], "label": [0]})
+    parquet.write_table(table, tmp_path / "test.parquet")
+    found = whole(opened(tmp_path / "test.parquet", wide))
+    assert (found[0] == np.rot90(pixels(40, 32, 3), -1).transpose(2, 0, 1)).all()
+    folder = tmp_path / "set" / "zero"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(buffer.getvalue())
+    found = whole(opened(folder.parent, InputSpec(height=40, width=32), ("zero",)))
+    assert (found[0] == pixels(40, 32, 3).transpose(2, 0, 1)).all()
 
 
 def test_a_picture_that_breaks_off_is_named_when_it_is_reached(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import UsageError
+from nayer_edge.models import published
 from nayer_edge.models.build import logits_in
 from nayer_edge.models.load import build_classifier, check_forward, load_classifier, save_classifier
 from nayer_edge.models.names import located, parse, published_weights
@@ -131,6 +132,45 @@ def test_arguments_that_a_network_does_not_accept(model: str) -> None:
         build_classifier(model, SPEC, CLASSES, {"wings": 2})
     with pytest.raises(UsageError, match="takes no arguments"):
         build_classifier("nayer:resnet8", SPEC, CLASSES, {"width": 2})
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        ("torchvision:vit_b_16", {"image_size": 100}),
+        ("torchvision:mobilenet_v2", {"round_nearest": 0}),
+        ("timm:resnet18", {"act_layer": "foo"}),
+        ("timm:efficientnet_b0", {"norm_layer": "foo"}),
+        ("timm:resnet18", {"block": "x"}),
+    ],
+)
+def test_whatever_a_library_raises_is_a_message(model: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="cannot be built with"):
+        build_classifier(model, SPEC, CLASSES, arguments)
+
+
+@pytest.mark.parametrize("error", [AttributeError("no such layer"), KeyError("x"), ZeroDivisionError(), RuntimeError()])
+def test_a_network_that_cannot_run(error: Exception) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    network = build_classifier("nayer:resnet8", SPEC, CLASSES)
+    network.backbone.register_forward_pre_hook(fails)
+    with pytest.raises(UsageError, match="cannot take images of"):
+        check_forward(network)
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        ("r3d_18", "KINETICS400_V1"),
+        ("deeplabv3_resnet50", "COCO_WITH_VOC_LABELS_V1"),
+        ("fasterrcnn_resnet50_fpn", "COCO_V1"),
+    ],
+)
+def test_published_weights_of_other_tasks(model: str, weights: str) -> None:
+    with pytest.raises(UsageError, match=f"torchvision's {model} is not a classifier of images"):
+        published.input_of(f"torchvision:{model}", f"torchvision:{weights}")
 
 
 def test_arguments_are_part_of_the_identity() -> None:

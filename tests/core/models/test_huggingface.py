@@ -174,6 +174,43 @@ def test_another_number_of_classes(folder: Path) -> None:
     assert "one name for each of the 3 outputs" in caught.value.fix
 
 
+def with_config(folder: Path, copy: Path, **changes: Any) -> Path:
+    """A copy of the folder with other values in its config.json."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    return copy
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_other_problems_than_one_class_per_image(folder: Path, tmp_path: Path, problem: str) -> None:
+    changed = with_config(folder, tmp_path / "tagger", problem_type=problem)
+    with pytest.raises(UsageError, match="does not choose one class for an image") as refused:
+        loaded(teacher_of(changed))
+    assert problem in refused.value.why
+    single = with_config(folder, tmp_path / "single", problem_type="single_label_classification")
+    assert loaded(teacher_of(single)).classes == CLASSES
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_weights_that_are_stored_in_half_precision(folder: Path, tmp_path: Path, kind: torch.dtype) -> None:
+    """transformers builds a network in the type of its stored weights; ours compute in float32."""
+    network = transformers.ResNetForImageClassification.from_pretrained(folder).to(kind)
+    network.save_pretrained(tmp_path / "half")
+    for name in ("preprocessor_config.json",):
+        shutil.copy(folder / name, tmp_path / "half")
+    teacher = loaded(teacher_of(tmp_path / "half"))
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.isfinite(teacher(torch.rand(2, *SPEC.shape))).all()
+
+
+@pytest.mark.parametrize("arguments", [{"depths": 3}, {"embedding_size": "x"}, {"embedding_size": -1}])
+def test_values_of_the_wrong_kind(folder: Path, arguments: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="transformers cannot build an image classifier"):
+        untrained_teacher(teacher_of(folder, arguments=arguments))
+
+
 def test_a_backbone_without_a_head(folder: Path, tmp_path: Path) -> None:
     """transformers would initialise a head at random."""
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")

@@ -230,6 +230,45 @@ def test_averages_under_a_prefix_must_be_chosen(network: Classifier, tmp_path: P
     assert key_taken(path, "ema_model") == "state_dict.ema_model"
 
 
+def test_a_prefix_in_several_sets_must_be_chosen(network: Classifier, tmp_path: Path) -> None:
+    """As self-distillation with a running average saves them; the raw weights were taken silently."""
+    raw = network.backbone.state_dict()
+    path = tmp_path / "both.pt"
+
+    def parts(add: float) -> dict[str, Any]:
+        return {f"{part}.{name}": value + add for part in ("teacher", "student") for name, value in raw.items()}
+
+    torch.save({"state_dict": parts(0), "state_dict_ema": parts(1)}, path)
+    with pytest.raises(UsageError) as refused:
+        read_state_dict(path, "teacher")
+    assert "state_dict.teacher, state_dict_ema.teacher" in refused.value.what
+    for place, added in (("state_dict", 0), ("state_dict_ema", 1)):
+        found = read_state_dict(path, f"{place}.teacher")
+        assert torch.equal(found["conv1.weight"], raw["conv1.weight"] + added)
+        assert key_taken(path, f"{place}.teacher") == f"{place}.teacher"
+
+
+@pytest.mark.parametrize("missing", [(), ("fc.bias",)])
+def test_an_average_inside_the_weights_must_be_chosen(
+    network: Classifier, tmp_path: Path, missing: tuple[str, ...]
+) -> None:
+    raw = network.backbone.state_dict()
+    average = {name: value + 1 for name, value in raw.items() if name not in missing}
+    path = tmp_path / "both.pt"
+    torch.save({**raw, "ema": average}, path)
+    with pytest.raises(UsageError, match="contains 2 sets of weights"):
+        read_state_dict(path)
+    assert torch.equal(read_state_dict(path, "ema")["conv1.weight"], raw["conv1.weight"] + 1)
+
+
+def test_an_average_without_counters_must_be_chosen(network: Classifier, tmp_path: Path) -> None:
+    raw = network.backbone.state_dict()
+    average = {f"ema.{name}": value for name, value in raw.items() if not name.endswith("num_batches_tracked")}
+    tensors = {f"model.{name}": value for name, value in raw.items()} | average
+    with pytest.raises(UsageError, match="2 sets of these weights: ema, model"):
+        load_weights(network, tensors, tmp_path / "both.pt")
+
+
 def test_teacher_and_student_in_one_file(network: Classifier, tmp_path: Path) -> None:
     state = network.backbone.state_dict()
     torch.save({"teacher": state, "student": state}, tmp_path / "w.pt")

@@ -313,6 +313,17 @@ def test_other_images_are_refused(release: Release, invoke: Invoke, policy: Path
     error = refused(invoke, root, policy, references(tmp_path, "1.0"), EXIT_USAGE)
     assert "measured on different images" in error
     assert "nayer-edge validate" in error
+    assert "other sizes" not in error
+    for name, fit in (("1.0", "stretch"), ("1.1", "center-crop")):
+        run = RunFolder.open(root.with_name(name))
+        values = json.loads(run.path(REPORT_PATH).read_text())
+        values["dataset"]["fit"] = fit
+        write_json(run.path(REPORT_PATH), values)
+        held = {"sha256": sha256_of(run.path(REPORT_PATH)), "bytes": run.path(REPORT_PATH).stat().st_size}
+        run.manifest.files[REPORT_PATH] = run.manifest.files[REPORT_PATH].model_copy(update=held)
+        run.save()
+    error = refused(invoke, root, policy, references(tmp_path, "1.0"), EXIT_USAGE)
+    assert "Pictures of other sizes: center-crop here, stretch there." in " ".join(error.split())
     release("0.9", range(9), kind="synthetic")
     assert "synthetic images" in refused(invoke, root, policy, references(tmp_path, "0.9"), EXIT_USAGE)
 

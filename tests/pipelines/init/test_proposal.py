@@ -19,7 +19,7 @@ import torch
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
-from nayer_edge.models.load import build_classifier
+from nayer_edge.models.load import build_classifier, load_teacher, save_classifier, untrained_teacher
 from nayer_edge.models.prior import EXPECTED
 from nayer_edge.pipelines.costs import step_costs
 from nayer_edge.pipelines.costs.model_cost import cost_of
@@ -30,6 +30,7 @@ from nayer_edge.pipelines.init.sizes import student_for
 from nayer_edge.pipelines.recipes import preflight
 from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.steps import STEPS
+from nayer_edge.runtime.compute import seeded
 from nayer_edge.storage.tensors import save_tensors
 
 Invoke = Callable[..., Any]
@@ -176,6 +177,31 @@ def test_a_card_beside_the_weights_is_believed(here: Path, invoke: Invoke) -> No
     assert invoke("init", *TRIAL, "t.safetensors", "--out", "again.toml").code == 2, (
         "a card that does not hold tells nothing"
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "resize"),
+    [
+        ("torchvision:resnet18@32", {}, None),
+        ("timm:test_efficientnet", {"act_layer": "relu"}, None),
+        ("torchvision:resnet18", {}, (64, 64)),
+    ],
+)
+def test_our_own_card_says_what_tensors_do_not(
+    here: Path, invoke: Invoke, model: str, arguments: dict[str, Any], resize: tuple[int, int] | None
+) -> None:
+    """Strides, arguments and the size to which a network resizes its images change no tensor."""
+    names = tuple(f"class {number}" for number in range(10))
+    with seeded(0):
+        saved = build_classifier(model, InputSpec(), names, arguments, resize=resize).eval()
+    save_classifier(saved, here / "mine.safetensors", {})
+    answer = invoke("init", "mine.safetensors", "--yes", "--student", "nayer:resnet8", "--effort", "trial")
+    assert answer.code == 0, answer.err
+    config = load_recipe("mine.toml").teacher
+    teacher, _ = load_teacher(config, untrained_teacher(config))
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(teacher(images), saved(images))
 
 
 # ------------------------------------------------------------------ the head, the channels, the layout

@@ -331,6 +331,27 @@ def test_shipped_recipes_survive_toml(name: str, tmp_path: Path, monkeypatch: py
     assert beside == []
 
 
+def test_what_toml_cannot_say_is_said_otherwise(tmp_path: Path) -> None:
+    """TOML has no null: a key that may be None, with another default, would get that default back."""
+    here = load_recipe("digits")
+    here = here.model_copy(update={"export": here.export.model_copy(update={"max_drop": None})})
+    values, _ = without_local_paths(here, tmp_path / "run")
+    (tmp_path / "again.toml").write_text(to_toml(values), encoding="utf-8")
+    again = load_recipe(str(tmp_path / "again.toml"))
+    assert again.export.max_drop == 1.0, "no drop exceeds it"
+    without = again.model_copy(update={"export": again.export.model_copy(update={"max_drop": None})})
+    assert without == here
+
+
+@pytest.mark.parametrize("recipe", ["digits", "photos"])
+@pytest.mark.parametrize("setting", ["teacher.weights=mine.safetensors", "teacher.arguments={}"])
+def test_figures_of_another_teacher_are_left_out(recipe: str, setting: str) -> None:
+    """`validate` would refuse one's own teacher of 72 % because the recipe's reaches 92 %."""
+    assert load_recipe(recipe).measured.teacher_top1 is not None
+    assert load_recipe(recipe, ["distill.lr=0.1"]).measured.teacher_top1 is not None
+    assert load_recipe(recipe, [setting]).measured.teacher_top1 is None
+
+
 def test_paths_are_cut_to_their_last_part(tmp_path: Path) -> None:
     recipe = make_recipe(
         {

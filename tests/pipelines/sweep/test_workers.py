@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +24,13 @@ from nayer_edge.pipelines import actions
 from nayer_edge.pipelines.costs.budget import Costs
 from nayer_edge.pipelines.costs.planning import Measured
 from nayer_edge.pipelines.recipes.loading import load_recipe
+from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.sweep import on_ray, running, workers
 from nayer_edge.pipelines.sweep.record import Sweep, Target, write_sweep
 from nayer_edge.pipelines.sweep.workers import Result, Task
 from nayer_edge.storage.run_folder import RunFolder
+
+from .conftest import SETTINGS
 
 STUDENTS = ("nayer:resnet8_w6", "nayer:resnet8_w12")
 LONG = {"distill": {"epochs": 12, "warmup_epochs": 0, "decay_epochs": 2}}
@@ -86,6 +91,63 @@ def test_one_student_on_each_device(source: Path, tmp_path: Path, monkeypatch: p
     second = running.run_sweep(None, None, out)
     assert seen == [*STUDENTS, STUDENTS[0]], "no student was trained twice"
     counted_once(second, out)
+
+
+def test_interrupted_tasks_count(tmp_path: Path) -> None:
+    """One task ends, then the sweep is interrupted while a second one runs and a third one waits."""
+    sweep = Sweep(name="x", recipe={}, seconds=1000.0, rounds=1, students=[])
+    work = running._Work(sweep, load_recipe("digits"), tmp_path, None)
+
+    class Two:
+        last, at_once = "student", 2
+
+        def __init__(self) -> None:
+            self.started: dict[str, float] = {}
+
+        def run(self, _tasks: Any) -> Any:
+            now = time.monotonic()
+            self.started = {"one": now - 30, "two": now - 30}
+            del self.started["one"]
+            yield "one", Result(30.0)
+            raise KeyboardInterrupt
+
+    work.__dict__["workers"] = Two()
+    with pytest.raises(KeyboardInterrupt):
+        list(work.counted({}))
+    assert sweep.spent == pytest.approx(60.0, abs=5)
+    assert work.workers.started == {}, "nothing counts twice"
+
+
+def test_a_process_that_dies_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def dies(*_: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", "import sys, time; time.sleep(0.5); sys.exit(1)"])
+
+    monkeypatch.setattr(workers, "_started", dies)
+    monkeypatch.setattr(workers, "_file", lambda *_: Path(os.devnull) if _[2] == "log" else tmp_path / "none")
+    ((name, result),) = workers.OnDevices(["0"]).run({"one": Task(load_recipe("digits"), tmp_path)})
+    assert (name, type(result.error)) == ("one", MissingError)
+    assert result.seconds >= 0.5
+
+
+@pytest.mark.parametrize(("taught", "counts"), [(False, False), (True, True)])
+def test_the_teachers_training_does_not_count(
+    taught: bool, counts: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget is for distillation. Interrupted before that, a sweep has spent nothing of it."""
+
+    def interrupted(_recipe: Any, root: Path, **_: Any) -> None:
+        if taught:
+            run_recipe(load_recipe("digits", [*SETTINGS]), root, last="lte")
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    sweep = Sweep(name="x", recipe={}, seconds=1000.0, rounds=1, students=[])
+    work = running._Work(sweep, load_recipe("digits", [*SETTINGS]), tmp_path, None)
+    monkeypatch.setattr(actions, "timed", lambda recipe, *_: (recipe, []))
+    monkeypatch.setattr(actions, "make", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        work.bank()
+    assert (sweep.spent >= 0.3) == counts
 
 
 def test_devices_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,6 +292,8 @@ def test_the_choice_of_a_fit_holds_for_its_images_only(invoke: Invoke, finished:
         np.savez(tmp_path / f"{name}.npz", images=pixels(20, (8, 8)), labels=np.arange(20) % 10)
     words = ("--data", tmp_path / "small.npz", "--allow-implausible")
     assert invoke("validate", finished, *words, "--fit", "stretch").code == 0
+    report = json.loads((finished / REPORT_PATH).read_text())
+    assert report["dataset"]["fit"] == "stretch"
     answer = invoke("validate", finished, "--data", tmp_path / "other.npz", "--allow-implausible")
     assert answer.code == EXIT_USAGE
     assert "--fit" in answer.err
