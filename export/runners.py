@@ -127,8 +127,8 @@ class TorchRunner:
 
 
 _INSTALL = {
-    "CUDAExecutionProvider": "In an environment of its own, type: pip install 'nayer-edge[gpu]'",
-    "TensorrtExecutionProvider": "In an environment of its own, type: pip install 'nayer-edge[gpu]'",
+    "CUDAExecutionProvider": "In an environment of its own, type: pip install '.[gpu]'",
+    "TensorrtExecutionProvider": "In an environment of its own, type: pip install '.[gpu]'",
     "OpenVINOExecutionProvider": "In an environment of its own, type: pip install onnxruntime-openvino",
 }
 

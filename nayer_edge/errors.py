@@ -99,7 +99,7 @@ def missing_extra(module: str, extra: str, purpose: str) -> MissingError:
     """The error for a missing package that an extra installs."""
     return MissingError(
         f"{purpose} needs the Python package '{module}', which is not installed.",
-        fix=f"Type: pip install 'nayer-edge[{extra}]'   (in a checkout: pip install '.[{extra}]')",
+        fix=f"Type: pip install '.[{extra}]'   (in the checkout of nayer-edge)",
     )
 
 
@@ -193,8 +193,9 @@ def _memory_error(error: BaseException) -> MissingError:
     return MissingError(
         "Out of memory.",
         why=f"{error}".strip().splitlines()[0] if f"{error}".strip() else "",
-        fix="Close other programs, or lower synthesis.batch, distill.batch or distill.bank_mib with --set. "
-        "Then repeat the command: it resumes.",
+        fix="Close other programs and repeat the command: it resumes. If that is not enough, start over with smaller "
+        "sizes: --fresh, and lower synthesis.batch, distill.batch or distill.bank_mib with --set (not with --budget, "
+        "which sets them).",
     )
 
 

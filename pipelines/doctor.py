@@ -209,10 +209,10 @@ def _onnxruntime() -> Iterator[Line]:
     yield Line("packages", "onnxruntime", True, f"{_version(names[0])}, providers: {', '.join(providers)}")
     if len(names) > 1:
         yield Line("packages", "onnxruntime twice", False, "onnxruntime and onnxruntime-gpu overwrite each other",
-                   "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'nayer-edge[gpu]'")  # fmt: skip
+                   "pip uninstall onnxruntime onnxruntime-gpu, then pip install '.[gpu]'")  # fmt: skip
     if gpus() and "CUDA" not in providers:
         yield Line("packages", "onnxruntime on the GPU", False, "there is a GPU, but no CUDA provider",
-                   "pip uninstall onnxruntime, then pip install 'nayer-edge[gpu]'")  # fmt: skip
+                   "pip uninstall onnxruntime, then pip install '.[gpu]'")  # fmt: skip
 
 
 def _too_old() -> tuple[str, ...]:
@@ -224,7 +224,7 @@ def _too_old() -> tuple[str, ...]:
 def _package(package: str, extra: str, purpose: str, remark: str = "") -> Line:
     if version := _version(package):
         return Line("packages", package, "too old" not in remark, f"{version}{remark}, for {purpose}")
-    return Line("packages", package, False, f"not installed, for {purpose}", f"pip install 'nayer-edge[{extra}]'")
+    return Line("packages", package, False, f"not installed, for {purpose}", f"pip install '.[{extra}]'")
 
 
 def _version(package: str) -> str | None:
@@ -241,7 +241,7 @@ def _targets() -> Iterator[Line]:
     """What `export --target` can do on this machine."""
     tools = bool(_version("onnx") and (_version("onnxruntime") or _version("onnxruntime-gpu")))
     quantizes = "INT8 is built and measured here" if tools else "needs onnx and onnxruntime"
-    install = "" if tools else "pip install 'nayer-edge[cpu]'"
+    install = "" if tools else "pip install '.[cpu]'"
     yield Line("targets", "target cpu", tools, quantizes, install)
     yield Line("targets", "target arm", tools, quantizes.replace("and measured", "and checked"), install)
     devices = bool(gpus())
@@ -253,7 +253,7 @@ def _targets() -> Iterator[Line]:
             part for part, there in (("an NVIDIA GPU", devices), ("tensorrt 10.12 or newer", trt)) if not there
         )
         yield Line("targets", "target tensorrt", False, f"the graph is built here; engines need {lacks}",
-                   "" if trt else "pip install 'nayer-edge[gpu]'")  # fmt: skip
+                   "" if trt else "pip install '.[gpu]'")  # fmt: skip
     rtx = bool(_version("tensorrt_rtx_cu13"))
     measured = "built and measured" if devices else "built here (ahead of time), and measured on a GPU"
     yield Line(
@@ -261,14 +261,14 @@ def _targets() -> Iterator[Line]:
         "target tensorrt-rtx",
         rtx,
         f"engines are {measured}" if rtx else "the graph is built here; engines need tensorrt_rtx_cu13",
-        "" if rtx else "pip install 'nayer-edge[rtx]'",
+        "" if rtx else "pip install '.[rtx]'",
     )
     for target in TARGETS.values():
         if not target.packages:
             continue
         missing = [package for package in target.packages if not _version(package)]
         found = f"needs {', '.join(missing)}" if missing else "FP32 and INT8 are built and measured here"
-        fix = f"pip install 'nayer-edge[{target.name}]'" if missing else install
+        fix = f"pip install '.[{target.name}]'" if missing else install
         yield Line("targets", f"target {target.name}", tools and not missing, found if tools else quantizes, fix)
 
 
@@ -292,7 +292,7 @@ def _extras() -> Iterator[Line]:
         elif missing:
             lacking = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             yield Line("extras", f"extra {extra}", False, f"for {EXTRAS[extra]}; missing: {lacking}",
-                       f"pip install 'nayer-edge[{extra}]'")  # fmt: skip
+                       f"pip install '.[{extra}]'")  # fmt: skip
         else:
             yield Line("extras", f"extra {extra}", True, f"for {EXTRAS[extra]}")
     if "HF_HUB_OFFLINE" in os.environ:

@@ -169,7 +169,7 @@ def test_the_base_install_outside_the_checkout(base: Path, tiny_run: Path, tmp_p
     assert outside(base, "doctor", cwd=tmp_path).returncode == 0
     done = outside(base, "quickstart", cwd=tmp_path)
     assert done.returncode == 3
-    assert "pip install 'nayer-edge[cpu]'" in done.stderr
+    assert "pip install '.[cpu]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -295,7 +295,7 @@ def test_extras_are_those_that_errors_and_documents_name() -> None:
     assert {"cpu", "gpu", "rtx", "lm", "timm", "sign", "sbom", "tracking", "dev"} <= extras
     assert set(EXTRA_OF.values()) <= extras
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *sorted(ROOT.glob("[nep]*/**/*.py"))]:
-        for name in re.findall(r"nayer-edge\[([a-z,]+)\]", path.read_text(encoding="utf-8")):
+        for name in re.findall(r"\.\[([a-z,]+)\]", path.read_text(encoding="utf-8")):
             assert set(name.split(",")) <= extras, (path, name)
 
 

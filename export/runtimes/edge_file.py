@@ -182,7 +182,7 @@ def not_importable(error: ImportError | OSError, package: str, extra: str, purpo
         f"{purpose} needs the Python package '{package}', which is installed but cannot be imported.",
         why=f"{first_line(error)} (torch {metadata.version('torch')})",
         fix="Its version may not fit that of torch. In an environment of its own, type: "
-        f"pip install 'nayer-edge[{extra}]'   (in a checkout: pip install '.[{extra}]')",
+        f"pip install '.[{extra}]'   (in the checkout of nayer-edge)",
     )
 
 

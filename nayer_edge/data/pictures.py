@@ -81,9 +81,7 @@ def _unreadable() -> tuple[type[Exception], ...]:
     return UnidentifiedImageError, OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError
 
 
-def decode(
-    data: bytes, spec: InputSpec, where: str, fit: Fit = "stretch", *, upright: bool = False
-) -> np.ndarray:
+def decode(data: bytes, spec: InputSpec, where: str, fit: Fit = "stretch", *, upright: bool = False) -> np.ndarray:
     """Decodes a picture into uint8 of the model's shape, (C, H, W).
 
     Args:

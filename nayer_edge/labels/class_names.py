@@ -159,7 +159,9 @@ def _text_of(path: Path) -> str:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise UsageError(
-            f"There is no file of class names at {path}.", fix="Correct the path; it is relative to the recipe."
+            f"There is no file of class names at {path}.",
+            fix="Correct the path. In a recipe, it starts at the recipe's folder; on the command line, at the current "
+            "folder.",
         ) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read.", why=f"System error: {error.strerror or error}.") from error

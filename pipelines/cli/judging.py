@@ -25,7 +25,9 @@ def validate(
     ] = None,
     fit: Annotated[
         Literal["exact", "stretch", "center-crop"] | None,
-        typer.Option("--fit", metavar="HOW", help="Images of another size: exact (refused), stretch, or center-crop."),
+        typer.Option(
+            "--fit", metavar="HOW", help="For images of another size: exact (refuse them), stretch or center-crop."
+        ),
     ] = None,
     split: Annotated[
         str | None,

@@ -15,7 +15,7 @@ from nayer_edge.errors import EXIT_FAILED, UsageError
 from nayer_edge.text import inert
 
 from ..sweep.order import SweepOrder
-from .shared import Fresh, Json, Settings, TrustCode, app, example, print_json, stdout, watched
+from .shared import Json, Settings, TrustCode, app, example, print_json, stdout, watched
 
 if TYPE_CHECKING:
     from ..sweep.record import StudentRecord, Sweep
@@ -39,7 +39,10 @@ def sweep(
     students: Annotated[
         list[str] | None,
         typer.Option(
-            "--students", metavar="A,B,C", help="Students; repeatable.", show_default="some that suit the teacher"
+            "--students",
+            metavar="A,B,C",
+            help="Students; comma-separated or repeated.",
+            show_default="some that suit the teacher",
         ),
     ] = None,
     budget: Annotated[
@@ -64,7 +67,10 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, and command lines for a scheduler; write nothing.")
     ] = False,
-    fresh: Fresh = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Start over: empty the sweep's folder first. The run with the bank is kept."),
+    ] = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:

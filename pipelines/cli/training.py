@@ -20,6 +20,9 @@ from .shared import Fresh, Json, Out, RecipeName, Settings, TrustCode, app, exam
 if TYPE_CHECKING:
     from ..recipes.schema import Recipe
 
+STOP_AFTER = "Stop after this step: teacher, lte, student, onnx, int8, engine, validate, gate or report."
+"""the names of the table of steps, whose module takes too long to import for `--help`"""
+
 Budget = Annotated[
     str | None,
     typer.Option("--budget", metavar="TIME", help="Plan the run for this much time on this machine, for example 1h."),
@@ -61,7 +64,7 @@ def quickstart(
 )
 def run(
     recipe: RecipeName,
-    until: Annotated[str | None, typer.Option("--until", metavar="STEP", help="Stop after this step.")] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STEP", help=STOP_AFTER)] = None,
     settings: Settings = None,
     out: Out = None,
     budget: Budget = None,

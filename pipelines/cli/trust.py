@@ -26,7 +26,7 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Hashes the files of a run and reports altered, missing and unknown ones.
+    """Hashes the files of a run and reports altered, missing and added ones.
 
     With --key or --expect it also detects changes to the manifest itself.
 
@@ -85,7 +85,7 @@ def sign(
     key: Annotated[Path, typer.Option("--key", help="Private key (PEM, NIST P-256, P-384 or P-521).")],
     as_json: Json = False,
 ) -> None:
-    """Signs a finished run with a local key, without network access. To verify it: `verify --key` with the public key.
+    """Signs a finished run with a local key, without network access. `verify --key` checks it.
 
     The signature (model.sig in the run folder) covers all files of the run. For keys, see docs/SECURITY.md.
     """

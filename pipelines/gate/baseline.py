@@ -104,7 +104,9 @@ def _require_same_images(run: RunFolder, report: Report, folder: Path, before: R
                 fix=again,
             )
     fits = report.dataset.fit, before.dataset.fit
-    resized = f" Pictures of other sizes: {fits[0]} here, {fits[1]} there." if None not in fits and fits[0] != fits[1] else ""
+    resized = (
+        f" Pictures of other sizes: {fits[0]} here, {fits[1]} there." if None not in fits and fits[0] != fits[1] else ""
+    )
     if report.dataset.sha256 is None or report.dataset.sha256 != before.dataset.sha256:
         raise UsageError(
             f"{run.root} and its baseline {folder} were measured on different images.",

@@ -164,7 +164,8 @@ max_drop = 0.01
 
 [validate]
 # Real labelled images, if you have some: a folder of class folders, a parquet or npz file.
-# They only measure. Without them, artifacts and teacher are compared on synthetic images, which every number states.
+# They are used only for measuring. Without them, artifacts and teacher are compared on synthetic images, and every
+# number says so.
 {data}
 synthetic_images = {sections["validate"]["synthetic_images"]}
 

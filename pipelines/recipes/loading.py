@@ -323,8 +323,8 @@ def with_input(teacher: Teacher, *, trains: bool = False) -> Teacher:
         raise UsageError(
             f"No normalisation (mean and std) is known for the teacher {teacher.model}.",
             why="The recipe does not state it in [teacher.input], and the library does not describe these weights.",
-            fix="Write, for example: [teacher.input] channels = 3, height = 224, width = 224, "
-            "mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225].",
+            fix="Add to [teacher], for example:\ninput = { channels = 3, height = 224, width = 224, "
+            "mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225] }",
         )
     own = {key: getattr(teacher.input, key) for key in written}
     fix = f"Keys that [teacher.input] omits come from {origin}."

@@ -175,5 +175,5 @@ def make_references(values: dict[str, Any], source: str) -> References:
     Raises:
         UsageError: it is invalid.
     """
-    fix = 'Correct these lines. For example: [baseline] run = "runs/last"'
+    fix = 'Correct these lines. For example:\n[baseline]\nrun = "runs/last"'
     return checked(References, values, f"The references {source} are invalid:", fix)

@@ -32,7 +32,7 @@ class Export(Section):
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     """ONNX opset version"""
     targets: tuple[str, ...] = ("cpu",)
-    """targets to quantize for; see nayer_edge/export/targets.py for a list"""
+    """targets to quantize for; cpu, arm, openvino, executorch, litert, tensorrt, tensorrt-rtx"""
     calibration_images: Annotated[int, Field(ge=1, le=65536)] = 512
     """number of synthetic images, reserved during distillation or drawn from the trained generator"""
     calibration_method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
@@ -122,7 +122,7 @@ class Recipe(Section):
     """A whole run: teacher, embeddings, synthesis, student, export, validation and gate."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    """name of the run; defaults to the file's name"""
+    """name of the run; a recipe file's own name, if absent"""
     description: str = ""
     """one line, which `nayer-edge recipes` shows"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -19,8 +19,9 @@ A recipe is a TOML file. Omitted keys have their default; an unknown key is an e
 `--budget`, `--bank` or a sweep set themselves cannot be overridden (exit 2).
 
 A policy (`nayer-edge gate RUN --policy policy.toml`) has the keys of `[gate]`, with section names without `gate.`;
-`nayer-edge gate RUN --print-policy` prints the current policy in this format. An omitted section of limits has the
-default limits below; a section that is present sets only the limits that it names, and no others apply.
+`nayer-edge gate RUN --print-policy` prints the current policy in this format. If a section of limits
+is absent, its default limits below apply. If it is present, only the limits written in it apply; its other defaults do
+not. Sections do not affect each other.
 """
 
 

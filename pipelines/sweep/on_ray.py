@@ -413,7 +413,7 @@ def _nodes(ray: Cluster) -> list[Node]:
 
 
 def _require_installed(node: Node, answer: Mapping[str, Any]) -> None:
-    install = "Install the same version in the environment of Ray's workers: pip install 'nayer-edge[cpu,ray]'"
+    install = "Install the same version in the environment of Ray's workers: pip install '.[cpu,ray]'"
     if answer["version"] is None or not answer["torch"]:
         what = "nayer-edge" if answer["version"] is None else "PyTorch"
         raise MissingError(f"{what} is not installed on {node.name}, a machine of the Ray cluster.", fix=install)

@@ -688,9 +688,7 @@ def test_a_constant_teacher_is_refused(
         (lambda _module, _inputs, logits: nn.functional.dropout(logits, 0.3), "gives another output"),
     ],
 )
-def test_outputs_that_are_no_logits_are_refused(
-    teacher: Classifier, start: Start, last: Any, message: str
-) -> None:
+def test_outputs_that_are_no_logits_are_refused(teacher: Classifier, start: Start, last: Any, message: str) -> None:
     """Their largest entries are right, so that nothing else would notice."""
     compute = start().compute
     check_teacher(teacher, compute)

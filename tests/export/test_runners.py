@@ -61,7 +61,7 @@ def test_a_provider_that_is_not_there_is_missing_not_replaced(path: Path) -> Non
     runner = OrtRunner(path, provider="CUDAExecutionProvider")
     with pytest.raises(MissingError, match="no CUDAExecutionProvider") as caught, runner:
         pass
-    assert "pip install 'nayer-edge[gpu]'" in caught.value.fix
+    assert "pip install '.[gpu]'" in caught.value.fix
     assert caught.value.exit_code == 3
 
 

@@ -21,7 +21,7 @@ from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models import zoo
 from nayer_edge.models.load import build_classifier
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'nayer-edge[rtx]'")
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
 
 SHAPE = (3, 32, 32)
 IMAGES = np.random.default_rng(0).random((4, *SHAPE), np.float32)
@@ -217,7 +217,7 @@ def test_tensorrt_proper_says_what_is_missing(files: dict[str, Path], tmp_path: 
     except ImportError:
         with pytest.raises(MissingError, match="needs the Python package 'tensorrt'") as caught:
             to_engine(files["fp32"], tmp_path / "e.engine", "tensorrt")
-        assert "pip install 'nayer-edge[gpu]'" in caught.value.fix
+        assert "pip install '.[gpu]'" in caught.value.fix
         return
     if not torch.cuda.is_available():
         with pytest.raises(MissingError, match="on the GPU that it is for"):

@@ -130,7 +130,7 @@ except ne.MissingError as error:
 """
     done = program(text, env={**os.environ, **without()})
     assert "runtime" in done.stdout, done.stderr
-    assert "pip install 'nayer-edge[cpu]'" in done.stdout
+    assert "pip install '.[cpu]'" in done.stdout
 
 
 # Teachers in memory

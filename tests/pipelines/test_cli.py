@@ -169,6 +169,13 @@ def test_nothing_heavy_is_imported(finished: Path, command: str) -> None:
     assert done.stderr.endswith("heavy: []\n")
 
 
+def test_help_lists_the_steps() -> None:
+    from nayer_edge.pipelines.cli.training import STOP_AFTER
+    from nayer_edge.pipelines.steps import NAMES
+
+    assert f"{', '.join(NAMES[:-1])} or {NAMES[-1]}." in STOP_AFTER
+
+
 def test_help_does_not_import_pydantic() -> None:
     program = (
         "import sys\nfrom nayer_edge.__main__ import main\nsys.argv = ['nayer-edge', '--help']\n"
@@ -201,7 +208,7 @@ def test_missing_extra(
     before = run.manifest
     answer = spawn(*[str(finished) if a == "RUN" else a for a in arguments], env=without(blocked), cwd=tmp_path)
     assert answer.code == 3
-    assert "pip install 'nayer-edge[cpu]'" in answer.err
+    assert "pip install '.[cpu]'" in answer.err
     assert "Traceback" not in answer.err
     assert not (tmp_path / "out").exists(), "nothing is begun that cannot go on"
     assert RunFolder.open(finished).manifest == before

@@ -65,7 +65,7 @@ def test_extras_are_those_of_the_package(found: dict[str, Line]) -> None:
     assert set(EXTRAS) == declared - {"dev"}
     for extra in EXTRAS:
         line = found[f"extra {extra}"]
-        assert line.ok or f"pip install 'nayer-edge[{extra}]'" in line.fix or "not needed" in line.found
+        assert line.ok or f"pip install '.[{extra}]'" in line.fix or "not needed" in line.found
 
 
 def test_a_package_that_is_missing_or_broken(
@@ -76,7 +76,7 @@ def test_a_package_that_is_missing_or_broken(
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('a library is missing')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     lines = {line.what: line for line in examine()}
-    assert (lines["timm"].ok, lines["timm"].fix) == (False, "pip install 'nayer-edge[timm]'")
+    assert (lines["timm"].ok, lines["timm"].fix) == (False, "pip install '.[timm]'")
     assert lines["extra timm"].found.endswith("missing: timm")
     assert not lines["target tensorrt-rtx"].ok
     assert "cannot be imported: ImportError: a library is missing" in lines["onnxruntime"].found
@@ -91,7 +91,7 @@ def test_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines["CUDA device 1"].found == "An older one, 16 GiB, sm75, no bf16"
     assert not lines["torch on the GPU"].ok
     if "CUDA" not in lines["onnxruntime"].found:
-        assert "nayer-edge[gpu]" in lines["onnxruntime on the GPU"].fix
+        assert ".[gpu]" in lines["onnxruntime on the GPU"].fix
     monkeypatch.setattr(doctor, "gpus", list)
     assert "no device" in {line.what: line for line in examine()}["CUDA devices"].found
 
@@ -127,5 +127,5 @@ def test_nothing_heavy_is_loaded() -> None:
 def test_fixes_are_commands_of_extras_that_exist(found: dict[str, Line]) -> None:
     declared = set(metadata.metadata("nayer-edge").get_all("Provides-Extra") or [])
     for line in found.values():
-        for name in re.findall(r"nayer-edge\[([a-z]+)\]", line.fix):
+        for name in re.findall(r"\.\[([a-z]+)\]", line.fix):
             assert name in declared

@@ -63,7 +63,7 @@ def test_the_second_build_takes_no_language_model(
     (here / "labels.txt").write_text(WORDS + "one more\n")
     answer = invoke(*told)
     assert answer.code == 3, "new labels need it"
-    assert "pip install 'nayer-edge[cpu]'" in answer.err
+    assert "pip install '.[cpu]'" in answer.err
 
 
 def test_what_is_typed_counts_more_than_the_recipe(here: Path, invoke: Invoke) -> None:

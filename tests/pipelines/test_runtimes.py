@@ -235,7 +235,7 @@ def test_a_target_without_its_runtime_is_missed_and_nothing_else(
         assert answer.code == 3
         told = " ".join(answer.err.split())
         assert f"Everything was exported except fp32.{target}, int8.{target}." in told
-        assert f"pip install 'nayer-edge[{target}]'" in told
+        assert f"pip install '.[{target}]'" in told
         assert list(read_json(finished / QUANTIZATION, "")) == ["cpu", "arm"]
         assert (finished / int8_file("arm")).is_file()
         assert not (finished / int8_file(target)).exists()
@@ -246,7 +246,7 @@ def test_a_target_without_its_runtime_is_missed_and_nothing_else(
         assert found["int8.arm"]["status"] == "measured"
         for name in (f"fp32.{target}", f"int8.{target}"):
             assert found[name]["status"] == "unavailable"
-            assert f"nayer-edge[{target}]" in found[name]["reason"]
+            assert f".[{target}]" in found[name]["reason"]
         assert invoke("report", finished).code == 0
         assert invoke("run", finished, "--until", "student").code == 0, "it has no part in the missing files"
         assert invoke("run", finished, "--until", "engine").code == 3

@@ -300,9 +300,7 @@ def test_a_small_limit_never_drops_the_banks_images(source: Path, monkeypatch: p
     assert planning.measured_for(recipe(source)).bank_mib * 2**20 >= pixels
 
 
-def test_another_export_than_the_banks_run_takes_another_time(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_export_than_the_banks_run_takes_another_time(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "_measured_rest", lambda _run: 1234.0)
     usual = recipe(source)
     assert planning.measured_for(usual).costs.rest == 1234.0

@@ -278,7 +278,7 @@ def test_without_the_libraries(spawn, without, root: Path, keys: Path) -> None: 
     ):
         answer = spawn(*arguments, env=env)
         assert answer.code == 3
-        assert f"pip install 'nayer-edge[{extra}]'" in answer.err
+        assert f"pip install '.[{extra}]'" in answer.err
     assert MissingError.exit_code == 3
 
 

@@ -90,7 +90,13 @@ def test_mnist(tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize(
     ("part", "split"),
-    [("emnist-digits-train", "train"), ("emnist-digits-test", "test"), ("t10k", "test"), ("train", "train"), ("mine", None)],
+    [
+        ("emnist-digits-train", "train"),
+        ("emnist-digits-test", "test"),
+        ("t10k", "test"),
+        ("train", "train"),
+        ("mine", None),
+    ],
 )
 def test_the_split_of_an_idx_file_is_in_its_name(tmp_path: Path, part: str, split: str | None) -> None:
     write_mnist(tmp_path, pixels(4, 28, 28), np.arange(4, dtype=np.uint8), part)

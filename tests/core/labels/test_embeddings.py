@@ -483,7 +483,7 @@ def test_ready_files_are_found_without_a_language_model(monkeypatch: pytest.Monk
     lte.check(digits, LTE())
     with pytest.raises(MissingError) as refused:
         lte.check(("zero", "an eleventh"), LTE())
-    assert "pip install 'nayer-edge[lm]'" in refused.value.fix
+    assert "pip install '.[lm]'" in refused.value.fix
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.name.split(".")[0])

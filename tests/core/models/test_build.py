@@ -210,7 +210,7 @@ def test_without_timm(tmp_path: Path) -> None:
         "    try:\n"
         "        build_classifier(model, InputSpec(), ('a', 'b'))\n"
         "    except MissingError as error:\n"
-        "        assert f\"pip install 'nayer-edge[{extra}]'\" in error.fix, error.fix\n"
+        "        assert f\"pip install '.[{extra}]'\" in error.fix, error.fix\n"
         "    else:\n"
         "        raise AssertionError(model)\n"
     )

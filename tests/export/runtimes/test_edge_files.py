@@ -453,4 +453,4 @@ def test_a_package_whose_native_code_does_not_load(
         pass
     assert "undefined symbol" in caught.value.why
     assert torch.__version__.partition("+")[0] in caught.value.why
-    assert f"nayer-edge[{edge.name}]" in caught.value.fix
+    assert f".[{edge.name}]" in caught.value.fix

@@ -160,10 +160,10 @@ def test_what_is_no_sound_file_is_refused(tmp_path: Path) -> None:
 def test_without_the_package_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = exported(tmp_path)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingError, match=r"pip install 'nayer-edge\[openvino\]'") as caught:
+    with pytest.raises(MissingError, match=r"pip install '\.\[openvino\]'") as caught:
         describe(TARGET, path)
     assert caught.value.exit_code == 3
-    with pytest.raises(MissingError, match=r"pip install 'nayer-edge\[openvino\]'"):
+    with pytest.raises(MissingError, match=r"pip install '\.\[openvino\]'"):
         require(dataclasses.replace(TARGET, packages=("no-such-package",)))
 
 

@@ -41,7 +41,9 @@ def test_batches_fit_the_memory(kind: Literal["cpu", "cuda"], pixels: int, gib: 
     smaller = fit(spec, teacher, student, Device(kind, "", 2**28), 10)
     assert smaller.batch <= sizes.batch
     assert smaller.student_batch <= sizes.student_batch
-    assert ("batch" in smaller.reasons) == (smaller.batch < fit(spec, teacher, student, Device(kind, "", 2**45), 10).batch)
+    assert ("batch" in smaller.reasons) == (
+        smaller.batch < fit(spec, teacher, student, Device(kind, "", 2**45), 10).batch
+    )
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1000])

@@ -250,7 +250,7 @@ def test_why_there_is_no_connection(error: Exception, message: str, monkeypatch:
 @pytest.mark.slow
 def test_a_missing_ray_is_said(without: Callable[..., dict[str, str]], spawn: Callable[..., Any], source: Path) -> None:
     answer = spawn("sweep", source, "--ray", "auto", "--out", source.parent / "no-ray", env=without("ray"))
-    assert (answer.code, "pip install 'nayer-edge[ray]'" in answer.err) == (3, True), answer.err
+    assert (answer.code, "pip install '.[ray]'" in answer.err) == (3, True), answer.err
 
 
 def test_workers_get_absolute_paths(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
