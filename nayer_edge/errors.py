@@ -116,6 +116,7 @@ EXTRA_OF = {
     "sklearn": "cpu",
     "jinja2": "cpu",
     "pyarrow": "cpu",
+    "yaml": "cpu",
     "PIL": "cpu",
     "openvino": "openvino",
     "executorch": "executorch",

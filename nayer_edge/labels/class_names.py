@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import csv
 import io
-import itertools
 import json
 import re
 import unicodedata
@@ -17,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nayer_edge.errors import UsageError
+from nayer_edge.errors import UsageError, missing_extra
 from nayer_edge.labels import wordnet
 from nayer_edge.storage.files import decoded, is_lfs_pointer
 
@@ -241,34 +240,31 @@ def _literal(text: str) -> Any:
 
 
 def _from_yaml(path: Path, text: str) -> list[str]:
-    """The `names` of YOLO's data.yaml: a list, or ids and names, in a block or in brackets. Words such as `no` stay
-    words."""
-    lines = [re.sub(r"(^|\s)#.*", "", line).rstrip() for line in text.split("\n")]
-    start = next((number for number, line in enumerate(lines) if re.match(r"(names|classes)\s*:", line)), None)
-    if start is not None:
-        inline = lines[start].partition(":")[2].strip()
-        rest = [line for line in lines[start + 1 :] if line.strip()]
-        body = [line.strip() for line in itertools.takewhile(lambda line: line[0] in " \t-", rest)]
-        if inline:
-            inside = re.fullmatch(r"([\[{])(.*)[\]}]", " ".join([inline, *body]).strip())
-            sign = "- " if inside and inside[1] == "[" else ""
-            cells = next(csv.reader([inside[2]], skipinitialspace=True, quotechar="'"), []) if inside else []
-            body = [sign + cell.strip() for cell in cells if cell.strip()]
-        items = [re.fullmatch(r"-\s+(.*\S)", line) for line in body]
-        pairs = [re.fullmatch(r"(\d+)\s*:\s+(.*\S)", line) for line in body]
-        if body and all(items):
-            return [_unquoted(match[1]) for match in items if match]
-        if body and all(pairs):
-            return _ordered(path, [(int(match[1]), _unquoted(match[2])) for match in pairs if match])
+    """The `names` of YOLO's data.yaml: a list, or ids and names. Words such as `no` stay words."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise missing_extra("yaml", "cpu", f"Reading {path.name}") from error
+    try:
+        # This loader makes only texts, lists and dictionaries.
+        held = yaml.BaseLoader(text).get_single_data()
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UsageError(
+            f"{path} is not valid YAML.",
+            why=" ".join(f"{error}".split())[:200],
+            fix="Write one class name per line into a text file.",
+        ) from error
+    held = held if isinstance(held, dict) else {}
+    names = held.get("names", held.get("classes"))
+    if isinstance(names, list) and names:
+        return [_one_name(path, name) for name in names]
+    if isinstance(names, dict) and names and all(_is_id(key) for key in names):
+        return _ordered(path, [(int(key), _one_name(path, name)) for key, name in names.items()])
     raise UsageError(
         f"{path} contains no class names.",
         why="Of YAML files, only the key `names` is read, with a list, or with ids and names.",
         fix="Write one class name per line into a text file.",
     )
-
-
-def _unquoted(text: str) -> str:
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _from_table(path: Path, text: str, delimiter: str | None) -> list[str]:
@@ -381,7 +377,7 @@ def _inverted(path: Path, value: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _one_name(path: Path, value: Any) -> str:
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) and wordnet.is_id(f"{value[0]}"):
         # Keras' imagenet_class_index.json: {"0": ["n01440764", "tench"], …}
         return value[1]
     if not isinstance(value, str):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nayer_edge.errors import MissingError, UsageError
+from nayer_edge.export import to_engine
 from nayer_edge.pipelines import actions, deploy
 from nayer_edge.pipelines.deploy import ENGINES, FP16, FP32, QUANTIZATION, int8_file
 from nayer_edge.pipelines.validation import runnable
@@ -148,6 +149,21 @@ class TestEngines:
         actions.require_engines(run, ["cpu,arm"])
         with pytest.raises(MissingError, match=r"int8\.tensorrt\.engine"):
             actions.require_engines(run)
+
+    def test_an_engine_that_cannot_be_loaded_is_built_again_when_its_target_is_named(
+        self, finished: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After an update of TensorRT. The message of the runner names this command."""
+        actions.export(finished, int8=True, targets=["tensorrt"], engines=True)
+        assert len(builds) == 2
+        actions.export(finished, int8=True, targets=["tensorrt"])
+        assert len(builds) == 2, "it still loads"
+        for module in (deploy, to_engine):
+            monkeypatch.setattr(module, "can_replace", lambda record: record["precision"] == "int8")
+        actions.export(finished, int8=True)
+        assert len(builds) == 2, "the target is not named"
+        actions.export(finished, int8=True, targets=["tensorrt"])
+        assert [name for name in builds[2:] if "int8" in name] == builds[2:] != []
 
     @pytest.mark.slow
     def test_an_engine_that_is_refused_does_not_end_the_step(

@@ -39,7 +39,7 @@ def write(folder: Path, name: str, text: str | bytes) -> Path:
         ("label2id.json", '{"été, summer": 2, "cat": 0, "dog": 1}'),
         ("config.json", '{"model_type": "resnet", "id2label": {"0": "cat", "1": "dog", "2": "été, summer"}}'),
         ("card.json", '{"schema": "x", "classes": ["cat", "dog", "été, summer"]}'),
-        ("keras.json", '{"0": ["n1", "cat"], "1": ["n2", "dog"], "2": ["n3", "été, summer"]}'),
+        ("keras.json", '{"0": ["n02121808", "cat"], "1": ["n02084071", "dog"], "2": ["n15236475", "été, summer"]}'),
         ("one.csv", 'cat\ndog\n"été, summer"\n'),
         ("headed.csv", 'name\ncat\ndog\n"été, summer"\n'),
         ("two.csv", '0,cat\n1,dog\n2,"été, summer"\n'),
@@ -101,6 +101,22 @@ def test_published_forms(tmp_path: Path, name: str, text: str | bytes) -> None:
 def test_words_of_yaml_stay_words(tmp_path: Path) -> None:
     """YAML 1.1 reads `no` as a boolean (https://yaml.org/type/bool.html); as a class name it is a word."""
     assert read_labels(write(tmp_path, "data.yaml", "names: [no, yes, 'off']\n")) == ("no", "yes", "off")
+    assert read_labels(write(tmp_path, "data.yaml", 'names: ["tench, Tinca", "gold"]\n')) == ("tench, Tinca", "gold")
+
+
+@pytest.mark.parametrize(
+    "text", ["names: [a, b", "names: !!python/object/apply:os.getcwd []", "[" * 5000, "names: [[a]]"]
+)
+def test_yaml_that_is_damaged_or_hostile(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError):
+        read_labels(write(tmp_path, "data.yaml", text))
+
+
+@pytest.mark.parametrize("content", [{"0": ["cat", "kitty"]}, [["cat", "0"], ["dog", "1"]]])
+def test_two_words_are_not_an_id_and_a_name(tmp_path: Path, content: object) -> None:
+    """Keras' file has WordNet ids in the first place. Of other pairs, none is known to be the name."""
+    with pytest.raises(UsageError, match="in place of a class name"):
+        read_labels(write(tmp_path, "labels.json", json.dumps(content)))
 
 
 def test_names_that_look_like_something_else(tmp_path: Path) -> None:
