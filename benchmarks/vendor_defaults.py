@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from nayer_edge.export.targets import TARGETS
 from nayer_edge.models.load import load_classifier
 from nayer_edge.pipelines.deploy import FP32, fp32_file, int8_file
 from nayer_edge.pipelines.gate.statistics import drop_lower, drop_upper
+from nayer_edge.pipelines.measurements import REPORT_PATH
 from nayer_edge.pipelines.recipes.loading import recipe_of
 from nayer_edge.storage.run_folder import RunFolder
 
@@ -73,7 +75,14 @@ def row(run: RunFolder, name: str, count: int, calls: int) -> dict[str, Any]:
     noise = np.random.default_rng(0).random((count, *spec.shape), np.float32)
     files = {"fp32": run.path(FP32 if TARGETS[name].suffix == ".onnx" else fp32_file(name))}
     files["ours"] = run.path(int8_file(name))
-    found: dict[str, Any] = {"student": recipe.student.model, "input": list(spec.shape), "images": len(labels)}
+    report = json.loads(run.path(REPORT_PATH).read_text(encoding="utf-8"))
+    coverage = {each["name"]: each["int8_coverage"] for each in report["artifacts"]}
+    found: dict[str, Any] = {
+        "student": recipe.student.model,
+        "input": list(spec.shape),
+        "images": len(labels),
+        "coverage": coverage[f"int8.{name}"],
+    }
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         try:
             files["vendor"] = vendor_file(name, run, noise, Path(folder))
@@ -169,8 +178,8 @@ def table(rows: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
         "| student | target | FP32, % | ours: drop, points (95 % bounds) | vendor, noise: drop (bounds) "
-        "| speed-up, ours and vendor | FP32 p50, p95, ms | ours p50, p95, ms | kB: FP32, ours, vendor |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| coverage | speed-up, ours and vendor | FP32 p50, p95, ms | ours p50, p95, ms | kB: FP32, ours, vendor |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, found in rows.items():
         kinds = [found[label] for label in ("fp32", "ours", "vendor") if label in found]
@@ -180,6 +189,7 @@ def table(rows: dict[str, Any]) -> str:
             f"{100 * found['fp32']['top1']:.2f}",
             drop(found["ours"]),
             drop(found["vendor"]) if "vendor" in found else "not measured",
+            "" if found.get("coverage") is None else f"{100 * found['coverage']:.0f} %",
             ", ".join(f"{kind['speedup']:.2f} ×" for kind in kinds[1:]),
             *(f"{kind['p50_ms']:.3f}, {kind['p95_ms']:.3f}" for kind in kinds[:2]),
             ", ".join(f"{kind['size_bytes'] / 1e3:,.0f}" for kind in kinds),
