@@ -280,7 +280,8 @@ class TensorRtRunner:
             raise IntegrityError(
                 f"{self.name} {trt.__version__} does not load {self.path}.",
                 why="An engine runs only with the TensorRT version and kind of GPU that it was built for.",
-                fix="Rebuild it here with: nayer-edge export RUN --int8 --target " + self.name.replace("_", "-"),
+                fix="Build the engines of the run again here: nayer-edge export RUN --int8 --no-engine, then "
+                "nayer-edge export RUN --int8 --engine",
             )
         self._engine: Any = engine
         self._context: Any = engine.create_execution_context()

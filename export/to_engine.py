@@ -214,21 +214,6 @@ def require_capability(target: str, wanted: str | None) -> None:
         _capability(import_tensorrt(runtime), rtx, wanted if rtx else None)
 
 
-def can_replace(record: Mapping[str, Any]) -> bool:
-    """Whether this machine can build an engine, but not load the one that the record describes: another version of
-    TensorRT, or another GPU."""
-    runtime = record["runtime"]
-    try:
-        trt = import_tensorrt(runtime)
-        here = _capability(trt, runtime == "tensorrt_rtx", record["compute_capability"])
-    except MissingError:
-        return False
-    except UsageError:
-        # Another GPU than that for which TensorRT built it.
-        return True
-    return (str(trt.__version__), here) != (record["version"], record["compute_capability"])
-
-
 def _capability(trt: Any, rtx: bool, wanted: str | None) -> str:
     gpu = torch.cuda.is_available()
     here = "sm{}{}".format(*torch.cuda.get_device_capability()) if gpu else None

@@ -301,7 +301,6 @@ def export(
         for record in unavailable(open_run(root))
         if record["target"] in section.targets
     }
-    again |= {"engine" for record in outdated(open_run(root)) if record["target"] in names}
     return make(recipe, root, last="engine" if int8 else "onnx", again=again, display=display)
 
 
@@ -323,18 +322,6 @@ def not_validated(run: RunFolder) -> list[str]:
         for name, record in files.items()
         if name.endswith(FILE_SUFFIXES) and record.sha256 not in measured
     )
-
-
-def outdated(run: RunFolder) -> list[dict[str, Any]]:
-    """The entries of engines.json for engines that this machine can build anew, but not load."""
-    from .validation.runnable import not_graphs
-
-    found = [each for each in not_graphs(run) if each["file"].endswith(".engine") and each["status"] == "built"]
-    if not found:
-        return []
-    from nayer_edge.export.to_engine import can_replace
-
-    return [each for each in found if can_replace(each)]
 
 
 def unavailable(run: RunFolder) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from nayer_edge.export.qat.train import QatTrainer, Schedule
 from nayer_edge.export.runners import OrtRunner, TorchRunner
 from nayer_edge.export.runtimes import describe, require
 from nayer_edge.export.targets import TARGETS, Target, has_module
-from nayer_edge.export.to_engine import can_replace, require_capability, to_engine
+from nayer_edge.export.to_engine import require_capability, to_engine
 from nayer_edge.export.to_int8 import FP16_IMAGES, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.export.to_runtime import to_float_file, to_int8_file
@@ -424,7 +424,7 @@ def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFold
     """Builds FP16 and INT8 engines. One that cannot be built here is recorded with the reason.
 
     An existing engine that was built from the current graph is kept: no two builds are alike, and this machine may not
-    be able to build it. One that this machine can build, but not load, is built anew.
+    be able to build it.
     """
     before = out.former.get("engine")
     earlier = read_json(out.path(ENGINES), "the list of engines") if before and before.record else []
@@ -439,7 +439,7 @@ def make_engines(onnx: Artifact, int8: Artifact, *, config: Recipe, out: RunFold
             name = engine_file(precision, target, capability)
             record = {"name": f"{precision}.{target}.engine", "file": name, "target": target, "precision": precision}
             built = [each for each in earlier if each["file"] == name and each["status"] == "built"]
-            if built and out.former_file(name, "engine", [source]) and not can_replace(built[0]):
+            if built and out.former_file(name, "engine", [source]):
                 files[f"{precision} {target} engine"] = name
                 records.append(built[0])
                 numbers[record["name"]] = f"{out.path(name).stat().st_size / 1e6:.2f} MB"

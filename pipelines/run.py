@@ -80,16 +80,21 @@ def run_recipe(
         run = _found(root)
         plans = _checked(recipe, steps, run, digest)
         values = portable(recipe, root)
-        run, former = _take_over(run, values, root, extends=any(plan.extends for plan in plans))
+        run, before = _take_over(run, values, root, extends=any(plan.extends for plan in plans))
+        former, trained = before, set[str]()
         remove_temporaries(root)
         for plan in plans:
-            ran = _run_step(plan, recipe, run, former, progress or Silent(), on_event, plan.step.name in again)
-            if ran:
+            # Its own result still is of these values; what a step that trains has taken over is not taken back.
+            own = tuple(key for key in plan.step.settings if key not in trained)
+            back = _with_values(former, before, own)
+            if _run_step(plan, recipe, run, back, progress or Silent(), on_event, plan.step.name in again):
                 # If a later step fails, the recipe still has the values that this one was made with.
                 former = _with_values(former, values, plan.step.settings)
+                trained |= set(plan.step.settings) if plan.step.trains else set()
             if plan.step.name == "student" and _extension(run) == _length_of(values):
                 # Only now does the longer run replace the finished one.
                 former = {**former, **_length_of(values)}
+                trained |= {"distill"}
                 _adopt(run, values)
                 _discard_scratch(plan.step, run)
     return run

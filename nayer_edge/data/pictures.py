@@ -6,6 +6,8 @@ All headers are checked before the first picture is decoded, so one error report
 from __future__ import annotations
 
 import io
+import struct
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -18,8 +20,17 @@ from nayer_edge.errors import UsageError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
-LYING = (5, 6, 7, 8)
-"""EXIF orientations whose width and height are exchanged"""
+ORIENTATION = 0x0112
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""EXIF orientation → what Pillow must do to show the picture upright. From 5 on, width and height are exchanged."""
 
 
 class Mismatches:
@@ -38,13 +49,12 @@ class Mismatches:
 
     def check(self, file: Any, where: str) -> None:
         """Reads the header of a picture."""
-        from PIL import ExifTags, Image
+        from PIL import Image
 
         try:
             with Image.open(file) as picture:
                 width, height = picture.size
-                lying = self._upright and picture.getexif().get(ExifTags.Base.Orientation) in LYING
-                size = (height, width) if lying else (width, height)
+                size = (height, width) if self._upright and _orientation(picture) >= 5 else (width, height)
                 reason = mismatch(size, picture.mode, self._spec, self._fit)
         except _unreadable():
             reason = "not readable as an image"
@@ -74,6 +84,23 @@ class Mismatches:
         )
 
 
+def _orientation(picture: Any) -> int:
+    """The EXIF orientation that a picture's header states; 1, upright, if it states none or its EXIF is damaged."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns about damaged EXIF.
+            warnings.simplefilter("ignore")
+            # What stands before the pixels. `picture.getexif` may decode them to look behind.
+            exif.load(picture.info.get("exif") or b"")
+            found = exif.get(ORIENTATION, 1)
+    except (*_unreadable(), struct.error, TypeError, LookupError, ArithmeticError):
+        return 1
+    return found if found in TURNS else 1
+
+
 def _unreadable() -> tuple[type[Exception], ...]:
     from PIL import Image, UnidentifiedImageError
 
@@ -90,12 +117,13 @@ def decode(data: bytes, spec: InputSpec, where: str, fit: Fit = "stretch", *, up
     Raises:
         UsageError: it cannot be decoded.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     require_grey_or_colour(spec, where)
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            return resized(ImageOps.exif_transpose(picture) if upright else picture, spec, fit)
+            turn = TURNS.get(_orientation(picture)) if upright else None
+            return resized(picture.transpose(Image.Transpose[turn]) if turn else picture, spec, fit)
     except _unreadable() as error:
         raise UsageError(
             f"{where} is not a readable image.", why=f"{error}", fix="Replace or remove it, then repeat the command."

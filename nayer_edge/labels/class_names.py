@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import re
+import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -247,7 +248,13 @@ def _from_yaml(path: Path, text: str) -> list[str]:
         raise missing_extra("yaml", "cpu", f"Reading {path.name}") from error
     try:
         # This loader makes only texts, lists and dictionaries.
-        held = yaml.BaseLoader(text).get_single_data()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.BaseLoader)):
+            raise ValueError("aliases (*name) are not read")
+        loader = yaml.BaseLoader(text)
+        root = loader.get_single_node()
+        for node in (root, *(value for _, value in _pairs(root))):
+            _unique_keys([(key.value, None) for key, _ in _pairs(node)])
+        held = None if root is None else loader.construct_document(root)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(
             f"{path} is not valid YAML.",
@@ -265,6 +272,11 @@ def _from_yaml(path: Path, text: str) -> list[str]:
         why="Of YAML files, only the key `names` is read, with a list, or with ids and names.",
         fix="Write one class name per line into a text file.",
     )
+
+
+def _pairs(node: Any) -> list[tuple[Any, Any]]:
+    """Keys and values of a node of YAML; none of other nodes than mappings."""
+    return node.value if getattr(node, "id", "") == "mapping" else []
 
 
 def _from_table(path: Path, text: str, delimiter: str | None) -> list[str]:
@@ -382,7 +394,7 @@ def _one_name(path: Path, value: Any) -> str:
         return value[1]
     if not isinstance(value, str):
         raise UsageError(
-            f"{path} has {json.dumps(value)[:40]} in place of a class name.",
+            f"{path} has {reprlib.repr(value)} in place of a class name.",
             fix='Give a list of names, ["cat", "dog"], or ids and names, {"0": "cat", "1": "dog"}.',
         )
     return value

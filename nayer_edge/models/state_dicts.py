@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,10 @@ def _chosen(content: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor
             return _unwrapped(found[key]), key
         inside = {}
         for place, tensors in found.items():
-            for start in {key, key.removeprefix(f"{place}.")}:
+            for start in dict.fromkeys((key, key.removeprefix(f"{place}."))):
                 if under := _under(tensors, f"{start}."):
                     inside[f"{place}.{start}".lstrip(".")] = under
-        if len(inside) > 1 and key not in inside:
+        if key not in inside and not _all_equal(list(inside.values())):
             raise several_sets(path, list(inside))
         if inside:
             name = key if key in inside else next(iter(inside))
@@ -128,6 +128,14 @@ def _differing(found: Mapping[str, Mapping[str, Tensor]], place: str) -> bool:
         if not all(torch.equal(value, bare[name]) for name, value in known.items() if not name.endswith(COUNTER)):
             return True
     return False
+
+
+def _all_equal(sets: Sequence[Mapping[str, Tensor]]) -> bool:
+    """Whether they are copies of one set of weights."""
+    return all(
+        other.keys() == sets[0].keys() and all(torch.equal(value, other[name]) for name, value in sets[0].items())
+        for other in sets[1:]
+    )
 
 
 def choose_key(key: str) -> str:

@@ -115,11 +115,19 @@ def look(path: Path, model: str | None = None, key: str | None = None, channels:
     if model is None and str(own.get("model")).partition(":")[0] in NAMED_IN_CARDS:
         # Networks that differ in strides only have the same tensors.
         model = own["model"]
-    rebuild = own.get("rebuild") or {}
+    stated = model is not None and model == own.get("model")
+    rebuild = (own.get("rebuild") or {}) if stated else {}
     tensors = read_state_dict(path, key)
     shapes = shapes_of(tensors)
     classes = _classes(shapes)
-    channels, found = _network(path, shapes, model, channels, classes)
+    if stated and rebuild.get("arguments"):
+        # The network cannot be compared without them, and its own card is enough.
+        names = own.get("classes")
+        classes = len(names) if isinstance(names, list) else classes
+        fitting = Match(str(model), True, len(shapes), len(shapes), classes=classes or UNKNOWN_CLASSES)
+        channels, found = channels or _channels(path, shapes), [fitting]
+    else:
+        channels, found = _network(path, shapes, model, channels, classes)
     if not found or not found[0].exact:
         if rivals := next((match.rivals for match in found if match.rivals), ()):
             raise several_sets(path, rivals)

@@ -509,7 +509,11 @@ class _Work:
         finally:
             # After the tasks were told to end: the time in which they saved their work counts, too.
             now = time.monotonic()
-            self.sweep.spent += sum(now - since for since in self.workers.started.values())
+            for model, since in self.workers.started.items():
+                planned = tasks[model].recipe.budget if model in tasks else None
+                # On a cluster it may have waited for others all the time.
+                most = planned.seconds if planned and self.cluster is not None else math.inf
+                self.sweep.spent += min(now - since, most)
             self.workers.started.clear()
             self.save()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,7 +13,6 @@ from onnx import numpy_helper
 
 from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
-from nayer_edge.export import to_engine as to_engine_module
 from nayer_edge.export.engine_inspector import confirms, layer_types
 from nayer_edge.export.fp16 import to_fp16
 from nayer_edge.export.to_engine import compute_capabilities, to_engine
@@ -224,21 +222,6 @@ def test_tensorrt_proper_says_what_is_missing(files: dict[str, Path], tmp_path: 
     if not torch.cuda.is_available():
         with pytest.raises(MissingError, match="on the GPU that it is for"):
             to_engine(files["fp32"], tmp_path / "e.engine", "tensorrt")
-
-
-@pytest.mark.parametrize(
-    ("version", "gpu", "replaced"),
-    [("10.12", "sm89", False), ("10.13", "sm89", True), ("10.12", "sm90", True), ("10.13", None, False)],
-)
-def test_an_engine_is_replaced_only_where_it_can_be_built(
-    monkeypatch: pytest.MonkeyPatch, version: str, gpu: str | None, replaced: bool
-) -> None:
-    """Built by TensorRT 10.12 for sm89; the runtime and GPU of this machine are not real."""
-    record = {"runtime": "tensorrt", "version": "10.12", "compute_capability": "sm89"}
-    monkeypatch.setattr(to_engine_module, "import_tensorrt", lambda _runtime: SimpleNamespace(__version__=version))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: tuple(map(int, (gpu or "sm00")[2:])))
-    assert to_engine_module.can_replace(record) == replaced
 
 
 def test_capabilities_are_listed_in_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from nayer_edge.errors import MissingError, UsageError
-from nayer_edge.export import to_engine
+from nayer_edge.export.runners import TensorRtRunner
 from nayer_edge.pipelines import actions, deploy
 from nayer_edge.pipelines.deploy import ENGINES, FP16, FP32, QUANTIZATION, int8_file
 from nayer_edge.pipelines.validation import runnable
@@ -150,20 +151,18 @@ class TestEngines:
         with pytest.raises(MissingError, match=r"int8\.tensorrt\.engine"):
             actions.require_engines(run)
 
-    def test_an_engine_that_cannot_be_loaded_is_built_again_when_its_target_is_named(
-        self, finished: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch
+    def test_engines_that_cannot_be_loaded_are_built_again_as_the_message_says(
+        self, finished: Path, builds: list[str], invoke: Invoke
     ) -> None:
-        """After an update of TensorRT. The message of the runner names this command."""
+        """After an update of TensorRT."""
+        actions.export(finished, int8=True, targets=["tensorrt"], engines=True)
         actions.export(finished, int8=True, targets=["tensorrt"], engines=True)
         assert len(builds) == 2
-        actions.export(finished, int8=True, targets=["tensorrt"])
-        assert len(builds) == 2, "it still loads"
-        for module in (deploy, to_engine):
-            monkeypatch.setattr(module, "can_replace", lambda record: record["precision"] == "int8")
-        actions.export(finished, int8=True)
-        assert len(builds) == 2, "the target is not named"
-        actions.export(finished, int8=True, targets=["tensorrt"])
-        assert [name for name in builds[2:] if "int8" in name] == builds[2:] != []
+        fix = "nayer-edge export RUN --int8 --no-engine, then nayer-edge export RUN --int8 --engine"
+        assert fix in " ".join(inspect.getsource(TensorRtRunner).replace('"', "").split())
+        for option in ("--no-engine", "--engine"):
+            invoke("export", finished, "--int8", option)
+        assert len(builds) == 4
 
     @pytest.mark.slow
     def test_an_engine_that_is_refused_does_not_end_the_step(

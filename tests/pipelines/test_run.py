@@ -229,6 +229,31 @@ def test_fresh_does_not_delete_what_the_recipe_reads(
 
 
 @pytest.mark.usefixtures("no_step")
+def test_a_target_that_could_not_be_made_is_not_tried_by_the_next_command(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step before it reads the targets, too, and has run."""
+    held = RunFolder.open(finished)
+    kept = {step: held.artifact(step) for step in NAMES}
+    before = held.manifest.recipe["export"]["targets"]
+
+    def load(step: step_table.Step) -> Any:
+        def run(*_inputs: Any, **_named: Any) -> Artifact:
+            if step.name == "int8":
+                raise MemoryError
+            return kept[step.name]
+
+        return run
+
+    monkeypatch.setattr(step_table.Step, "load", load)
+    with pytest.raises(MemoryError):
+        again(finished, 'export.targets=["cpu", "executorch"]')
+    now = manifest(finished)
+    assert now.recipe["export"]["targets"] == before != ["cpu", "executorch"]
+    assert now.steps["int8"].settings["export.targets"] == before
+
+
+@pytest.mark.usefixtures("no_step")
 @pytest.mark.parametrize(
     ("stopped", "key", "value"),
     [("engine", "compute_capability", "sm90"), ("validate", "fit", "stretch")],

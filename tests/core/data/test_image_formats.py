@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, ImageOps, features
 from pyarrow import parquet
 from scipy.io import savemat
 
 from nayer_edge.config import Fit, InputSpec
 from nayer_edge.data.datasets import load, open_images
-from nayer_edge.data.pictures import decode
+from nayer_edge.data.pictures import Mismatches, decode
 from nayer_edge.data.stream import ImageStream
 from nayer_edge.data.torchvision_formats import CIFAR_FILES
 from nayer_edge.errors import UsageError, hidden_memory_error
@@ -360,6 +360,27 @@ def test_phones_turn_pictures_by_their_exif_orientation(tmp_path: Path) -> None:
     (folder / "a.png").write_bytes(buffer.getvalue())
     found = whole(opened(folder.parent, InputSpec(height=40, width=32), ("zero",)))
     assert (found[0] == pixels(40, 32, 3).transpose(2, 0, 1)).all()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_orientations_are_pillows(orientation: int) -> None:
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(pixels(32, 32, 3)).save(buffer, "png", exif=exif)
+    with Image.open(io.BytesIO(buffer.getvalue())) as picture:
+        wanted = np.asarray(ImageOps.exif_transpose(picture)).transpose(2, 0, 1)
+    assert (decode(buffer.getvalue(), COLOUR, "x", upright=True) == wanted).all()
+
+
+@pytest.mark.parametrize("damaged", [b"Exif\0\0MM\0*\0\0", b"Exif\0\0", b"noise" * 9, b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_damaged_exif_states_no_orientation(damaged: bytes) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(32, 32, 3)).save(buffer, "png", exif=damaged)
+    mismatches = Mismatches(COLOUR, "exact", upright=True)
+    mismatches.check(io.BytesIO(buffer.getvalue()), "x")
+    mismatches.raise_if_any(1, "x")
+    found = decode(buffer.getvalue(), COLOUR, "x", upright=True)
+    assert (found == pixels(32, 32, 3).transpose(2, 0, 1)).all()
 
 
 def test_a_picture_that_breaks_off_is_named_when_it_is_reached(tmp_path: Path) -> None:

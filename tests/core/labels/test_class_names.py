@@ -105,7 +105,16 @@ def test_words_of_yaml_stay_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["names: [a, b", "names: !!python/object/apply:os.getcwd []", "[" * 5000, "names: [[a]]"]
+    "text",
+    [
+        "names:\n  0: a\n  1: b\n  1: c\n",
+        "names: [a]\nnames: [b]\n",
+        "a: &a [x]\nnames: [*a, *a]\n",
+        "names: [a, b",
+        "names: !!python/object/apply:os.getcwd []",
+        "[" * 5000,
+        "names: [[a]]",
+    ],
 )
 def test_yaml_that_is_damaged_or_hostile(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError):

@@ -248,6 +248,13 @@ def test_a_prefix_in_several_sets_must_be_chosen(network: Classifier, tmp_path: 
         assert key_taken(path, f"{place}.teacher") == f"{place}.teacher"
 
 
+def test_equal_copies_under_a_prefix_are_one_set(network: Classifier, tmp_path: Path) -> None:
+    raw = {f"backbone.{name}": value for name, value in network.backbone.state_dict().items()}
+    torch.save({"model": raw, "state_dict": raw}, tmp_path / "both.pt")
+    found = read_state_dict(tmp_path / "both.pt", "backbone")
+    assert torch.equal(found["conv1.weight"], raw["backbone.conv1.weight"])
+
+
 @pytest.mark.parametrize("missing", [(), ("fc.bias",)])
 def test_an_average_inside_the_weights_must_be_chosen(
     network: Classifier, tmp_path: Path, missing: tuple[str, ...]

@@ -184,6 +184,7 @@ def test_a_card_beside_the_weights_is_believed(here: Path, invoke: Invoke) -> No
     [
         ("torchvision:resnet18@32", {}, None),
         ("timm:test_efficientnet", {"act_layer": "relu"}, None),
+        ("torchvision:mobilenet_v2", {"width_mult": 0.5}, None),
         ("torchvision:resnet18", {}, (64, 64)),
     ],
 )
@@ -202,6 +203,14 @@ def test_our_own_card_says_what_tensors_do_not(
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(teacher(images), saved(images))
+
+
+def test_the_card_of_another_network_lends_no_arguments(here: Path) -> None:
+    names = tuple(f"class {number}" for number in range(10))
+    saved = build_classifier("timm:test_efficientnet", InputSpec(), names, {"act_layer": "relu"})
+    save_classifier(saved, here / "mine.safetensors", {})
+    assert look(here / "mine.safetensors").arguments == {"act_layer": "relu"}
+    assert look(here / "mine.safetensors", model="timm:test_byobnet").arguments == {}
 
 
 # ------------------------------------------------------------------ the head, the channels, the layout
