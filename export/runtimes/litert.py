@@ -312,7 +312,8 @@ def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str
     ranges = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
     try:
         ranges.calibrate({_SIGNATURE: images}, work._recipe_manager)
-        result: Any = work.quantize(ranges.get_model_qsvs(), enable_progress_report=False, enable_progress_bar=False)
+        found = _with_dead_tensors(ranges.get_model_qsvs())
+        result: Any = work.quantize(found, enable_progress_report=False, enable_progress_bar=False)
     except Exception as error:
         raise UsageError(
             "LiteRT's quantizer cannot quantize the model"
@@ -321,6 +322,19 @@ def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str
             fix="Leave out the target litert; `nayer-edge students` lists students that can be exported.",
         ) from error
     return bytes(result.quantized_model)
+
+
+def _with_dead_tensors(ranges: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    """The ranges, with [−1, 1] for tensors that are 0 on every calibration image, such as a ReLU that never fires.
+
+    The quantizer would give them a scale of 4e-12, which XNNPACK refuses.
+    """
+    return {
+        name: {"min": np.full_like(each["min"], -1), "max": np.full_like(each["max"], 1)}
+        if not each["min"].any() and not each["max"].any()
+        else dict(each)
+        for name, each in ranges.items()
+    }
 
 
 def _with_metadata(content: bytes, line: str) -> bytes:

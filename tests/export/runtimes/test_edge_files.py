@@ -346,6 +346,31 @@ def test_transposed_convolutions_and_splits_run_in_int8(edge: Edge, draw_pattern
     assert not set(found["float"]) & {"TRANSPOSE_CONV", "SPLIT"}
 
 
+def test_an_activation_that_never_fires(edge: Edge, draw_patterns: Draw, tmp_path: Path) -> None:
+    """As in MobileNetV3's squeeze-and-excitation: the first of two convolutions is 0 on every calibration image."""
+    torch.manual_seed(0)
+    squeeze = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.Hardsigmoid()
+    )
+    nn.init.constant_(squeeze[1].bias, -100)  # type: ignore[arg-type]
+
+    class Excited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.squeeze = nn.Conv2d(3, 8, 3, padding=1), squeeze
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x).relu()
+            return self.head(x * self.squeeze(x))
+
+    network, images = Excited().eval(), draw_patterns(64, (3, 8, 8), seed=3)
+    built = edge.build(network, (3, 8, 8), tmp_path / "m", precision="int8", calibration=images)
+    wanted = expected(network, images)
+    with edge.open(built.path) as runner:
+        assert np.abs(runner.infer(images) - wanted).max() < 0.05 * np.ptp(wanted)
+
+
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
 def test_a_truncated_file_is_an_integrity_error(edge: Edge, int8: BuiltFile, share: float, tmp_path: Path) -> None:
     data = int8.path.read_bytes()
