@@ -21,7 +21,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from figures import keep, kept
@@ -32,6 +32,7 @@ from nayer_edge.errors import MissingError
 from nayer_edge.export.benchmark import benchmark
 from nayer_edge.export.runners import OrtRunner, Runner
 from nayer_edge.export.runtimes import module_of, open_runner, require
+from nayer_edge.export.runtimes.openvino import OpenVinoRunner, import_openvino
 from nayer_edge.export.targets import TARGETS
 from nayer_edge.models.load import load_classifier
 from nayer_edge.pipelines.deploy import FP32, fp32_file, int8_file
@@ -112,8 +113,18 @@ def parts_of(path: Path) -> list[Path]:
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
+class OfIr(OpenVinoRunner):
+    """Runs an OpenVINO IR as the project runs ONNX files."""
+
+    def __enter__(self) -> Self:
+        self._compile(import_openvino())
+        return self
+
+
 def opened(name: str, path: Path) -> Runner:
     """A runner for a file of a target."""
+    if path.suffix == ".xml":
+        return OfIr(path)
     return OrtRunner(path) if name == "cpu" else open_runner(TARGETS[name], path)
 
 

@@ -70,6 +70,13 @@ class OpenVinoRunner:
 
     def __enter__(self) -> Self:
         graph, vino = read_onnx(self.path), import_openvino()
+        try:
+            self._compile(vino)
+        except Exception as error:
+            raise _refusal(self.path, graph, f"{error}", _version(vino)) from error
+        return self
+
+    def _compile(self, vino: Any) -> None:
         core = vino.Core()
         # Processors with bf16 instructions would otherwise compute an FP32 graph in bf16.
         options = {
@@ -78,13 +85,9 @@ class OpenVinoRunner:
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
         }
-        try:
-            self._compiled = core.compile_model(core.read_model(str(self.path)), DEVICE, options)
-        except Exception as error:
-            raise _refusal(self.path, graph, f"{error}", _version(vino)) from error
+        self._compiled = core.compile_model(core.read_model(str(self.path)), DEVICE, options)
         self._request = self._compiled.create_infer_request()
         self._bytes = self._compiled.input(0).get_element_type() == vino.Type.u8
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
