@@ -28,7 +28,7 @@ from figures import keep, kept
 from origin import origin
 
 from nayer_edge.data import datasets as data
-from nayer_edge.errors import MissingError
+from nayer_edge.errors import IntegrityError, MissingError
 from nayer_edge.export.benchmark import benchmark
 from nayer_edge.export.runners import OrtRunner, Runner
 from nayer_edge.export.runtimes import module_of, open_runner, require
@@ -87,8 +87,14 @@ def row(run: RunFolder, name: str, count: int, calls: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         try:
             files["vendor"] = vendor_file(name, run, noise, Path(folder))
+            with opened(name, files["vendor"]):
+                pass
         except MissingError as error:
             found["vendor_missing"] = f"{error}"
+        except IntegrityError as error:
+            # The runtime refuses the file.
+            found["vendor_missing"] = f"{error}"
+            del files["vendor"]
         runners = {label: stack.enter_context(opened(name, path)) for label, path in files.items()}
         right = {label: runner.infer(images).argmax(1) == labels for label, runner in runners.items()}
         timings = benchmark(runners, spec.shape, runs=calls, references=dict.fromkeys(runners, "fp32"))
@@ -199,7 +205,7 @@ def table(rows: dict[str, Any]) -> str:
             name.rpartition(" ")[2],
             f"{100 * found['fp32']['top1']:.2f}",
             drop(found["ours"]),
-            drop(found["vendor"]) if "vendor" in found else "not measured",
+            drop(found["vendor"]) if "vendor" in found else "the file does not run",
             "" if found.get("coverage") is None else f"{100 * found['coverage']:.0f} %",
             ", ".join(f"{kind['speedup']:.2f} ×" for kind in kinds[1:]),
             *(f"{kind['p50_ms']:.3f}, {kind['p95_ms']:.3f}" for kind in kinds[:2]),
