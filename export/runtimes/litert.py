@@ -312,7 +312,7 @@ def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str
     ranges = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
     try:
         ranges.calibrate({_SIGNATURE: images}, work._recipe_manager)
-        found = _with_dead_tensors(ranges.get_model_qsvs())
+        found: Any = _with_dead_tensors(ranges.get_model_qsvs())
         result: Any = work.quantize(found, enable_progress_report=False, enable_progress_bar=False)
     except Exception as error:
         raise UsageError(
