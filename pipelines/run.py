@@ -101,14 +101,18 @@ def run_recipe(
 
 
 def _with_values(recipe: dict[str, Any], values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """The recipe with the values of these dotted keys."""
+    """The recipe with the values of these dotted keys. A recipe of an earlier version may lack some of them."""
     changed = copy.deepcopy(recipe)
     for key in keys:
         section, _, name = key.partition(".")
         if name and isinstance(changed.get(section), dict):
-            changed[section][name] = values[section][name]
+            place, given = changed[section], values.get(section) or {}
         else:
-            changed[section] = values[section]
+            place, given, name = changed, values, section
+        if name in given:
+            place[name] = given[name]
+        else:
+            place.pop(name, None)
     return changed
 
 
