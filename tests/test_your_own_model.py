@@ -107,6 +107,7 @@ def test_the_commands_up_to_the_trial(type_in: Callable[[tuple[str, ...]], tuple
     assert report["dataset"]["kind"] == "synthetic"
 
 
+@pytest.mark.timeout(2400)
 @pytest.mark.slow
 def test_the_commands_of_the_real_run(type_in: Callable[[tuple[str, ...]], tuple[int, str]], teacher: Path) -> None:
     """From a checkpoint with other keys to a gated INT8 artifact."""

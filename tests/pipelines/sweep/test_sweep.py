@@ -596,6 +596,7 @@ def test_the_page_draws_students_limits_and_the_front() -> None:
     assert page.scatter([], None, None, str, "ms") is None
 
 
+@pytest.mark.timeout(2400)
 @pytest.mark.slow
 def test_digits_from_the_bank_of_a_run(tmp_path: Path, invoke: Invoke) -> None:
     """With no other flag than students and time, it names a student that passes, whose artifact gates."""
