@@ -29,7 +29,6 @@ SPLITS = ("test", "train")
 IDX_PREFIX = {"test": "t10k", "train": "train"}
 IDX_IMAGES = "-images-idx3-ubyte"
 SVHN_FILE = "_32x32.mat"
-SVHN_PARTS = ("train", "test", "extra")
 CIFAR_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "cifar-10-batches-bin": {
         "test": ("test_batch.bin",),
@@ -77,8 +76,8 @@ def open_torchvision(path: Path, purpose: Purpose = "holdout", asked: str | None
     if IDX_IMAGES in path.name or path.name.endswith(SVHN_FILE):
         name = path.name.removesuffix(SVHN_FILE).partition(IDX_IMAGES)[0]
         # EMNIST and QMNIST put their names before it.
-        stated = {**{prefix: part for part, prefix in IDX_PREFIX.items()}, **dict.fromkeys(SVHN_PARTS, name)}
-        split = split_in(name) or stated.get(name, NO_SPLIT)
+        # Two names that state a split only here: MNIST's test part, and SVHN's third one.
+        split = split_in(name) or {IDX_PREFIX["test"]: "test", "extra": "extra"}.get(name, NO_SPLIT)
         if asked is not None:
             choose([split], purpose, asked, path)
         return replace(_idx(path) if IDX_IMAGES in path.name else _svhn(path), split=split or None)
