@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import re
 import warnings
@@ -23,6 +22,7 @@ from nayer_edge.storage.files import sha256_of
 
 from .onnx_file import opset_of, strip, write_onnx
 from .plain_graph import attribute, constants, distinct
+from .trace import copy_for_export, fixed_batch, traced
 
 INPUT = "images"
 OUTPUT = "logits"
@@ -93,14 +93,14 @@ def to_onnx(
         UsageError: an operator has no ONNX form (named, with its layer), the model's code fixes the batch size, the
             output is not (batch, classes), or the folder cannot be written to.
     """
-    network = _copy_for_export(model)
+    network = copy_for_export(model, input_shape)
     if uint8_input:
         network = _FromBytes(network)
         example = torch.zeros((2, *input_shape), dtype=torch.uint8)
     else:
         example = torch.full((2, *input_shape), 0.5)
-    exported = _traced(network, example)
     with _quiet():
+        exported = traced(network, example, BATCH)
         try:
             program = torch.onnx.export(
                 exported,
@@ -135,61 +135,10 @@ def to_onnx(
     )
 
 
-def _copy_for_export(model: nn.Module) -> nn.Module:
-    try:
-        network = copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise UsageError("The model cannot be copied, so it cannot be exported.", why=f"{error}") from error
-    network = network.cpu().float().eval().requires_grad_(False)
-    # Channels-last weights would enter the graph with a transpose.
-    return network.to(memory_format=torch.contiguous_format)
-
-
-def _traced(network: nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
-    shape = tuple(example.shape[1:])
-    try:
-        with torch.no_grad():
-            logits = network(example)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise UsageError(
-            f"The model does not take images of shape {shape}.",
-            why=f"{error}",
-            fix="Set the input specification (channels, height, width) to what the model was trained on.",
-        ) from error
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[0] != 2:
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UsageError(
-            "The model does not return logits of shape (batch, classes).",
-            why=f"For two images it returned {found}.",
-            fix="Wrap it so that forward(images) returns one tensor of logits.",
-        )
-    with _quiet(), torch.no_grad():
-        try:
-            return torch.export.export(
-                network, (example,), dynamic_shapes=({0: torch.export.Dim(BATCH)},), strict=False
-            )
-        except Exception as error:
-            if "Constraints violated" in str(error) or "specialized" in str(error):
-                raise _fixed_batch() from error
-            raise UsageError(
-                "The model cannot be traced by torch.export.",
-                why=str(error).strip().splitlines()[0],
-                fix="Remove Python branches that depend on the values of images.",
-            ) from error
-
-
-def _fixed_batch() -> UsageError:
-    return UsageError(
-        "The model fixes its batch size.",
-        why="Its code uses a constant instead of the number of images, so the export has no dynamic batch.",
-        fix="In its forward method, write x.flatten(1) or x.reshape(x.shape[0], -1).",
-    )
-
-
 def _require_dynamic_batch(model: ModelProto) -> None:
     for value in (model.graph.input[0], model.graph.output[0]):
         if value.type.tensor_type.shape.dim[0].dim_param != BATCH:
-            raise _fixed_batch()
+            raise fixed_batch()
 
 
 def _unsupported(error: Exception, exported: torch.export.ExportedProgram) -> NayerEdgeError:

@@ -32,7 +32,7 @@ PARITY_TOLERANCE = 1e-3
 FP16_TOLERANCE = 2**-6
 """the same for FP16, relative to the largest logit; weights have 11 significant bits"""
 SILENT = Silent()
-PRODUCTS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+QUANTIZABLE_MODULES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 def to_float_file(
@@ -136,7 +136,7 @@ def to_int8_file(
     expected: tuple[int | str, ...] = ("batch", *shape)
     calibration = require_images(calibration_images, expected, "calibration")
     holdout = require_images(holdout_images, expected, "hold-out")
-    layers = [name for name, module in network.named_modules() if isinstance(module, PRODUCTS)]
+    layers = [name for name, module in network.named_modules() if isinstance(module, QUANTIZABLE_MODULES)]
     with tempfile.TemporaryDirectory(prefix="nayer-edge-") as folder:
         labels = None if teacher_logits is None else teacher_logits.argmax(1)
         search = _Search(network, shape, target, calibration, holdout, labels, Path(folder))

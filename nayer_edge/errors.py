@@ -143,6 +143,21 @@ def understood(error: Exception, purpose: str) -> NayerEdgeError | None:
     return resource_error(error)
 
 
+def unexpected(error: Exception) -> NayerEdgeError:
+    """The error for an exception of no expected kind."""
+    # An error without a class of its own has the exit code 70.
+    return NayerEdgeError(
+        "Unexpected internal error.",
+        why=f"{type(error).__name__}: {error}",
+        fix="Repeat the command with `nayer-edge --debug …` for a traceback, and please report it.",
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's type if it has none."""
+    return (f"{error}".strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean …?' with the closest known name, or the empty string.
 
@@ -154,6 +169,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+OUT_OF_MEMORY = "Out of memory."
 
 
 # Messages of PyTorch (CPU and CUDA), its file loader, oneDNN (failed allocations say no more than this), C++ and ONNX
@@ -192,7 +208,7 @@ def _no_memory(error: BaseException) -> bool:
 
 def _memory_error(error: BaseException) -> MissingError:
     return MissingError(
-        "Out of memory.",
+        OUT_OF_MEMORY,
         why=f"{error}".strip().splitlines()[0] if f"{error}".strip() else "",
         fix="Close other programs and repeat the command: it resumes. If that is not enough, start over with smaller "
         "sizes: --fresh, and lower synthesis.batch, distill.batch or distill.bank_mib with --set (not with --budget, "

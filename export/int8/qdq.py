@@ -17,7 +17,7 @@ from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.onnx_model import ONNXModel
 
 from ..eligible import eligible_nodes
-from ..plain_graph import constants, copy_of, output_channel_axis, producers, use_counts
+from ..plain_graph import constants, copy_of, distinct, output_channel_axis, producers, use_counts
 from ..targets import QUANTIZABLE_OPS, Target, quantized_operators
 from .calibration import Ranges
 
@@ -48,6 +48,7 @@ def with_qdq(
     quantized = {node.name for node in eligible} - set(nodes_to_exclude)
     skips = _skip_inputs(copy, quantized) if target.residual == "skip" else {}
     skips = {name: place for name, place in skips.items() if name not in nodes_to_exclude}
+    _untie(copy, quantized)
     if target.bias == "int32":
         _keep_biases_of_zero_weights(copy, quantized)
     ranges = with_dead_tensors(copy, ranges)
@@ -121,6 +122,20 @@ def _clip_bounds(node: NodeProto, known: Mapping[str, TensorProto]) -> tuple[flo
     largest = float(np.finfo(np.float32).max)
     finite = [value if value is not None and abs(value) < largest else None for value in (low, high)]
     return finite[0], finite[1]
+
+
+def _untie(model: ModelProto, quantized: Collection[str]) -> None:
+    """Gives every node that stays in float its own copy of a constant that a quantized node reads, too: ONNX Runtime's
+    quantizer replaces a weight for all its readers."""
+    known = constants(model)
+    shared = {name for node in model.graph.node if node.name in quantized for name in node.input if name in known}
+    readers = [(node, i) for node in model.graph.node if node.name not in quantized for i in range(len(node.input))]
+    readers = [(node, i) for node, i in readers if node.input[i] in shared]
+    names = distinct((f"{node.input[i]}_of_{node.name}" for node, i in readers), known)
+    for (node, i), name in zip(readers, names, strict=True):
+        own = model.graph.initializer.add()
+        own.CopyFrom(known[node.input[i]])
+        own.name = node.input[i] = name
 
 
 def _isolated(model: ModelProto, quantized: Collection[str], operators: Collection[str]) -> set[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import os
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import nn
 
 from nayer_edge import __version__
-from nayer_edge.errors import IntegrityError, MissingError, UsageError, missing_extra
+from nayer_edge.errors import IntegrityError, MissingError, UsageError, first_line, missing_extra
 
 Precision = Literal["fp32", "fp16", "int8"]
 INPUT = "images"
@@ -31,7 +29,6 @@ ON_REQUEST = "kept in float on request"
 Operator = tuple[str, str, bool]
 """kind, layer ("" if unknown), and whether it runs in INT8"""
 _MARK = '{"nayer_edge.file": '
-_EXAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -47,31 +44,6 @@ class BuiltFile:
     path: Path
     record: dict[str, Any]
     sha256: str
-
-
-def copy_for_export(network: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
-    """A copy on the CPU, in float32 and evaluation mode, that was run on images of this shape.
-
-    Raises:
-        UsageError: it does not take such images, or does not return (n, classes).
-    """
-    network = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
-    network = network.to(memory_format=torch.contiguous_format)
-    try:
-        with torch.no_grad():
-            logits = network(torch.full((_EXAMPLES, *shape), 0.5))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise UsageError(
-            f"The model does not take images of shape {shape}.",
-            why=first_line(error),
-            fix="Set the input specification (channels, height, width) to what the model was trained on.",
-        ) from error
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[0] != _EXAMPLES:
-        raise UsageError(
-            "The model does not return logits of shape (batch, classes).",
-            fix="Wrap it so that forward(images) returns one tensor of logits.",
-        )
-    return network
 
 
 def check_request(
@@ -142,18 +114,22 @@ def provenance_in(data: bytes) -> dict[str, Any]:
         return {}
 
 
-def does_not_load(path: Path, runtime: str, installed: str, why: str) -> IntegrityError:
-    """The error for a file that the runtime refuses; it names the version that built the file, if it is another."""
+def does_not_load(path: Path, runtime: str, target: str, why: str) -> IntegrityError:
+    """The error for a file that the runtime refuses; it names the version that built the file, if it is another.
+
+    Args:
+        runtime: its package.
+        target: the target's name.
+    """
+    installed, again = versions_of([runtime])[runtime], f"nayer-edge export RUN --int8 --target {target}"
     builder = provenance_in(path.read_bytes()).get("versions", {}).get(runtime)
     if builder and builder != installed:
         return IntegrityError(
             f"{runtime} {installed} does not load {path}.",
             why=f"The file was built by {runtime} {builder}. {why}",
-            fix=f"Install {runtime}=={builder}, or export the file again with this version.",
+            fix=f"Install {runtime}=={builder}, or build the file again with this version: {again}",
         )
-    return IntegrityError(
-        f"{runtime} {installed} does not load {path}.", why=why, fix="Export it again with: nayer-edge export RUN"
-    )
+    return IntegrityError(f"{runtime} {installed} does not load {path}.", why=why, fix=f"Export it again with: {again}")
 
 
 def read_whole(path: Path) -> bytes:
@@ -194,11 +170,6 @@ def does_not_run(path: Path, runtime: str, error: BaseException) -> IntegrityErr
         why=first_line(error),
         fix="Export it again with: nayer-edge export RUN",
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (f"{error}".strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

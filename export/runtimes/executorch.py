@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from nayer_edge.errors import MissingError, UsageError
+from nayer_edge.errors import MissingError, UsageError, first_line
 from nayer_edge.runtime.provenance import usable_cores
 from nayer_edge.storage.files import sha256_of, write_atomic
 
 from ..runners import in_batches, wrong_shape
+from ..trace import copy_for_export, traced
 from .edge_file import (
     INPUT,
     OUTPUT,
@@ -36,10 +37,8 @@ from .edge_file import (
     Precision,
     by_kind,
     check_request,
-    copy_for_export,
     does_not_load,
     does_not_run,
-    first_line,
     is_within,
     not_importable,
     provenance,
@@ -58,8 +57,10 @@ _PACKAGES = ("executorch", "torchao", "torch")
 # On x86, the runtime looks for ARM's core types under /sys and says that it found none. It reports every change of
 # its number of threads, too.
 _HARMLESS = re.compile(r"^\[cpuinfo_utils\.cpp:\d+\]|^\[threadpool\.cpp:\d+\] Resetting threadpool")
-_PRODUCTS = ("Conv2d", "DepthwiseConv2d", "ConvTranspose2d", "FullyConnected", "BatchMatrixMultiply")
-_PRODUCT_CALL = re.compile(r"aten::(convolution|conv[123]d|conv_transpose[123]d|linear|addmm|mm|bmm|baddbmm)(\.\w+)?")
+_QUANTIZABLE_KINDS = ("Conv2d", "DepthwiseConv2d", "ConvTranspose2d", "FullyConnected", "BatchMatrixMultiply")
+_QUANTIZABLE_CALL = re.compile(
+    r"aten::(convolution|conv[123]d|conv_transpose[123]d|linear|addmm|mm|bmm|baddbmm)(\.\w+)?"
+)
 """kernels of ExecuTorch itself for the same operators"""
 _INT8 = ("xnn_datatype_qint8", "xnn_datatype_quint8")
 _STANDARD = "Replace that layer with standard operators; `nayer-edge students` lists students that can be exported."
@@ -90,18 +91,18 @@ def build(
         MissingError: executorch or torchao is not installed.
     """
     check_request(network, shape, precision, calibration, float_layers)
-    network = copy_for_export(network, shape)
+    network, image = copy_for_export(network, shape), torch.full((1, *shape), 0.5)
     with quiet():
         try:
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
         except (ImportError, OSError) as error:
             raise not_importable(error, RUNTIME, "executorch", "Building .pte files") from error
-        program = _traced(network, shape)
+        program = traced(network, image)
         try:
             if precision == "int8":
                 assert calibration is not None  # check_request
-                program = _traced(_quantized(program, calibration, float_layers), shape)
+                program = traced(_quantized(program, calibration, float_layers), image)
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             graph = edge.exported_program().graph_module
             layers, outside = _layers(graph), _not_delegated(graph)
@@ -134,18 +135,6 @@ def build(
         "not_delegated": found["not_delegated"],
     }
     return BuiltFile(path, record, sha256_of(path))
-
-
-def _traced(network: nn.Module, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
-    try:
-        with torch.no_grad():
-            return torch.export.export(network, (torch.full((1, *shape), 0.5),), strict=False)
-    except Exception as error:
-        raise UsageError(
-            "The model cannot be traced by torch.export.",
-            why=first_line(error),
-            fix="Remove Python branches that depend on the values of images.",
-        ) from error
 
 
 def _quantized(
@@ -285,8 +274,8 @@ class ExecuTorchRunner:
                 _use_threads(native, before)
             # The exception says only a number; the reason was printed.
             said = [line for line in lines if line.strip() and not _HARMLESS.search(line)]
-            installed = versions_of([RUNTIME])[RUNTIME]
-            raise does_not_load(self.path, RUNTIME, installed, said[-1] if said else first_line(error)) from error
+            why = said[-1] if said else first_line(error)
+            raise does_not_load(self.path, RUNTIME, "executorch", why) from error
         self._restore = functools.partial(_use_threads, native, before)
         self._shape = tuple(self._method.metadata.input_tensor_meta(0).sizes())
         return self
@@ -340,7 +329,7 @@ def describe(path: Path) -> dict[str, Any]:
                 if delegate.id == BACKEND
             ]
         except Exception as error:
-            raise does_not_load(path, RUNTIME, versions_of([RUNTIME])[RUNTIME], first_line(error)) from error
+            raise does_not_load(path, RUNTIME, "executorch", first_line(error)) from error
     origin = provenance_in(data)
     operators, conversions = _operators(graphs, origin.get("layers", {}))
     calls = Counter(
@@ -429,15 +418,15 @@ def _operators(
 def _coverage(operators: Collection[Operator], calls: Mapping[str, int], origin: Mapping[str, Any]) -> dict[str, Any]:
     """Of the delegated convolutions and matrix products, and of those that ExecuTorch's own kernels compute in float
     (`calls`: kernel → count)."""
-    products = [operator for operator in operators if operator[0] in _PRODUCTS]
-    outside = [name for name, count in calls.items() for _ in range(count) if _PRODUCT_CALL.fullmatch(name)]
-    int8, eligible = sum(quantized for _, _, quantized in products), len(products) + len(outside)
+    quantizable = [operator for operator in operators if operator[0] in _QUANTIZABLE_KINDS]
+    outside = [name for name, count in calls.items() for _ in range(count) if _QUANTIZABLE_CALL.fullmatch(name)]
+    int8, eligible = sum(quantized for _, _, quantized in quantizable), len(quantizable) + len(outside)
     return {
         "eligible": eligible,
         "int8": int8,
         "fraction": int8 / eligible if eligible else 0.0,
         "not_int8": [
-            *([layer or kind, why_in_float(layer, origin)] for kind, layer, quantized in products if not quantized),
+            *([layer or kind, why_in_float(layer, origin)] for kind, layer, quantized in quantizable if not quantized),
             *([name, "not delegated to XNNPACK"] for name in outside),
         ],
     }

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from nayer_edge.errors import NayerEdgeError, UsageError
+from nayer_edge.errors import NayerEdgeError, UsageError, first_line
 from nayer_edge.runtime.provenance import usable_cores
 from nayer_edge.storage.files import sha256_of, write_atomic
 
 from ..runners import in_batches, wrong_shape
+from ..trace import copy_for_export
 from .edge_file import (
     INPUT,
     OUTPUT,
@@ -34,10 +35,8 @@ from .edge_file import (
     Precision,
     by_kind,
     check_request,
-    copy_for_export,
     does_not_load,
     does_not_run,
-    first_line,
     is_within,
     not_importable,
     provenance,
@@ -49,11 +48,13 @@ from .edge_file import (
 )
 
 RUNTIME = "ai-edge-litert"
+_NARROWEST = 1e-3
+"""narrowest range of an activation; a convolution's result of 1e-4 still loaded, one of 1e-6 did not"""
 BACKEND = "XNNPACK"
 _SIGNATURE = "serving_default"
 _PACKAGES = ("ai-edge-litert", "litert-torch", "ai-edge-quantizer", "torch")
 _HARMLESS = re.compile(r"^(INFO|VERBOSE): |^[IW]\d{4} |absl::InitializeLog")
-_PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL")
+_QUANTIZABLE_KINDS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL")
 _CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
 _METHODS = {
     "int8": "ai-edge-quantizer, static_wi8_ai8, minimum and maximum",
@@ -100,7 +101,7 @@ def build(
     with quiet():
         content = _converted(named, shape)
         content, layers = _named_after_layers(content, named)
-        before = _before_first_product(layers)
+        before = _before_first_quantizable(layers)
         if precision != "fp32":
             _require_quantizer()
         if precision == "int8":
@@ -194,7 +195,7 @@ def _named_after_layers(content: bytes, network: _Named) -> tuple[bytes, list[_N
 
     model: Any = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
     graph, scopes = model.subgraphs[0], _scopes(network)
-    products = {
+    quantizable = {
         name
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
@@ -204,9 +205,9 @@ def _named_after_layers(content: bytes, network: _Named) -> tuple[bytes, list[_N
     for operator in graph.operators:
         kind = _kind(flatbuffer_utils, model, operator)
         texts = [graph.tensors[operator.outputs[0]].name]
-        if kind in _PRODUCTS:
+        if kind in _QUANTIZABLE_KINDS:
             texts.append(graph.tensors[operator.inputs[1]].name)
-        layer = _layer_of(texts, scopes, products if kind in _PRODUCTS else ())
+        layer = _layer_of(texts, scopes, quantizable if kind in _QUANTIZABLE_KINDS else ())
         name = f"{layer}.{kind}" if layer else kind
         uses[name] += 1
         name = name if uses[name] == 1 else f"{name}.{uses[name]}"
@@ -244,10 +245,10 @@ def _layer_of(texts: list[bytes], scopes: Mapping[str, str], preferred: Collecti
     return chosen[-1].removeprefix("network").removeprefix(".") if chosen else ""
 
 
-def _before_first_product(operators: Collection[_NamedOperator]) -> list[str]:
+def _before_first_quantizable(operators: Collection[_NamedOperator]) -> list[str]:
     names = []
     for name, kind, _ in operators:
-        if kind in _PRODUCTS:
+        if kind in _QUANTIZABLE_KINDS:
             break
         names.append(name)
     return names
@@ -312,7 +313,7 @@ def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str
     ranges = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
     try:
         ranges.calibrate({_SIGNATURE: images}, work._recipe_manager)
-        found: Any = _with_dead_tensors(ranges.get_model_qsvs())
+        found: Any = _widened(ranges.get_model_qsvs())
         result: Any = work.quantize(found, enable_progress_report=False, enable_progress_bar=False)
     except Exception as error:
         raise UsageError(
@@ -324,17 +325,25 @@ def _quantized(content: bytes, calibration: np.ndarray, in_float: Collection[str
     return bytes(result.quantized_model)
 
 
-def _with_dead_tensors(ranges: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
-    """The ranges, with [−1, 1] for tensors that are 0 on every calibration image, such as a ReLU that never fires.
+def _widened(ranges: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    """The ranges, none narrower than `_NARROWEST`; [−1, 1] for tensors that are 0 on every calibration image, such as a
+    ReLU that never fires.
 
-    The quantizer would give them a scale of 4e-12, which XNNPACK refuses.
+    XNNPACK refuses a product of scales that is much larger than the scale of the result. The quantizer gives a tensor
+    that is always 0 a scale of 4e-12.
     """
-    return {
-        name: {"min": np.full_like(each["min"], -1), "max": np.full_like(each["max"], 1)}
-        if not each["min"].any() and not each["max"].any()
-        else dict(each)
-        for name, each in ranges.items()
-    }
+    return {name: _widened_range(each) for name, each in ranges.items()}
+
+
+def _widened_range(limits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    low, high = limits["min"], limits["max"]
+    width = float(np.max(high) - np.min(low))
+    if low.size > 1 or width >= _NARROWEST:
+        return dict(limits)
+    if width == 0 and not low.any():
+        return {"min": np.full_like(low, -1), "max": np.full_like(high, 1)}
+    # The quantizer includes 0 by itself.
+    return {"min": np.minimum(low, 0) - _NARROWEST / 2, "max": np.maximum(high, 0) + _NARROWEST / 2}
 
 
 def _with_metadata(content: bytes, line: str) -> bytes:
@@ -366,8 +375,7 @@ def _open(path: Path, threads: int) -> Any:
             interpreter = Interpreter(model_content=data, num_threads=threads)
             interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
-            why = first_line(error)
-            raise does_not_load(path, RUNTIME, versions_of([RUNTIME])[RUNTIME], why) from error
+            raise does_not_load(path, RUNTIME, "litert", first_line(error)) from error
     return interpreter
 
 
@@ -462,8 +470,8 @@ def describe(path: Path) -> dict[str, Any]:
         floats = [source for source in step["inputs"] if source >= 0 and tensors[source]["dtype"] == np.float32]
         int8 = result["dtype"] == np.int8 and not floats
         rows.append((kind, _written_layer(result["name"], layers), int8))
-    products = [row for row in rows if row[0] in _PRODUCTS]
-    int8_products = sum(int8 for _, _, int8 in products)
+    quantizable = [row for row in rows if row[0] in _QUANTIZABLE_KINDS]
+    in_int8 = sum(int8 for _, _, int8 in quantizable)
     return {
         "runtime": RUNTIME,
         "built_with": origin.get("versions", {}),
@@ -476,10 +484,10 @@ def describe(path: Path) -> dict[str, Any]:
         "delegated": dict(sorted(inside.items())),
         "not_delegated": dict(sorted(outside.items())),
         "coverage": {
-            "eligible": len(products),
-            "int8": int8_products,
-            "fraction": int8_products / len(products) if products else 0.0,
-            "not_int8": [[layer or kind, why_in_float(layer, origin)] for kind, layer, int8 in products if not int8],
+            "eligible": len(quantizable),
+            "int8": in_int8,
+            "fraction": in_int8 / len(quantizable) if quantizable else 0.0,
+            "not_int8": [[layer or kind, why_in_float(layer, origin)] for kind, layer, int8 in quantizable if not int8],
         },
     }
 

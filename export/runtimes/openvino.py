@@ -20,7 +20,7 @@ from ..onnx_file import read_onnx
 from ..runners import BATCH, as_bytes, in_batches, wrong_shape
 from ..targets import get_target
 
-PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNCell", "RNNSeq")
+QUANTIZABLE_KINDS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNCell", "RNNSeq")
 """layer types of the compiled model that multiply and accumulate"""
 BYTES = ("u8", "i8")
 DEVICE = "CPU"
@@ -159,7 +159,7 @@ def describe(path: Path) -> dict[str, Any]:
         where = by_type["int8" if computes in BYTES else "float"].setdefault(kind, {"count": 0, "layers": []})
         where["count"] += 1
         where["layers"] += layers
-        if kind in PRODUCTS and computes in BYTES:
+        if kind in QUANTIZABLE_KINDS and computes in BYTES:
             running.update(layers)
     eligible, ineligible = eligible_nodes(model, get_target("openvino"))
     excluded = excluded_nodes(model)

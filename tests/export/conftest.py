@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from nayer_edge.config import InputSpec
+from nayer_edge.export.runtimes import litert
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models.load import build_classifier
 
@@ -40,6 +42,35 @@ def mobilenet() -> nn.Module:
 def mobilenet_onnx(mobilenet: nn.Module, once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """Its FP32 file."""
     return once("mobilenet", lambda folder: to_onnx(mobilenet, (3, 32, 32), folder / "m.onnx")) / "m.onnx"
+
+
+Convert = Callable[[nn.Module, tuple[int, int, int]], bytes]
+
+
+@pytest.fixture(scope="session")
+def convert_once(once: Callable[[str, Callable[[Path], object]], Path]) -> Convert:
+    """LiteRT's conversion, which takes most of a build: made once of each network, whatever the precision."""
+    convert: Convert = litert._converted  # pyright: ignore[reportAssignmentType]
+
+    def converted(network: nn.Module, shape: tuple[int, int, int]) -> bytes:
+        kinds = [f"{type(module).__module__}.{type(module).__qualname__}" for module in network.modules()]
+        key = hashlib.sha256(f"{shape} {network!r} {kinds}".encode())
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            key.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            key.update(tensor.detach().numpy().tobytes())
+        folder = once(
+            f"litert-{key.hexdigest()[:20]}",
+            lambda folder: (folder / "converted").write_bytes(convert(network, shape)),
+        )
+        return (folder / "converted").read_bytes()
+
+    return converted
+
+
+@pytest.fixture
+def litert_converts_once(convert_once: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of LiteRT files in this test use `convert_once`."""
+    monkeypatch.setattr(litert, "_converted", convert_once)
 
 
 def patterns(n: int, shape: tuple[int, int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ class Recorder(TorchRunner):
 def test_runners_take_turns_and_swap_the_first_place() -> None:
     log: list[tuple[str, int]] = []
     with Recorder("a", log) as a, Recorder("b", log) as b:
-        timings = benchmark({"a": a, "b": b}, (1, 2, 2), batches=(1, 3), runs=10, warmup=2)
+        timings = benchmark({"a": a, "b": b}, (1, 2, 2), batches=(1, 3), runs=10, warmup=2, max_seconds=60)
     ones = "".join(name for name, n in log if n == 1)
     # Two warm-up calls each; then turns of one untimed and five timed calls, in alternating order.
     assert ones == "aabb" + "a" * 6 + "b" * 6 + "b" * 6 + "a" * 6

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,27 +48,30 @@ class Exported:
 
 
 @pytest.fixture(scope="module", params=STUDENTS)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(request: pytest.FixtureRequest, once: Callable[[str, Callable[[Path], object]], Path]) -> Exported:
     """The run's own FP32 file (a ResNet-8), or a network with random weights, and the INT8 file of every target."""
-    folder = tmp_path_factory.mktemp("exported")
-    if request.param == "digits":
+    name, fp32 = request.param, None
+    if name == "digits":
         fp32 = request.getfixturevalue("tiny_run") / FP32
         images = digits("holdout", InputSpec(channels=1, height=16, width=16)).images[:64].numpy() / np.float32(255)
     else:
-        size = 32 if "mobilenet" in request.param else 16
+        size = 32 if "mobilenet" in name else 16
         images = np.random.default_rng(0).random((64, 3, size, size), np.float32)
-        if "mobilenet" in request.param:
+        if "mobilenet" in name:
             fp32 = request.getfixturevalue("mobilenet_onnx")
-        else:
-            fp32 = folder / "fp32.onnx"
+
+    def make(folder: Path) -> None:
+        if fp32 is None:
+            size = images.shape[-1]
             torch.manual_seed(0)
-            network = build_classifier(request.param, InputSpec(height=size, width=size), [str(i) for i in range(10)])
-            to_onnx(alive(network, images), (3, size, size), fp32)
-    files = {"fp32": fp32}
-    for target in GRAPHS:
-        files[target] = folder / f"{target}.onnx"
-        to_int8(fp32, files[target], images[:32], target, method="minmax")
-    return Exported(files, images[32:])
+            network = build_classifier(name, InputSpec(height=size, width=size), [str(i) for i in range(10)])
+            to_onnx(alive(network, images), (3, size, size), folder / "fp32.onnx")
+        for target in GRAPHS:
+            to_int8(fp32 or folder / "fp32.onnx", folder / f"{target}.onnx", images[:32], target, method="minmax")
+
+    folder = once(f"other-tools-{name.replace(':', '-')}", make)
+    files = {target: folder / f"{target}.onnx" for target in GRAPHS}
+    return Exported({"fp32": fp32 or folder / "fp32.onnx", **files}, images[32:])
 
 
 def alive(model: nn.Module, images: np.ndarray) -> nn.Module:

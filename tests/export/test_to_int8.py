@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +20,10 @@ from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.export.int8.calibration import METHODS
 from nayer_edge.export.onnx_file import metadata_of
 from nayer_edge.export.parity import agreement
-from nayer_edge.export.to_int8 import run_onnx, to_int8
+from nayer_edge.export.to_int8 import Int8Result, run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 
+Once = Callable[[str, Callable[[Path], object]], Path]
 SHAPE = (3, 16, 16)
 TARGETS = ("cpu", "arm", "tensorrt", "tensorrt-rtx")
 # The other targets have the same scheme in other types.
@@ -61,8 +64,12 @@ def draw(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(once: Once) -> Path:
     """A network trained for a moment, so that its classes mean something."""
+    return once("to-int8-trained", train) / "fp32.onnx"
+
+
+def train(folder: Path) -> None:
     torch.manual_seed(0)
     model, generator = network(), torch.Generator().manual_seed(0)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
@@ -71,21 +78,47 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimiser.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimiser.step()
-    path = tmp_path_factory.mktemp("trained") / "fp32.onnx"
+    path = folder / "fp32.onnx"
     to_onnx(model, SHAPE, path, metadata={"nayer_edge.classes": "[]"})
     images, labels = draw(500, torch.Generator().manual_seed(5))
     accuracy = (run_onnx(path, images.numpy()).argmax(1) == labels.numpy()).mean()
     assert accuracy > 0.8, "the fixture must have learnt something"
-    return path
 
 
 CALIBRATION = draw(128, torch.Generator().manual_seed(1))[0].numpy()
 HOLDOUT = draw(400, torch.Generator().manual_seed(2))[0].numpy()
 
 
+@pytest.fixture(scope="module")
+def auto(trained: Path, once: Once) -> Callable[[str], Int8Result]:
+    """(target) → the file that the best of all methods makes, with the sensitivity of its layers."""
+
+    def made(target: str) -> Int8Result:
+        def make(folder: Path) -> None:
+            path = folder / "m.onnx"
+            result = to_int8(trained, path, CALIBRATION, target, holdout_images=HOLDOUT, sensitivity=True)
+            (folder / "result").write_bytes(pickle.dumps(result))
+
+        return pickle.loads((once(f"to-int8-auto-{target}", make) / "result").read_bytes())
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def minmax(trained: Path, once: Once) -> Path:
+    """The file for cpu that minmax alone makes, without hold-out images."""
+
+    def make(folder: Path) -> None:
+        to_int8(trained, folder / "m.onnx", CALIBRATION, "cpu", method="minmax")
+
+    return once("to-int8-minmax", make) / "m.onnx"
+
+
 @OTHERS_SLOW
-def test_int8_agrees_with_fp32_and_the_best_method_wins(trained: Path, tmp_path: Path, target: str) -> None:
-    result = to_int8(trained, tmp_path / "m.onnx", CALIBRATION, target, holdout_images=HOLDOUT)
+def test_int8_agrees_with_fp32_and_the_best_method_wins(
+    trained: Path, auto: Callable[[str], Int8Result], target: str
+) -> None:
+    result = auto(target)
     assert set(result.scores) == set(METHODS)
     best = max(result.scores.values(), key=lambda s: (s.top1, -s.mean_kl))
     assert result.scores[result.method] == best
@@ -99,8 +132,8 @@ def test_int8_agrees_with_fp32_and_the_best_method_wins(trained: Path, tmp_path:
     assert result.record["final"] == pytest.approx(measured.as_record(), rel=1e-6)
 
 
-def test_the_record_is_json_and_says_what_was_done(trained: Path, tmp_path: Path) -> None:
-    result = to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", holdout_images=HOLDOUT, sensitivity=True)
+def test_the_record_is_json_and_says_what_was_done(auto: Callable[[str], Int8Result]) -> None:
+    result = auto("cpu")
     record = json.loads(json.dumps(result.record, allow_nan=False))
     assert record["method"] == result.method
     assert set(record["methods"]) == set(METHODS)
@@ -130,14 +163,13 @@ def test_the_same_input_gives_the_same_bytes_and_no_other_file(
     assert capfd.readouterr() == ("", "")
 
 
-def test_metadata_is_ours_and_kept(trained: Path, tmp_path: Path) -> None:
-    to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax")
-    metadata = metadata_of(onnx.load(tmp_path / "m.onnx"))
+def test_metadata_is_ours_and_kept(minmax: Path) -> None:
+    metadata = metadata_of(onnx.load(minmax))
     assert metadata["nayer_edge.classes"] == "[]"
     assert metadata["nayer_edge.precision"] == "int8"
     assert metadata["nayer_edge.calibration"] == "minmax, 128 synthetic images"
     assert not [key for key in metadata if not key.startswith("nayer_edge.")]
-    assert [e.domain for e in onnx.load(tmp_path / "m.onnx").opset_import] == [""]
+    assert [e.domain for e in onnx.load(minmax).opset_import] == [""]
 
 
 def test_layers_are_excluded_until_the_drop_holds(trained: Path, tmp_path: Path) -> None:
@@ -253,10 +285,9 @@ def test_a_model_with_nothing_to_quantize_is_refused(tmp_path: Path) -> None:
     assert "depthwise" in caught.value.why
 
 
-def test_quantizing_twice_is_refused(trained: Path, tmp_path: Path) -> None:
-    to_int8(trained, tmp_path / "m.onnx", CALIBRATION, "cpu", method="minmax")
+def test_quantizing_twice_is_refused(minmax: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="quantized already"):
-        to_int8(tmp_path / "m.onnx", tmp_path / "q.onnx", CALIBRATION, "cpu", method="minmax")
+        to_int8(minmax, tmp_path / "q.onnx", CALIBRATION, "cpu", method="minmax")
 
 
 def test_a_damaged_file_is_an_integrity_error(trained: Path, tmp_path: Path) -> None:

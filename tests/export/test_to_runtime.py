@@ -20,6 +20,7 @@ from nayer_edge.export.to_runtime import to_float_file, to_int8_file
 from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.files import sha256_of
 
+pytestmark = pytest.mark.usefixtures("litert_converts_once")
 SHAPE = (3, 8, 12)
 PARENT = "0" * 64
 RUNNERS = {"executorch": "ExecuTorchRunner", "litert": "LiteRtRunner"}

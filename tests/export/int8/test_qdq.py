@@ -287,6 +287,38 @@ def test_excluded_nodes_and_pass_through_nodes_between_them_stay_float(fp32: dic
     assert floats == [first]
 
 
+class Tied(nn.Module):
+    """Two convolutions with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(self.stem(x).relu()).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_an_excluded_layer_keeps_a_weight_that_it_shares_with_a_quantized_one(
+    once: Callable[[str, Callable[[Path], object]], Path], tmp_path: Path, target: str
+) -> None:
+    torch.manual_seed(0)
+    network = Tied().eval()
+    fp32 = once("qdq-tied", lambda folder: to_onnx(network, SHAPE, folder / "fp32.onnx")) / "fp32.onnx"
+    convs = [node for node in read_onnx(fp32).graph.node if node.op_type == "Conv"]
+    assert convs[1].input[1] == convs[2].input[1], "the exported file has the weight once"
+    first, second = (node.name for node in convs[1:])
+    excluded = {"nodes_to_exclude": [second], "method": "minmax", "rest": "float32"}
+    to_int8(fp32, tmp_path / "m.onnx", smooth(8, 9), target, **excluded)  # type: ignore[arg-type]
+    graph = Graph(read_onnx(tmp_path / "m.onnx"))
+    first, second = (next(node for node in graph.all("Conv") if node.name == name) for name in (first, second))
+    assert graph.is_dequantized(first.input[1])
+    assert np.array_equal(numpy_helper.to_array(graph.constants[second.input[1]]), network.second.weight.detach())
+
+
 class TwoReaders(nn.Module):
     """One tensor that a convolution and a pooling layer both read."""
 
@@ -302,10 +334,13 @@ class TwoReaders(nn.Module):
 
 
 @pytest.mark.parametrize("target", TENSORRT)
-def test_tensorrt_reads_the_float_tensor_in_operators_that_are_not_quantized(tmp_path: Path, target: str) -> None:
+def test_tensorrt_reads_the_float_tensor_in_operators_that_are_not_quantized(
+    once: Callable[[str, Callable[[Path], object]], Path], tmp_path: Path, target: str
+) -> None:
     torch.manual_seed(0)
-    to_onnx(TwoReaders(), SHAPE, tmp_path / "fp32.onnx")
-    to_int8(tmp_path / "fp32.onnx", tmp_path / "m.onnx", smooth(8, 9), target, method="minmax", rest="float32")
+    network = TwoReaders()
+    fp32 = once("qdq-two-readers", lambda folder: to_onnx(network, SHAPE, folder / "fp32.onnx")) / "fp32.onnx"
+    to_int8(fp32, tmp_path / "m.onnx", smooth(8, 9), target, method="minmax", rest="float32")
     graph = Graph(read_onnx(tmp_path / "m.onnx"))
     (pool,), (concat,) = graph.all("MaxPool"), graph.all("Concat")
     assert graph.producer[pool.input[0]].op_type == "Relu"

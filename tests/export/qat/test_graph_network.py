@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -23,6 +25,7 @@ from nayer_edge.export.to_int8 import prepared
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.models.load import build_classifier
 
+Once = Callable[[str, Callable[[Path], object]], Path]
 SHAPE = (3, 8, 8)
 IMAGES = np.random.default_rng(0).random((24, *SHAPE), np.float32)
 
@@ -82,13 +85,24 @@ def alive(model: nn.Module) -> nn.Module:
 @pytest.fixture(
     scope="module", params=["mixed", "nayer:resnet8", pytest.param("nayer:wrn_10_1", marks=pytest.mark.slow)]
 )
-def graph(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelProto]:
-    torch.manual_seed(0)
-    spec = InputSpec(height=8, width=8)
-    network = Mixed() if request.param == "mixed" else build_classifier(request.param, spec, list("abcde"))
-    folder = tmp_path_factory.mktemp("graph")
-    to_onnx(alive(network), SHAPE, folder / "fp32.onnx")
-    return folder / "prepared.onnx", prepared(folder / "fp32.onnx", folder / "prepared.onnx")
+def graph(request: pytest.FixtureRequest, once: Once) -> tuple[Path, ModelProto]:
+    def build() -> nn.Module:
+        spec = InputSpec(height=8, width=8)
+        return alive(Mixed() if request.param == "mixed" else build_classifier(request.param, spec, list("abcde")))
+
+    return prepared_once(once, f"qat-{request.param.replace(':', '-')}", build)
+
+
+def prepared_once(once: Once, name: str, build: Callable[[], nn.Module]) -> tuple[Path, ModelProto]:
+    """A network's graph, prepared for quantization once for all workers: its file and what it holds."""
+
+    def export(folder: Path) -> None:
+        torch.manual_seed(0)
+        to_onnx(build(), SHAPE, folder / "fp32.onnx")
+        prepared(folder / "fp32.onnx", folder / "prepared.onnx")
+
+    path = once(name, export) / "prepared.onnx"
+    return path, onnx.load(path)
 
 
 def ranges_of(graph: tuple[Path, ModelProto], target: Target) -> Ranges:
@@ -205,10 +219,8 @@ class Again(nn.Module):
 
 
 @pytest.mark.parametrize("target", SCHEMES, ids=IDS)
-def test_both_uses_of_a_layer_are_trained_as_they_are_written(tmp_path: Path, target: Target) -> None:
-    torch.manual_seed(0)
-    to_onnx(Again().eval(), SHAPE, tmp_path / "fp32.onnx")
-    graph = tmp_path / "prepared.onnx", prepared(tmp_path / "fp32.onnx", tmp_path / "prepared.onnx")
+def test_both_uses_of_a_layer_are_trained_as_they_are_written(once: Once, target: Target) -> None:
+    graph = prepared_once(once, "qat-again", lambda: Again().eval())
     ranges = ranges_of(graph, target)
     network = GraphNetwork(graph[1], with_qdq(graph[1], ranges, target), ranges, target)
     with torch.no_grad():

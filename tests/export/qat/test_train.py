@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from nayer_edge.export.to_int8 import QAT, Int8Result, prepared, run_onnx, to_in
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.runtime.progress import Silent
 
+Once = Callable[[str, Callable[[Path], object]], Path]
 SHAPE = (1, 8, 8)
 CPU = torch.device("cpu")
 
@@ -40,18 +42,23 @@ CALIBRATION = draw(64, torch.Generator().manual_seed(1))[0].numpy()
 HOLDOUT = draw(300, torch.Generator().manual_seed(2))[0].numpy()
 
 
-@pytest.fixture(scope="module")
-def student() -> nn.Module:
-    """A depthwise network trained for a moment, one of whose channels is a hundred times as large as the others.
+def untrained() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.ReLU(),
+        nn.Conv2d(8, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+def trained(folder: Path) -> None:
+    """The weights and the FP32 file of `student`.
+
+    A depthwise network trained for a moment, one of whose channels is a hundred times as large as the others.
 
     The next layer takes that back, so FP32 does not change; with one range per tensor the other channels then live on
     a few of the 256 levels. MobileNets come by such channels when BatchNorm is folded (Nagel et al., ICCV 2019, §3.2).
     """
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.ReLU(),
-        nn.Conv2d(8, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
-    )  # fmt: skip
+    model = untrained()
     random = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(120):
@@ -64,14 +71,20 @@ def student() -> nn.Module:
         model[2].weight[largest] *= 100
         model[2].bias[largest] *= 100
         model[4].weight[:, largest] /= 100
+    torch.save(model.state_dict(), folder / "weights.pt")
+    to_onnx(model.eval(), SHAPE, folder / "fp32.onnx")
+
+
+@pytest.fixture(scope="module")
+def student(once: Once) -> nn.Module:
+    model = untrained()
+    model.load_state_dict(torch.load(once("qat-student", trained) / "weights.pt"))
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def fp32(student: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("qat") / "fp32.onnx"
-    to_onnx(student, SHAPE, path)
-    return path
+def fp32(once: Once) -> Path:
+    return once("qat-student", trained) / "fp32.onnx"
 
 
 def trainer(teacher: nn.Module, **changes: float) -> QatTrainer:
@@ -95,9 +108,28 @@ def quantize(fp32: Path, path: Path, qat: QatTrainer | None, target: str = "cpu"
     )  # fmt: skip
 
 
-def test_it_repairs_what_calibration_cannot(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
-    plain = quantize(fp32, tmp_path / "plain.onnx", None)
-    tuned = quantize(fp32, tmp_path / "tuned.onnx", trainer(student))
+def shared(once: Once, name: str, make: Callable[[Path], Int8Result]) -> Int8Result:
+    """What `make` makes of a path, one for all workers."""
+
+    def kept(folder: Path) -> None:
+        (folder / "result").write_bytes(pickle.dumps(make(folder / "int8.onnx")))
+
+    return pickle.loads((once(name, kept) / "result").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def plain(fp32: Path, once: Once) -> Int8Result:
+    """Calibration alone, for cpu."""
+    return shared(once, "qat-plain", lambda path: quantize(fp32, path, None))
+
+
+@pytest.fixture(scope="module")
+def tuned(fp32: Path, student: nn.Module, once: Once) -> Int8Result:
+    """QAT for cpu."""
+    return shared(once, "qat-tuned", lambda path: quantize(fp32, path, trainer(student)))
+
+
+def test_it_repairs_what_calibration_cannot(fp32: Path, plain: Int8Result, tuned: Int8Result) -> None:
     record = tuned.record["finetune"]
     assert (tuned.method, record["chosen"], record["start"]) == (QAT, True, "minmax")
     assert plain.record["finetune"] is None
@@ -107,15 +139,14 @@ def test_it_repairs_what_calibration_cannot(fp32: Path, student: nn.Module, tmp_
     assert record["gain"] == pytest.approx(record["finetuned"]["top1"] - record["calibrated"]["top1"])
     assert record["loss"][-1] < record["loss"][0]
     fp32_classes = run_onnx(fp32, HOLDOUT).argmax(1)
-    measured = (run_onnx(tmp_path / "tuned.onnx", HOLDOUT).argmax(1) == fp32_classes).mean()
+    measured = (run_onnx(tuned.path, HOLDOUT).argmax(1) == fp32_classes).mean()
     assert measured == pytest.approx(record["finetuned"]["top1"]), "the file is what was measured"
-    assert metadata_of(onnx.load(tmp_path / "tuned.onnx"))["nayer_edge.calibration"].startswith(QAT)
+    assert metadata_of(onnx.load(tuned.path))["nayer_edge.calibration"].startswith(QAT)
     assert tuned.coverage.fraction == 1.0
 
 
-def test_without_it_not_a_bit_changes(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+def test_without_it_not_a_bit_changes(fp32: Path, student: nn.Module, plain: Int8Result, tmp_path: Path) -> None:
     """If QAT lowers the agreement, the file is that of calibration alone."""
-    plain = quantize(fp32, tmp_path / "plain.onnx", None)
     lost = quantize(fp32, tmp_path / "lost.onnx", trainer(nn.Sequential(student, Wrong()), lr=0.05))
     assert lost.record["finetune"]["chosen"] is False
     assert lost.record["finetune"]["gain"] < 0
@@ -135,11 +166,13 @@ class Wrong(nn.Module):
         return logits.flip(1)
 
 
-def test_the_file_is_the_network_that_was_trained(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+def test_the_file_is_the_network_that_was_trained(
+    fp32: Path, student: nn.Module, tuned: Int8Result, tmp_path: Path
+) -> None:
     """torch's fake quantization against the exported file in ONNX Runtime, on images that neither has seen."""
     images = HOLDOUT[:100]
-    for target in ("cpu", "arm"):
-        result = quantize(fp32, tmp_path / f"{target}.onnx", trainer(student), target)
+    results = {"cpu": tuned, "arm": quantize(fp32, tmp_path / "arm.onnx", trainer(student), "arm")}
+    for target, result in results.items():
         assert result.method == QAT
         graph = prepared(fp32, tmp_path / "prepared.onnx")
         for tensor in graph.graph.initializer:
@@ -148,7 +181,7 @@ def test_the_file_is_the_network_that_was_trained(fp32: Path, student: nn.Module
         network = GraphNetwork(graph, with_qdq(graph, ranges, TARGETS[target]), ranges, TARGETS[target])
         with torch.no_grad():
             wanted = network(torch.from_numpy(images)).numpy()
-        found = run_onnx(tmp_path / f"{target}.onnx", images, as_written=True)
+        found = run_onnx(result.path, images, as_written=True)
         assert (found.argmax(1) == wanted.argmax(1)).mean() >= 0.98
         assert np.abs(found - wanted).mean() < 0.02 * np.abs(wanted).mean()
 
@@ -180,10 +213,10 @@ def test_targets_of_one_scheme_share_a_network(fp32: Path, student: nn.Module, t
             assert total == 2
             trained.append(what)
 
-    shared = trainer(student, epochs=1, steps=2)
-    shared.progress = Listener()
+    one = trainer(student, epochs=1, steps=2)
+    one.progress = Listener()
     results = {
-        name: quantize(fp32, tmp_path / f"{name}.onnx", shared, name)
+        name: quantize(fp32, tmp_path / f"{name}.onnx", one, name)
         for name, target in TARGETS.items()
         if not has_module(target)
     }

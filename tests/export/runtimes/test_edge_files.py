@@ -21,11 +21,15 @@ from torch import nn
 
 from nayer_edge.errors import IntegrityError, MissingError, UsageError
 from nayer_edge.export.runners import TorchRunner
+from nayer_edge.export.runtimes import litert
 from nayer_edge.export.runtimes.edge_file import ON_REQUEST, BuiltFile
 
+pytestmark = pytest.mark.usefixtures("litert_converts_once")
+CONVERT = litert._converted
 SHAPE = (3, 16, 16)
 Student = Callable[[tuple[int, int, int]], nn.Module]
 Draw = Callable[..., np.ndarray]
+Build = Callable[[str, Callable[[Path], BuiltFile]], BuiltFile]
 
 
 class Inverse(nn.Module):
@@ -148,29 +152,32 @@ def expected(network: nn.Module, images: np.ndarray) -> np.ndarray:
         return runner.infer(images)
 
 
-def built_once(once: Callable[..., Path], name: str, build: Callable[[Path], BuiltFile]) -> BuiltFile:
-    """What `build` makes of a path, one for all workers."""
+@pytest.fixture(scope="session")
+def built_once(once: Callable[..., Path], convert_once: Callable[..., bytes]) -> Build:
+    """(name, build) → what `build` makes of a path, one for all workers."""
 
-    def make(folder: Path) -> None:
-        record = asdict(build(folder / "file"))
-        (folder / "built.json").write_text(json.dumps({**record, "path": ""}))
+    def built(name: str, build: Callable[[Path], BuiltFile]) -> BuiltFile:
+        def make(folder: Path) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(litert, "_converted", convert_once)
+                record = asdict(build(folder / "file"))
+            (folder / "built.json").write_text(json.dumps({**record, "path": ""}))
 
-    folder = once(name, make)
-    return BuiltFile(**{**json.loads((folder / "built.json").read_text()), "path": folder / "file"})
+        folder = once(name, make)
+        return BuiltFile(**{**json.loads((folder / "built.json").read_text()), "path": folder / "file"})
+
+    return built
 
 
 @pytest.fixture(scope="session")
-def fp32(edge: Edge, make_student: Student, once: Callable[..., Path]) -> BuiltFile:
-    return built_once(
-        once, f"{edge.name}-fp32", lambda path: edge.build(make_student(SHAPE), SHAPE, path, precision="fp32")
-    )
+def fp32(edge: Edge, make_student: Student, built_once: Build) -> BuiltFile:
+    return built_once(f"{edge.name}-fp32", lambda path: edge.build(make_student(SHAPE), SHAPE, path, precision="fp32"))
 
 
 @pytest.fixture(scope="session")
-def int8(edge: Edge, make_student: Student, draw_patterns: Draw, once: Callable[..., Path]) -> BuiltFile:
+def int8(edge: Edge, make_student: Student, draw_patterns: Draw, built_once: Build) -> BuiltFile:
     images = draw_patterns(64, SHAPE, seed=1)
     return built_once(
-        once,
         f"{edge.name}-int8",
         lambda path: edge.build(make_student(SHAPE), SHAPE, path, precision="int8", calibration=images),
     )
@@ -346,13 +353,17 @@ def test_transposed_convolutions_and_splits_run_in_int8(edge: Edge, draw_pattern
     assert not set(found["float"]) & {"TRANSPOSE_CONV", "SPLIT"}
 
 
-def test_an_activation_that_never_fires(edge: Edge, draw_patterns: Draw, tmp_path: Path) -> None:
-    """As in MobileNetV3's squeeze-and-excitation: the first of two convolutions is 0 on every calibration image."""
+@pytest.mark.parametrize("hardly", [0.0, 1e-7])
+def test_an_activation_that_never_fires(edge: Edge, hardly: float, draw_patterns: Draw, tmp_path: Path) -> None:
+    """As in MobileNetV3's squeeze-and-excitation: the first of two convolutions is 0 on every calibration image, or
+    very small."""
     torch.manual_seed(0)
     squeeze = nn.Sequential(
         nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.Hardsigmoid()
     )
-    nn.init.constant_(squeeze[1].bias, -100)  # type: ignore[arg-type]
+    with torch.no_grad():
+        squeeze[1].weight.mul_(hardly or 1.0)  # type: ignore[operator]
+        squeeze[1].bias.fill_(hardly or -100.0)  # type: ignore[operator]
 
     class Excited(nn.Module):
         def __init__(self) -> None:
@@ -384,7 +395,10 @@ def test_another_version_of_the_runtime_is_named(edge: Edge, int8: BuiltFile, tm
     version = int8.record["versions"][package]
     data = int8.path.read_bytes().replace(f'"{package}": "{version}"'.encode(), f'"{package}": "0.0.1"'.encode())
     (tmp_path / "old").write_bytes(data[:4] + edge.identifier + data[8:])
-    with pytest.raises(IntegrityError, match=rf"built by {package} 0\.0\.1"), edge.open(tmp_path / "old"):
+    with (
+        pytest.raises(IntegrityError, match=rf"built by {package} 0\.0\.1[\s\S]*--int8 --target {edge.name}$"),
+        edge.open(tmp_path / "old"),
+    ):
         pass
 
 
@@ -411,8 +425,15 @@ def test_wrong_arguments_are_refused(edge: Edge, make_student: Student, tmp_path
 
 @pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(
-    edge: Edge, fp32: BuiltFile, int8: BuiltFile, make_student: Student, draw_patterns: Draw, tmp_path: Path
+    edge: Edge,
+    fp32: BuiltFile,
+    int8: BuiltFile,
+    make_student: Student,
+    draw_patterns: Draw,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(litert, "_converted", CONVERT)
     again = edge.build(make_student(SHAPE), SHAPE, tmp_path / "fp32", precision="fp32")
     assert again.sha256 == fp32.sha256
     calibration = draw_patterns(64, SHAPE, seed=1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,8 @@ from nayer_edge.export.targets import get_target
 from nayer_edge.export.to_int8 import run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 
-pytest.importorskip("openvino")
+# Found, not imported, which takes seconds in every worker that collects this file.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
 TARGET = get_target("openvino")
 LAYERS = ["0", "2.conv", "2.depthwise", "5"]
 
@@ -42,21 +45,32 @@ class Block(nn.Module):
         return torch.relu(x + self.depthwise(torch.relu(self.conv(x))))
 
 
-def exported(folder: Path, channels: int = 3, height: int = 12, width: int = 20) -> tuple[Path, np.ndarray]:
-    """The FP32 file of a small network for images that are not square, and images for it."""
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(channels, 16, 3), nn.ReLU(), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
-    )
-    to_onnx(network, (channels, height, width), folder / "fp32.onnx")
-    images = np.random.default_rng(0).random((24, channels, height, width), np.float32)
-    # Each image has a brightness of its own, so that logits differ.
-    return folder / "fp32.onnx", images * np.linspace(0.2, 1, 24, dtype=np.float32)[:, None, None, None]
+Exported = Callable[..., tuple[Path, np.ndarray]]
 
 
-@pytest.mark.parametrize("channels", [1, 13])
-def test_it_computes_what_onnx_runtime_computes(tmp_path: Path, channels: int) -> None:
-    path, images = exported(tmp_path, channels)
+@pytest.fixture(scope="module")
+def exported(once: Callable[[str, Callable[[Path], object]], Path]) -> Exported:
+    """(channels) → the FP32 file of a small network for images that are not square, and images for it. Read only."""
+
+    def files(channels: int = 3) -> tuple[Path, np.ndarray]:
+        def export(folder: Path) -> None:
+            torch.manual_seed(0)
+            network = nn.Sequential(
+                nn.Conv2d(channels, 16, 3), nn.ReLU(), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+            )
+            to_onnx(network, (channels, 12, 20), folder / "fp32.onnx")
+
+        path = once(f"openvino-{channels}", export) / "fp32.onnx"
+        images = np.random.default_rng(0).random((24, channels, 12, 20), np.float32)
+        # Each image has a brightness of its own, so that logits differ.
+        return path, images * np.linspace(0.2, 1, 24, dtype=np.float32)[:, None, None, None]
+
+    return files
+
+
+@pytest.mark.parametrize("channels", [1, pytest.param(13, marks=pytest.mark.slow)])
+def test_it_computes_what_onnx_runtime_computes(exported: Exported, channels: int) -> None:
+    path, images = exported(channels)
     with OpenVinoRunner(path, threads=1, batch=5) as runner:
         found = runner.infer(images)
         one = runner.infer(images[:1])
@@ -66,8 +80,8 @@ def test_it_computes_what_onnx_runtime_computes(tmp_path: Path, channels: int) -
     np.testing.assert_allclose(one, found[:1], atol=1e-6)
 
 
-def test_an_fp32_file_runs_in_float_and_says_so(tmp_path: Path) -> None:
-    path, _ = exported(tmp_path)
+def test_an_fp32_file_runs_in_float_and_says_so(exported: Exported) -> None:
+    path, _ = exported()
     found = describe(TARGET, path)
     assert (found["int8"], found["batch"]) == ({}, "any")
     assert found["float"]["Convolution"]["count"] == 3
@@ -79,9 +93,9 @@ def test_an_fp32_file_runs_in_float_and_says_so(tmp_path: Path) -> None:
     assert [name for name, _ in found["coverage"]["not_int8"]] == LAYERS
 
 
-def test_a_file_in_fp16_is_computed_in_float32(tmp_path: Path) -> None:
+def test_a_file_in_fp16_is_computed_in_float32(exported: Exported, tmp_path: Path) -> None:
     """As on any processor without FP16 arithmetic; what was rounded is the weights."""
-    path, images = exported(tmp_path)
+    path, images = exported()
     to_fp16(path, tmp_path / "half.onnx", images)
     with OpenVinoRunner(tmp_path / "half.onnx", threads=1) as runner:
         logits, kinds = runner.infer(images), {computes for _, _, computes in runner.operators()}
@@ -92,8 +106,8 @@ def test_a_file_in_fp16_is_computed_in_float32(tmp_path: Path) -> None:
     assert "f16" not in kinds
 
 
-def test_every_layer_of_a_quantized_file_runs_in_int8(tmp_path: Path) -> None:
-    path, images = exported(tmp_path)
+def test_every_layer_of_a_quantized_file_runs_in_int8(exported: Exported, tmp_path: Path) -> None:
+    path, images = exported()
     result = to_int8(path, tmp_path / "q.onnx", images[:12], "openvino", holdout_images=images[12:], method="minmax")
     found = describe(TARGET, tmp_path / "q.onnx")
     assert (found["coverage"]["int8"], found["coverage"]["not_int8"]) == (4, [])
@@ -109,16 +123,16 @@ def test_every_layer_of_a_quantized_file_runs_in_int8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layer", [LAYERS[0], *(pytest.param(layer, marks=pytest.mark.slow) for layer in LAYERS[1:])])
-def test_an_excluded_layer_stays_in_float(tmp_path: Path, layer: str) -> None:
-    path, images = exported(tmp_path)
+def test_an_excluded_layer_stays_in_float(exported: Exported, tmp_path: Path, layer: str) -> None:
+    path, images = exported()
     to_int8(path, tmp_path / "q.onnx", images, "openvino", method="minmax", nodes_to_exclude=[layer])
     found = int8_coverage(tmp_path / "q.onnx", "openvino")
     assert found.not_int8 == [(layer, "excluded from quantization (mixed precision)")]
 
 
-def test_a_drop_limit_is_held_in_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drop_limit_is_held_in_openvino(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The agreement that decides is that of OpenVINO: with a runner that answers nonsense, every layer is excluded."""
-    path, images = exported(tmp_path)
+    path, images = exported()
     real = OpenVinoRunner.infer
     monkeypatch.setattr(OpenVinoRunner, "infer", lambda self, images: -real(self, images))
     result = to_int8(
@@ -142,9 +156,9 @@ def test_an_operator_that_openvino_lacks_is_named_with_its_layer(tmp_path: Path)
         describe(TARGET, tmp_path / "m.onnx")
 
 
-def test_what_is_no_sound_file_is_refused(tmp_path: Path) -> None:
-    path, images = exported(tmp_path)
-    whole = path.read_bytes()
+def test_what_is_no_sound_file_is_refused(exported: Exported, tmp_path: Path) -> None:
+    source, images = exported()
+    path, whole = tmp_path / "fp32.onnx", source.read_bytes()
     for cut in (0, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with pytest.raises(IntegrityError), OpenVinoRunner(path):
@@ -157,8 +171,8 @@ def test_what_is_no_sound_file_is_refused(tmp_path: Path) -> None:
             runner.infer(images[:0])
 
 
-def test_without_the_package_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, _ = exported(tmp_path)
+def test_without_the_package_the_line_that_installs_it(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = exported()
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingError, match=r"pip install '\.\[openvino\]'") as caught:
         describe(TARGET, path)
