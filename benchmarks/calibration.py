@@ -3,11 +3,11 @@
     python benchmarks/calibration.py runs/digits --json benchmarks/results/calibration.digits.json
     NAYER_EDGE_DATA=… python benchmarks/calibration.py runs/cifar10-… --sizes 512 --json …
 
-For each seed, images are drawn once: fresh rounds of the run's generator, the real training images (for this comparison
-only; no artifact is made from them), and uniform noise, which is what tools without images suggest. The first n of them
-calibrate; everything else, the choice among the four methods by agreement on one synthetic hold-out included, is what
-`export --int8` does. Accuracy is measured on the run's real hold-out. A default may be chosen from the column
-`synthetic agreement` alone.
+For each seed, images are drawn once: those that the run reserved for calibration, fresh rounds of its generator, the
+real training images (for this comparison only; no artifact is made from them), and uniform noise, which is what tools
+without images suggest. The first n of them calibrate; everything else, the choice among the four methods by agreement
+on one synthetic hold-out included, is what `export --int8` does. Accuracy is measured on the run's real hold-out. A
+default may be chosen from the column `synthetic agreement` alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="64,128,256,512,1024,2048")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--targets", default="cpu,tensorrt")
-    parser.add_argument("--sources", default="synthetic,real,noise")
+    parser.add_argument("--sources", default="synthetic,real,noise", help="also: reserved")
     parser.add_argument("--holdout", type=int, default=1000, help="synthetic images on which methods are compared")
     parser.add_argument("--real-holdout", help="labelled images to measure with; the recipe's validate.data by default")
     parser.add_argument("--real-train", help="labelled images to calibrate with; the recipe's teach.data by default")
@@ -117,6 +117,10 @@ def _pool(
     spec = recipe.teacher.input
     if kind == "noise":
         return random.random((count, *spec.shape), dtype=np.float32)
+    if kind == "reserved":
+        images = source.draw("calibration", source.ready("calibration"), Silent())
+        assert len(images) >= count, f"the run reserved {len(images)} images for calibration"
+        return images[random.permutation(len(images))[:count]]
     if kind == "synthetic":
         return source.draw(f"calibration study {seed}", count, Silent())
     where = arguments.real_train or (recipe.teach.data if recipe.teach else None)

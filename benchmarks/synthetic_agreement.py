@@ -14,7 +14,8 @@ output channel, or INT8 with one layer's scale wrong. This gives the two compari
 - a rounded student with itself unrounded: real drop = FP32 accuracy minus its own.
 
 Beside each stands what the gate sees without real images: 1 − agreement of the two on fresh synthetic hold-out images,
-drawn from the run's generator and used for nothing else. The test images only measure; nothing is chosen by them.
+drawn from the run's generator and used for nothing else; with `--reserved`, on those that the run reserved for
+`validate`. The test images only measure; nothing is chosen by them.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def main() -> None:
     measuring.add_argument("--students", type=Path, help="students by epoch; RUN.students by default")
     measuring.add_argument("--taught", default="", metavar="EPOCHS,…", help="train students on real images, too")
     measuring.add_argument("--images", type=int, default=1000, help="synthetic hold-out")
+    measuring.add_argument("--reserved", action="store_true", help="the run's own hold-out in place of a fresh one")
     measuring.add_argument("--real-images", type=int, help="a random sample of the hold-out, to save time")
     measuring.add_argument("--json", type=Path, required=True)
     drawing = commands.add_parser("plot")
@@ -86,7 +88,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.real_images is not None:
         sample = torch.randperm(len(real.labels), generator=random_stream(0, "sample"))[: arguments.real_images]
         real = LabelledImages(real.images[sample], real.labels[sample], real.name)
-    drawn = source.draw("synthetic agreement study", arguments.images, Silent())
+    purpose = "validate" if arguments.reserved else "synthetic agreement study"
+    assert not arguments.reserved or source.ready(purpose) >= arguments.images, "the run reserved fewer images"
+    drawn = source.draw(purpose, arguments.images, Silent())
     synthetic = torch.from_numpy((drawn * 255).round().astype(np.uint8))
 
     def seen(network: Classifier) -> tuple[torch.Tensor, float]:
@@ -116,6 +120,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "student": recipe.student.model,
         "teacher_top1": teacher_seen[1],
         "synthetic_images": len(synthetic),
+        "reserved": arguments.reserved,
         "real_images": len(real.labels),
         "rows": rows,
         "summary": {kind: summary([row for row in rows if row["kind"] == kind]) for kind in ("teacher", "fp32")},
@@ -124,8 +129,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def students(folder: Path, final: Classifier, taught: str, recipe: Recipe) -> Iterator[tuple[str, Classifier]]:
-    """(name, network): by epoch, then those of real images."""
-    for path in sorted(folder.glob("epoch-*.safetensors")):
+    """(name, network): by epoch, or else the final one; then those of real images."""
+    kept = sorted(folder.glob("epoch-*.safetensors"))
+    if not kept:
+        yield "final", final
+    for path in kept:
         network = copy.deepcopy(final)
         network.load_state_dict(load_file(path))
         yield path.stem, network.eval()

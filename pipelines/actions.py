@@ -127,12 +127,16 @@ def timed(
         settings: `--set` items that the recipe was read with.
 
     Raises:
-        UsageError: too little time, the run cannot change its length, the other run's bank does not fit, or a plan
-            replaces what was set.
+        UsageError: too little time, the run cannot change its length, the other run's bank does not fit, a plan
+            replaces what was set, or another process works in the folder.
         IntegrityError: the other run was altered.
     """
+    from nayer_edge.storage.run_folder import require_unlocked
+
     from .recipes.loading import run_folder
 
+    if time != Time():
+        require_unlocked(root)
     named = run_folder(name) if name is not None else None
     # The recipe of a run folder may also start another run.
     is_run = named is not None and not fresh and named.resolve() == root.resolve()
@@ -148,17 +152,14 @@ def timed(
     if is_run and recipe.distill.schedule == "constant":
         from .costs.planning import continued
 
+        if settings:
+            _require_no_extension(open_run(root), time)
         recipe = continued(recipe, root)
     if time.budget is not None:
-        from .costs.planning import with_budget
+        from .costs.planning import require_new_plan, with_budget
 
         if is_run and (recipe.budget is None or recipe.budget.seconds != time.budget):
-            run = open_run(root)
-            raise UsageError(
-                f"{root} already has a time plan.",
-                fix=f"To give it more time: nayer-edge run {run.typed} --more 1h\n"
-                f"To end it early: nayer-edge run {run.typed} --finish 5m",
-            )
+            require_new_plan(recipe, open_run(root), time.budget)
         recipe, plan = with_budget(recipe, time.budget, None if fresh else root)
         _require_kept(settings, asked, recipe, "--budget")
         return recipe, words + plan
@@ -189,6 +190,23 @@ def timed(
     return recipe, [("length", f"{length}; the learning rate falls in the last {after.decay_epochs}")]
 
 
+def _require_no_extension(run: RunFolder, time: Time) -> None:
+    """Raises UsageError if a finished run is being trained further: until that is done, the run folder keeps the recipe
+    of its finished student, and other settings would be lost when it is interrupted."""
+    from .costs.durations import typed
+    from .steps import PENDING
+
+    if "student" not in run.manifest.steps or (time.more is None and not run.path(PENDING).is_file()):
+        return
+    option = f" --more {typed(time.more)}" if time.more is not None else ""
+    raise UsageError(
+        "--set cannot be used while a finished run is trained further.",
+        why="The run keeps its recipe until the longer training is done. If that is interrupted, the setting is lost.",
+        fix=f"First train, then change the setting:\n  nayer-edge run {run.typed}{option}\n"
+        f"  nayer-edge run {run.typed} --set …",
+    )
+
+
 def _require_kept(settings: Sequence[str], asked: Recipe, planned: Recipe, option: str) -> None:
     """Raises UsageError if a plan replaces what was set."""
     from .recipes.settings import replaced_keys
@@ -207,7 +225,7 @@ def make(
     *,
     last: str | None = None,
     fresh: bool = False,
-    again: Collection[str] = (),
+    again: Mapping[str, Collection[str]] | None = None,
     display: Display | None = None,
 ) -> RunFolder:
     """Runs a recipe in a folder, or continues it where it stopped; shows progress if a display is given.
@@ -215,7 +233,7 @@ def make(
     Args:
         last: the last step to run; default: all steps.
         fresh: empty the folder first.
-        again: steps to run although nothing that they read has changed.
+        again: steps to run although nothing that they read has changed → files that they must not keep.
 
     Raises:
         NayerEdgeError: see `nayer_edge.pipelines.run.run_recipe`.
@@ -252,7 +270,8 @@ def export(
     """Exports FP32 ONNX and, with `int8`, one quantized graph per target, the targets' engines, and the files of other
     runtimes.
 
-    Targets are added to those of the run, whose files stay as they are. Arguments that are None or empty default to the
+    Targets are added to those of the run, whose files stay as they are, except those of a named target that another
+    version of its runtime has built (ExecuTorch, LiteRT). Arguments that are None or empty default to the
     run's recipe. What cannot be built on this machine is recorded as unavailable and the export continues;
     `require_engines` then raises. The next export tries it again.
 
@@ -264,9 +283,12 @@ def export(
         UsageError: unknown target or invalid settings.
         NayerEdgeError: see `make`.
     """
+    from nayer_edge.export.targets import get_target
+
     from .recipes.checking import checked
     from .recipes.renamed import with_current_keys
     from .recipes.schema import Export
+    from .validation.runnable import not_graphs
 
     if qat and not int8:
         raise UsageError("--qat trains the INT8 graph, which is not exported without --int8.", fix="Add --int8.")
@@ -279,8 +301,6 @@ def export(
         **{key: value for key, value in asked.items() if value is not None},
     }
     if names := targets_in(targets):
-        from nayer_edge.export.targets import get_target
-
         if not int8 and not any(get_target(name).engine for name in names):
             raise UsageError(
                 f"Without --int8, nothing is exported for {', '.join(names)}.",
@@ -291,17 +311,36 @@ def export(
         changes["targets"] = tuple(dict.fromkeys([*before, *(get_target(name).name for name in names)]))
     elif only:
         raise UsageError(
-            "--only removes the targets that are not listed, but none is listed.", fix="Add --target cpu, for example."
+            "--only removes the targets that are not listed, but none is listed.", fix="List them with --target."
         )
     values = {**recipe.export.model_dump(), **changes}
     section = checked(Export, values, "Invalid export settings:", "Correct them; nothing was started.")
     recipe = recipe.model_copy(update={"export": section})
-    again = {
-        "engine" if record["file"].endswith(".engine") else "int8"
-        for record in unavailable(open_run(root))
-        if record["target"] in section.targets
-    }
+    named = {get_target(name).name for name in names}
+    again: dict[str, set[str]] = {}
+    for record in not_graphs(open_run(root)):
+        step = "engine" if record["file"].endswith(".engine") else "int8"
+        if record["target"] not in section.targets:
+            continue
+        if record["status"] == "unavailable":
+            again.setdefault(step, set())
+        elif record["target"] in named and _is_of_another_version(record):
+            again.setdefault(step, set()).add(record["file"])
     return make(recipe, root, last="engine" if int8 else "onnx", again=again, display=display)
+
+
+def _is_of_another_version(record: Mapping[str, Any]) -> bool:
+    """Whether another version of a runtime than the installed one has built a file in the runtime's own format."""
+    from nayer_edge.export.runtimes import require
+    from nayer_edge.export.targets import TARGETS, has_module
+
+    target = TARGETS[record["target"]]
+    if not has_module(target) or not record["file"].endswith(target.suffix) or target.suffix == ".onnx":
+        return False
+    try:
+        return record["version"] != require(target)
+    except MissingError:
+        return False
 
 
 def targets_in(items: Iterable[str]) -> list[str]:
@@ -340,6 +379,14 @@ def require_runtimes(run: RunFolder) -> None:
     named = [each["target"] for each in unavailable(run) if not each["file"].endswith(".engine")]
     if named:
         require_engines(run, named)
+
+
+def require_complete(run: RunFolder, last: str | None) -> None:
+    """`require_runtimes`, if the files of the runtimes are among the steps up to `last`."""
+    from .steps import until
+
+    if any(step.name == "int8" for step in until(last)):
+        require_runtimes(run)
 
 
 def require_engines(run: RunFolder, targets: Iterable[str] = ()) -> None:

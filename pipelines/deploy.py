@@ -38,6 +38,7 @@ from nayer_edge.training.augment import crop_and_flip
 
 from .plan import changes_of
 from .recipes.schema import Recipe
+from .reserved import SHARES, rounds_for
 from .steps import STEPS, settings_of
 
 FP32 = "export/student.fp32.onnx"
@@ -46,10 +47,6 @@ ENGINES = "export/engines.json"
 RUNTIMES = "export/runtimes.json"
 """the files of runtimes other than ONNX Runtime and TensorRT, and what their runtimes make of them"""
 QUANTIZATION = "export/quantization.json"
-
-PERIOD = 4
-SHARES = {"calibration": (0,), "calibration hold-out": (2,), "validate": (1, 3)}
-"""which of every four reserved rounds serves which purpose"""
 
 PARITY_TOLERANCE = 1e-3
 """largest difference of logits between torch and ONNX Runtime, both in FP32, that counts as rounding"""
@@ -538,7 +535,7 @@ class SyntheticSource:
             empty = torch.empty(0, *self.teacher.spec.shape, dtype=torch.uint8, device=device)
             return empty, torch.empty(0, dtype=torch.long, device=device)
         images, labels = self.put_aside.newest(len(self.put_aside))
-        rounds = [number for number in range(len(images) // batch) if number % PERIOD in SHARES[purpose]]
+        rounds = rounds_for(purpose, len(images) // batch)
         wanted = min(-(-count // batch), len(rounds))
         chosen = [rounds[number * len(rounds) // wanted] for number in range(wanted)]
         places = [torch.arange(number * batch, (number + 1) * batch, device=device) for number in chosen]

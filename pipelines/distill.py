@@ -237,12 +237,16 @@ def _distil(
     # Only a constant schedule can be continued from before its decay.
     before = Before(files["state"], files["bank"], reserve) if config.distill.schedule == "constant" else None
 
+    since: int | None = None
+
     def adapt(history: Sequence[Epoch], length: Length) -> Length | None:
+        nonlocal since
+        since = len(history) - 1 if since is None else since
         if config.budget is None:
             return None
         of = config.distill
         drawing = Drawing(of.views, of.steps * of.batch) if of.views else None
-        found = adapted(history, length, config.budget, drawing)
+        found = adapted(history, length, config.budget, drawing, since)
         if found is not None:
             progress.notice(
                 f"{'Slower' if found.epochs < length.epochs else 'Faster'} than planned: {found.epochs} epochs instead "

@@ -137,7 +137,7 @@ def _only_longer(record: StepRecord, now: dict[str, Any]) -> bool:
     A run that was adapted to its machine has another length than its settings ask for; its numbers say which.
     """
     before = record.settings
-    if _without_length(before) != _without_length(now) or "distill" not in now:
+    if "distill" not in now or changes_of(_without_length(before), _without_length(now)):
         return False
     length = {key: int(record.numbers.get(key.replace("_", " ")) or before["distill"][key]) for key in LENGTH}
     return now["distill"]["epochs"] - now["distill"]["decay_epochs"] > length["epochs"] - length["decay_epochs"]

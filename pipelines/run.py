@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +49,7 @@ def run_recipe(
     *,
     last: str | None = None,
     fresh: bool = False,
-    again: Collection[str] = (),
+    again: Mapping[str, Collection[str]] | None = None,
     progress: Progress | None = None,
     on_event: Callable[[StepEvent], None] = lambda _event: None,
 ) -> RunFolder:
@@ -58,19 +58,19 @@ def run_recipe(
     Args:
         last: the last step to run; all steps by default.
         fresh: empty the folder first.
-        again: steps to run although nothing that they read has changed.
+        again: steps to run although nothing that they read has changed → files that they must not keep.
 
     Raises:
         UsageError: the folder belongs to another recipe, or a changed setting would discard finished training.
         IntegrityError: a finished file was altered.
     """
-    steps, digest = until(last), read_once()
+    steps, digest, again = until(last), read_once(), again or {}
     # Report all foreseeable errors before writing anything.
     plans = _checked(recipe, steps, None if fresh else _found(root), digest)
     stale = [plan.step for plan in plans if plan.stale or plan.step.name in again]
     if {"teacher", "lte", "student"} & {step.name for step in stale}:
         _check_bank(recipe, root, fresh)
-    preflight.check(recipe, stale, root)
+    preflight.check(recipe, stale, root, fresh)
     if fresh:
         _refuse_to_delete_its_inputs(recipe, root)
     with lock_folder(root):
@@ -87,7 +87,7 @@ def run_recipe(
             # Its own result still is of these values; what a step that trains has taken over is not taken back.
             own = tuple(key for key in plan.step.settings if key not in trained)
             back = _with_values(former, before, own)
-            if _run_step(plan, recipe, run, back, progress or Silent(), on_event, plan.step.name in again):
+            if _run_step(plan, recipe, run, back, progress or Silent(), on_event, again.get(plan.step.name)):
                 # If a later step fails, the recipe still has the values that this one was made with.
                 former = _with_values(former, values, plan.step.settings)
                 trained |= set(plan.step.settings) if plan.step.trains else set()
@@ -237,11 +237,12 @@ def _run_step(
     former: dict[str, Any],
     progress: Progress,
     on_event: Callable[[StepEvent], None],
-    again: bool,
+    again: Collection[str] | None,
 ) -> bool:
     """Runs a step unless its result is kept; whether it ran.
 
     Args:
+        again: run it in any case, without these files of its former result.
         former: the recipe to go back to if the step fails before it changed a file.
     """
     step = plan.step
@@ -259,7 +260,7 @@ def _run_step(
                 why="; ".join(altered) + ".",
                 fix="Restore the file, or start over with --fresh.",
             )
-        if record.digest == digest and not again:
+        if record.digest == digest and again is None:
             # The files of an extension that is not asked for now are kept for later.
             if _extension(run) is None:
                 _discard_scratch(step, run)
@@ -269,7 +270,7 @@ def _run_step(
     run.require_intact(list(input_hashes))
     on_event(StepEvent(step, "started", reason, 0.0, {}))
     # A step that trains forgets its former result itself, when the new one is complete.
-    before = run.remember(step.name) if step.trains else run.forget(step.name)
+    before = run.remember(step.name) if step.trains else run.forget(step.name, again or ())
     began = time.perf_counter()
     try:
         artifact: Artifact = step.load()(*inputs, config=recipe, out=run, progress=progress)

@@ -60,6 +60,8 @@ DECAY_STATE = "student/before_decay.safetensors"
 NEXT_DECAY_STATE = "student/before_decay.next.safetensors"
 PENDING = "student/extension.json"
 """length of an extension of a finished student, while it is being trained"""
+GIVEN_TIME = "student/given_time.json"
+"""the last `--more` or `--finish` of an unfinished student, and the length that it made"""
 NEXT_METRICS = "student/extension.jsonl"
 """metrics of such an extension; the finished student's stay until it is replaced"""
 
@@ -115,7 +117,7 @@ STEPS = (
             "reserve.safetensors",
             "metrics.jsonl",
         ),
-        scratch=(CHECKPOINT, NEXT_DECAY_STATE, PENDING, NEXT_METRICS, *START_FILES.values()),
+        scratch=(CHECKPOINT, NEXT_DECAY_STATE, PENDING, GIVEN_TIME, NEXT_METRICS, *START_FILES.values()),
         trains=True,
     ),
     Step(

@@ -10,10 +10,10 @@ import fcntl
 import os
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -254,12 +254,17 @@ class RunFolder:
         before = dict(self.manifest.steps), dict(self.manifest.files)
         return Forgotten(step, self.manifest.steps.get(step), files, before)
 
-    def forget(self, step: str) -> Forgotten:
-        """Removes a step and its files from the manifest; the files themselves stay until they are overwritten."""
+    def forget(self, step: str, anew: Collection[str] = ()) -> Forgotten:
+        """Removes a step and its files from the manifest; the files themselves stay until they are overwritten.
+
+        Args:
+            anew: files that `former_file` must not find.
+        """
         forgotten = self.remember(step)
         self.manifest.steps.pop(step, None)
         self.manifest.files = {n: f for n, f in self.manifest.files.items() if f.step != step}
-        self.former[step] = forgotten
+        kept = {name: record for name, record in forgotten.files.items() if name not in anew}
+        self.former[step] = replace(forgotten, files=kept)
         self.save()
         return forgotten
 
@@ -374,14 +379,28 @@ def lock_folder(root: Path) -> Iterator[None]:
             fix=writable_fix(root, error),
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(
-                f"Another process is working in {root}.",
-                fix="Wait until it ends.",
-            ) from error
+        _lock(file, fcntl.LOCK_EX, root)
         yield
+
+
+def require_unlocked(root: Path) -> None:
+    """Raises UsageError if another process holds the lock of a folder. For commands that plan before they lock it: the
+    lock may still be taken meanwhile."""
+    path = root / LOCK
+    if _is_plain(path) and os.access(path, os.R_OK):
+        with path.open("rb") as file:
+            # Shared, so that two processes that only look do not see each other.
+            _lock(file, fcntl.LOCK_SH, root)
+
+
+def _lock(file: IO[bytes], kind: int, root: Path) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UsageError(
+            f"Another process is working in {root}.",
+            fix="Press Ctrl-C there, or wait until it ends. Then repeat this command here.",
+        ) from error
 
 
 def remove_temporaries(root: Path) -> None:
@@ -391,9 +410,26 @@ def remove_temporaries(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def inside_run(path: Path) -> bool:
-    """Whether a file would lie in a run folder, where the manifest lists every file."""
-    return any((folder / MANIFEST).is_file() for folder in path.resolve().parents)
+def require_outside(path: Path, option: str, run: Path | None = None) -> None:
+    """Refuses to write into a run folder.
+
+    Args:
+        path: the file or folder to write.
+        option: the option that names it.
+        run: the run folder that it must not lie in; by default any.
+
+    Raises:
+        UsageError: it lies in one.
+    """
+    place = path.resolve()
+    if run is None:
+        run = next((folder for folder in (place, *place.parents) if (folder / MANIFEST).is_file()), None)
+    if run is not None and place.is_relative_to(run.resolve()):
+        raise UsageError(
+            f"{option} {path} lies inside the run folder {run}, where the manifest lists every file.",
+            why="A file written there would make the run look altered.",
+            fix=f"Choose a path outside {run}.",
+        )
 
 
 def is_vacant(root: Path) -> bool:

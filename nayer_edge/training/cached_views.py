@@ -135,8 +135,10 @@ class ViewCache:
             self._known[:, number] &= ~(written[others] & (weights < 1))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The cache, for a checkpoint: logits recomputed in other batches could differ in their last bits."""
-        return {"logits": self._logits, "known": self._known, "seen": torch.tensor(self._seen)}
+        """The cache, for a checkpoint: logits recomputed in other batches could differ in their last bits. Without the
+        places beyond the bank's images, which `_follow_bank` allocates again when they are needed."""
+        filled = len(self._bank)
+        return {"logits": self._logits[:filled], "known": self._known[:filled], "seen": torch.tensor(self._seen)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restores what `tensors` returned."""

@@ -26,6 +26,7 @@ from nayer_edge.errors import (
     NayerEdgeError,
     UsageError,
     understood,
+    unexpected,
 )
 from nayer_edge.runtime.process import launched
 from nayer_edge.text import inert
@@ -100,15 +101,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             app(args=arguments, prog_name="nayer-edge", standalone_mode=True)
         finally:
             sys.stdout.flush()
-    except (Interrupted, KeyboardInterrupt):
-        _interrupted()
+    except (Interrupted, KeyboardInterrupt) as end:
+        _interrupted(end)
     except SystemExit as end:
         sys.exit(_exit_code(end))
     except Exception as error:  # noqa: BLE001  tracebacks are only shown with --debug
         if isinstance(error, OSError):
             # What standard output did not take must not fail once more at exit.
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
-        _fail(understood(error, "This command") or _unexpected(error))
+        _fail(understood(error, "This command") or unexpected(error))
     sys.exit(EXIT_OK)
 
 
@@ -158,15 +159,6 @@ def _open_streams() -> None:
                 setattr(sys, name, piped)
 
 
-def _unexpected(error: Exception) -> NayerEdgeError:
-    # An error without a class of its own has the exit code 70.
-    return NayerEdgeError(
-        "Unexpected internal error.",
-        why=f"{type(error).__name__}: {error}",
-        fix="Repeat the command with `nayer-edge --debug …` for a traceback, and please report it.",
-    )
-
-
 def _show_warning(
     message: Warning | str,
     category: type[Warning],
@@ -194,8 +186,10 @@ def _interrupt(_number: int, _frame: object) -> NoReturn:
     raise Interrupted
 
 
-def _interrupted() -> NoReturn:
+def _interrupted(end: BaseException) -> NoReturn:
+    """Says how to go on: as the command noted on the interruption, or else with the same command."""
     if not _helps():
-        told = "Finished work is kept; run the same command to continue (without --fresh)."
-        print(f"\nInterrupted. {told}", file=sys.stderr)  # noqa: T201
+        ways = getattr(end, "__notes__", [])
+        told = "." if ways else "; run the same command to continue (without --fresh)."
+        print("\n".join([f"\nInterrupted. Finished work is kept{told}", *ways]), file=sys.stderr)  # noqa: T201
     sys.exit(EXIT_INTERRUPTED)

@@ -75,13 +75,10 @@ def run_steps(
         MissingError: the files of the runtimes are among the steps, and not all could be built; everything else is done
             (see `actions.require_runtimes`).
     """
-    from ..steps import until
-
     display = watched(as_json)
     run = actions.make(recipe, root, last=last, fresh=fresh, display=display)
     show_result(run, last, display, as_json=as_json)
-    if any(step.name == "int8" for step in until(last)):
-        actions.require_runtimes(run)
+    actions.require_complete(run, last)
 
 
 def show_lines(lines: list[tuple[str, str]], *, as_json: bool = False) -> None:
@@ -122,11 +119,6 @@ def watched(as_json: bool) -> Display:
 
     console = Console(stderr=True, force_terminal=sys.stderr.isatty()) if as_json else stdout()
     return Display(console, titles=not as_json)
-
-
-def percent(fraction: float | None) -> str:
-    """0.9911 → "99.11 %"; None → ""."""
-    return "" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def stdout() -> Console:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -95,31 +94,42 @@ def _run(
     root = out or default_out(name, recipe)
     recipe, words = timed(recipe, name, root, time, fresh=fresh, settings=settings or ())
     show_lines(words, as_json=as_json)
-    with _ways_on(recipe, root):
+    with _ways_on(recipe, root, time, last):
         run_steps(recipe, root, last=last, fresh=fresh, as_json=as_json)
 
 
 @contextlib.contextmanager
-def _ways_on(recipe: Recipe, root: Path) -> Iterator[None]:
-    """Says how an interrupted distillation can be continued or ended early."""
+def _ways_on(recipe: Recipe, root: Path, time: Time, last: str | None) -> Iterator[None]:
+    """Notes on an interruption how the run can be continued or ended early, for `cli.main` to print."""
     try:
         yield
     except BaseException as end:
-        from ..steps import CHECKPOINT
-
-        interrupted = not isinstance(end, Exception)
-        if interrupted and recipe.distill.schedule == "constant" and (root / CHECKPOINT).is_file():
-            from ..costs.planning import can_change_length
-
-            where = shlex.quote(str(root))
-            lines = ["", f"To continue:            nayer-edge run {where}"]
-            if can_change_length(recipe, open_run(root)):
-                lines += [
-                    f"To end it early:        nayer-edge run {where} --finish 5m",
-                    f"To give it more time:   nayer-edge run {where} --more 1h",
-                ]
-            print("\n".join(lines), file=sys.stderr)  # noqa: T201
+        if not isinstance(end, Exception) and launched()[1] == 1:
+            for way in _ways(recipe, root, time, last):
+                end.add_note(way)
         raise
+
+
+def _ways(recipe: Recipe, root: Path, time: Time, last: str | None) -> list[str]:
+    """One line for each way; empty if the same command is the only one."""
+    from nayer_edge.models.user_code import is_trusted
+
+    from ..steps import CHECKPOINT
+
+    trust = " --trust-code" if is_trusted() else ""
+    command = f"nayer-edge run {shlex.quote(str(root))}{trust}"
+    ways = [f"To continue:            {command}{f' --until {last}' if last else ''}"]
+    if recipe.distill.schedule == "constant" and (root / CHECKPOINT).is_file():
+        from ..costs.planning import can_change_length
+
+        if can_change_length(recipe, open_run(root)):
+            ways += [
+                f"To end it early:        {command} --finish 5m",
+                f"To give it more time:   {command} --more 1h",
+            ]
+        return ways
+    # The same command would give the time once more.
+    return ways if time.more is not None or time.finish is not None else []
 
 
 @app.command(epilog=example("nayer-edge teach digits --out runs/teacher"))

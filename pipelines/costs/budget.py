@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from nayer_edge.distillation import Epoch, Length
 from nayer_edge.errors import UsageError
 
 from ..recipes.schema import Budget
+from ..reserved import missing_rounds
 from .durations import duration
 
 IMAGE_TIME = 0.35
@@ -85,7 +86,7 @@ class Costs:
         adversary: additional cost of L_adv per step.
         student_step: one step on `student_batch` images whose teacher logits are cached.
         teacher_batch: one teacher forward pass on `student_batch` images.
-        rest: everything after the student: export, quantization, validation, report.
+        rest: everything after the student: export, quantization, validation, report; without the drawing of images.
     """
 
     synthesis_step: float
@@ -160,7 +161,13 @@ def fresh_views_of(bank: int, per_step: float, steps: float, costs: Costs) -> fl
 
 
 def plan(
-    budget: float, costs: Costs, classes: int, *, bank: int | None = None, prior: Prior = "batchnorm"
+    budget: float,
+    costs: Costs,
+    classes: int,
+    *,
+    bank: int | None = None,
+    prior: Prior = "batchnorm",
+    wanted: Mapping[str, int] | None = None,
 ) -> BudgetPlan:
     """Plans the run that fills a budget.
 
@@ -170,17 +177,40 @@ def plan(
         bank: number of images that a run starts with if it takes over another run's. It makes none before its student
             is trained, and then as many per student step as any other.
         prior: what makes images.
+        wanted: purpose of `pipelines.reserved` → number of images. Those that the run does not reserve are drawn after
+            the student is trained.
 
     Raises:
-        UsageError: the budget is too small for a useful student; the message gives the minimum.
+        TooShortError: the budget is too small for a useful student; the message gives the minimum.
     """
     g_steps = OF_PRIOR.get(prior, {}).get("g_steps") or g_steps_for(classes)
+    drawing = 0.0
+    while True:
+        made = _plan(budget, costs, g_steps, bank, drawing)
+        # A run that starts with a bank has the images that the other run reserved, too.
+        rounds = (made.images + (bank or 0) / (1 - RESERVE)) / costs.batch
+        missing = missing_rounds(wanted or {}, math.floor(RESERVE * rounds), costs.batch)
+        needed = missing * g_steps * costs.synthesis_step
+        if needed <= drawing:
+            return made
+        # More time for drawing leaves less for rounds, so that this grows until it suffices.
+        drawing = needed
+
+
+def _plan(budget: float, costs: Costs, g_steps: int, bank: int | None, drawing: float) -> BudgetPlan:
+    """As `plan`.
+
+    Args:
+        g_steps: optimisation steps per round.
+        drawing: seconds for the calibration and hold-out images that are not reserved.
+    """
+    rest = costs.rest + drawing
     image = g_steps * costs.synthesis_step / costs.batch
     later_image = g_steps * (costs.synthesis_step + costs.adversary) / costs.batch
     per_step = images_per_step(FILLED * image + (1 - FILLED) * later_image, costs)
     filled = FILLED if bank is None else 0.0
     images = per_step * (filled * image + (1 - FILLED) * later_image)
-    available = budget * (1 - MARGIN) - costs.rest
+    available = budget * (1 - MARGIN) - rest
     one_round = math.ceil(costs.batch / per_step)
     # With a bank, two epochs with the steps of one round each; see `steps` below.
     fewest = max(LEAST_STEPS, math.ceil(LEAST_ROUNDS * costs.batch / per_step) if bank is None else 2 * one_round)
@@ -194,12 +224,14 @@ def plan(
     step = step_of(fewest)
     wanted = available / step
     if wanted < fewest:
-        least = (fewest * step + costs.rest) / (1 - MARGIN)
+        least = (fewest * step + rest) / (1 - MARGIN)
+        drawn = f", {duration(drawing)} of it for calibration and hold-out images" if drawing > rest / 2 else ""
         raise TooShortError(
             f"A budget of {duration(budget)} is too small for this teacher, student and machine.",
-            why=f"Export and validation take about {duration(costs.rest)}, and the minimum of {fewest} student "
-            f"steps with their images about {duration(fewest * step)}.",
-            fix=f"Use at least {duration(least * 1.05)}: --budget {math.ceil(least * 1.05 / 60)}m",
+            why=f"Export and validation take about {duration(rest)}{drawn}; the minimum of {fewest} student "
+            f"steps with their images takes about {duration(fewest * step)}.",
+            fix=f"Use at least {duration(least * 1.05)}: --budget {math.ceil(least * 1.05 / 60)}m"
+            + (", or set export.calibration_images and validate.synthetic_images lower" if drawn else ""),
             least=least * 1.05,
         )
     if bank is not None:
@@ -231,7 +263,7 @@ def plan(
         "fill": fill_seconds,
         "train": trained * train_epoch,
         "decay": decay * steps * student_step,
-        "rest": costs.rest,
+        "rest": rest,
     }
     return BudgetPlan(
         g_steps=g_steps,
@@ -453,7 +485,9 @@ def finishing(length: Length, done: int, seconds: float, pace: Pace, rest: float
     return Length(done + decay, length.warmup_epochs, decay)
 
 
-def adapted(history: Sequence[Epoch], length: Length, budget: Budget, drawing: Drawing | None = None) -> Length | None:
+def adapted(
+    history: Sequence[Epoch], length: Length, budget: Budget, drawing: Drawing | None = None, since: int = 0
+) -> Length | None:
     """Another length for a run that is slower or faster than planned; None if it keeps its budget.
 
     After two epochs, a machine of another kind than planned is noticed. From the third student epoch on, the end is
@@ -463,6 +497,7 @@ def adapted(history: Sequence[Epoch], length: Length, budget: Budget, drawing: D
     Args:
         history: metrics of all finished epochs.
         drawing: None if the teacher answers every image anew.
+        since: epochs that were finished when this process continued the run, perhaps on another machine.
     """
     done = len(history)
     if done == 2 and length.warmup_epochs > 2 and budget.fill_seconds > 0:
@@ -477,8 +512,11 @@ def adapted(history: Sequence[Epoch], length: Length, budget: Budget, drawing: D
     if trained < 1 or training < 1:
         return None
     apart = drawing is not None and any(epoch.answer_seconds for epoch in history)
-    pace, elapsed = Pace.of(history, undisturbed, answers=not apart), sum(epoch.seconds for epoch in history)
+    pace, elapsed = _pace_here(history, since, answers=not apart), sum(epoch.seconds for epoch in history)
     target = budget.seconds * (1 - MARGIN)
+    # What happened before does not excuse a deviation in the time that is left.
+    trained_here = done - max(since, length.warmup_epochs)
+    time_here = target - sum(epoch.seconds for epoch in history[:since])
 
     def end(length: Length) -> float:
         training = length.epochs - length.decay_epochs - done
@@ -489,13 +527,28 @@ def adapted(history: Sequence[Epoch], length: Length, budget: Budget, drawing: D
         decay = max(1, round(DECAY / (1 - DECAY) * (trained + further)))
         return Length(done + further + decay, length.warmup_epochs, decay)
 
-    if trained < SETTLED <= trained + training and end(of(SETTLED - trained)) <= target:
+    if trained_here < SETTLED <= trained_here + training and end(of(SETTLED - trained_here)) <= target:
         return None
-    projected = end(length)
-    accepted = TOLERANCE + EARLY_TOLERANCE * training / (trained + training)
-    if abs(projected / target - 1) <= accepted:
+    accepted = TOLERANCE + EARLY_TOLERANCE * training / (trained_here + training)
+    if abs(end(length) - target) <= accepted * time_here:
         return None
     most = int(max(target - elapsed, 0) / pace.train) + 1
     # The last number of further epochs that ends in time; none may.
     found = of(max(bisect.bisect_right(range(most + 1), target, key=lambda further: end(of(further))) - 1, 0))
+    if (over := end(found) - target - MARGIN * time_here) > 0:
+        # Not even a decay fits. A third of it still does most of its work.
+        shorter = max(found.decay_epochs - math.ceil(over / pace.decay), math.ceil(found.decay_epochs / 3))
+        found = Length(done + shorter, length.warmup_epochs, shorter)
     return None if found == length else found
+
+
+def _pace_here(history: Sequence[Epoch], since: int, *, answers: bool) -> Pace:
+    """The pace of this process as soon as it is known, else that of the whole run; see `Pace.of`."""
+    whole = Pace.of(history, undisturbed, answers)
+    try:
+        here = Pace.of(history[since:], undisturbed, answers)
+    except ValueError:
+        return whole
+    several = sum(epoch.phase == "distill" for epoch in history[since:]) >= 2
+    another_machine = not 1 / OTHER_MACHINE < here.train / whole.train < OTHER_MACHINE
+    return here if several or another_machine else whole

@@ -14,14 +14,15 @@ from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.classifier import Classifier
 from nayer_edge.models.load import build_classifier, load_classifier, load_teacher, untrained_teacher
 from nayer_edge.runtime.compute import choose, seeded
-from nayer_edge.storage.files import read_json
+from nayer_edge.storage.files import read_json, write_json
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 from ..recipes.loading import recipe_of
 from ..recipes.schema import Export, Recipe
-from ..steps import CHECKPOINT, DECAY_STATE, PENDING
+from ..reserved import wanted_images
+from ..steps import CHECKPOINT, DECAY_STATE, GIVEN_TIME, PENDING
 from . import budget
-from .durations import duration
+from .durations import duration, typed
 from .fitting import MIB, Device, device_at_hand, fit, generator_channels
 from .model_cost import cost_of_network
 from .step_costs import time_steps
@@ -46,7 +47,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Measured:
+class PlanningCosts:
     """What a run can be planned from: its costs on a device, and the sizes that fit it.
 
     Attributes:
@@ -58,6 +59,7 @@ class Measured:
             over nothing.
         image_bytes: of an image in the memory bank.
         bank_mib: limit of the memory bank.
+        wanted: number of calibration and hold-out images; see `reserved.wanted_images`.
         reasons: why the sizes are smaller than usual, for people.
     """
 
@@ -68,10 +70,11 @@ class Measured:
     bank: int | None
     image_bytes: int
     bank_mib: int
+    wanted: dict[str, int]
     reasons: tuple[str, ...] = ()
 
     @classmethod
-    def unpacked(cls, values: dict[str, Any]) -> Measured:
+    def unpacked(cls, values: dict[str, Any]) -> PlanningCosts:
         """Of `dataclasses.asdict`, also after a way through JSON."""
         return cls(**{**values, "costs": budget.Costs(**values["costs"]), "reasons": tuple(values["reasons"])})
 
@@ -81,7 +84,7 @@ class Measured:
         Raises:
             TooShortError: they are too few for a useful student.
         """
-        made = budget.plan(seconds, self.costs, self.classes, bank=self.bank, prior=self.prior)
+        made = budget.plan(seconds, self.costs, self.classes, bank=self.bank, prior=self.prior, wanted=self.wanted)
         sections = budget.settings(seconds, made, self.costs, self.bank_mib, self.prior)
         if self.prior != "procedural":
             sections["generator"] = {"channels": self.channels}
@@ -99,7 +102,8 @@ def measured(
     prior: Prior = "batchnorm",
     export: Export | None = None,
     known: budget.Costs | None = None,
-) -> Measured:
+    wanted: dict[str, int] | None = None,
+) -> PlanningCosts:
     """Measures the steps of these networks on the device.
 
     Args:
@@ -108,6 +112,7 @@ def measured(
         export: what follows the student; None: the defaults.
         known: costs of another student of the same teacher on this device. What does not depend on the student is
             taken from it.
+        wanted: see `PlanningCosts`.
 
     Raises:
         UsageError: the networks do not fit each other.
@@ -126,8 +131,9 @@ def measured(
         teacher, student, generator, augment, compute, sizes.batch, sizes.student_batch, prior, export, known
     )
     if bank is not None and bank.rest is not None:
-        found = replace(found, rest=bank.rest)
-    return Measured(
+        # Measured, with the images that had to be drawn.
+        found, wanted = replace(found, rest=bank.rest), None
+    return PlanningCosts(
         found,
         classes,
         prior,
@@ -135,6 +141,7 @@ def measured(
         bank=None if bank is None else bank.images,
         image_bytes=image_bytes,
         bank_mib=sizes.bank_mib,
+        wanted=wanted or {},
         reasons=tuple(sizes.reasons.values()),
     )
 
@@ -179,7 +186,7 @@ def with_budget(recipe: Recipe, seconds: float, root: Path | None) -> tuple[Reci
     return with_sections(recipe, planned.sections), [*planned.words, *_replaced(recipe, planned.costs)]
 
 
-def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> Measured:
+def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> PlanningCosts:
     """Measures the steps of a recipe's networks on its device.
 
     Args:
@@ -218,6 +225,9 @@ def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> Measured:
         recipe.synthesis.prior,
         recipe.export,
         known,
+        wanted_images(
+            recipe.export.calibration_images, recipe.validate_.synthetic_images if recipe.validate_.data is None else 0
+        ),
     )
 
 
@@ -247,21 +257,23 @@ def with_sections(recipe: Recipe, sections: dict[str, dict[str, Any]]) -> Recipe
 def with_more(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
     """The recipe of a run that gets so much more time.
 
-    If the extension of a finished run was interrupted, the same time once more continues it.
+    If it was interrupted, the same time once more continues it.
 
     Raises:
         UsageError: the run cannot be continued, or the time is too short.
     """
-    if _was_asked(run, seconds):
+    if _was_given(recipe, run, "--more", seconds) or _was_asked(run, seconds):
         return continued(recipe, run.root)
     state = _state_of(recipe, run)
     if state.decaying:
         raise UsageError(
             "This run's learning rate is decaying, and it will be finished soon.",
             fix=f"Let it finish, then give it more time:\n  nayer-edge run {run.typed}\n"
-            f"  nayer-edge run {run.typed} --more {_minutes(seconds)}",
+            f"  nayer-edge run {run.typed} --more {typed(seconds)}",
         )
-    return _with_length(recipe, _longer(recipe, state, seconds), state)
+    longer = _with_length(recipe, _longer(recipe, state, seconds), state)
+    _remember(longer, run, "--more", seconds)
+    return longer
 
 
 def _longer(recipe: Recipe, state: _State, seconds: float) -> Length:
@@ -284,9 +296,13 @@ def _was_asked(run: RunFolder, seconds: float) -> bool:
 def with_finish(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
     """The recipe of an interrupted run that decays its learning rate and ends within so many seconds.
 
+    If it was interrupted again, the same time once more continues it.
+
     Raises:
         UsageError: the run is finished, has not begun to train its student, or the time is too short.
     """
+    if _was_given(recipe, run, "--finish", seconds):
+        return continued(recipe, run.root)
     state = _state_of(recipe, run)
     if state.finished:
         raise UsageError(
@@ -295,7 +311,60 @@ def with_finish(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
             f"To improve it: nayer-edge run {run.typed} --more 1h",
         )
     length = budget.finishing(state.length, state.done, seconds, state.pace, state.rest)
-    return with_sections(recipe, {"distill": vars(length)})
+    shorter = with_sections(recipe, {"distill": vars(length)})
+    _remember(shorter, run, "--finish", seconds)
+    return shorter
+
+
+def _remember(recipe: Recipe, run: RunFolder, option: str, seconds: float) -> None:
+    """Notes beside the checkpoint what an unfinished student was given, so that a command that is repeated after an
+    interruption does not count twice. For a finished student, `_was_asked` finds out."""
+    if run.path(CHECKPOINT).is_file():
+        with run.locked():
+            write_json(run.path(GIVEN_TIME), _given(recipe, option, seconds))
+
+
+def _was_given(recipe: Recipe, run: RunFolder, option: str, seconds: float) -> bool:
+    """Whether an unfinished student has its present length because of the same option and time."""
+    path = run.path(GIVEN_TIME)
+    if not (path.is_file() and run.path(CHECKPOINT).is_file()):
+        return False
+    return read_json(path, "the time given to a run") == _given(continued(recipe, run.root), option, seconds)
+
+
+def _given(recipe: Recipe, option: str, seconds: float) -> dict[str, Any]:
+    return {"option": option, "seconds": seconds, "length": vars(Length.of(recipe.distill))}
+
+
+def require_new_plan(recipe: Recipe, run: RunFolder, seconds: float) -> None:
+    """Checks that a run folder may still be planned for another budget: before its student is begun.
+
+    Raises:
+        UsageError: the student is begun or finished; the message says what can be done instead.
+    """
+    finished = "student" in run.manifest.steps
+    if not finished and not run.path(CHECKPOINT).is_file():
+        return
+    if recipe.distill.schedule == "constant":
+        fix = f"To give it more time: nayer-edge run {run.typed} --more 1h"
+        if not finished:
+            fix += f"\nTo end it early: nayer-edge run {run.typed} --finish 5m"
+    elif finished:
+        fix = f"Start a run with its images: {_on_its_images(run, typed(seconds))}"
+    else:
+        fix = f"Start over: nayer-edge run {run.typed} --fresh --budget {typed(seconds)}"
+    raise UsageError(
+        f"{run.root} has no time plan, and its student is already {'trained' if finished else 'in training'}."
+        if recipe.budget is None
+        else f"{run.root} already has a time plan.",
+        why="It has the sizes that its recipe states." if recipe.budget is None else "",
+        fix=fix,
+    )
+
+
+def _on_its_images(run: RunFolder, budget: str = "1h") -> str:
+    """The command that starts a run with the images of a finished one."""
+    return f"nayer-edge run {run.typed} --bank {run.typed} --budget {budget} --out DIR"
 
 
 def can_change_length(recipe: Recipe, run: RunFolder) -> bool:
@@ -353,7 +422,9 @@ def _state_of(recipe: Recipe, run: RunFolder, *, finished: bool = False) -> _Sta
         raise UsageError(
             "This run cannot change its length.",
             why="Its learning rate follows a cosine over the whole run, as published; it ends at the last epoch.",
-            fix="Start a run that can: nayer-edge run RECIPE --budget 1h --out DIR",
+            fix=f"Start a run that can, with its images: {_on_its_images(run)}"
+            if "student" in run.manifest.steps
+            else f"Start a run that can: nayer-edge run {run.typed} --budget 1h --out DIR",
         )
     interrupted = not finished and run.path(CHECKPOINT).is_file()
     path = run.path(CHECKPOINT if interrupted else DECAY_STATE)
@@ -361,8 +432,7 @@ def _state_of(recipe: Recipe, run: RunFolder, *, finished: bool = False) -> _Sta
         raise UsageError(
             f"{run.root} has no state to continue from.",
             why="Its student was made by an earlier version of nayer-edge.",
-            fix="Start a run with its images, which need not be made again:\n"
-            f"  nayer-edge run {run.typed} --bank {run.typed} --budget 1h --out DIR",
+            fix=f"Start a run with its images, which need not be made again:\n  {_on_its_images(run)}",
         )
     if not path.is_file():
         raise UsageError(
@@ -374,7 +444,7 @@ def _state_of(recipe: Recipe, run: RunFolder, *, finished: bool = False) -> _Sta
     if not interrupted and (ranks := facts.get("ranks", 1)) != 1:
         raise UsageError(
             f"{run.root} was made by {ranks} processes, so its finished student cannot be trained further.",
-            fix=f"Start a run with its images: nayer-edge run {run.typed} --bank {run.typed} --budget 1h --out DIR",
+            fix=f"Start a run with its images: {_on_its_images(run)}",
         )
     try:
         history, length = [Epoch(**line) for line in facts["history"]], Length(**facts["length"])
@@ -382,7 +452,7 @@ def _state_of(recipe: Recipe, run: RunFolder, *, finished: bool = False) -> _Sta
         raise IntegrityError(
             f"{path} is not a saved state of this version of nayer-edge.",
             why=f"{type(error).__name__}: {error}",
-            fix=f"Start a run with its images: nayer-edge run {run.typed} --bank {run.typed} --budget 1h --out DIR",
+            fix=f"Start a run with its images: {_on_its_images(run)}",
         ) from error
     try:
         pace = budget.Pace.of(history)
@@ -413,7 +483,3 @@ def _facts(path: Path) -> dict[str, Any]:
             return json.loads((file.metadata() or {})["facts"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise IntegrityError(f"{path} is not a saved state of a distillation.", why=f"{error}.") from error
-
-
-def _minutes(seconds: float) -> str:
-    return f"{max(1, round(seconds / 60))}m"

@@ -121,10 +121,12 @@ def find(shapes: Shapes, channels: int, classes: int, hint: str = "") -> list[Ma
             if match is not None and match.exact:
                 # One library with an exact match is enough: networks of the same name are the same in the others.
                 # Within timm they are not: its `tf_` variants have the same tensors, but different padding.
-                twins = [other for other in names if other != model and _base(other) == _base(model)]
+                same_tensors = [other for other in names if other != model and _base(other) == _base(model)]
                 # The file's name may be that of a timm variant of another library's network.
-                twins += [other for other in variants(model) if other not in twins and _named(other[5:], hint)]
-                found = [compare(other, shapes, channels, classes) for other in twins]
+                same_tensors += [
+                    other for other in variants(model) if other not in same_tensors and _named(other[5:], hint)
+                ]
+                found = [compare(other, shapes, channels, classes) for other in same_tensors]
                 return [match, *(other for other in found if other is not None and other.exact)]
             matches += [match] if match is not None else []
             if match is not None and match.same_names and match.fitting >= ALMOST * match.wanted:

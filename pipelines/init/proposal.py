@@ -22,6 +22,7 @@ from ..costs.fitting import device_at_hand
 from ..costs.model_cost import cost_of, cost_of_network
 from ..costs.planning import measured
 from ..recipes.checking import checked
+from ..reserved import wanted_images
 from .inspect_checkpoint import Findings, Guess, advice_for
 from .parsing import checked_name, named_after, parse_shape, parse_size, parse_values
 from .sizes import TRIAL, Effort, pad_for, student_for
@@ -186,7 +187,9 @@ def settle(found: Findings, given: Given) -> Proposal:
         seconds = given.budget or DEFAULT_BUDGET[device.kind]
         augment = Augment(pad=pad_for(spec), flip=given.flip)
         built = build_classifier(student, spec, classes)
-        planned = measured(network, built, augment, device, prior=found.prior).planned(seconds)
+        holdout = 0 if given.data is not None else IMAGES["validate"]["synthetic_images"]
+        wanted = wanted_images(IMAGES["export"]["calibration_images"], holdout)
+        planned = measured(network, built, augment, device, prior=found.prior, wanted=wanted).planned(seconds)
         sections, words = {**planned.sections, **IMAGES}, planned.words
     return Proposal(
         name=checked_name(given.name or named_after(found.path)),

@@ -191,6 +191,8 @@ def portable(recipe: Recipe, root: Path) -> dict[str, Any]:
             values[section][key] = _in_store(value) or _near(value, root)
     for section in ("teacher", "student"):
         values[section]["model"] = portable_model(values[section]["model"], root)
+    if values["sweep"] is not None:
+        values["sweep"]["students"] = [portable_model(model, root) for model in values["sweep"]["students"]]
     return values
 
 
@@ -243,6 +245,10 @@ def without_local_paths(recipe: Recipe, root: Path) -> tuple[dict[str, Any], lis
         model = parse(getattr(recipe, section).model)
         values[section]["model"] = model.portable
         beside += [Path(model.name).name] if model.local else []
+    if recipe.sweep is not None:
+        students = [parse(model) for model in recipe.sweep.students]
+        values["sweep"]["students"] = [model.portable for model in students]
+        beside += [Path(model.name).name for model in students if model.local]
     return values, list(dict.fromkeys(beside))
 
 

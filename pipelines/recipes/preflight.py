@@ -12,7 +12,7 @@ from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models import in_memory
 from nayer_edge.models.names import MEMORY, parse, published_weights
 
-from ..steps import BANK, CHECKPOINT, Step
+from ..steps import BANK, CHECKPOINT, DECAY_STATE, NEXT_DECAY_STATE, Step
 from .loading import BUILT_IN_DATA
 from .schema import Recipe
 
@@ -24,12 +24,13 @@ RUN_THE_TEACHER = {"teacher", "student", "int8", "validate"}
 """steps that run the teacher's network"""
 
 
-def check(recipe: Recipe, steps: Sequence[Step], root: Path | None = None) -> None:
+def check(recipe: Recipe, steps: Sequence[Step], root: Path | None = None, fresh: bool = False) -> None:
     """Checks that files exist, models can be built, targets are known, and the images fit on the disk.
 
     Args:
         steps: those that will run; what only others need is not checked.
         root: the run folder; without it, the disk is not checked.
+        fresh: the folder will be emptied first.
 
     Raises:
         UsageError: with every problem.
@@ -56,7 +57,7 @@ def check(recipe: Recipe, steps: Sequence[Step], root: Path | None = None) -> No
                 f"one round makes {recipe.synthesis.batch}"
             )
         problems += _processes(recipe)
-        problems += _disk(recipe, root) if root is not None else []
+        problems += _disk(recipe, root, fresh) if root is not None else []
     if "int8" in names:
         problems += _targets(recipe)
     missing_data = _path("validate.data", recipe.validate_.data) if "validate" in names else []
@@ -181,24 +182,33 @@ def _processes(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _disk(recipe: Recipe, root: Path) -> list[str]:
-    """Why the images do not fit on the disk, where the last checkpoint stays until the next one is whole."""
+def _disk(recipe: Recipe, root: Path, fresh: bool) -> list[str]:
+    """Why the images do not fit on the disk."""
     existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
     disk = shutil.disk_usage(existing)
     if not disk.total:
         # No file system for files, such as /proc: writing says what is wrong.
         return []
-    free = disk.free + sum(path.stat().st_size for name in (CHECKPOINT, BANK) if (path := root / name).is_file())
+    # What a finished student consists of stays until a longer run is finished.
+    replaced = (CHECKPOINT, NEXT_DECAY_STATE, *((BANK, DECAY_STATE) if fresh else ()))
+    free = disk.free + sum(path.stat().st_size for name in replaced if (path := root / name).is_file())
     images = images_of(recipe)
     if recipe.student.bank and (taken := Path(recipe.student.bank) / BANK).is_file():
         images += taken.stat().st_size // _pixels(recipe)
-    needed = 2 * images * (_pixels(recipe) + recipe.distill.views * len(recipe.teacher.classes) * 4)
+    needed = images * disk_per_image(recipe)
     if needed <= free:
         return []
     return [
         f"{root}: a memory bank of {images:,} images needs {needed / 2**30:,.1f} GiB with its checkpoints, "
         f"and {free / 2**30:,.1f} GiB are free; choose another folder with --out, or lower distill.bank_mib"
     ]
+
+
+def disk_per_image(recipe: Recipe) -> int:
+    """Largest number of bytes on the disk per image in a run's memory bank: the last checkpoint stays until the next is
+    whole, and beside them lies the state before the decay, with the cached views but without the images."""
+    views = recipe.distill.views * len(recipe.teacher.classes) * 4
+    return 2 * (_pixels(recipe) + views) + (views if recipe.distill.schedule == "constant" else 0)
 
 
 def images_of(recipe: Recipe) -> int:

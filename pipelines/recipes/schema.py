@@ -67,8 +67,8 @@ class Validate(Section):
     """labelled hold-out images, used only to measure; if absent, synthetic images"""
     fit: Fit = "exact"
     """handling of images whose size differs from the model's: exact: error with their count; stretch: resize;
-    center-crop: resize the shorter side to 8/7 of the model's size and crop the centre. A grey model refuses colour
-    pictures only with exact"""
+    center-crop: resize the shorter side to 8/7 of the model's size and crop the centre. For a grey model, colour
+    pictures are refused with exact, and converted with the others"""
     split: str | None = None
     """which part of the hold-out, if it has several: train, validation, test, or its own name"""
     allow_implausible: bool = False

@@ -250,9 +250,22 @@ def _images(
         for start in range(0, len(pixels), size):
             yield pixels[start : start + size]
 
-    drawn_from = "drawn from the trained generator" if source.generator is not None else "drawn procedurally"
-    name = "reserved during distillation" if not steps else drawn_from
+    reserved = min(source.ready("validate"), chosen.synthetic_images)
+    name = origin_of(reserved, chosen.synthetic_images - reserved, generator=source.generator is not None)
     return Images(ImageStream(name, labels.astype(np.int64), batches), truth=False)
+
+
+def origin_of(reserved: int, drawn: int, *, generator: bool) -> str:
+    """Where synthetic images come from, for people.
+
+    Args:
+        reserved: number of images put aside during distillation.
+        drawn: number of images made now, from the generator if there is one.
+    """
+    how = "drawn from the trained generator" if generator else "drawn procedurally"
+    if reserved and drawn:
+        return f"{reserved:,} reserved during distillation, {drawn:,} {how}"
+    return how if drawn else "reserved during distillation"
 
 
 def batch_size(shape: tuple[int, int, int]) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +17,23 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from nayer_edge.distillation import Length
+from nayer_edge.distillation import LATER_KEYS, Length
 from nayer_edge.errors import UsageError
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.pipelines import actions
 from nayer_edge.pipelines import distill as distill_step
 from nayer_edge.pipelines.costs import planning
-from nayer_edge.pipelines.deploy import SHARES, SyntheticSource
+from nayer_edge.pipelines.deploy import SyntheticSource
+from nayer_edge.pipelines.plan import plan_steps, read_once
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
 from nayer_edge.pipelines.recipes.schema import Budget, Recipe
+from nayer_edge.pipelines.reserved import SHARES
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.pipelines.steps import CHECKPOINT, DECAY_STATE, PENDING
+from nayer_edge.pipelines.steps import CHECKPOINT, DECAY_STATE, GIVEN_TIME, PENDING, STEPS
+from nayer_edge.pipelines.validation import validate
 from nayer_edge.runtime.progress import Silent
-from nayer_edge.storage.files import sha256_of
-from nayer_edge.storage.run_folder import RunFolder
+from nayer_edge.storage.files import sha256_of, write_bytes
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder, lock_folder
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 
 Invoke = Callable[..., Any]
@@ -161,12 +167,22 @@ def test_a_run_is_not_made_shorter(run: RunFolder) -> None:
         run_recipe(load_recipe("digits", [*SETTINGS, "distill.epochs=9", "distill.decay_epochs=1", "seed=1"]), run.root)
 
 
-def test_more_and_finish_by_the_command_line(run: RunFolder, invoke: Invoke) -> None:
+def test_more_and_finish_by_the_command_line(run: RunFolder, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two epochs more, however many fit into five seconds here: what the planner makes of them is asked above.
+    asked: list[float] = []
+
+    def extended(length: Length, seconds: float, *_: object) -> Length:
+        asked.append(seconds)
+        return Length(length.epochs + 2, length.warmup_epochs, length.decay_epochs)
+
+    monkeypatch.setattr(planning.budget, "extended", extended)
     answer = invoke("run", run.root, "--more", "5s", "--until", "student")
     assert answer.code == 0, answer.err
-    assert "epochs instead of 5" in answer.out
+    assert asked == [5.0]
+    assert "7 epochs instead of 5" in answer.out
     trained = RunFolder.open(run.root).manifest.recipe["distill"]
-    assert trained["epochs"] - trained["decay_epochs"] > 4
+    assert (trained["epochs"], trained["decay_epochs"]) == (7, 1)
+    assert len(run.path("metrics.jsonl").read_text().splitlines()) == 7
     answer = invoke("run", run.root, "--finish", "5m")
     assert (answer.code, "student is finished" in answer.err) == (2, True)
 
@@ -226,7 +242,7 @@ def test_an_interrupted_run_ends_early(tmp_path: Path, invoke: Invoke, stops_aft
         (("digits", "--more", "1h"), "is not a run folder", "nayer-edge run runs/digits --more 1h"),
         (("{run}", "--more", "soon"), "'soon' is not a duration", "--more 20m"),
         (("{run}", "--more", "1h", "--finish", "5m"), "cannot be combined", "Use one of them"),
-        (("{run}", "--budget", "1h"), "already has a time plan", "--more 1h"),
+        (("{run}", "--budget", "1h"), "has no time plan", "--more 1h"),
         (("{run}", "--more", "0.001s"), "too short", "Use at least: --more 1m"),
     ],
 )
@@ -291,3 +307,156 @@ def test_only_what_is_lacking_is_drawn_anew(short: Path) -> None:
     few, more = (source.draw("validate", count, Silent()) for count in (40, 50))
     assert np.array_equal(few, more[:40])
     assert not np.array_equal(source.draw("calibration", 50, Silent())[40:], more[40:])
+
+
+# ------------------------------------------------------------------ repeated, refused and interrupted requests
+
+
+@pytest.fixture
+def unfinished(run: RunFolder, stops_after: Callable[..., Silent]) -> RunFolder:
+    """A run of twelve epochs, the last three with a falling rate, that was interrupted in its third."""
+    run.remove_leftovers(run.forget("student"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(12, 3), run.root, last="student", progress=stops_after(20))
+    return RunFolder.open(run.root)
+
+
+def given(run: RunFolder, **time: float) -> tuple[Recipe, str]:
+    """The recipe of a run that is given time, and the length in words."""
+    chosen, words = actions.timed(actions.recipe_in(run.root), str(run.root), run.root, actions.Time(**time))
+    return chosen, words[0][1]
+
+
+def test_the_same_time_again_continues_an_unfinished_run(
+    unfinished: RunFolder, stops_after: Callable[..., Silent]
+) -> None:
+    first, words = given(unfinished, more=5)
+    assert "instead of 12" in words
+    with pytest.raises(KeyboardInterrupt):
+        # After one further epoch.
+        run_recipe(first, unfinished.root, last="student", progress=stops_after(30))
+    assert len((unfinished.root / "metrics.jsonl").read_text().splitlines()) == 4
+    again, words = given(unfinished, more=5)
+    assert again.distill == first.distill
+    assert "continues" in words
+    assert given(unfinished, more=50)[0].distill.epochs > first.distill.epochs
+
+
+def test_the_same_finish_again_continues_the_decay(unfinished: RunFolder, stops_after: Callable[..., Silent]) -> None:
+    first, _ = given(unfinished, finish=300)
+    assert (first.distill.epochs, first.distill.decay_epochs) == (5, 2)
+    with pytest.raises(KeyboardInterrupt):
+        # In the second epoch of the decay.
+        run_recipe(first, unfinished.root, last="student", progress=stops_after(26))
+    assert len((unfinished.root / "metrics.jsonl").read_text().splitlines()) == 4
+    assert given(unfinished, finish=300)[0].distill == first.distill
+    with pytest.raises(UsageError, match="decaying already"):
+        given(unfinished, finish=200)
+    done = run_recipe(first, unfinished.root, last="student")
+    assert not done.path(GIVEN_TIME).exists()
+    assert done.unexpected_files() == []
+
+
+@contextlib.contextmanager
+def interrupted_when(path: Path) -> Iterator[None]:
+    """Presses Ctrl-C as soon as there is such a file."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            if path.is_file():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_after_an_interruption_more_time_is_not_asked_for_again(run: RunFolder, invoke: Invoke) -> None:
+    setting = "gate.accuracy.max_drop_vs_teacher=0.08"
+    answer = invoke("run", run.root, "--more", "1h", "--set", setting)
+    assert answer.code == 2
+    assert "--set cannot be used" in answer.err
+    assert f"nayer-edge run {run.typed} --more 1h\n" in answer.err
+    assert not run.path(PENDING).exists()
+
+    with interrupted_when(run.path(CHECKPOINT)):
+        answer = invoke("run", run.root, "--more", "1h", "--until", "student")
+    assert answer.code == 130, answer.err
+    assert "same command" not in answer.err
+    assert f"To continue:            nayer-edge run {run.typed} --until student\n" in answer.err
+
+    # What continues it would lose the setting at the next interruption.
+    answer = invoke("run", run.root, "--set", setting)
+    assert (answer.code, "--set cannot be used" in answer.err) == (2, True)
+
+
+def test_a_setting_of_an_unfinished_run_is_kept(unfinished: RunFolder) -> None:
+    settings = ["gate.accuracy.max_drop_vs_teacher=0.08"]
+    asked = actions.read_recipe(str(unfinished.root), settings)
+    time = actions.Time(finish=300)
+    chosen, _ = actions.timed(asked, str(unfinished.root), unfinished.root, time, settings=settings)
+    run_recipe(chosen, unfinished.root, last="lte")
+    assert actions.recipe_in(unfinished.root).gate.accuracy.max_drop_vs_teacher == 0.08
+
+
+@pytest.mark.parametrize("option", ["--more", "--finish", "--budget"])
+def test_nothing_is_planned_while_another_process_works(option: str, run: RunFolder, invoke: Invoke) -> None:
+    with lock_folder(run.root):
+        answer = invoke("run", run.root, option, "5m")
+    assert (answer.code, answer.out) == (2, "")
+    assert "Another process is working" in answer.err
+    assert "Press Ctrl-C there" in answer.err
+
+
+def test_a_run_from_before_later_keys_is_extended(run: RunFolder) -> None:
+    values = json.loads(run.path(MANIFEST).read_text())
+    for section in (values["recipe"]["synthesis"], values["steps"]["student"]["settings"]["synthesis"]):
+        for key in LATER_KEYS:
+            del section[key]
+    run.path(MANIFEST).write_text(json.dumps(values))
+    former = RunFolder.open(run.root)
+
+    def extends(wanted: Recipe) -> bool:
+        plans = plan_steps(wanted, STEPS, former, read_once())
+        return next(plan.extends for plan in plans if plan.step.name == "student")
+
+    assert extends(recipe(8, 2))
+    other = load_recipe("digits", [*SETTINGS, "distill.epochs=8", "distill.decay_epochs=2", "synthesis.lambda_tv=1.0"])
+    assert not extends(other)
+
+
+def test_a_budget_for_a_run_without_one_leads_somewhere(
+    unfinished: RunFolder, finished: Path, begun: Path, invoke: Invoke
+) -> None:
+    answer = invoke("run", unfinished.root, "--budget", "10m")
+    assert answer.code == 2
+    assert "has no time plan" in answer.err
+    assert f"nayer-edge run {unfinished.typed} --finish 5m" in answer.err
+    # The others follow a cosine.
+    answer = invoke("run", finished, "--budget", "10m")
+    assert answer.code == 2
+    assert f"nayer-edge run {finished} --bank {finished} --budget 10m --out DIR" in " ".join(answer.err.split())
+    assert "--more" not in answer.err
+    answer = invoke("run", finished, "--more", "1h")
+    assert f"nayer-edge run {finished} --bank {finished} --budget 1h --out DIR" in " ".join(answer.err.split())
+    cosine = RunFolder.open(begun)
+    planning.require_new_plan(actions.recipe_in(begun), cosine, 600.0)  # its student is not begun
+    write_bytes(cosine.path(CHECKPOINT), b"")
+    with pytest.raises(UsageError) as caught:
+        planning.require_new_plan(actions.recipe_in(begun), cosine, 600.0)
+    assert f"{cosine.typed} --fresh --budget 10m" in caught.value.fix
+
+
+def test_reserved_and_drawn_images_are_both_named(short: Path) -> None:
+    run = RunFolder.open(short)
+    inputs = (run.artifact(name) for name in ("teacher", "lte", "student"))
+    asked = planning.with_sections(actions.recipe_in(short), {"validate": {"data": None, "synthetic_images": 50}})
+    images = validate._images(*inputs, config=asked, out=run, progress=Silent())
+    assert images.stream.name == "40 reserved during distillation, 10 drawn from the trained generator"

@@ -13,7 +13,16 @@ import pytest
 
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.storage.files import sha256_of, write_bytes
-from nayer_edge.storage.run_folder import LOCK, MANIFEST, Artifact, RunFolder, clear_folder, lock_folder
+from nayer_edge.storage.run_folder import (
+    LOCK,
+    MANIFEST,
+    Artifact,
+    RunFolder,
+    clear_folder,
+    lock_folder,
+    require_outside,
+    require_unlocked,
+)
 
 
 @pytest.fixture
@@ -118,6 +127,16 @@ def test_a_manifest_with_a_path_outside_is_refused_when_it_is_checked(run: RunFo
         RunFolder.open(run.root).problems()
 
 
+def test_nothing_is_written_into_a_run_folder(run: RunFolder, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(run.root / "student")
+    for path in (run.root, run.root / "new" / "x.json", link / "x.json", run.root / ".." / "run" / "x.json"):
+        with pytest.raises(UsageError, match=r"--out .* lies inside the run folder"):
+            require_outside(path, "--out")
+    require_outside(tmp_path / "x.json", "--out")
+    require_outside(run.root / "x.json", "--out", tmp_path / "another run")
+
+
 def test_altered_missing_and_unexpected_files_are_found(run: RunFolder, tmp_path: Path) -> None:
     assert run.problems() == []
     assert run.unexpected_files() == []
@@ -157,10 +176,15 @@ except UsageError as error:
             [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
         ).stdout
 
+    require_unlocked(run.root)
     with run.locked():
         assert "Another process is working" in other()
         with pytest.raises(UsageError, match="Another process"), lock_folder(run.root):
             pass
+        with pytest.raises(UsageError, match="Another process") as caught:
+            require_unlocked(run.root)
+        assert "repeat this command" in caught.value.fix
+    require_unlocked(run.root)
     assert other() == "got it\n"
 
 

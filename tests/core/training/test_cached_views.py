@@ -145,3 +145,21 @@ def test_all_crops_are_equally_frequent_over_the_bank(teacher: Classifier, compu
     views = ViewCache(bank, Augment(pad=1, flip=False), 1, teacher, compute, stream(7))
     drawn, _ = views.draw(200, stream(1))
     assert {crop_of[image.numpy().tobytes()] for image in drawn.contiguous()} == set(range(9))
+
+
+def test_only_the_places_of_the_banks_images_are_saved(
+    bank: MemoryBank, cache: Callable[..., ViewCache], stream: Stream
+) -> None:
+    """The cache allocates more, and again after it was restored."""
+    one, other = cache(Augment(pad=1), 4), cache(Augment(pad=1), 4)
+    one.draw(10, stream(0))
+    bank.add(*more(1, stream(1)))
+    one.draw(10, stream(2))
+    saved = one.tensors()
+    assert len(saved["logits"]) == len(saved["known"]) == len(bank) == 13
+    other.restore({name: tensor.clone() for name, tensor in saved.items()})
+    for seed in range(3, 8):
+        bank.add(*more(2, stream(100 + seed)))
+        (images, logits), (same_images, same_logits) = one.draw(10, stream(seed)), other.draw(10, stream(seed))
+        assert torch.equal(images, same_images)
+        assert torch.equal(logits, same_logits)

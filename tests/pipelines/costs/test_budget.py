@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,11 +18,13 @@ from nayer_edge.distillation import Epoch, Length
 from nayer_edge.errors import UsageError
 from nayer_edge.pipelines.costs import budget
 from nayer_edge.pipelines.costs.budget import Costs, Drawing, Pace, adapted, extended, finishing, plan
-from nayer_edge.pipelines.costs.durations import duration, parse_duration
+from nayer_edge.pipelines.costs.durations import duration, parse_duration, typed
 from nayer_edge.pipelines.costs.step_costs import expected_rest
 from nayer_edge.pipelines.recipes.schema import Budget, Export
 
 SMALL = Costs(synthesis_step=0.08, adversary=0.03, student_step=0.2, teacher_batch=0.1, rest=60)
+# More where they are drawn anew each time: see tests/conftest.py.
+EXAMPLES = 100 if settings().derandomize else 300
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,12 @@ def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a duration") as caught:
         parse_duration(text)
     assert "--budget" in caught.value.fix
+
+
+def test_durations_as_typed() -> None:
+    times = (5.0, 90.0, 600.0, 5400.0, 7200.0)
+    assert [typed(seconds) for seconds in times] == ["5s", "90s", "10m", "90m", "2h"]
+    assert [parse_duration(typed(seconds)) for seconds in times] == [*times]
 
 
 def test_durations_in_words() -> None:
@@ -74,7 +83,7 @@ def recomputed(found: budget.BudgetPlan, cost: Costs) -> float:
     return total + views * asked * cost.teacher_batch
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(costs, st.floats(300, 1e6), st.sampled_from([2, 10, 100, 1000]))
 def test_a_plan_fills_its_budget_and_its_parts_add_up(cost: Costs, seconds: float, classes: int) -> None:
     try:
@@ -91,7 +100,7 @@ def test_a_plan_fills_its_budget_and_its_parts_add_up(cost: Costs, seconds: floa
     Synthesis(g_steps=found.g_steps, rounds=found.rounds, warmup_rounds=found.warmup_rounds)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     costs, st.floats(0, 1), st.sampled_from([None, 100, 60_000]), st.sampled_from([32, 100, 400]),
     st.sampled_from([64, 256]),
@@ -104,6 +113,34 @@ def test_no_plan_exceeds_its_budget(cost: Costs, more: float, bank: int | None, 
     seconds = caught.value.least * 1000**more
     found = plan(seconds, cost, 10, bank=bank)
     assert 0.85 * seconds <= found.total <= seconds
+
+
+@pytest.mark.parametrize("seconds", [600, 1200, 3600])
+@pytest.mark.parametrize("step", [0.045, 0.3])
+def test_images_that_are_not_reserved_take_their_time(seconds: float, step: float) -> None:
+    """By counting the rounds one by one, as distillation reserves them and the export uses them up."""
+    wanted = {"calibration": 512, "calibration hold-out": 512, "validate": 2000}
+    cost = Costs(synthesis_step=step, adversary=step / 4, student_step=0.19, teacher_batch=0.1, rest=29)
+    found = plan(seconds, cost, 10, wanted=wanted)
+    rounds = found.images // 100
+    reserved = [n for n in range(rounds) if int((n + 1) * budget.RESERVE) > int(n * budget.RESERVE)]
+    of_turn = ("calibration", "validate", "calibration hold-out", "validate")
+    held = Counter(of_turn[place % 4] for place in range(len(reserved)))
+    missing = sum(max(0, math.ceil(count / 100) - held[purpose]) for purpose, count in wanted.items())
+    assert missing > 0 or seconds == 3600
+    assert found.seconds["rest"] >= 29 + missing * 10 * step
+    assert found.seconds["rest"] <= 29 + (missing + 2) * 10 * step, "and hardly more"
+    assert found.total <= seconds
+    assert plan(seconds, cost, 10).seconds["rest"] == 29
+
+
+def test_a_budget_that_calibration_images_use_up_says_so() -> None:
+    cost = Costs(synthesis_step=1.2, adversary=0.3, student_step=0.4, teacher_batch=0.4, rest=40)
+    with pytest.raises(budget.TooShortError, match=r"calibration and hold-out images[\s\S]*validate\.synthetic_images"):
+        plan(600, cost, 10, wanted={"calibration": 512, "calibration hold-out": 512, "validate": 2000})
+    with pytest.raises(budget.TooShortError) as caught:
+        plan(60, cost, 10)
+    assert "synthetic_images" not in str(caught.value)
 
 
 def test_an_hour_is_planned_within_a_tenth() -> None:
@@ -149,7 +186,7 @@ def test_published_sizes_take_days_on_a_cpu() -> None:
     assert budget.seconds_of(*published, SMALL) == pytest.approx(rounds + 40_000 * 0.3 * 2)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(costs, st.floats(1e-5, 10))
 def test_images_take_their_share_of_the_time(cost: Costs, image: float) -> None:
     """Unless their number per student step is at a limit."""
@@ -191,7 +228,7 @@ def seconds_of(length: Length, pace: Pace, done: int = 0) -> float:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.integers(1, 10), st.integers(1, 400), st.integers(1, 100), st.floats(60, 1e5), st.floats(1, 200),
     st.floats(0.1, 1.0), st.floats(0, 300), st.booleans(),
@@ -397,6 +434,26 @@ def test_more_time_keeps_to_its_own_time(more: float) -> None:
     given = Budget(seconds=takes / (1 - budget.MARGIN), fill_seconds=500, rest_seconds=PLANNED.rest_seconds)
     for done in range(40, length.epochs):
         assert adapted(history(LENGTH, 50.0, 80.0, 38.0, done), length, given) is None
+
+
+@pytest.mark.parametrize(("slower", "most"), [(1.0, 1.0), (1.5, 1.1), (2.0, 1.1), (10.0, 2.0)])
+@pytest.mark.parametrize("more", [1800.0, 3600.0])
+def test_more_time_on_a_slower_machine(more: float, slower: float, most: float) -> None:
+    """A finished hour goes on from before its decay on a machine that takes so many times as long. Without the pace
+    of the epochs there, it would take 1.4 and 4.5 times as long as asked (half an hour, twice and ten times slower)."""
+    done, since = history(LENGTH, 50.0, 80.0, 38.0, 39), 39
+    length = extended(LENGTH, more, Pace.of(done), PLANNED.rest_seconds)
+    takes = 10 * 50 + 29 * 80 + seconds_of(length, Pace.of(done), 39) + PLANNED.rest_seconds
+    given = Budget(seconds=takes / (1 - budget.MARGIN), fill_seconds=500, rest_seconds=PLANNED.rest_seconds)
+    while len(done) < length.epochs:
+        decaying = len(done) >= length.epochs - length.decay_epochs
+        train, rounds = (42.0, 0.0) if decaying else (80.0, 38.0)
+        (epoch,) = history(Length(1, 0, 0), 0.0, slower * train, slower * rounds, 1)
+        epoch.loss_bn, epoch.loss_ce = (None, None) if decaying else (1.0, 1.0)
+        done.append(epoch)
+        length = adapted(done, length, given, since=since) or length
+    took = sum(epoch.seconds for epoch in done[since:]) + PLANNED.rest_seconds
+    assert 0.8 * more <= took <= most * more + 80
 
 
 def test_a_clock_that_jumps_does_not_stop_a_run() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,12 +32,18 @@ NAME = "fp16.tensorrt-rtx.engine"
 
 
 @pytest.fixture
-def with_engines(finished: Path, tiny_settings: list[str]) -> Path:
+def with_engines(
+    tiny_run: Path, tiny_settings: list[str], once: Callable[[str, Callable[[Path], object]], Path], tmp_path: Path
+) -> Path:
     """A run with engines of TensorRT-RTX; TensorRT proper is asked for and not at hand."""
     pytest.importorskip("tensorrt_rtx")
     settings = [*tiny_settings, 'export.targets=["cpu","tensorrt-rtx"]', "export.engines=true"]
-    run_recipe(load_recipe("digits", settings), finished, last="engine")
-    return finished
+
+    def make(folder: Path) -> None:
+        root = Path(shutil.copytree(tiny_run, folder / "digits"))
+        run_recipe(load_recipe("digits", settings), root, last="engine")
+
+    return Path(shutil.copytree(once("with-engines", make) / "digits", tmp_path / "runs" / "digits"))
 
 
 def validated(root: Path) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +22,15 @@ from nayer_edge.pipelines.measurements import PREDICTIONS_PATH, REPORT_PATH, Dat
 from nayer_edge.pipelines.recipes.loading import recipe_of
 from nayer_edge.pipelines.run import StepEvent, run_recipe
 from nayer_edge.pipelines.schemas import load
-from nayer_edge.pipelines.validation.validate import BATCH_VALUES, batch_size, count_pairs, ranked, run_over, same
+from nayer_edge.pipelines.validation.validate import (
+    BATCH_VALUES,
+    batch_size,
+    count_pairs,
+    origin_of,
+    ranked,
+    run_over,
+    same,
+)
 from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.files import sha256_of
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
@@ -118,6 +125,8 @@ def test_predictions_are_ranks(tiny_run: Path) -> None:
 
 
 def test_the_report_follows_the_published_schema(tiny_run: Path) -> None:
+    import jsonschema  # takes a second: not in every worker that collects this file
+
     report = report_of(tiny_run)
     jsonschema.validate(report, load("report"))
     assert report["schema"] == "nayer-edge/report/1"
@@ -161,6 +170,8 @@ def test_measurements_are_of_this_machine(tiny_run: Path) -> None:
 
 
 def test_synthetic_images_have_no_truth(invoke: Invoke, finished: Path) -> None:
+    import jsonschema  # takes a second: not in every worker that collects this file
+
     values = json.loads((finished / MANIFEST).read_text())["recipe"]
     values["validate"] = {"data": None, "synthetic_images": 60}
     run_recipe(recipe_of(values, finished), finished, last="validate")
@@ -557,3 +568,18 @@ def test_no_path_of_this_machine_travels_with_a_run(
         assert invoke("validate", finished).code == 0, "the manifest's own path is found again"
         assert described(finished)["n"] == 20
     assert not [path for path in finished.rglob("*.json") if str(tmp_path) in path.read_text()]
+
+
+@pytest.mark.parametrize(
+    ("reserved", "drawn", "generator", "name"),
+    [
+        (2000, 0, True, "reserved during distillation"),
+        (1400, 600, True, "1,400 reserved during distillation, 600 drawn from the trained generator"),
+        (1400, 600, False, "1,400 reserved during distillation, 600 drawn procedurally"),
+        (0, 2000, True, "drawn from the trained generator"),
+    ],
+)
+def test_synthetic_images_are_named_after_where_they_come_from(
+    reserved: int, drawn: int, generator: bool, name: str
+) -> None:
+    assert origin_of(reserved, drawn, generator=generator) == name
