@@ -22,7 +22,7 @@ from rich.text import Text
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.runtime.progress import Progress
 from nayer_edge.storage.files import read_json, sha256_of, write_bytes, write_json
-from nayer_edge.storage.run_folder import Artifact, RunFolder
+from nayer_edge.storage.run_folder import Artifact, RunFolder, require_outside
 from nayer_edge.text import inert
 
 from ..measurements import PREDICTIONS_PATH, REPORT_PATH, Report, read_report
@@ -78,7 +78,7 @@ def _judged(run: RunFolder, report: Report, policy: Policy, baseline: Baseline |
     verdict = judge(report, policy, baseline)
     distill = run.manifest.recipe.get("distill")
     continuable = isinstance(distill, dict) and distill.get("schedule") == "constant"
-    advice = wording.advice(verdict, continuable)
+    advice = wording.advice(verdict, report, continuable)
     return replace(verdict, notes=(*wording.notes(report.dataset, policy, baseline), *advice))
 
 
@@ -157,13 +157,8 @@ def require_outputs(run_root: Path, outputs: Mapping[str, Path | None], inputs: 
     for option, path in outputs.items():
         if path is None:
             continue
+        require_outside(path, option, run_root)
         place = path.resolve()
-        if place.is_relative_to(run_root.resolve()):
-            raise UsageError(
-                f"{option} {path} lies inside the run folder, where the manifest lists every file.",
-                why="A file written there would make the run look altered.",
-                fix=f"Choose a file outside {run_root}.",
-            )
         if place in taken:
             raise UsageError(f"{option} would overwrite {path}, {taken[place]}.", fix="Choose another file.")
         taken[place] = f"which {option} writes"

@@ -6,14 +6,15 @@ The terminal's table, JUnit XML, the Markdown summary and the page take them fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from .judgement import CHECKS, Check, Verdict
+from .judgement import AT_LEAST, CHECKS, DEPLOYMENT_CHECKS, STUDENT_CHECKS, Check, Verdict
 
 if TYPE_CHECKING:
-    from ..measurements import Dataset
+    from ..measurements import Dataset, Report
     from ..recipes.policy import Policy
     from .judgement import Baseline
 
@@ -34,11 +35,6 @@ _TITLES = {
     "size": "File size",
     "parity": "ONNX vs PyTorch logits",
 }
-_AT_LEAST = {"agreement", "int8_coverage", "speedup_vs_fp32"}
-_STUDENT = {"accuracy_drop_vs_teacher", "agreement"}
-"""checks that fail if the student is too far from its teacher"""
-_DEPLOYMENT = {"accuracy_drop_vs_fp32", "parity", "runtime"}
-"""checks that fail if export or quantization changed the student's answers"""
 _SHOWN_REASONS = 3
 
 
@@ -117,23 +113,56 @@ def notes(dataset: Dataset, policy: Policy, baseline: Baseline | None = None) ->
     return tuple(found)
 
 
-def advice(verdict: Verdict, continuable: bool = True) -> tuple[str, ...]:
-    """What to do if the student is too far from its teacher.
+def advice(verdict: Verdict, report: Report, continuable: bool = True) -> tuple[str, ...]:
+    """What to do if an artifact is too far from the teacher: train the student longer, or quantize better.
 
     Args:
         continuable: the run can be given more time, because its schedule is constant.
     """
-    failed = {check.name for check in verdict.checks if check.verdict == "fail" and not check.advisory}
-    if not failed & _STUDENT:
+    failed = [check for check in verdict.checks if check.verdict == "fail" and not check.advisory]
+    found = [(check, *_distances(check, report)) for check in failed if check.name in STUDENT_CHECKS]
+    if not found:
         return ()
-    cause = "quantization loses accuracy, too" if failed & _DEPLOYMENT else "quantization is not the cause"
+    # The check that says most against the student.
+    check, limit, student = max(found, key=lambda each: math.inf if each[2] is None else each[2] - each[1])
     how = (
         "Give it more training time: nayer-edge run RUN --more 1h."
         if continuable
         else "Give it more training time, in a run that starts with its images: "
         "nayer-edge run RUN --bank RUN --budget 1h --out DIR."
     )
-    return (f"The student is too far from its teacher; {cause}. {how} Or choose a larger student.",)
+    if student is None:
+        return (f"The student is too far from its teacher. {how} Or choose a larger student.",)
+    added = 0.0 if check.observed is None else max(_distance(check.name, check.observed) - student, 0.0)
+    if student <= limit:
+        return (
+            f"The student itself is within the limit ({_points(student)}); quantization adds {_points(added)}. "
+            "Quantize with training: nayer-edge export RUN --int8 --qat.",
+        )
+    lossy = added > student / 10 or any(each.name in DEPLOYMENT_CHECKS for each in failed)
+    cause = f"quantization adds {_points(added)}" if lossy else "quantization is not the cause"
+    lead = f"The student is too far from its teacher ({_points(student)}); {cause}."
+    return (f"{lead} {how} Or choose a larger student.",)
+
+
+def _distances(check: Check, report: Report) -> tuple[float, float | None]:
+    """The limit of a check, and how far the FP32 student is from its teacher as the check counts it; None if that was
+    not measured."""
+    limit = _distance(check.name, check.limit or 0.0)
+    teacher, student = report.teacher.top1, report.student.top1
+    if check.name in AT_LEAST or report.dataset.kind == "synthetic":
+        agreement = report.student.agreement
+        return limit, None if agreement is None else 1 - agreement
+    return limit, None if teacher is None or student is None else teacher - student
+
+
+def _distance(check: str, value: float) -> float:
+    """A drop, or an agreement as the fraction that disagrees."""
+    return 1 - value if check in AT_LEAST else value
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:.1f} points"
 
 
 def promise(dataset: Dataset) -> tuple[str, ...]:
@@ -183,13 +212,13 @@ def figures(check: Check) -> Figures:
 
     while digits < 9 and limit is not None and compared not in (None, limit) and shown(limit) == shown(compared):
         digits += 1
-    relation = "≥ " if check.name in _AT_LEAST else "≤ "
+    relation = "≥ " if check.name in AT_LEAST else "≤ "
     return Figures(shown(check.observed), shown(check.bound), "–" if limit is None else relation + shown(limit))
 
 
-def percent(fraction: float | None) -> str:
-    """ "98.83 %", or "–"."""
-    return "–" if fraction is None else f"{100 * fraction:.2f} %"
+def percent(fraction: float | None, missing: str = "–") -> str:
+    """0.9883 → "98.83 %"; None → `missing`."""
+    return missing if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def difference(fraction: float, *, sign: bool = False, digits: int = 2) -> str:
@@ -215,7 +244,7 @@ def milliseconds(value: float) -> str:
 def _room(check: Check) -> float:
     """How far the bound is from its limit, as a part of what the limit leaves."""
     limit, bound = check.limit or 0.0, check.bound or 0.0
-    if check.name in _AT_LEAST:
+    if check.name in AT_LEAST:
         return (bound - limit) / max(1 - limit, 1e-9)
     return (limit - bound) / max(limit, 1e-9)
 

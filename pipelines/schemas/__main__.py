@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from nayer_edge.storage.files import write_json
 from nayer_edge.storage.run_folder import MANIFEST_SCHEMA, Manifest
 
-from ..gate.judgement import CHECKS
+from ..gate.judgement import CHECKS, Outcome
 from ..gate.verdict import VERDICT_SCHEMA
 from ..measurements import REPORT_SCHEMA, Report
 from ..recipes.policy import Policy, References
@@ -38,7 +38,7 @@ def _of(model: type[BaseModel], identifier: str) -> dict[str, Any]:
 
 
 def _verdict() -> dict[str, Any]:
-    outcome = {"enum": ["pass", "fail", "inconclusive"]}
+    outcome = {"enum": list(get_args(Outcome))}
 
     def number(description: str) -> dict[str, Any]:
         return {"type": ["number", "null"], "description": description}

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 
@@ -124,6 +123,8 @@ def test_successors(
     verdict: str,
     code: int,
 ) -> None:
+    import jsonschema  # takes a second: not in every worker that collects this file
+
     release("1.0", before)
     root = release("1.1", now)
     files = references(tmp_path, "1.0")

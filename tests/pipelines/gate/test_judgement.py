@@ -656,3 +656,40 @@ def test_the_sentences_are_the_golden_ones() -> None:
         GOLDEN.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8"), "see the beginning of this file"
     assert {check.name for given in found.values() for check in judge(*given).checks} == set(CHECKS)
+
+
+# ------------------------------------------------------------------ what to do
+
+
+@pytest.mark.parametrize(
+    ("student", "int8", "said"),
+    [
+        (0.90, 0.897, "The student is too far from its teacher (9.0 points); quantization is not the cause. Give it"),
+        (0.90, 0.80, "The student is too far from its teacher (9.0 points); quantization adds 10.0 points. Give it"),
+        (0.985, 0.80, "The student itself is within the limit (0.5 points); quantization adds 18.5 points. Quantize"),
+        (None, 0.80, "The student is too far from its teacher. Give it"),
+    ],
+)
+@pytest.mark.parametrize("also", [True, False])
+def test_advice_names_the_part_that_loses(student: float | None, int8: float, said: str, also: bool) -> None:
+    """A teacher of 99 %, and a limit of 4 points; with and without a limit on quantization itself."""
+    lost = round(600 * (0.99 - int8))
+    counts = paired(lost, 0)
+    report = report_of(measured("int8.cpu", top1=int8, paired=PairedCounts(vs_teacher=counts, vs_fp32=paired(0, 0))))
+    report = report.model_copy(update={"student": Network(params=10, top1=student)})
+    limits = {"max_drop_vs_teacher": 0.04, **({"max_drop_vs_fp32": 0.015} if also else {})}
+    verdict = judge(report, policy_of(accuracy=limits))
+    assert the(verdict, "accuracy_drop_vs_teacher").verdict == "fail"
+    (found,) = wording.advice(verdict, report)
+    assert found.startswith(said)
+    assert ("--more" in found) == (said.endswith("Give it"))
+
+
+def test_advice_on_synthetic_images_counts_disagreement() -> None:
+    report = synthetic(fp32=0.8, int8=0.79)
+    verdict = judge(report, policy_of(agreement={"min": 0.9}))
+    near, far = (report.model_copy(update={"student": Network(params=10, agreement=a)}) for a in (0.95, 0.8))
+    assert "within the limit (5.0 points); quantization adds 16.0 points" in wording.advice(verdict, near)[0]
+    assert "too far from its teacher (20.0 points); quantization is not the cause" in wording.advice(verdict, far)[0]
+    assert "--bank RUN" in wording.advice(verdict, far, continuable=False)[0]
+    assert wording.advice(judge(report_of(), Policy()), report) == ()

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import itertools
 import json
-import subprocess
 import sys
 import tomllib
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
-from xmlschema import XMLSchema, XMLSchemaValidationError
 
 from nayer_edge.config import Section
 from nayer_edge.errors import EXIT_INTEGRITY, EXIT_USAGE, IntegrityError, NayerEdgeError, UsageError
@@ -53,6 +51,9 @@ from nayer_edge.storage.files import sha256_of, write_json
 from nayer_edge.storage.run_folder import Artifact, RunFolder
 from nayer_edge.text import inert
 
+if TYPE_CHECKING:
+    from xmlschema import XMLSchema
+
 FP32, INT8 = "export/student.fp32.onnx", "export/student.int8.cpu.onnx"
 HOSTILE = (
     "cat\x1b[2J\x1b]0;owned\x07\x00\ud800\ufffe\u202e"
@@ -62,7 +63,12 @@ HOSTILE = (
 )
 
 
-SCHEMA = XMLSchema(Path(__file__).parents[1] / "junit.xsd")
+@functools.cache
+def schema() -> XMLSchema:
+    """Of JUnit files. Not read at the top: every worker collects this file, and this takes a second."""
+    from xmlschema import XMLSchema
+
+    return XMLSchema(Path(__file__).parents[1] / "junit.xsd")
 
 
 def report_values(root: Path) -> dict[str, Any]:
@@ -388,6 +394,8 @@ def hostile_verdict() -> Verdict:
 
 
 def test_verdict_json_is_the_published_contract(root: Path, tmp_path: Path) -> None:
+    import jsonschema  # takes a second: not in every worker that collects this file
+
     for verdict in (run_gate(root), hostile_verdict(), Verdict("pass", ())):
         value = verdict_json(verdict)
         jsonschema.validate(value, load("verdict"))
@@ -421,7 +429,7 @@ def test_an_unreadable_verdict(tmp_path: Path, value: dict[str, Any]) -> None:
 
 def assert_junit(xml: bytes) -> None:
     """Valid against tests/pipelines/junit.xsd, with counts that are those of the elements."""
-    SCHEMA.validate(io.BytesIO(xml))
+    schema().validate(io.BytesIO(xml))
     root = ET.fromstring(xml)
     for element in [root, *root.iter("testsuite")]:
         assert int(element.attrib["tests"]) == len(list(element.iter("testcase")))
@@ -440,8 +448,10 @@ def assert_junit(xml: bytes) -> None:
     ],
 )
 def test_the_schema_refuses_what_is_no_junit(xml: bytes) -> None:
+    from xmlschema import XMLSchemaValidationError
+
     with pytest.raises(XMLSchemaValidationError):
-        SCHEMA.validate(io.BytesIO(xml))
+        schema().validate(io.BytesIO(xml))
 
 
 def test_junit(tmp_path: Path) -> None:
@@ -463,6 +473,8 @@ def test_junit(tmp_path: Path) -> None:
 
 
 def test_a_synthetic_verdict_says_what_it_can_and_cannot_promise_everywhere(root: Path) -> None:
+    import jsonschema  # takes a second: not in every worker that collects this file
+
     values = report_values(root)
     for artifact in values["artifacts"]:
         artifact |= {"top1": None, "paired": {"vs_fp32": None, "vs_teacher": None}, "per_class": [], "agreement": 1.0}
@@ -693,6 +705,8 @@ def test_policy_toml_names_every_key() -> None:
 
 @pytest.mark.parametrize("name", ["recipe", "policy", "references", "report", "verdict", "manifest", "sweep"])
 def test_committed_schemas_are_up_to_date(name: str) -> None:
+    import jsonschema  # takes a second: not in every worker that collects this file
+
     assert load(name) == schema_writer.schemas()[name], "type: make schemas"
     jsonschema.Draft202012Validator.check_schema(load(name))
     assert load(name)["$id"] == f"nayer-edge/{name}/1"
@@ -706,6 +720,8 @@ def test_schemas_are_written_beside_the_module(tmp_path: Path) -> None:
 
 
 def test_files_of_a_run_follow_their_schemas(root: Path) -> None:
+    import jsonschema  # takes a second: not in every worker that collects this file
+
     jsonschema.validate(json.loads((root / "manifest.json").read_text()), load("manifest"))
     values = json.loads((root / REPORT_PATH).read_text())
     jsonschema.validate(values, load("report"))
@@ -713,27 +729,6 @@ def test_files_of_a_run_follow_their_schemas(root: Path) -> None:
     jsonschema.validate(tomllib.loads(policy_toml(Policy())), load("policy"))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"accuracy": {"max_drop": 1}}, load("policy"))
-
-
-def test_gate_needs_nothing_but_the_base_install(root: Path) -> None:
-    """In a process where importing anything but the base install's packages fails."""
-    program = f"""
-import sys
-from pathlib import Path
-base = {{"typer", "click", "rich", "pydantic", "pydantic_core", "annotated_types", "typing_extensions",
-        "typing_inspection", "pygments", "markdown_it", "mdurl", "shellingham", "tomli_w", "nayer_edge"}}
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top not in base and top not in sys.stdlib_module_names and not top.startswith("_"):
-            raise ImportError(name)
-before = set(sys.modules)
-sys.meta_path.insert(0, Refuse())
-from nayer_edge.pipelines.gate.verdict import run_gate
-assert run_gate(Path({str(root)!r})).verdict == "pass"
-assert not {{"numpy", "scipy", "torch", "onnx"}} & (set(sys.modules) - before)
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("module", ["statistics", "judgement"])
