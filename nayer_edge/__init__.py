@@ -21,7 +21,20 @@ from typing import TYPE_CHECKING, Any
 from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, TrainingError, UsageError
 
 if TYPE_CHECKING:
-    from nayer_edge.pipelines.api import InputSpec, Run, Teacher, distill, load_teacher, open, run, sweep
+    from nayer_edge.pipelines.api import (
+        InputSpec,
+        Recipe,
+        Report,
+        Run,
+        Sweep,
+        Teacher,
+        Verdict,
+        distill,
+        load_teacher,
+        open,
+        run,
+        sweep,
+    )
 
 __version__ = "0.1.0"
 
@@ -30,10 +43,14 @@ __all__ = [
     "IntegrityError",
     "MissingError",
     "NayerEdgeError",
+    "Recipe",
+    "Report",
     "Run",
+    "Sweep",
     "Teacher",
     "TrainingError",
     "UsageError",
+    "Verdict",
     "__version__",
     "distill",
     "load_teacher",

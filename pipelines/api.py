@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,17 +19,20 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from nayer_edge import config
-from nayer_edge.errors import UsageError, understood
+from nayer_edge.errors import NayerEdgeError, UsageError, understood
 from nayer_edge.models import in_memory, user_code
 from nayer_edge.models.names import BRING_WEIGHTS, MEMORY, located, parse
 from nayer_edge.storage.files import expanded
 from nayer_edge.storage.run_folder import MANIFEST
 
 from . import actions
+from .gate.judgement import Verdict
 from .init.parsing import plain_name
+from .measurements import Report
 from .recipes.checking import checked, problems_of
 from .recipes.loading import DESCRIBED, recipe_of, resolved_teacher, with_input
 from .recipes.preflight import require_typed
+from .recipes.schema import Recipe
 from .recipes.settings import set_value
 from .sweep.order import SweepOrder
 
@@ -39,9 +43,6 @@ if TYPE_CHECKING:
     from nayer_edge.models.classifier import Classifier
     from nayer_edge.storage.run_folder import RunFolder
 
-    from .gate.judgement import Verdict
-    from .measurements import Report
-    from .recipes.schema import Recipe
     from .show import Display
     from .sweep.record import Sweep as SweepRecord
 
@@ -50,6 +51,16 @@ Labels = Sequence[str] | FilePath
 """class names in the order of the outputs, or a file of them"""
 GIVEN = ("teacher", "teach", "student.model", "student.bank")
 """recipe keys that `distill` takes as arguments or does not accept"""
+
+
+_ARGUMENTS = {
+    **{name: name for name in ("budget", "more", "finish", "bank", "until", "out", "policy", "junit", "summary")},
+    **{name: f"{name}=True" for name in ("int8", "qat", "only", "fresh")},
+    **{"no-engine": "engines=False", "target": "targets", "set": "settings", "json-out": "json_out"},
+    **{"compute-capability": "compute_capability", "trust-code": "trust_code=True"},
+}
+"""option of the command line → argument"""
+_OPTION = re.compile(rf"--({'|'.join(_ARGUMENTS)})\b")
 
 
 class InputSpec(config.InputSpec):
@@ -469,7 +480,7 @@ def distill(
 
 
 def run(
-    recipe: FilePath,
+    recipe: Run | FilePath,
     *,
     out: FilePath | None = None,
     until: str | None = None,
@@ -485,7 +496,8 @@ def run(
     """Runs a recipe, or continues it where it stopped. `Run.gate` then gives the verdict.
 
     Args:
-        recipe: a shipped recipe's name, a .toml file, or a run folder to continue.
+        recipe: a shipped recipe's name, a .toml file, or a run to continue: its folder or, if its teacher is an
+            nn.Module in memory, what `distill` or `open` returned.
         out: the run folder; default: runs/<recipe>.
         until: the last step to run: teacher, lte, student, onnx, int8, engine, validate, gate or report.
         settings: overrides of the recipe, such as ["distill.epochs=4"].
@@ -496,16 +508,19 @@ def run(
 
     Raises:
         UsageError: unknown recipe or step, or an invalid recipe.
+        MissingError: a file of another runtime, such as OpenVINO, could not be built here; everything else is done.
         NayerEdgeError: see `distill`.
     """
-    with _at_work(trust_code=trust_code):
+    teacher = recipe._teacher if isinstance(recipe, Run) else None
+    with _at_work(teacher, trust_code):
         name = _named(recipe)
         chosen = actions.read_recipe(name, list(settings), None if bank is None else _folder(bank))
         path = actions.default_out(name, chosen) if out is None else expanded(os.fspath(out))
         time = actions.Time.typed(budget, more, finish)
         chosen, _ = actions.timed(chosen, name, path, time, fresh=fresh, settings=settings)
-        actions.make(chosen, path, last=until, fresh=fresh, display=_display(progress))
-    return Run(path, trust_code=trust_code)
+        made = actions.make(chosen, path, last=until, fresh=fresh, display=_display(progress))
+        actions.require_complete(made, until)
+    return Run(path, teacher, trust_code=trust_code)
 
 
 class Sweep:
@@ -777,6 +792,19 @@ def _at_work(teacher: Teacher | None = None, trust_code: bool = False) -> Iterat
             yield
         except Exception as error:
             found = understood(error, "This")
-            if found is None or found is error:
+            if found is None:
+                raise
+            _in_python(found)
+            if found is error:
                 raise
             raise found from error
+
+
+def _in_python(error: NayerEdgeError) -> None:
+    """Turns options of the command line in an error's text, but not those of whole commands, into arguments."""
+    for part in ("what", "why", "fix"):
+        lines = [
+            line if "nayer-edge " in line else _OPTION.sub(lambda found: _ARGUMENTS[found[1]], line)
+            for line in getattr(error, part).split("\n")
+        ]
+        setattr(error, part, "\n".join(lines))

@@ -234,7 +234,7 @@ def _columns(path: Path, schema: Any) -> tuple[str, str]:
         raise UsageError(
             f"{path} lacks a column of images or one of labels.",
             why=f"Its columns: {', '.join(schema.names)}.",
-            fix="Name them image (with encoded bytes) and label.",
+            fix="Name the columns `image` (encoded bytes) and `label`.",
         )
     for name in (image, label):
         if schema.names.count(name) > 1:

@@ -72,7 +72,7 @@ def build(
             settings.update(dict(arguments))
             if (problem := getattr(settings, "problem_type", None)) not in (None, "single_label_classification"):
                 raise UsageError(
-                    f"{model.portable} does not choose one class for an image.",
+                    f"{model.portable} is not a single-label classifier.",
                     why=f"Its config.json has problem_type = {problem}.",
                     fix="Use a model that was trained with one label per image. If this one was, correct config.json.",
                 )

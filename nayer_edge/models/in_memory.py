@@ -68,6 +68,6 @@ def not_held(model: ModelName) -> UsageError:
     return UsageError(
         f"The teacher {model.whole} is not available: it was an nn.Module in a Python program.",
         why="The run folder contains its weights, but not the code that builds the network.",
-        fix="In Python, with the same teacher: nayer_edge.open(RUN, teacher=teacher), or to continue an unfinished "
-        "student: nayer_edge.distill(teacher, …, out=RUN).",
+        fix="In Python, with the same teacher: run = nayer_edge.open(RUN, teacher=teacher). To train the student "
+        'longer: nayer_edge.run(run, more="1h"). To continue an unfinished one: nayer_edge.run(run).',
     )

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import nayer_edge as ne
+from nayer_edge.distillation import Length
 from nayer_edge.pipelines import api
+from nayer_edge.pipelines.costs import planning
 from nayer_edge.pipelines.recipes.policy import limited, make_policy
 from nayer_edge.pipelines.recipes.renamed import RenamedWarning
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
@@ -105,8 +107,10 @@ def test_importing_is_light_and_shows_every_name() -> None:
 def test_the_names_are_the_functions_of_the_pipelines() -> None:
     shown = {name: getattr(ne, name) for name in ne.__all__ if name != "__version__"}
     of_api = {name for name, value in shown.items() if value.__module__ == api.__name__}
-    assert of_api == {"InputSpec", "Run", "Teacher", "distill", "load_teacher", "open", "run", "sweep"}
-    assert all(issubclass(shown[name], ne.NayerEdgeError) for name in shown.keys() - of_api)
+    assert of_api == {"InputSpec", "Run", "Sweep", "Teacher", "distill", "load_teacher", "open", "run", "sweep"}
+    returned = {"Recipe", "Report", "Verdict"}
+    assert {shown[name].__module__.rpartition(".")[2] for name in returned} == {"schema", "measurements", "judgement"}
+    assert all(issubclass(shown[name], ne.NayerEdgeError) for name in shown.keys() - of_api - returned)
     with pytest.raises(AttributeError, match="no attribute 'destill'"):
         _ = ne.destill  # type: ignore[attr-defined]
 
@@ -371,7 +375,7 @@ def test_interrupted_it_goes_on_from_python_alone(
     before = manifest(root)
     answer = invoke("run", root)
     assert answer.code == 2
-    assert "nayer_edge.distill(teacher" in answer.err
+    assert "nayer_edge.run(run)" in answer.err
     with pytest.raises(ne.UsageError, match="is not available"):
         ne.run(root)
     with pytest.raises(ne.UsageError, match="with other settings"):
@@ -513,7 +517,7 @@ def test_steps_that_are_missing_and_files_that_were_altered(made: Path, mine: Pa
         ({"targets": ["toaster"]}, "toaster"),
         ({"calibration_image": 3}, "Did you mean 'calibration_images'"),
         ({"fp16": "perhaps"}, "fp16"),
-        ({"qat": True}, "without --int8"),
+        ({"qat": True}, "without int8=True"),
     ):
         with pytest.raises(ne.UsageError, match=text):
             run.export(**settings)
@@ -535,7 +539,7 @@ def test_an_engine_that_cannot_be_built_is_said_when_the_rest_is_there(mine: Pat
     files = run.export(int8=True, targets=["tensorrt"], engines=False)
     assert set(files) == {"fp32", "int8.cpu", "int8.tensorrt"}
     assert set(run.export(int8=True, targets=["tensorrt"], only=True)) == {"fp32", "int8.tensorrt"}
-    with pytest.raises(ne.UsageError, match="--only"):
+    with pytest.raises(ne.UsageError, match="only=True removes"):
         run.export(int8=True, only=True)
 
 
@@ -603,6 +607,30 @@ def test_drawn_images_are_the_command_lines(finished: Path, invoke: Callable[...
     assert np.array_equal(np.load(folder / "calibration.labels.npy", allow_pickle=False), labels)
 
 
+def test_more_time_with_a_teacher_in_memory(
+    teacher: ne.Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning.budget, "extended", lambda *_: Length(4, 1, 1))
+    sizes = {**TINY["distill"], "schedule": "constant", "decay_epochs": 1}
+    run = ne.distill(teacher, STUDENT, tmp_path / "run", **{**TINY, "distill": sizes})
+    again = ne.run(run, more="1h", until="student")
+    assert again.recipe.distill.epochs == 4
+    assert len(again.draw(4)[0]) == 4, "it has its teacher"
+    with pytest.raises(ne.UsageError, match=r'nayer_edge\.run\(run, more="1h"\)'):
+        ne.run(run.path, until="student", fresh=True)
+
+
+def test_messages_name_arguments_and_leave_commands_alone(mine: Path, teacher: ne.Teacher, tmp_path: Path) -> None:
+    with pytest.raises(ne.UsageError, match=r"^budget and more cannot be combined") as caught:
+        ne.run(ne.open(mine, teacher=teacher), budget="1h", more="1h")
+    assert "--" not in str(caught.value)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ne.UsageError, match=r"another folder with out\b"):
+        ne.run("digits", out=tmp_path)
+    with pytest.raises(ne.UsageError, match=r"^more continues the run[\s\S]*nayer-edge run \S+ --more 1h$"):
+        ne.run(mine, more="1h", out=tmp_path / "other")
+
+
 # Teachers in files, other people's code, recipes
 
 
@@ -646,12 +674,12 @@ def make(num_classes, in_channels):
 def test_code_runs_where_it_is_trusted(teacher: ne.Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(CODE)
-    with pytest.raises(ne.IntegrityError, match="--trust-code"):
+    with pytest.raises(ne.IntegrityError, match="trust_code=True"):
         ne.distill(teacher, "python:mine.py:make", "run", **TINY)
     run = ne.distill(teacher, "python:mine.py:make", "run", trust_code=True, **TINY)
     assert run.student().model == "python:mine.py:make"
     assert ne.open("run", trust_code=True).student().model == "python:mine.py:make"
-    with pytest.raises(ne.IntegrityError, match="--trust-code"):
+    with pytest.raises(ne.IntegrityError, match="trust_code=True"):
         ne.open("run").student()
 
     from safetensors.torch import save_file
@@ -660,7 +688,7 @@ def test_code_runs_where_it_is_trusted(teacher: ne.Teacher, tmp_path: Path, monk
     exec(CODE, namespace)
     save_file(namespace["make"](4, 1).state_dict(), "w.safetensors")
     given: dict[str, Any] = {"model": "python:mine.py:make", "classes": CLASSES, "input": SPEC}
-    with pytest.raises(ne.IntegrityError, match="--trust-code"):
+    with pytest.raises(ne.IntegrityError, match="trust_code=True"):
         ne.load_teacher("w.safetensors", **given)
     assert ne.load_teacher("w.safetensors", trust_code=True, **given).model.endswith("mine.py:make")
 
