@@ -118,14 +118,10 @@ def calibration_data(
 ) -> None:
     """Writes class-balanced synthetic images, unused in training, in formats that other quantizers read."""
     from nayer_edge.export.calibration_data import write_calibration_data
-    from nayer_edge.storage.run_folder import inside_run
+    from nayer_edge.storage.run_folder import require_outside
 
     opened = actions.open_run(run_folder)
-    if inside_run(out):
-        raise UsageError(
-            f"{out} is inside the run folder, which holds only files listed in its manifest.",
-            fix="Choose another folder.",
-        )
+    require_outside(out, "--out")
     display = watched(as_json)
     images, labels = actions.draw(run_folder, count, display=display)
     wanted = [name.strip() for name in formats.split(",") if name.strip()]

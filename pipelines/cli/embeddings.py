@@ -72,17 +72,13 @@ def lte_build(
     found = _embeddings(recipe, labels, encoder, prompt, synonyms, settings)
     if out is not None:
         from nayer_edge.labels import embeddings as lte
-        from nayer_edge.storage.run_folder import inside_run
+        from nayer_edge.storage.run_folder import require_outside
 
         if out.suffix != ".safetensors":
             raise UsageError(
                 f"Embeddings cannot be written as '{out.name}'.", fix="Give --out a name that ends with .safetensors."
             )
-        if inside_run(out):
-            raise UsageError(
-                f"--out {out} lies inside a run folder, where the manifest lists every file.",
-                fix="Choose a path outside of it.",
-            )
+        require_outside(out, "--out")
         lte.save(found, out)
     _show(found, as_json, None)
 
@@ -141,22 +137,14 @@ def _embeddings(
     return lte.build(names, config)
 
 
-def _outside(picture: Path) -> Path:
-    from nayer_edge.storage.run_folder import inside_run
-
-    if inside_run(picture):
-        raise UsageError(
-            f"--picture {picture} lies inside a run folder, where the manifest lists every file.",
-            fix="Choose a path outside of the run folder.",
-        )
-    return picture
-
-
 def _show(found: LabelEmbeddings, as_json: bool, picture: Path | None) -> None:
+    from nayer_edge.storage.run_folder import require_outside
+
     from ..report.similarity import heat_map, summary
 
     if picture is not None:
-        heat_map(found, _outside(picture))
+        require_outside(picture, "--picture")
+        heat_map(found, picture)
     facts = summary(found)
     if as_json:
         print_json(facts)

@@ -11,7 +11,7 @@ from rich.text import Text
 from nayer_edge.text import inert
 
 from ..actions import read_recipe
-from .shared import Json, TrustCode, app, example, percent, print_json, stdout, watched
+from .shared import Json, TrustCode, app, example, print_json, stdout, watched
 
 
 @app.command(epilog=example("nayer-edge recipes"))
@@ -19,6 +19,7 @@ def recipes(as_json: Json = False) -> None:
     """Lists the shipped recipes with their measured accuracy."""
     from nayer_edge.models.names import parse
 
+    from ..gate.wording import percent
     from ..recipes.loading import shipped
 
     found = [read_recipe(entry.name) for entry in shipped()]
@@ -31,7 +32,7 @@ def recipes(as_json: Json = False) -> None:
     table.add_column("top-1", justify="right", no_wrap=True)
     for recipe in found:
         measured, models = recipe.measured, (recipe.teacher.model, recipe.student.model)
-        top1, sd = percent(measured.student_top1), percent(measured.student_top1_sd)
+        top1, sd = (percent(rate, missing="") for rate in (measured.student_top1, measured.student_top1_sd))
         table.add_row(
             recipe.name,
             " → ".join(parse(model).name for model in models),

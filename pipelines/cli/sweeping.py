@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from nayer_edge.errors import EXIT_FAILED, UsageError
+from nayer_edge.errors import EXIT_FAILED
 from nayer_edge.text import inert
 
 from ..sweep.order import SweepOrder
@@ -69,7 +69,7 @@ def sweep(
     ] = False,
     fresh: Annotated[
         bool,
-        typer.Option("--fresh", help="Start over: empty the sweep's folder first. The run with the bank is kept."),
+        typer.Option("--fresh", help="Start over: empty the sweep's folder first. A bank that it took is kept."),
     ] = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
@@ -80,7 +80,7 @@ def sweep(
     """
     order = SweepOrder.typed(recipe, students or [], budget, out, settings, fresh=fresh)
     if dry_run:
-        _show_plan(order, recipe, settings or [], as_json=as_json)
+        _show_plan(order, recipe, settings or [], fresh=fresh, as_json=as_json)
         return
     display = watched(as_json)
     found = order.execute(ray=ray, fresh=fresh, display=display)
@@ -96,42 +96,58 @@ def sweep(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _show_plan(order: SweepOrder, name: str, settings: list[str], *, as_json: bool) -> None:
-    from ..costs.durations import duration
-    from ..recipes.loading import recipe_of
-    from ..sweep.record import BANK, read_sweep
-    from ..sweep.running import as_commands, planned
+def _show_plan(order: SweepOrder, name: str, settings: list[str], *, fresh: bool, as_json: bool) -> None:
+    from ..sweep.running import as_commands, begun, commands_left, planned
 
-    if order.recipe is None:
-        plan = read_sweep(order.out)
-        held = recipe_of(plan.recipe, order.out).student.bank
-        bank = order.out / BANK if held is None else Path(held)
-        if plan.bank is None:
-            where = shlex.quote(str(order.out))
-            raise UsageError(
-                f"The sweep in {order.out} has no finished memory bank yet.",
-                fix=f"Continue it: nayer-edge sweep {where}",
-            )
-        name, settings = str(bank), []
+    asked = order.recipe, order.bank, order.out, order.students, order.seconds
+    plan = None if fresh else begun(*asked)
+    if plan is not None:
+        lines, said = commands_left(plan, order.out), _left(plan)
+        how = "The students that are left, each with an equal share of the time that is left:"
+        if not lines:
+            how = f"To continue one of them by hand: nayer-edge run {shlex.quote(str(order.out))}/STUDENT --more 1h"
     else:
+        assert order.recipe is not None
         plan, shared = planned(order.recipe, order.bank, order.out, order.students, order.seconds)
         bank = None if shared.student.bank is None else Path(shared.student.bank)
         if shared.student.arguments:
             # They are those of the recipe's own student.
             settings = [*settings, "student.arguments={}"]
-    lines = as_commands(plan, bank, order.out, name, settings)
+        lines, said = as_commands(plan, bank, order.out, name, settings), _planned(plan)
+        how = "The same students, each with an equal share of the time and none stopped early:"
     if as_json:
         print_json({"plan": plan.model_dump(mode="json", by_alias=True), "commands": lines})
         return
     console = stdout()
-    time = "40 % of the time that separate runs would take" if plan.seconds is None else duration(plan.seconds)
-    going = sum(each.open for each in plan.students)
-    rounds = f"{plan.rounds} round{'s' * (plan.rounds != 1)} of successive halving"
-    console.print(f"{going} student{'s' * (going != 1)}, {time}, {rounds}.\n", highlight=False)
+    console.print(f"{said}\n", highlight=False)
     console.print(_students(plan, planned_only=True))
-    console.print("\nThe same students, each with an equal share of the time and none stopped early:\n")
+    console.print(Text.assemble("\n", inert(how), "\n"), soft_wrap=True)
     for line in lines:
         console.print(Text(inert(line)), soft_wrap=True)
+
+
+def _planned(plan: Sweep) -> str:
+    """A new sweep in a sentence."""
+    from ..costs.durations import duration
+
+    time = "40 % of the time that separate runs would take" if plan.seconds is None else duration(plan.seconds)
+    # If the shares turn out to be too short, there will be fewer.
+    rounds = "1 round" if plan.rounds == 1 else f"up to {plan.rounds} rounds"
+    return f"{_counted(plan)}, {time}, {rounds} of successive halving."
+
+
+def _left(sweep: Sweep) -> str:
+    """What is left of a begun sweep, in a sentence."""
+    from ..costs.durations import duration
+
+    seconds = (sweep.seconds or 0.0) - sweep.spent
+    time = duration(seconds) if seconds >= 1 else "no time"
+    return f"{_counted(sweep)} and {time} left, {sweep.done} of {sweep.rounds} rounds done."
+
+
+def _counted(sweep: Sweep) -> str:
+    going = sum(each.open for each in sweep.students)
+    return f"{going} student{'s' * (going != 1)}"
 
 
 def sweep_table(sweep: Sweep) -> Group:
@@ -148,7 +164,7 @@ def sweep_table(sweep: Sweep) -> Group:
 
 def _students(sweep: Sweep, *, planned_only: bool = False) -> Table:
     from ..gate.wording import milliseconds, percent, size
-    from ..sweep.results import quality, shipped
+    from ..sweep.results import quality
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("Student", overflow="fold")
@@ -162,7 +178,7 @@ def _students(sweep: Sweep, *, planned_only: bool = False) -> Table:
         if planned_only:
             table.add_row(Text(inert(student.model)), params, size(student.int8_bytes), _state(student))
             continue
-        artifact = shipped(student)
+        artifact = student.shipped
         rate = quality(artifact) if artifact else None
         p95 = artifact.p95_ms if artifact else None
         table.add_row(
@@ -187,8 +203,8 @@ def _state(student: StudentRecord) -> Text:
 def _became(student: StudentRecord) -> str:
     from ..sweep.results import advice
 
-    parts = [f"{student.reason[:1].upper()}{student.reason[1:]}."] if student.reason else []
+    parts = [f"{student.reason[:1].upper()}{student.reason[1:].rstrip('.')}."] if student.reason else []
     parts += [missed.detail for missed in student.missed]
     if help_ := advice(student):
         parts.append(f"What would help: {help_}.")
-    return " ".join(part.replace("..", ".") for part in parts)
+    return " ".join(parts)

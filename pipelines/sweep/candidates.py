@@ -84,7 +84,7 @@ def require_distinct(models: Iterable[str]) -> list[str]:
     return found
 
 
-def cost_of(model: str, spec: InputSpec, classes: Sequence[str], policy: Policy) -> StudentCost:
+def student_cost(model: str, spec: InputSpec, classes: Sequence[str], policy: Policy) -> StudentCost:
     """What a student costs, measured if the policy limits its latency or size, else computed from its layers.
 
     Raises:

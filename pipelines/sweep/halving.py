@@ -12,7 +12,7 @@ student that no training can make pass is stopped, and so is one that is larger 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,10 @@ FAR = 2.0
 """more time is suggested if at most this many doublings of the time would be enough"""
 
 Action = Literal["continue", "stop", "pass"]
+
+SMALLEST, SMALLER = "the smallest student that passes", "the smaller {} passes"
+EXCLUDED = "more training cannot help: "
+"""reasons of decisions, or how they begin"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,21 @@ class Decision:
     reason: str
 
 
+@dataclass(frozen=True)
+class FirstRound:
+    """Who takes part in the first round.
+
+    Attributes:
+        students: those that get a share.
+        too_short: those that do not → seconds of the share that was too short for them.
+        rounds: number of rounds of the sweep.
+    """
+
+    students: list[str]
+    too_short: dict[str, float]
+    rounds: int
+
+
 def rounds_for(students: int) -> int:
     """Rounds of successive halving: ⌈log₂ n⌉, at least one."""
     return max(1, (students - 1).bit_length())
@@ -69,6 +88,42 @@ def share(left: float, rounds_left: int, students: int, taken: float = 0.0) -> f
     return max(of_round, 0.0) / max(students, 1)
 
 
+def first_round(
+    students: Sequence[str],
+    fewest: int,
+    most: int,
+    seconds_of: Callable[[int, int], float],
+    needs: Callable[[str, float], float],
+) -> FirstRound:
+    """Who takes part in the first round, and in how many rounds the time is divided.
+
+    A student whose share would be too short even with the fewest rounds does not take part: otherwise it would cost the
+    others their halving, and its share would go to nobody. Those that need the most time are left out first.
+
+    Args:
+        fewest, most: limits of the number of rounds; if they differ, it is at most that of successive halving.
+        seconds_of: (rounds, students) → seconds of each student.
+        needs: (student, seconds) → the seconds that it needs if these are too few, else 0.
+    """
+    left, too_short = list(students), dict[str, float]()
+    while left:
+        seconds = seconds_of(fewest, len(left))
+        needed = {name: least for name in left if (least := needs(name, seconds)) > 0}
+        if not needed:
+            break
+        if len(needed) == len(students):
+            # More time or fewer students: that is for the user to decide.
+            return FirstRound([], dict.fromkeys(students, seconds), fewest)
+        last = max(needed, key=lambda name: (needed[name], name))
+        too_short[last] = seconds
+        left.remove(last)
+    for rounds in range(min(most, rounds_for(len(left))), fewest, -1):
+        seconds = seconds_of(rounds, len(left))
+        if all(needs(name, seconds) <= 0 for name in left):
+            return FirstRound(left, too_short, rounds)
+    return FirstRound(left, too_short, fewest)
+
+
 def decide(standings: Sequence[Standing], rounds_left: int) -> dict[str, Decision]:
     """Who goes on after a round.
 
@@ -83,11 +138,11 @@ def decide(standings: Sequence[Standing], rounds_left: int) -> dict[str, Decisio
     passing = min((each for each in standings if each.passes), key=lambda each: (each.size, each.name), default=None)
     for each in standings:
         if each is passing:
-            found[each.name] = Decision("pass", "the smallest student that passes")
+            found[each.name] = Decision("pass", SMALLEST)
         elif each.excluded:
-            found[each.name] = Decision("stop", f"more training cannot help: {each.excluded}")
+            found[each.name] = Decision("stop", EXCLUDED + each.excluded)
         elif passing is not None and (each.passes or each.size >= passing.size):
-            found[each.name] = Decision("stop", f"the smaller {passing.name} passes")
+            found[each.name] = Decision("stop", SMALLER.format(passing.name))
     open_ = sorted(
         (each for each in standings if each.name not in found), key=lambda each: (-each.agreement, each.size, each.name)
     )
@@ -103,7 +158,7 @@ def decide(standings: Sequence[Standing], rounds_left: int) -> dict[str, Decisio
     return found
 
 
-def way_on(shares: Sequence[tuple[float, float]], needed: float) -> Literal["time", "larger"]:
+def way_on(shares: Sequence[tuple[float, float]], needed: float) -> Literal["time", "larger"] | None:
     """Whether more time or a larger student would help a student that falls short.
 
     Assumes that each doubling of its time gains as much as the last, which is optimistic: accuracy curves flatten.
@@ -113,10 +168,10 @@ def way_on(shares: Sequence[tuple[float, float]], needed: float) -> Literal["tim
         needed: by how much its agreement has to grow.
 
     Returns:
-        "time" if `FAR` doublings would do, or if there is only one share to judge by.
+        "time" if `FAR` doublings would do; None if there is only one share, which does not tell.
     """
     if len(shares) < 2:
-        return "time"
+        return None
     (before, low), (after, high) = shares[-2:]
     doublings = math.log2(after / before) if after > before > 0 else 0.0
     gain = (high - low) / doublings if doublings else 0.0

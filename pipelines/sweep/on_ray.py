@@ -26,13 +26,13 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 
 from nayer_edge import __version__
-from nayer_edge.errors import MissingError, UsageError, missing_extra, understood
+from nayer_edge.errors import MissingError, UsageError, missing_extra
 from nayer_edge.storage.files import sha256_of, write_bytes, write_json
 from nayer_edge.storage.run_folder import LOCK, MANIFEST, RunFolder
 
 from .. import actions, shared_bank
 from ..distill import metrics_of
-from .workers import Result, Task
+from .workers import Result, Task, failure_of
 
 Cluster: TypeAlias = Any
 """the module `ray`, connected"""
@@ -253,7 +253,11 @@ class OnRay:
         self._held.clear()
         try:
             for name, task in tasks.items():
-                running[self._start(task)] = name
+                try:
+                    running[self._start(task)] = name
+                except Exception as failure:  # noqa: BLE001  the others go on
+                    told, traceback = failure_of(failure)
+                    yield name, Result(0.0, error=told, traceback=traceback)
                 note_started()
             while running:
                 ready, _ = self._ray.wait(list(running), num_returns=1, timeout=LOOK)
@@ -308,10 +312,8 @@ class OnRay:
             values, files = self._ray.get(answer)
         except self._ray.exceptions.RayTaskError as error:
             cause = getattr(error, "cause", None)
-            if not isinstance(cause, Exception) or (told := understood(cause, "This student")) is None:
-                # A bug.
-                raise
-            return Result(seconds, error=told)
+            told, traceback = failure_of(cause if isinstance(cause, Exception) else error)
+            return Result(seconds, error=told, traceback=traceback)
         except self._ray.exceptions.RayError as error:
             return Result(
                 seconds,
@@ -323,7 +325,17 @@ class OnRay:
             )
         if files is not None:
             _replace(task.root, files)
-        return Result.unpacked(values)
+        return timed_here(Result.unpacked(values), task, seconds)
+
+
+def timed_here(result: Result, task: Task, seconds: float) -> Result:
+    """A worker's result with the seconds since its task was started. The worker knows only those of its own attempt,
+    not of those that ended with another worker; but a task may also have waited, so no more than its share counts.
+
+    Args:
+        seconds: since the start, as seen by the process of the sweep.
+    """
+    return replace(result, seconds=max(result.seconds, min(seconds, task.seconds or 0.0)))
 
 
 def memory_of(bank: Path) -> int:

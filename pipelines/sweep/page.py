@@ -14,15 +14,15 @@ from typing import NamedTuple
 from nayer_edge import __version__
 from nayer_edge.storage.files import write_bytes
 
+from ..gate.judgement import FP32
 from ..gate.wording import milliseconds, size
 from ..recipes.policy import Policy
 from ..report.page import template
 from .halving import pareto
 from .record import Sweep
-from .results import advice, quality, shipped
+from .results import advice, quality
 
 TEMPLATE = "sweep.html.jinja"
-FP32 = "fp32"
 _MARGIN = 0.06
 """of a drawing's axes beyond the outermost points"""
 
@@ -37,6 +37,7 @@ class Point(NamedTuple):
     low: float
     high: float
     passes: bool
+    artifact: str
 
 
 class Scatter(NamedTuple):
@@ -59,7 +60,7 @@ class Scatter(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """An artifact before it is placed: its student, which series, its cost, and its quality with bounds."""
+    """An artifact before it is placed: its student, which series, its cost, its quality with bounds, and its name."""
 
     model: str
     series: int
@@ -68,6 +69,7 @@ class Spot(NamedTuple):
     low: float
     high: float
     passes: bool
+    artifact: str
 
 
 def write_page(sweep: Sweep, policy: Policy, path: Path) -> None:
@@ -96,7 +98,6 @@ def render(sweep: Sweep, policy: Policy) -> str:
             )
             if drawing is not None
         ],
-        shipped=shipped,
         quality=quality,
         advice=advice,
         lowest=lowest,
@@ -146,7 +147,7 @@ def scatter(
         return round(box["bottom"] - (box["bottom"] - box["top"]) * (rate - low) / (high - low), 1)
 
     points = [
-        Point(s.model, s.series, x(s.cost), y(s.value), y(s.low), y(s.high), s.passes)
+        Point(s.model, s.series, x(s.cost), y(s.value), y(s.low), y(s.high), s.passes, s.artifact)
         for s in sorted(spots, key=lambda s: (s.cost, s.model))
     ]
     names = {f"{number}": spot for number, spot in enumerate(spots)}
@@ -167,15 +168,16 @@ def scatter(
 
 
 def _spots(sweep: Sweep, cost: str) -> list[Spot]:
-    """FP32 (series 1) and the shipped artifact (series 2) of every student that has been measured."""
+    """FP32 (series 1), and INT8 and what the policy names (series 2), of every student that has been measured."""
     found = []
     for student in sweep.students:
-        chosen = shipped(student)
-        for series, artifact in enumerate((next((a for a in student.artifacts if a.name == FP32), None), chosen), 1):
-            if artifact is None or (series == 2 and artifact.name == FP32):
-                continue
+        for artifact in student.artifacts:
+            named = artifact.verdict is not None
             rate, paid = quality(artifact), getattr(artifact, cost)
-            if rate is not None and paid:
-                passes = artifact is chosen and not student.missed
-                found.append(Spot(student.model, series, float(paid), rate.value, rate.low, rate.high, passes))
+            if not (named or artifact.name == FP32 or artifact.name.startswith("int8")) or rate is None or not paid:
+                continue
+            series, passes = 1 if artifact.name == FP32 else 2, named and not student.missed
+            found.append(
+                Spot(student.model, series, float(paid), rate.value, rate.low, rate.high, passes, artifact.name)
+            )
     return found

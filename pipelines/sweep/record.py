@@ -12,6 +12,8 @@ from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.names import located, parse
 from nayer_edge.storage.files import read_json, write_json
 
+from ..gate.judgement import FP32, Outcome
+
 SWEEP_SCHEMA = "nayer-edge/sweep/1"
 RECORD = "sweep.json"
 PAGE = "sweep.html"
@@ -49,7 +51,7 @@ class Share(_Part):
     """seconds of training in all shares so far"""
     agreement: Bounds
     """of the FP32 student with the teacher, on the images that all students share"""
-    verdict: Literal["pass", "fail", "inconclusive"]
+    verdict: Outcome
     """of the gate"""
     finished: str
     """UTC, ISO 8601"""
@@ -65,7 +67,7 @@ class Measured(_Part):
     """with the teacher, on the images of the report"""
     p95_ms: float | None = None
     size_bytes: int | None = None
-    verdict: Literal["pass", "fail", "inconclusive"] | None = None
+    verdict: Outcome | None = None
     """null: the policy does not name this artifact"""
 
 
@@ -99,7 +101,8 @@ class StudentRecord(_Part):
     folder: str
     """its run folder, inside the sweep's"""
     state: State = "waiting"
-    """refused: it cannot be built for this input; failed: an error ended its run, and the next call tries again"""
+    """refused: it cannot be built for this input; failed: an error ended its run, or this machine lacks what it needs.
+    The next call tries both again"""
     reason: str = ""
     """why it was stopped, refused, or failed"""
     ended: str = ""
@@ -107,14 +110,15 @@ class StudentRecord(_Part):
     params: int | None = None
     macs: int | None = None
     int8_bytes: int | None = None
-    """size of its INT8 graph, measured with untrained weights or computed from them; the sweep sorts by it"""
+    """size of its INT8 graph, measured with untrained weights or computed from them; the sweep sorts by it until the
+    student is exported"""
     target: Target | None = None
     shares: list[Share] = []
     artifacts: list[Measured] = []
     missed: list[Missed] = []
     way: Way | None = None
     """what would help a student that does not pass: more time, a larger student, another limit, less loss in INT8, or
-    more images to decide"""
+    more images to decide; null: unknown"""
 
     def located(self, root: Path) -> str:
         """Its model with an absolute path, if it is a file or folder.
@@ -132,9 +136,23 @@ class StudentRecord(_Part):
         return self.state in ("waiting", "training")
 
     @property
+    def shipped(self) -> Measured | None:
+        """The artifact that the policy is about: the first one that it names, but FP32 only if it names no other; the
+        first one of all if it names none."""
+        named = [each for each in self.artifacts if each.verdict is not None]
+        others = [each for each in named if each.name != FP32]
+        return next(iter([*others, *named, *self.artifacts]), None)
+
+    @property
+    def size(self) -> float:
+        """What the sweep minimises: the bytes of that artifact; before it is exported, those that are expected."""
+        measured = self.shipped.size_bytes if self.shipped else None
+        return float(measured or self.int8_bytes or "inf")
+
+    @property
     def order(self) -> tuple[float, str]:
         """Sorts students by size."""
-        return float(self.int8_bytes or "inf"), self.model
+        return self.size, self.model
 
 
 class Bank(_Part):
@@ -146,6 +164,8 @@ class Bank(_Part):
     digest: str
     """identifies its images and generator"""
     images: int | None = None
+    changed: bool = False
+    """whether it has changed since the first student began: those that began later started with other images"""
 
 
 class Sweep(_Part):
@@ -172,7 +192,7 @@ class Sweep(_Part):
     kind: Literal["holdout", "synthetic"] | None = None
     teacher_params: int | None = None
     teacher_accuracy: Rate | None = None
-    verdict: Literal["pass", "fail", "inconclusive"] | None = None
+    verdict: Outcome | None = None
     """pass: a student passes; null: the sweep is not finished"""
     answer: str | None = None
     """the smallest student that passes"""

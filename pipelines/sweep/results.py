@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Literal
 
 from nayer_edge.models.load import untrained_teacher
 from nayer_edge.runtime.compute import seeded
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 from ..gate import wording
-from ..gate.judgement import Check, Verdict
+from ..gate.judgement import AT_LEAST, QUANTIZATION_CHECK, STUDENT_CHECKS, Check, Outcome, Verdict
 from ..gate.statistics import binomial_lower, binomial_upper
 from ..gate.verdict import load_policy, load_report, run_gate
 from ..measurements import ArtifactReport, Report
 from ..recipes.schema import Recipe
-from .halving import way_on
-from .record import Bounds, Measured, Missed, StudentRecord, Sweep, Way
-
-Outcome = Literal["pass", "fail", "inconclusive"]
+from .halving import EXCLUDED, SMALLER, SMALLEST, way_on
+from .record import Bounds, Measured, Missed, StudentRecord, Sweep, Way, now
 
 _FIXED = {"latency_p95", "size"}
 """checks that training does not change"""
 _NOISE = {"latency_p95": 1.25, "size": 1.0}
 """a limit is missed for good if it is exceeded by this factor; a latency varies"""
-_INT8_DROP = "accuracy_drop_vs_fp32"
-"""the check that quantization alone decides"""
-_TRAINED = {"accuracy_drop_vs_teacher": 1, "agreement": -1}
-"""checks that more training or a larger student helps, and the sign of "too much" """
+_OTHER_LIMIT = {*_FIXED, "speedup_vs_fp32", "parity"}
+"""checks that another student or another limit helps; parity compares FP32 with FP32"""
+_LOSS_IN_INT8 = {QUANTIZATION_CHECK, "per_class_drop"}
+"""checks that compare with the FP32 student"""
+_COVERAGE = "int8_coverage"
+"""the check of how many layers run in INT8"""
+_UNKNOWN, _NOT_RUN = "unknown", "not run"
+"""what would help if it is no `Way`: one share of the time does not tell; an artifact does not run here"""
 
 
 def teacher_params(recipe: Recipe, bank: Path | None) -> int:
@@ -98,8 +99,9 @@ def conclude(sweep: Sweep, out: Path) -> None:
     for each in judged:
         each.way = _way(each)
     passing = [each for each in judged if not each.missed]
-    if passing:
-        best = min(passing, key=lambda each: each.order)
+    best = min(passing, key=lambda each: each.order, default=None)
+    _reconcile(sweep, best)
+    if best is not None:
         sweep.verdict, sweep.answer = "pass", best.model
         sweep.sentence = f"{best.model} is the smallest student that passes: {_figures(best)}."
         sweep.command = f"nayer-edge export {_typed(out, best)} --int8"
@@ -107,11 +109,11 @@ def conclude(sweep: Sweep, out: Path) -> None:
     sweep.answer, sweep.command = None, ""
     open_ = any(all(missed.verdict == "inconclusive" for missed in each.missed) for each in judged)
     sweep.verdict = "inconclusive" if open_ else "fail"
-    excluded = [each for each in sweep.students if each.state == "stopped"]
-    if not judged and excluded:
-        for each in excluded:
-            each.way = "limit"
-        least = min(excluded, key=lambda each: each.order)
+    stopped = [each for each in sweep.students if each.state == "stopped"]
+    if not judged and stopped:
+        for each in stopped:
+            each.way = "limit" if each.reason.startswith(EXCLUDED) else None
+        least = min(stopped, key=lambda each: each.order)
         sweep.sentence = f"No student passes. {least.model}, the smallest: {least.reason}."
         sweep.command = f"nayer-edge students --input {_input(sweep)}"
         return
@@ -123,28 +125,74 @@ def conclude(sweep: Sweep, out: Path) -> None:
     root = _typed(out, closest)
     sweep.command = {
         "time": f"nayer-edge run {root} --more 1h",
+        _UNKNOWN: f"nayer-edge run {root} --more 1h",
         "larger": f"nayer-edge students --input {_input(sweep)}",
         "images": f"nayer-edge validate {root} --data FOLDER",
         "limit": f"nayer-edge gate {root} --print-policy",
         "quantization": f"nayer-edge export {root} --int8 --qat",
-    }.get(closest.way or "", f"nayer-edge report {root}")
+    }.get(_advised(closest), f"nayer-edge report {root}")
+
+
+def _reconcile(sweep: Sweep, best: StudentRecord | None) -> None:
+    """Makes state and reason of every student agree with its run, which may have been continued or judged by another
+    policy since the student was stopped.
+
+    Args:
+        best: the smallest student that passes.
+    """
+    untrue = {SMALLER.format(each.model) for each in sweep.students if each.missed or not each.artifacts}
+    for each in sweep.students:
+        state, reason = each.state, each.reason
+        if not each.artifacts or each.open:
+            continue
+        if each is best:
+            state, reason = "passes", SMALLEST
+        elif best is not None and not each.missed:
+            state, reason = "stopped", SMALLER.format(best.model)
+        elif state == "passes" or reason in untrue:
+            state, reason = "stopped", "it does not pass"
+        if (state, reason) != (each.state, each.reason):
+            each.state, each.reason, each.ended = state, reason, now()
 
 
 def advice(student: StudentRecord) -> str:
     """What would help a student that does not pass, in words; empty for one that passes."""
+    if student.state == "failed":
+        return "the same command once more, which tries this student again"
     words = {
         "time": "more time (nayer-edge run … --more)",
         "larger": "a larger student: its last share of the time improved it too little",
+        _UNKNOWN: "more time (nayer-edge run … --more) or a larger student; one share of the time does not tell which",
         "images": "more hold-out images, which would decide",
-        "limit": "a smaller student or another limit: training does not change this",
-        "quantization": "a smaller loss in INT8: --qat, or a lower export.max_drop, which leaves more layers in float",
+        "limit": f"{_other_student(student)} or another limit: training does not change this",
+        "quantization": _other_quantization(student),
+        _NOT_RUN: "an artifact that runs here as it states: training does not change this",
     }
-    return words.get(student.way or "", "")
+    return words.get(_advised(student), "")
 
 
-def shipped(student: StudentRecord) -> Measured | None:
-    """The artifact of a student that the policy is about, or the first one."""
-    return next((each for each in student.artifacts if each.verdict is not None), next(iter(student.artifacts), None))
+def _advised(student: StudentRecord) -> str:
+    """The key of the advice for a student; empty if there is none."""
+    if student.way is not None or not student.missed:
+        return student.way or ""
+    if any(missed.check == "runtime" for missed in student.missed):
+        return _NOT_RUN
+    return _UNKNOWN if _shortfall(student) > 0 else ""
+
+
+def _other_student(student: StudentRecord) -> str:
+    """Less to compute makes an artifact faster and smaller, but not INT8 faster than FP32."""
+    smaller = not student.missed or any(missed.check in _FIXED for missed in student.missed)
+    return "a smaller student" if smaller else "another student"
+
+
+def _other_quantization(student: StudentRecord) -> str:
+    failed = {missed.check for missed in student.missed if missed.verdict == "fail"}
+    if not failed & _LOSS_IN_INT8:
+        return "more layers in INT8: --qat, or a higher export.max_drop, which leaves fewer layers in float"
+    if _COVERAGE in failed:
+        return "a smaller loss in INT8: --qat, which also leaves fewer layers in float"
+    return "a smaller loss in INT8: --qat, or a lower export.max_drop, which leaves more layers in float"
 
 
 def quality(artifact: Measured) -> Bounds | None:
@@ -180,19 +228,25 @@ def _images(report: Report) -> str:
 
 def _too_much(missed: Missed) -> float:
     """By how much a check that training helps misses its limit, as a fraction."""
-    return _TRAINED[missed.check] * ((missed.observed or 0.0) - (missed.limit or 0.0))
+    excess = (missed.observed or 0.0) - (missed.limit or 0.0)
+    return -excess if missed.check in AT_LEAST else excess
+
+
+def _shortfall(student: StudentRecord) -> float:
+    """By how much a student is too far from its teacher, as a fraction; 0 if it is close enough."""
+    trained = (missed for missed in student.missed if missed.check in STUDENT_CHECKS)
+    return max((_too_much(missed) for missed in trained), default=0.0)
 
 
 def _way(student: StudentRecord) -> Way | None:
     if not student.missed:
         return None
-    if any(missed.check in _FIXED for missed in student.missed):
+    if any(missed.check in _OTHER_LIMIT for missed in student.missed):
         return "limit"
-    trained = [missed for missed in student.missed if missed.check in _TRAINED]
-    needed = max((_too_much(missed) for missed in trained), default=0.0)
+    needed = _shortfall(student)
     if needed > 0:
         return way_on([(made.trained_seconds, made.agreement.value) for made in student.shares], needed)
-    if any(missed.check == _INT8_DROP and missed.verdict == "fail" for missed in student.missed):
+    if any(missed.check in {*_LOSS_IN_INT8, _COVERAGE} and missed.verdict == "fail" for missed in student.missed):
         return "quantization"
     return "images" if all(missed.verdict == "inconclusive" for missed in student.missed) else None
 
@@ -200,12 +254,12 @@ def _way(student: StudentRecord) -> Way | None:
 def _distance(student: StudentRecord) -> tuple[int, float, str]:
     """Sorts students by what keeps them from passing: fewer failing checks, then the smaller shortfall."""
     failing = [missed for missed in student.missed if missed.verdict == "fail"]
-    short = sum(max(_too_much(missed), 0.0) for missed in student.missed if missed.check in _TRAINED)
+    short = sum(max(_too_much(missed), 0.0) for missed in student.missed if missed.check in STUDENT_CHECKS)
     return len(failing), short, student.model
 
 
 def _figures(student: StudentRecord) -> str:
-    artifact = shipped(student)
+    artifact = student.shipped
     words = [f"{student.params or 0:,} parameters"]
     if artifact is not None:
         words.append(f"{artifact.name} {wording.size(artifact.size_bytes)}")

@@ -8,20 +8,30 @@ the share starts, so a repeated command continues where the sweep was interrupte
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import os
 import re
 import shlex
 import shutil
+import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.text import Text
 
 from nayer_edge.config import Student
-from nayer_edge.errors import IntegrityError, NayerEdgeError, UsageError, understood
+from nayer_edge.errors import (
+    OUT_OF_MEMORY,
+    IntegrityError,
+    NayerEdgeError,
+    TrainingError,
+    UsageError,
+    resource_error,
+)
 from nayer_edge.export.runners import as_bytes
 from nayer_edge.models.load import load_classifier
 from nayer_edge.models.names import MEMORY, located, parse
@@ -35,18 +45,19 @@ from nayer_edge.text import inert
 from nayer_edge.training.evaluate import logits_of
 
 from .. import actions, shared_bank
-from ..costs.budget import TooShortError
+from ..costs.budget import TooShortError, planned_keys
 from ..costs.durations import duration
-from ..costs.planning import Measured, images_in_bank, with_sections
+from ..costs.planning import PlanningCosts, images_in_bank, with_sections
 from ..deploy import SyntheticSource
 from ..distill import BANK as BANK_FILE
 from ..distill import STUDENT, metrics_of
 from ..plan import bank_digest, changes_of
 from ..recipes.loading import portable, portable_model, recipe_of
 from ..recipes.schema import Recipe
+from ..steps import SOURCE
 from . import on_ray, results
-from .candidates import cannot_pass, cost_of, proposed, require_distinct
-from .halving import Decision, Standing, decide, rounds_for, share
+from .candidates import cannot_pass, proposed, require_distinct, student_cost
+from .halving import EXCLUDED, Decision, Standing, decide, first_round, rounds_for, share
 from .page import write_page
 from .record import (
     BANK,
@@ -62,7 +73,7 @@ from .record import (
     read_sweep,
     write_sweep,
 )
-from .workers import Here, OnDevices, Result, Task, gpus, sections_of
+from .workers import Here, OnDevices, Result, Task, failure_of, gpus, sections_of
 
 if TYPE_CHECKING:
     from ..show import Display
@@ -75,7 +86,9 @@ BANK_SHARE = 0.25
 """of the time, for a bank that has to be made"""
 DEFAULT_SHARE = 0.4
 """of what the students' runs would take alone, if no time is given"""
-_SAME = ("teacher", "teach", "export", "validate", "gate", "seed", "device", "precision")
+_PLANNED = ("lte", "generator", "synthesis", "distill")
+"""sections of the recipe of which a plan sets some keys"""
+_SAME = ("teacher", "teach", *_PLANNED, "export", "validate", "gate", "seed", "device", "precision")
 """parts of the recipe that a sweep continues with only if they are the same"""
 BANK_COPIES = 4
 """disk space of a run in sizes of the bank that it starts with: its own bank, which has grown, twice"""
@@ -108,11 +121,14 @@ def planned(
     for each in students:
         _examine(each, recipe, out)
     fit = [each for each in students if each.open]
-    if not any(each.state != "refused" for each in students):
+    if all(each.state in ("refused", "failed") for each in students):
+        refused = all(each.state == "refused" for each in students)
         raise UsageError(
             "None of the students can be built.",
             why="\n".join(f"  - {each.model}: {each.reason}" for each in students),
-            fix="nayer-edge students lists students for an image size.",
+            fix="nayer-edge students lists students for an image size."
+            if refused
+            else "Correct this, and repeat the command.",
         )
     sweep = Sweep(
         name=recipe.name,
@@ -143,7 +159,7 @@ def run_sweep(
         recipe: what the students share; None: continue the sweep in `out`.
         bank, models, seconds: see `planned`.
         ray: address of the Ray cluster that trains the students.
-        fresh: empty the folder first.
+        fresh: empty the folder, after everything that can be checked before was checked.
 
     Returns:
         The finished sweep; its `verdict` is "pass" if a student passes.
@@ -155,23 +171,24 @@ def run_sweep(
         IntegrityError: a run of the sweep was altered.
     """
     with lock_folder(out), contextlib.nullcontext() if ray is None else on_ray.connected(ray) as cluster:
-        if fresh:
-            _clear(out)
-        sweep = read_sweep(out) if (out / RECORD).is_file() else None
-        if sweep is not None and (recipe is None or any(each.target for each in sweep.students)):
-            _require_same(sweep, recipe, bank, out, models, seconds)
+        sweep = None if fresh else begun(recipe, bank, out, models, seconds)
+        if sweep is not None:
             recipe = recipe_of(sweep.recipe, out)
         elif recipe is None:
             raise UsageError(f"{out} is not the folder of a sweep: it has no {RECORD}.")
-        elif sweep is None and not fresh and not is_vacant(out):
+        elif not fresh and not (out / RECORD).is_file() and not is_vacant(out):
             raise UsageError(
                 f"{out} is neither empty nor the folder of a sweep.", fix="Choose another folder with --out."
             )
         else:
             # No student has begun yet: everything may still be planned in another way.
-            (out / HOLDOUT).unlink(missing_ok=True)
-            spent = sweep.spent if sweep is not None else 0.0
+            removed = _own_folders(out) if fresh else []
+            spent = read_sweep(out).spent if not fresh and (out / RECORD).is_file() else 0.0
             sweep, recipe = planned(recipe, bank, out, models, seconds)
+            if fresh:
+                _refuse_to_delete_inputs(sweep, recipe, out, removed)
+                _clear(out)
+            (out / HOLDOUT).unlink(missing_ok=True)
             sweep.spent = spent
             write_sweep(out, sweep)
         work = _Work(sweep, recipe, out, display, cluster)
@@ -179,6 +196,25 @@ def run_sweep(
         while work.open and sweep.done < sweep.rounds:
             work.run_round()
         work.finish()
+    return sweep
+
+
+def begun(
+    recipe: Recipe | None, bank: Path | None, out: Path, models: Sequence[str], seconds: float | None
+) -> Sweep | None:
+    """The sweep in a folder that is continued; None if there is none, or if no student has begun and a recipe is given.
+
+    Args:
+        recipe, bank, models, seconds: what is asked for, as for `run_sweep`.
+
+    Raises:
+        UsageError: the sweep is another one.
+        IntegrityError: its record is damaged.
+    """
+    sweep = read_sweep(out) if (out / RECORD).is_file() else None
+    if sweep is None or (recipe is not None and not any(each.target for each in sweep.students)):
+        return None
+    _require_same(sweep, recipe, bank, out, models, seconds)
     return sweep
 
 
@@ -205,23 +241,65 @@ def as_commands(sweep: Sweep, bank: Path | None, out: Path, name: str, settings:
     typed = [shlex.quote(name), *(word for each in settings for word in ("--set", shlex.quote(each)))]
     open_ = [each for each in sweep.students if each.open]
     lines, seconds = [], sweep.seconds
+    trust = " --trust-code" * is_trusted()
     if bank is None:
         first = "" if seconds is None else f" --budget {round(seconds * BANK_SHARE)}s"
         bank = out / BANK
-        lines.append(f"nayer-edge distill {' '.join(typed)}{first} --out {shlex.quote(str(bank))}")
+        lines.append(f"nayer-edge distill {' '.join(typed)}{first}{trust} --out {shlex.quote(str(bank))}")
         seconds = seconds and seconds * (1 - BANK_SHARE)
     elif seconds is None:
         seconds = default_seconds(RunFolder.open(bank), len(open_))
     time = "" if seconds is None else f" --budget {max(1, round(seconds / max(len(open_), 1)))}s"
-    time += " --trust-code" * is_trusted()
     return [
         *lines,
         *(
-            f"nayer-edge distill {' '.join(typed)} --bank {shlex.quote(str(bank))}{time} "
+            f"nayer-edge distill {' '.join(typed)} --bank {shlex.quote(str(bank))}{time}{trust} "
             f"--set student.model={shlex.quote(each.located(out))} --out {shlex.quote(str(out / each.folder))}"
             for each in open_
         ),
     ]
+
+
+def commands_left(sweep: Sweep, out: Path) -> list[str]:
+    """The command lines that give every student that is left in a begun sweep an equal share of the time that is left.
+
+    Raises:
+        UsageError: the sweep has no memory bank yet, or it is gone.
+    """
+    if sweep.bank is None:
+        raise UsageError(
+            f"The sweep in {out} has no finished memory bank yet.",
+            fix=f"Continue it: nayer-edge sweep {shlex.quote(str(out))}",
+        )
+    left = [each for each in sweep.students if each.open]
+    seconds = max(1, round(((sweep.seconds or 0.0) - sweep.spent) / max(len(left), 1)))
+    trust, lines = " --trust-code" * is_trusted(), []
+    for each in left:
+        root = out / each.folder
+        if (root / MANIFEST).is_file():
+            # Interrupted in its share, it has the rest of that share; otherwise it gets a further one.
+            trained = each.state != "training" and "student" in RunFolder.open(root).manifest.steps
+            lines.append(f"nayer-edge run {shlex.quote(str(root))}{f' --more {seconds}s' if trained else ''}{trust}")
+        else:
+            lines.append(own_run("distill", sweep, each, out, seconds))
+    return lines
+
+
+def own_run(command: str, sweep: Sweep, student: StudentRecord, out: Path, seconds: int) -> str:
+    """The command line that starts the run of one student of a begun sweep.
+
+    Args:
+        command: run or distill.
+    """
+    recipe = recipe_of(sweep.recipe, out)
+    bank = out / BANK if recipe.student.bank is None else Path(recipe.student.bank)
+    words = [shlex.quote(str(bank))]
+    words += [word for item in _settings_since(bank, recipe) for word in ("--set", shlex.quote(item))]
+    trust = " --trust-code" * is_trusted()
+    return (
+        f"nayer-edge {command} {' '.join(words)} --bank {words[0]} --budget {seconds}s{trust} "
+        f"--set student.model={shlex.quote(student.located(out))} --out {shlex.quote(str(out / student.folder))}"
+    )
 
 
 class _Work:
@@ -263,26 +341,24 @@ class _Work:
 
     def prepare(self) -> None:
         """Makes or takes the bank, draws the images that all students share, and sets the time."""
-        failed = [each for each in self.sweep.students if each.state == "failed"]
-        for each in failed:
-            # What failed may work this time: more memory, more space.
-            each.state, each.reason = "training" if each.target else "waiting", ""
-        if failed:
+        again = [each for each in self.sweep.students if each.state in ("failed", "refused")]
+        for each in again:
+            # It may work this time: more memory or space, a package that was installed, code that is trusted.
+            each.state, each.reason, each.ended = "training" if each.target else "waiting", "", ""
+            if each.params is None:
+                _examine(each, self.recipe, self.out)
+        if any(each.open for each in again):
             self.sweep.done = min(self.sweep.done, self.sweep.rounds - 1)
         if not self.open or self.sweep.done >= self.sweep.rounds:
             # Nobody needs a bank.
             return
+        for each in self.sweep.students:
+            if not each.open and not each.shares:
+                self.tell(f"{each.model} does not take part: {each.reason}")
         source = self.bank()
         run = RunFolder.open(source)
-        if self.sweep.bank is None:
-            self.sweep.bank = Bank(
-                run=portable(actions.on_bank(self.recipe, source), self.out)["student"]["bank"],
-                name=str(run.manifest.recipe.get("name")),
-                digest=bank_digest(source) or "",
-                images=images_in_bank(run),
-            )
-            self.sweep.hardware = provenance.hardware()
         self.recipe = actions.on_bank(self.recipe, source)
+        self.note_bank(run)
         if self.sweep.seconds is None:
             self.sweep.seconds = default_seconds(run, len(self.open))
             told = duration(self.sweep.seconds)
@@ -296,6 +372,28 @@ class _Work:
         self.plan_first()
         self.save()
 
+    def note_bank(self, run: RunFolder) -> None:
+        """Records the bank. If it is another one than the first student began with, says whom that concerns."""
+        held, digest = self.sweep.bank, bank_digest(run.root) or ""
+        if held is not None and held.digest == digest:
+            return
+        began = [each for each in self.sweep.students if (self.root(each) / SOURCE).is_file()]
+        if held is None or not began:
+            self.sweep.bank = Bank(
+                run=portable(self.recipe, self.out)["student"]["bank"],
+                name=str(run.manifest.recipe.get("name")),
+                digest=digest,
+                images=images_in_bank(run),
+            )
+            self.sweep.hardware = provenance.hardware()
+        elif later := [each.model for each in self.open if each not in began]:
+            held.changed = True
+            counts = f"{images_in_bank(run) or 0:,} images instead of {held.images or 0:,}"
+            self.tell(
+                f"The memory bank {run.root} has changed since the first student began: {', '.join(later)} will start "
+                f"with {counts}, unlike the others."
+            )
+
     def place(self, source: Path) -> Here | OnDevices | on_ray.OnRay:
         """Where the students are trained: on the cluster, on several GPUs, or here."""
         recipe = self.recipe
@@ -306,7 +404,7 @@ class _Work:
                     f"The teacher {recipe.teacher.model} exists only in this process, so Ray's workers cannot load it.",
                     fix="Run without the cluster, or load the teacher from a file.",
                 )
-            students = sum(each.state != "refused" for each in self.sweep.students)
+            students = sum(each.state not in ("refused", "failed") for each in self.sweep.students)
             found = on_ray.OnRay(self.cluster, self.out, source, recipe.device, students)
             self.tell(found.described)
             return found
@@ -369,13 +467,14 @@ class _Work:
         return self.recipe.model_copy(update={"student": model})
 
     def plan_first(self) -> None:
-        """Plans the first share of every student that has none: those of a first round with fewer rounds, if the shares
-        would be too short for a useful student."""
-        waiting = [each for each in self.open if each.target is None]
+        """Plans the first share of every student that has none. Before any has begun, the rounds may become fewer, so
+        that the shares suffice for a useful student."""
+        # A run that was started by hand gets a further share instead.
+        waiting = [each for each in self.open if each.target is None and not (self.root(each) / MANIFEST).is_file()]
         if not waiting:
             return
         recipes = {each.model: shared_bank.started(self.recipe_for(each))[0] for each in waiting}
-        measured: dict[str, Measured] = {}
+        measured: dict[str, PlanningCosts] = {}
         errors: list[NayerEdgeError] = []
         tasks = {each.model: Task(recipes[each.model], self.root(each), True, is_trusted()) for each in waiting}
         for model, result in self.counted(tasks):
@@ -383,41 +482,56 @@ class _Work:
                 measured[model] = result.measured
             elif result.error is not None:
                 # The others share its time.
-                self.fail(self.sweep.student(model), result.error)
+                self.fail(self.sweep.student(model), result.error, result.traceback)
                 errors.append(result.error)
         waiting = [each for each in waiting if each.open]
-        begun = any(each.shares for each in self.sweep.students)
-        if not waiting and not begun and not self.open:
+        has_shares = any(each.shares for each in self.sweep.students)
+        if not waiting and not has_shares and not self.open:
             raise errors[0]
         if not waiting:
             return
-        number = self.sweep.done + 1
-        while True:
-            seconds = max(self.next_share(len(self.without_share(number)), self.taken(number)), 1.0)
-            short: dict[str, TooShortError] = {}
-            for each in waiting:
-                try:
-                    planned = measured[each.model].planned(seconds)
-                except TooShortError as error:
-                    short[each.model] = error
-                    continue
-                sections = sections_of(with_sections(recipes[each.model], planned.sections))
-                each.target = Target(round=number, seconds=seconds, sections=sections)
-            if not short or self.sweep.rounds == 1 or self.sweep.done:
-                break
-            self.sweep.rounds -= 1
-        if len(short) == len(self.open) and not begun:
-            least = max(error.least for error in short.values()) * len(self.open)
+        number, taken = self.sweep.done + 1, self.taken(self.sweep.done + 1)
+        others = len(self.without_share(number)) - len(waiting)
+        planned_before = self.sweep.done > 0 or len(waiting) < len(self.open)
+
+        def seconds_of(rounds: int, students: int) -> float:
+            return max(share(self.left, rounds - self.sweep.done, others + students, taken), 1.0)
+
+        def needs(model: str, seconds: float) -> float:
+            error = lacking(measured[model], seconds)
+            return 0.0 if error is None else error.least
+
+        first = first_round(
+            [each.model for each in waiting],
+            self.sweep.rounds if planned_before else 1,
+            self.sweep.rounds,
+            seconds_of,
+            needs,
+        )
+        short = {model: lacking(measured[model], seconds) for model, seconds in first.too_short.items()}
+        if not first.students and not planned_before and not has_shares:
+            found = [error for error in short.values() if error is not None]
+            least = max(error.least for error in found) * len(found)
             if self.made_bank:
                 least /= 1 - BANK_SHARE
             raise UsageError(
-                f"{duration(self.sweep.seconds or 0)} is too short for {len(self.open)} students.",
-                why=next(iter(short.values())).why,
+                f"{duration(self.sweep.seconds or 0)} is too short for {len(found)} students.",
+                why=found[0].why,
                 fix=f"Use at least {duration(least * 1.1)}, or fewer students.",
             )
+        self.sweep.rounds = first.rounds
+        seconds = seconds_of(first.rounds, len(first.students))
         for each in waiting:
-            if each.model in short:
-                self.end(each, "stopped", f"its share of {duration(seconds)} is too short: {short[each.model].why}")
+            if (error := short.get(each.model)) is not None:
+                told = duration(first.too_short[each.model])
+                self.end(each, "stopped", f"its share of {told} is too short: {error.why}")
+                self.tell(f"{each.model} is stopped: {each.reason}")
+                line = own_run("run", self.sweep, each, self.out, math.ceil(error.least))
+                self.tell(f"To train it by hand, at least: {line}")
+                continue
+            sections = measured[each.model].planned(seconds).sections
+            sections = sections_of(with_sections(recipes[each.model], sections))
+            each.target = Target(round=number, seconds=seconds, sections=sections)
 
     @property
     def made_bank(self) -> bool:
@@ -469,6 +583,9 @@ class _Work:
         except UsageError as error:
             self.end(student, "stopped", f"{error.what} {error.why}".strip())
             return student.target
+        except Exception as failure:  # noqa: BLE001  the others go on
+            self.fail(student, *failure_of(failure))
+            return student.target
         return Target(round=number, seconds=seconds, sections=sections_of(chosen))
 
     def train(self, students: Sequence[StudentRecord]) -> None:
@@ -483,13 +600,13 @@ class _Work:
             each.state = "training"
             on_ray.recover(self.root(each))
             recipe = with_sections(self.recipe_for(each), each.target.sections)
-            tasks[each.model] = Task(recipe, self.root(each), trust_code=is_trusted())
+            tasks[each.model] = Task(recipe, self.root(each), trust_code=is_trusted(), seconds=each.target.seconds)
         self.save()
         took: dict[str, float] = {}
         with contextlib.closing(self.counted(tasks)) as ended:
             for model, result in ended:
                 if result.error is not None:
-                    self.fail(self.sweep.student(model), result.error)
+                    self.fail(self.sweep.student(model), result.error, result.traceback)
                     continue
                 took[model] = result.seconds
                 if self.workers.at_once > 1:
@@ -510,19 +627,20 @@ class _Work:
             # After the tasks were told to end: the time in which they saved their work counts, too.
             now = time.monotonic()
             for model, since in self.workers.started.items():
-                planned = tasks[model].recipe.budget if model in tasks else None
+                share_of = tasks[model].seconds if model in tasks else None
                 # On a cluster it may have waited for others all the time.
-                most = planned.seconds if planned and self.cluster is not None else math.inf
+                most = share_of if share_of is not None and self.cluster is not None else math.inf
                 self.sweep.spent += min(now - since, most)
             self.workers.started.clear()
             self.save()
 
-    def fail(self, student: StudentRecord, error: NayerEdgeError) -> None:
+    def fail(self, student: StudentRecord, error: NayerEdgeError, traceback: str = "") -> None:
         """Ends a student whose run failed; raises the error if a run was altered."""
+        _show(traceback)
         if isinstance(error, IntegrityError) and _altered(self.root(student), Path(self.recipe.student.bank or "")):
             raise error
         self.errors.append(error)
-        self.end(student, "failed", " ".join(f"{error.what} {error.why}".split()))
+        self.end(student, "failed", _told(error))
         self.tell(f"{student.model} failed: {student.reason}")
 
     def measure(self, student: StudentRecord, task: Task, took: float) -> None:
@@ -535,10 +653,8 @@ class _Work:
                 run = actions.make(task.recipe, task.root, last="gate", display=self.display)
             agreement = self.agreement(run)
             verdict = results.refresh(student, task.root, self.sweep)
-        except Exception as failure:
-            if (error := understood(failure, "This student")) is None:
-                raise
-            self.fail(student, error)
+        except Exception as failure:  # noqa: BLE001  the others go on
+            self.fail(student, *failure_of(failure))
             return
         finally:
             self.sweep.spent += time.monotonic() - began
@@ -597,6 +713,10 @@ class _Work:
                     f"{each.model}: its run is unfinished; the table shows its last verdict. To finish it: "
                     f"nayer-edge run {where}"
                 )
+            except Exception as failure:  # noqa: BLE001  the answer is also for the others
+                error, traceback = failure_of(failure)
+                _show(traceback)
+                self.tell(f"{each.model}: its run cannot be read; the table shows its last verdict. {_told(error)}")
         results.conclude(self.sweep, self.out)
         self.save()
         write_page(self.sweep, self.recipe.gate, self.out / PAGE)
@@ -639,18 +759,19 @@ def _examine(student: StudentRecord, recipe: Recipe, out: Path) -> None:
         student.state, student.reason = "refused", "it is the teacher's own network"
         return
     try:
-        cost = cost_of(model, teacher.input, teacher.classes, recipe.gate)
+        cost = student_cost(model, teacher.input, teacher.classes, recipe.gate)
         if cannot_pass(cost, recipe.gate):
             # One latency may be a disturbance.
-            cost = cost_of(model, teacher.input, teacher.classes, recipe.gate)
-    except Exception as failure:
-        if (error := understood(failure, "This student")) is None:
-            raise
-        student.state, student.reason = "refused", " ".join(f"{error.what} {error.why}".split())
+            cost = student_cost(model, teacher.input, teacher.classes, recipe.gate)
+    except Exception as failure:  # noqa: BLE001  the others go on
+        error, traceback = failure_of(failure)
+        _show(traceback)
+        curable = resource_error(failure) is not None or not isinstance(error, UsageError)
+        student.state, student.reason = "failed" if curable else "refused", _told(error)
         return
     student.params, student.macs, student.int8_bytes = cost.params, cost.macs, cost.int8_bytes
     if reason := cannot_pass(cost, recipe.gate):
-        student.state, student.reason, student.ended = "stopped", f"more training cannot help: {reason}", now()
+        student.state, student.reason, student.ended = "stopped", EXCLUDED + reason, now()
 
 
 def _require_same(
@@ -661,8 +782,10 @@ def _require_same(
     if recipe is not None and recipe.name != sweep.name:
         differing.append(f"the recipe is '{sweep.name}', not '{recipe.name}'")
     if recipe is not None:
-        former, asked = ({key: each.get(key) for key in _SAME} for each in (sweep.recipe, portable(recipe, out)))
-        differing += changes_of(former, asked)
+        # A sweep plans some keys itself, except for a bank that is made without a time.
+        plans = seconds is not None or bank is not None or recipe.student.bank is not None
+        without = planned_keys() if plans else ()
+        differing += changes_of(_shared(sweep.recipe, without), _shared(portable(recipe, out), without))
     asked_for = {located(model, Path.cwd()) for model in require_distinct(models)} if models else set()
     if models and asked_for != {each.located(out) for each in sweep.students}:
         differing.append(f"its students are {', '.join(each.model for each in sweep.students)}")
@@ -674,12 +797,48 @@ def _require_same(
         if held is None or Path(held).resolve() != bank.resolve():
             differing.append(f"its bank is {sweep.bank.run}")
     if differing:
+        # The sweep's own bank, or one of its runs.
+        inside = bank is not None and bank.resolve().is_relative_to(out.resolve())
         raise UsageError(
             f"{out} holds another sweep.",
             why="; ".join(differing) + ".",
             fix=f"To continue it: nayer-edge sweep {shlex.quote(str(out))}\n"
-            "Otherwise choose another folder with --out, or start over with --fresh.",
+            f"Otherwise choose another folder with --out{'' if inside else ', or start over with --fresh'}.",
         )
+
+
+def _shared(recipe: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
+    """What students of a sweep must have in common, of a recipe's values.
+
+    Args:
+        without: dotted keys that are left out.
+    """
+    found = {name: recipe.get(name) for name in _SAME}
+    for name in _PLANNED:
+        section = recipe.get(name) or {}
+        found[name] = {key: value for key, value in section.items() if f"{name}.{key}" not in without}
+    return found
+
+
+def _settings_since(bank: Path, recipe: Recipe) -> list[str]:
+    """The `--set` items that give the recipe of a bank's run the values that a sweep's students share."""
+    run = RunFolder.open(bank)
+    own = recipe_of(run.manifest.recipe, bank)
+    before, now = (_shared(each.model_dump(mode="json", by_alias=True), planned_keys()) for each in (own, recipe))
+    # They are those of the bank's own student.
+    return [*_differing(before, now), *(["student.arguments={}"] if own.student.arguments else [])]
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Items "a.b=c" for every value that differs. TOML has no null, so a value that is null now is left out."""
+    found = []
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found += _differing(old, value, f"{prefix}{key}.")
+        elif value != old and value is not None:
+            found.append(f"{prefix}{key}={json.dumps(value)}")
+    return found
 
 
 def _require_space(students: Sequence[StudentRecord], source: Path, out: Path) -> None:
@@ -699,11 +858,15 @@ def _require_space(students: Sequence[StudentRecord], source: Path, out: Path) -
         )
 
 
-def _clear(out: Path) -> None:
-    """Empties the folder of a sweep."""
+def _own_folders(out: Path) -> list[Path]:
+    """The folders of a sweep that `--fresh` removes.
+
+    Raises:
+        UsageError: the folder holds something else.
+    """
     if not (out / RECORD).is_file():
         if is_vacant(out):
-            return
+            return []
         raise UsageError(
             f"{out} is not empty and not the folder of a sweep, so --fresh will not empty it.",
             fix="Choose another folder with --out, or empty this one yourself.",
@@ -712,10 +875,41 @@ def _clear(out: Path) -> None:
         runs = [*(each.folder for each in read_sweep(out).students), BANK]
     except IntegrityError:
         runs = [path.parent.name for path in out.glob(f"*/{MANIFEST}")]
-    for name in (f"{run}{kind}" for run in runs for kind in ("", ".new", ".former", ".tensorboard")):
-        folder = out / name
-        if Path(name).name == name and folder.is_dir() and not folder.is_symlink():
-            shutil.rmtree(folder)
+    names = [f"{run}{kind}" for run in runs for kind in ("", ".new", ".former", ".tensorboard")]
+    folders = [out / name for name in names if Path(name).name == name]
+    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
+
+
+def _refuse_to_delete_inputs(sweep: Sweep, recipe: Recipe, out: Path, removed: Sequence[Path]) -> None:
+    """Raises UsageError if what the new sweep reads lies in folders that are to be removed."""
+    named = {
+        "student.bank": recipe.student.bank,
+        "teacher.weights": recipe.teacher.weights,
+        "teacher.model": parse(recipe.teacher.model).path,
+        "lte.encoder": recipe.lte.encoder,
+        "teach.data": recipe.teach.data if recipe.teach else None,
+        "validate.data": recipe.validate_.data,
+        **{each.model: parse(each.located(out)).path for each in sweep.students},
+    }
+    # Names of encoders and data sets are no absolute paths.
+    paths = {name: Path(path).resolve() for name, path in named.items() if path and Path(path).is_absolute()}
+    inside = [
+        f"{name} ({path})"
+        for name, path in paths.items()
+        if any(path.is_relative_to(folder.resolve()) for folder in removed)
+    ]
+    if inside:
+        raise UsageError(
+            "--fresh would delete what the new sweep reads.",
+            why=f"Part of the sweep in {out}: {', '.join(inside)}.",
+            fix="Choose another folder with --out, or copy it to another folder first.",
+        )
+
+
+def _clear(out: Path) -> None:
+    """Empties the folder of a sweep."""
+    for folder in _own_folders(out):
+        shutil.rmtree(folder)
     # The record goes last: until then an interruption leaves the folder recognisable.
     for name in (HOLDOUT, PAGE, *on_ray.FILES, RECORD):
         (out / name).unlink(missing_ok=True)
@@ -739,11 +933,33 @@ def _standing(student: StudentRecord) -> Standing:
     last = student.shares[-1]
     return Standing(
         student.model,
-        float(student.int8_bytes or student.params or 0),
+        student.size,
         last.agreement.value,
         last.verdict == "pass",
         results.limit_missed(student),
     )
+
+
+def lacking(costs: PlanningCosts, seconds: float) -> TooShortError | None:
+    """The error if these are too few seconds for a useful student; None if they suffice."""
+    try:
+        costs.planned(seconds)
+    except TooShortError as error:
+        return error
+    return None
+
+
+def _told(error: NayerEdgeError) -> str:
+    """What happened, why, and what to do next, in one line."""
+    # What to do about these is said for runs whose sizes are set by hand.
+    by_hand = isinstance(error, TrainingError) or error.what == OUT_OF_MEMORY
+    return " ".join(f"{error.what} {error.why} {'' if by_hand else error.fix}".split())
+
+
+def _show(traceback: str) -> None:
+    """Prints where an unexpected error happened, with --debug."""
+    if traceback and os.environ.get("NAYER_EDGE_DEBUG"):
+        print(traceback, file=sys.stderr)  # noqa: T201
 
 
 def _outgrown(root: Path, target: Target) -> bool:

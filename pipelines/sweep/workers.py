@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +25,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, TrainingError, UsageError, understood
+from nayer_edge.errors import (
+    IntegrityError,
+    MissingError,
+    NayerEdgeError,
+    TrainingError,
+    UsageError,
+    understood,
+    unexpected,
+)
 from nayer_edge.models import user_code
 from nayer_edge.storage.files import write_json
 
 from .. import actions
 from ..costs.budget import Costs
-from ..costs.planning import Measured, measured_for
+from ..costs.planning import PlanningCosts, measured_for
 from ..recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -52,12 +61,14 @@ class Task:
         root: its run folder.
         measure: measure the steps of the run, and write nothing; False: train the student as the recipe says.
         trust_code: whether `python:` models may run.
+        seconds: of the share that the work belongs to; None if it belongs to none.
     """
 
     recipe: Recipe
     root: Path
     measure: bool = False
     trust_code: bool = False
+    seconds: float | None = None
 
     def do(self, last: str = "student", display: Display | None = None, known: Costs | None = None) -> Result:
         """Does the work in this process.
@@ -67,18 +78,16 @@ class Task:
             known: costs of another student here; what does not depend on the student is not measured again.
         """
         began = time.monotonic()
-        measured, error = None, None
+        measured, error, trace = None, None, ""
         try:
             with user_code.trusting(self.trust_code):
                 if self.measure:
                     measured = measured_for(self.recipe, known)
                 else:
                     actions.make(self.recipe, self.root, last=last, display=display)
-        except Exception as failure:
-            error = understood(failure, "This student")
-            if error is None:
-                raise
-        return Result(time.monotonic() - began, measured, error)
+        except Exception as failure:  # noqa: BLE001  one student must not end the others
+            error, trace = failure_of(failure)
+        return Result(time.monotonic() - began, measured, error, trace)
 
     def packed(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -88,13 +97,14 @@ class Task:
             "root": str(self.root.absolute()),
             "measure": self.measure,
             "trust_code": self.trust_code,
+            "seconds": self.seconds,
         }
 
     @classmethod
     def unpacked(cls, values: Mapping[str, Any]) -> Task:
         """Of `packed`."""
         recipe = Recipe.model_validate(values["recipe"])
-        return cls(recipe, Path(values["root"]), values["measure"], values["trust_code"])
+        return cls(recipe, Path(values["root"]), values["measure"], values["trust_code"], values["seconds"])
 
 
 @dataclass(frozen=True)
@@ -105,24 +115,40 @@ class Result:
         seconds: that it took.
         measured: what the run can be planned from, if that was asked for.
         error: why it failed.
+        traceback: where, if the error is unexpected.
     """
 
     seconds: float
-    measured: Measured | None = None
+    measured: PlanningCosts | None = None
     error: NayerEdgeError | None = None
+    traceback: str = ""
 
     def packed(self) -> dict[str, Any]:
         """As JSON can hold it."""
         error = self.error
         told = error and {"kind": type(error).__name__, "words": [error.what, error.why, error.fix]}
-        return {"seconds": self.seconds, "measured": self.measured and asdict(self.measured), "error": told}
+        return {
+            "seconds": self.seconds,
+            "measured": self.measured and asdict(self.measured),
+            "error": told,
+            "traceback": self.traceback,
+        }
 
     @classmethod
     def unpacked(cls, values: Mapping[str, Any]) -> Result:
         """Of `packed`."""
         told, measured = values["error"], values["measured"]
         error = None if told is None else _ERRORS.get(told["kind"], NayerEdgeError)(*told["words"])
-        return cls(values["seconds"], Measured.unpacked(measured) if measured else None, error)
+        return cls(
+            values["seconds"], PlanningCosts.unpacked(measured) if measured else None, error, values["traceback"]
+        )
+
+
+def failure_of(error: Exception) -> tuple[NayerEdgeError, str]:
+    """The error of one student as one that can be told, and its traceback if it is unexpected."""
+    if (told := understood(error, "This student")) is not None:
+        return told, ""
+    return unexpected(error), "".join(traceback.format_exception(error))
 
 
 def sections_of(recipe: Recipe) -> dict[str, dict[str, Any]]:

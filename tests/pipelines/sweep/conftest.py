@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,7 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A finished run, whose bank the students start with. Read only."""
-    root = tmp_path_factory.mktemp("runs") / "source"
-    run_recipe(load_recipe("digits", list(SETTINGS)), root, last="student")
-    return root
+    recipe = load_recipe("digits", list(SETTINGS))
+    return once("sweep-source", lambda folder: run_recipe(recipe, folder / "source", last="student")) / "source"

@@ -8,7 +8,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nayer_edge.pipelines.sweep.halving import Standing, decide, pareto, rounds_for, share, way_on
+from nayer_edge.pipelines.sweep.halving import (
+    FirstRound,
+    Standing,
+    decide,
+    first_round,
+    pareto,
+    rounds_for,
+    share,
+    way_on,
+)
 
 standings = st.lists(
     st.builds(
@@ -113,8 +122,40 @@ def test_no_time_is_no_share() -> None:
     assert share(-5.0, 2, 3) == 0.0
 
 
+def first(needs: dict[str, float], time: float, most: int) -> FirstRound:
+    """The first round of students that each need so many seconds."""
+    return first_round(
+        list(needs),
+        1,
+        most,
+        lambda rounds, students: time / rounds / students,
+        lambda name, seconds: needs[name] if seconds < needs[name] else 0.0,
+    )
+
+
+def test_one_that_needs_too_much_costs_the_others_neither_rounds_nor_time() -> None:
+    found = first(dict.fromkeys("abcd", 60.0) | {"e": 300.0}, 1000.0, 3)
+    assert found == FirstRound(["a", "b", "c", "d"], {"e": 200.0}, rounds_for(4))
+    assert first({"small": 30.0, "large": 100.0}, 100.0, 1) == FirstRound(["small"], {"large": 50.0}, 1)
+    # Without the one that needs most, the share of the next one suffices.
+    found = first({"a": 50.0, "b": 50.0, "c": 210.0, "d": 400.0}, 800.0, 2)
+    assert found == FirstRound(["a", "b", "c"], {"d": 200.0}, 1)
+
+
+def test_as_many_rounds_as_all_can_use() -> None:
+    four = dict.fromkeys("abcd", 100.0)
+    assert first(four, 1000.0, 2).rounds == 2
+    assert first(four, 700.0, 2).rounds == 1
+    assert first(four, 700.0, 2).students == ["a", "b", "c", "d"]
+
+
+def test_too_little_time_for_all_is_not_decided_here() -> None:
+    assert first({"a": 60.0, "b": 70.0}, 100.0, 1) == FirstRound([], {"a": 50.0, "b": 50.0}, 1)
+    assert first({}, 100.0, 1).students == []
+
+
 def test_more_time_or_a_larger_student() -> None:
-    assert way_on([(60, 0.8)], 0.1) == "time"
+    assert way_on([(60, 0.8)], 0.1) is None, "one share does not tell"
     # 0.05 for a doubling: two more give 0.1.
     assert way_on([(60, 0.80), (120, 0.85)], 0.09) == "time"
     assert way_on([(60, 0.80), (120, 0.85)], 0.11) == "larger"

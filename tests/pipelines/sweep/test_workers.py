@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +20,13 @@ from typing import Any
 import pytest
 import torch
 
-from nayer_edge.errors import IntegrityError, MissingError, UsageError
+from nayer_edge.errors import IntegrityError, MissingError, NayerEdgeError, UsageError, unexpected
 from nayer_edge.pipelines import actions
 from nayer_edge.pipelines.costs.budget import Costs
-from nayer_edge.pipelines.costs.planning import Measured
+from nayer_edge.pipelines.costs.planning import PlanningCosts
 from nayer_edge.pipelines.recipes.loading import load_recipe
-from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.sweep import on_ray, running, workers
-from nayer_edge.pipelines.sweep.record import Sweep, Target, write_sweep
+from nayer_edge.pipelines.sweep.record import StudentRecord, Sweep, Target, write_sweep
 from nayer_edge.pipelines.sweep.workers import Result, Task
 from nayer_edge.storage.run_folder import RunFolder
 
@@ -137,7 +137,13 @@ def test_the_teachers_training_does_not_count(
 
     def interrupted(_recipe: Any, root: Path, **_: Any) -> None:
         if taught:
-            run_recipe(load_recipe("digits", [*SETTINGS]), root, last="lte")
+            # As if these steps had just been made, in 0.1 s each.
+            run = RunFolder.open(Path(shutil.copytree(source, root)))
+            run.forget("student")
+            for name in ("teacher", "lte"):
+                run.manifest.steps[name] = run.manifest.steps[name].model_copy(update={"seconds": 0.1})
+            run.save()
+            time.sleep(0.2)
         time.sleep(0.3)
         raise KeyboardInterrupt
 
@@ -161,16 +167,47 @@ def test_devices_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [UsageError("a", "b", "c"), MissingError("a"), IntegrityError("a", fix="c")],
+    [UsageError("a", "b", "c"), MissingError("a"), IntegrityError("a", fix="c"), unexpected(KeyError("a"))],
 )
 def test_errors_travel(error: Any) -> None:
     costs = Costs(0.1, 0.2, 0.3, 0.4, 5.0, 50, 64)
-    measured = Measured(costs, 10, "batchnorm", 32, 400, 768, 64, ("little memory",))
-    packed = json.loads(json.dumps(Result(1.5, measured, error).packed()))
+    measured = PlanningCosts(costs, 10, "batchnorm", 32, 400, 768, 64, {"validate": 2000}, ("little memory",))
+    packed = json.loads(json.dumps(Result(1.5, measured, error, "where").packed()))
     found = Result.unpacked(packed)
     assert type(found.error) is type(error)
     assert str(found.error) == str(error)
-    assert (found.seconds, found.measured) == (1.5, measured)
+    assert (found.seconds, found.measured, found.traceback) == (1.5, measured, "where")
+
+
+def test_an_unexpected_error_ends_one_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(workers, "measured_for", broken)
+    result = Task(load_recipe("digits"), tmp_path, measure=True).do()
+    assert result.error is not None
+    assert (type(result.error), result.error.why) == (NayerEdgeError, "ZeroDivisionError: a bug")
+    assert "--debug" in result.error.fix
+    student = StudentRecord(model="nayer:resnet8", folder="resnet8")
+    sweep = Sweep(name="x", recipe={}, students=[student])
+    work = running._Work(sweep, load_recipe("digits"), tmp_path, None)
+    for debug in ("", "1"):
+        monkeypatch.setenv("NAYER_EDGE_DEBUG", debug)
+        work.fail(student, result.error, result.traceback)
+        assert ("in broken" in capsys.readouterr().err) == bool(debug)
+    assert student.state == "failed"
+    assert "ZeroDivisionError: a bug" in student.reason
+
+
+def test_a_retry_counts_with_what_was_lost(tmp_path: Path) -> None:
+    """The worker's seconds are those of its last attempt."""
+    task = Task(load_recipe("digits"), tmp_path, seconds=100.0)
+    assert on_ray.timed_here(Result(20.0), task, 90.0).seconds == 90.0
+    assert on_ray.timed_here(Result(20.0), task, 5000.0).seconds == 100.0, "it waited for others"
+    assert on_ray.timed_here(Result(120.0), task, 125.0).seconds == 120.0
+    assert on_ray.timed_here(Result(20.0), Task(load_recipe("digits"), tmp_path, measure=True), 90.0).seconds == 20.0
 
 
 def test_tasks_travel(tmp_path: Path) -> None:
@@ -179,6 +216,7 @@ def test_tasks_travel(tmp_path: Path) -> None:
         tmp_path,
         measure=True,
         trust_code=True,
+        seconds=12.5,
     )
     assert Task.unpacked(json.loads(json.dumps(task.packed()))) == task
 
