@@ -72,7 +72,7 @@ quickstart: install  ## the whole pipeline on real handwritten digits, into runs
 	$(BIN)/nayer-edge quickstart
 
 # The tests start many processes; whatever the machine's settings, they share what Python has compiled.
-test: install-dev  ## the test suite, about five minutes on two cores
+test: install-dev  ## the test suite, two to ten minutes on two cores, depending on the processor
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: install-dev  ## the slow tests, or with PART=K/N the K-th of N parts

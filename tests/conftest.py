@@ -6,20 +6,35 @@ import argparse
 import fcntl
 import functools
 import gc
+import importlib.abc
+import importlib.machinery
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
-from jaxtyping import install_import_hook
+from jaxtyping import _decorator, install_import_hook
 
-# One thread here and in what tests start: workers share the cores, and sums are added in one order on every machine.
-# Before torch is imported, which reads this once.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread here and in what tests start, whatever the machine's settings: workers share the cores, and sums are added
+# in one order on every machine. Before torch is imported, which reads this once.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _keep_to_one_core(worker: str) -> None:
+    """ONNX Runtime, OpenVINO and LiteRT start a thread for each core that they may use: in every worker, those of all
+    would get into each other's way. What a worker starts keeps to its core, too."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    _keep_to_one_core(os.environ["PYTEST_XDIST_WORKER"])
 
 # `make test` draws the same examples every time; `--hypothesis-profile random` draws others, and says how to draw a
 # failing one again.
@@ -33,6 +48,43 @@ SHAPED = ("batchnorm", "generator", "losses", "memory_bank", "synthesis",
 CORE = Path(__file__).resolve().parents[1] / "nayer_edge"
 assert all((CORE / f"{module.replace('.', '/')}.py").is_file() for module in SHAPED), SHAPED
 install_import_hook([f"nayer_edge.{module}" for module in SHAPED], "beartype.beartype")
+# Else it would import JAX, which takes seconds in every worker, only to leave its own frames out of JAX's tracebacks.
+_decorator._tb_flag = False
+
+
+class _ShortMeasurements(importlib.abc.MetaPathFinder):
+    """Shortens what times networks, as soon as it is imported: no test asserts what is fast, and one time of a step is
+    as good as the median of five, except for a plan's accuracy."""
+
+    BENCHMARK, STEP_COSTS = "nayer_edge.export.benchmark", "nayer_edge.pipelines.costs.step_costs"
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        del target
+        if fullname not in (self.BENCHMARK, self.STEP_COSTS):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        assert spec is not None
+        loader = spec.loader
+        assert isinstance(loader, importlib.machinery.SourceFileLoader)
+        execute = loader.exec_module
+
+        def shortened(module: ModuleType) -> None:
+            execute(module)
+            if fullname == self.BENCHMARK:
+                # One turn of five calls, and as many more as fit.
+                assert "max_seconds" in module.benchmark.__kwdefaults__
+                module.benchmark.__kwdefaults__["max_seconds"] = 0.1
+            else:
+                assert "REPEATS" in vars(module)
+                module.REPEATS = 1
+
+        loader.exec_module = shortened  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, _ShortMeasurements())
 
 # A terminal of 80 columns without colours, whatever the CI server sets.
 os.environ["COLUMNS"] = "80"
@@ -66,6 +118,13 @@ TINY = (
 
 WORDS = ("a", "photo", "of", "cat", "dog", "sea", "bird", "日", "été")
 """vocabulary of the tiny text encoders"""
+
+LONGEST = (
+    "tests/test_python.py::test_the_page_runs",
+    "tests/test_readme.py::test_the_commands_of_the_readme_run",
+    "tests/test_packaging.py::test_the_wheel",
+)
+"""how the names of the longest tests begin; they come first, so that no worker is left alone with one at the end"""
 
 
 @pytest.fixture(autouse=True)
@@ -114,12 +173,16 @@ def tiny_run(once: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[
 
 
 @pytest.fixture
-def sentence_encoder(tmp_path: Path) -> Path:
+def sentence_encoder(once: Callable[[str, Callable[[Path], object]], Path], tmp_path: Path) -> Path:
     """A tiny BERT with random weights and a tokenizer of a few words."""
+    return Path(shutil.copytree(once("sentence-encoder", _make_bert) / "bert", tmp_path / "bert"))
+
+
+def _make_bert(parent: Path) -> None:
     import torch
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    folder = tmp_path / "bert"
+    folder = parent / "bert"
     folder.mkdir()
     vocabulary = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
@@ -135,16 +198,19 @@ def sentence_encoder(tmp_path: Path) -> Path:
         max_position_embeddings=20,
     )
     BertModel(config).eval().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
-def clip_encoder(tmp_path: Path) -> Path:
+def clip_encoder(once: Callable[[str, Callable[[Path], object]], Path], tmp_path: Path) -> Path:
     """A tiny CLIP text tower with random weights."""
+    return Path(shutil.copytree(once("clip-encoder", _make_clip) / "clip", tmp_path / "clip"))
+
+
+def _make_clip(parent: Path) -> None:
     import torch
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizerFast
 
-    folder = tmp_path / "clip"
+    folder = parent / "clip"
     folder.mkdir()
     letters = [*"acdefghijklmnopqrstuvwxyzb"]
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
@@ -168,7 +234,6 @@ def clip_encoder(tmp_path: Path) -> Path:
         pad_token_id=1,
     )
     CLIPTextModelWithProjection(config).eval().save_pretrained(folder)
-    return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -218,8 +283,9 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Chooses a part of the slow tests, gives each an hour, and skips GPU tests with the reason where there is no
-    GPU."""
+    """Puts the longest tests first, chooses a part of the slow ones, gives each an hour, and skips GPU tests with the
+    reason where there is no GPU."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     if config.option.slow_part:
         part, parts = config.option.slow_part
         slow = [item for item in items if item.get_closest_marker("slow")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,8 +45,13 @@ def module_of(path: Path) -> str:
 
 
 SOURCES = {module_of(path): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
-TREES = {module: ast.parse(path.read_text(encoding="utf-8"), str(path)) for module, path in SOURCES.items()}
 MODULES = sorted(SOURCES)
+
+
+@functools.cache
+def tree_of(module: str) -> ast.Module:
+    """Its parsed source. Not all at the top: every worker collects this file, and few of them run its tests."""
+    return ast.parse(SOURCES[module].read_text(encoding="utf-8"), str(SOURCES[module]))
 
 
 def layer_of(module: str) -> str:
@@ -72,7 +78,7 @@ def imports_of(module: str) -> Iterator[Import]:
                 checking = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
                 yield from visit(child, lazy or function or checking, typing or checking)
 
-    yield from visit(TREES[module], False, False)
+    yield from visit(tree_of(module), False, False)
 
 
 def project_modules(found: Import) -> set[str]:
@@ -233,6 +239,7 @@ def test_distillation_takes_no_data_set() -> None:
     assert not third_party(modules, lazy=True) & {"sklearn", "pyarrow", "PIL", "datasets"}
 
 
+@pytest.mark.slow
 def test_distillation_runs_where_no_data_set_can_be_loaded(tiny_run: Path) -> None:
     program = """
 import sys
@@ -291,7 +298,7 @@ def test_the_step_table_is_consistent() -> None:
     for number, step in enumerate(STEPS):
         assert set(step.inputs) <= set(NAMES[:number]), step.name
         module, _, function = step.function.partition(":")
-        tree = TREES[f"nayer_edge.pipelines.{module}"]
+        tree = tree_of(f"nayer_edge.pipelines.{module}")
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, step.function
         assert {key.split(".")[0] for key in step.settings} <= keys, step.name
 
@@ -300,7 +307,7 @@ def test_the_step_table_is_consistent() -> None:
 
 
 def calls(module: str) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 
@@ -363,7 +370,7 @@ def test_options_in_dictionaries_trust_no_remote_code() -> None:
     assert not [
         f"{at(module, node.lineno)}: {key.value} = {ast.unparse(value)}"
         for module in MODULES
-        for node in ast.walk(TREES[module])
+        for node in ast.walk(tree_of(module))
         if isinstance(node, ast.Dict)
         for key, value in zip(node.keys, node.values, strict=True)
         if isinstance(key, ast.Constant)
@@ -377,8 +384,8 @@ def test_every_module_says_what_it_is() -> None:
     assert not [
         at(module, 1)
         for module in MODULES
-        if (TREES[module].body or SOURCES[module].name != "__init__.py")
-        and not (ast.get_docstring(TREES[module]) or "").split("\n\n")[0].rstrip().endswith((".", ":"))
+        if (tree_of(module).body or SOURCES[module].name != "__init__.py")
+        and not (ast.get_docstring(tree_of(module)) or "").split("\n\n")[0].rstrip().endswith((".", ":"))
     ]
 
 
@@ -386,7 +393,7 @@ def test_public_functions_have_docstrings() -> None:
     assert not [
         f"{at(module, node.lineno)}: {node.name}"
         for module in MODULES
-        for node in TREES[module].body
+        for node in tree_of(module).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
         and not node.name.startswith("_")
         and not ast.get_docstring(node)

@@ -173,6 +173,7 @@ def test_the_base_install_outside_the_checkout(base: Path, tiny_run: Path, tmp_p
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_schemas_are_read_from_the_wheel(base: Path, tmp_path: Path) -> None:
     program = "from nayer_edge.pipelines.schemas import load; print(load('report')['$id'])"
     assert run(base, "-I", "-c", program, cwd=tmp_path).stdout == "nayer-edge/report/1\n"
@@ -314,12 +315,7 @@ def test_what_git_ignores(name: str) -> None:
     assert not any(ignored(lock) for lock in EXTRAS)
 
 
-def test_the_version_is_one(run_version: Callable[[], str]) -> None:
+def test_the_version_is_one() -> None:
     import nayer_edge
 
-    assert nayer_edge.__version__ == VERSION == run_version()
-
-
-@pytest.fixture
-def run_version() -> Callable[[], str]:
-    return lambda: run(sys.executable, "-m", "nayer_edge", "--version").stdout.strip()
+    assert nayer_edge.__version__ == VERSION == metadata.version("nayer-edge")

@@ -1,15 +1,13 @@
-"""The code in docs/PYTHON.md and the scripts in examples/ run unchanged."""
+"""The code in docs/PYTHON.md and the scripts in examples/ run, unchanged but for a shorter distillation."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +53,42 @@ def test_the_page_names_everything() -> None:
         assert f"ne.{name}" in PAGE or f"`{name}`" in PAGE, name
 
 
-def script(name: str, *arguments: str, folder: Path, env: Mapping[str, str] | None = None) -> Any:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *arguments],
-        cwd=folder,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """Runs a script of examples/ in the test's folder, in this process; returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+
+    def run(name: str, *arguments: str) -> object:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        try:
+            runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return run
+
+
+def test_the_example_that_gates_runs(
+    script: Callable[..., object], tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unchanged, on a student that was hardly trained."""
+    assert script("gate_in_ci.py", str(tiny_run)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "gate: fail"
+    assert any(line.startswith("fail ") and " int8.cpu " in line for line in lines)
+    assert (tmp_path / "summary.md").read_text(encoding="utf-8").startswith("### nayer-edge gate: ✗ fail")
+    assert (tmp_path / "junit.xml").is_file()
+    assert script("gate_in_ci.py", "nowhere") == 2
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # docs/PYTHON.md runs the same calls
-def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A very short distillation: the student is not meant to be accurate, so the gate may fail."""
+def test_the_example_that_distils_runs(
+    script: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With fewer epochs and steps than it has: the student is not meant to be accurate, so the gate may fail."""
     distil = ne.distill
 
     def shortly(*arguments: Any, **settings: Any) -> ne.Run:
@@ -79,22 +99,13 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         return distil(*arguments, **settings)
 
     monkeypatch.setattr(ne, "distill", shortly)
-    # In this process, which has imported torch already.
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bring_your_own_module.py", "--epochs", "2"])
-    runpy.run_path(str(ROOT / "examples" / "bring_your_own_module.py"), run_name="__main__")
+    assert script("bring_your_own_module.py", "--epochs", "2") in (0, None)
     assert (tmp_path / "runs" / "own_module" / "report.html").is_file()
     verdict = json.loads((tmp_path / "runs" / "own_module" / "gate" / "verdict.json").read_text())["verdict"]
     assert re.search(r"teacher 0\.9\d+, student 0\.\d+, gate: \w+", capsys.readouterr().out)
-
-    summary = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
-    done = script("gate_in_ci.py", "runs/own_module", folder=tmp_path, env=summary)
-    assert f"gate: {verdict}" in done.stdout
-    assert done.returncode == (0 if verdict == "pass" else 1), done.stderr
-    assert (tmp_path / "summary.md").read_text(encoding="utf-8").startswith("### nayer-edge gate")
-    assert (tmp_path / "junit.xml").is_file()
-    done = script("gate_in_ci.py", "nowhere", folder=tmp_path)
-    assert (done.returncode, "is not a run folder" in done.stderr) == (2, True)
+    # The other script gives the same verdict.
+    assert script("gate_in_ci.py", "runs/own_module") == (0 if verdict == "pass" else 1)
+    assert capsys.readouterr().out.splitlines()[-1] == f"gate: {verdict}"
 
 
 def test_every_example_is_run_here() -> None:

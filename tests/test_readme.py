@@ -32,17 +32,23 @@ RUNNABLE = {"gate", "verify", "validate", "report", "export", "bench", "calibrat
 """commands that take seconds on a finished tiny run"""
 
 
-@pytest.mark.parametrize(
-    ("name", "page"), [("digits", README), ("budget_table", README), ("cifar_table", MEASUREMENTS)]
-)
-def test_tables_come_from_committed_figures(name: str, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is in its document exactly as its command writes it."""
+def measurement(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of benchmarks/."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
+    return benchmark
+
+
+@pytest.mark.parametrize(
+    ("name", "page"), [("digits", README), ("budget_table", README), ("cifar_table", MEASUREMENTS)]
+)
+def test_tables_come_from_committed_figures(name: str, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is in its document exactly as its command writes it."""
+    benchmark = measurement(name, monkeypatch)
     if name == "digits":
         wanted = benchmark.table(json.loads((RESULTS / "digits.json").read_text()))
     elif name == "budget_table":
@@ -257,3 +263,13 @@ def test_exit_codes_are_those_of_the_errors() -> None:
 def test_no_placeholders_are_left(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"@@|\bTODO\b|\bTBD\b|\bFIXME\b|\bXXX\b", text)
+
+
+def test_a_run_that_was_given_more_time_has_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"recipe": "photos", "student": "nayer:resnet8", "teacher_top1": 0.9, "student_top1": 0.8, "int8_top1": 0.8}
+    rows = [{**row, "budget": "60m", "more": ""}, {**row, "budget": "30m", "more": "30m"}]
+    table = measurement("budget_table", monkeypatch).table([{"hardware": {"instructions": []}, "rows": rows}])
+    assert [line.split(" | ")[1:4] for line in table.splitlines()[2:]] == [
+        ["30 min + 30 min", "AVX2", "1"],
+        ["60 min", "AVX2", "1"],
+    ]

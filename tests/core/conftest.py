@@ -56,7 +56,7 @@ def reference() -> ModuleType:
     return module
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def compute() -> Compute:
     """float32 on the CPU, as in the reference."""
     return choose("cpu", "fp32")
@@ -149,14 +149,14 @@ def changed(settings: Settings, **changes: Any) -> Settings:
     return Settings(**parts)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def settings() -> Callable[..., Settings]:
     """`settings(synthesis_g_life=3, distill_epochs=5, seed=1)`: the small settings with these changes."""
     small = Settings(GENERATOR, SYNTHESIS, DISTILL, seed=0)
     return lambda **changes: changed(small, **changes)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def start(
     _teacher: Classifier,
     label_embeddings: LabelEmbeddings,

@@ -74,6 +74,14 @@ def reference_run(
     return run
 
 
+@pytest.fixture(scope="module")
+def first(start: Start) -> Distillation:
+    """A finished run with the small settings. Read only."""
+    run = start()
+    distill(run)
+    return run
+
+
 TIMES = ("seconds", "synthesis_seconds", "answer_seconds", "images_per_s", "memory_mib")
 
 
@@ -132,10 +140,8 @@ def test_a_run_equals_the_reference(start: Start, reference_run: Callable[..., A
         torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_golden_loss_curve(start: Start) -> None:
-    run = start()
-    distill(run)
-    assert_curve(run.history, GOLDEN, rel=0.01, floor=1e-3)
+def test_golden_loss_curve(first: Distillation) -> None:
+    assert_curve(first.history, GOLDEN, rel=0.01, floor=1e-3)
 
 
 def test_the_golden_curve_under_bf16(start: Start) -> None:
@@ -159,9 +165,8 @@ def test_the_student_learns_the_teacher(start: Start) -> None:
     assert kd[-1] < 0.6 * kd[0]
 
 
-def test_metrics_of_an_epoch(start: Start) -> None:
-    run = start()
-    distill(run)
+def test_metrics_of_an_epoch(first: Distillation) -> None:
+    run = first
     assert [epoch.epoch for epoch in run.history] == [1, 2, 3, 4]
     assert [epoch.phase for epoch in run.history] == ["warmup", "warmup", "distill", "distill"]
     assert [epoch.bank_images for epoch in run.history] == [24, 48, 64, 80]
@@ -323,12 +328,12 @@ def test_without_warm_up_the_first_epoch_trains(start: Start) -> None:
     assert len(run.holdout) == 8
 
 
-def test_runs_with_one_seed_are_equal_and_with_two_are_not(start: Start) -> None:
-    one, same, other = start(), start(), start(seed=1)
-    for run in (one, same, other):
+def test_runs_with_one_seed_are_equal_and_with_two_are_not(start: Start, first: Distillation) -> None:
+    same, other = start(), start(seed=1)
+    for run in (same, other):
         distill(run)
-    assert_same_run(one, same)
-    assert not torch.equal(one.bank.images, other.bank.images)
+    assert_same_run(first, same)
+    assert not torch.equal(first.bank.images, other.bank.images)
 
 
 # ------------------------------------------------------------------ killed and resumed
@@ -412,9 +417,19 @@ def test_a_student_with_dropout_is_reproducible(start: Start, tmp_path: Path) ->
 WILD = {"distill_select": "agreement", "distill_epochs": 9, "distill_lr": 0.7, "distill_holdout_rounds": 8}
 
 
-def test_a_continued_run_remembers_its_best_student(start: Start, tmp_path: Path) -> None:
-    whole = start(**WILD)
-    shipped = copy.deepcopy(distill(whole).state_dict())
+@pytest.fixture(scope="module")
+def wild(start: Start) -> tuple[Distillation, list[dict[str, Tensor]]]:
+    """A finished run with these settings, and its student after every epoch. Read only."""
+    run, students = start(**WILD), []
+    distill(run, on_epoch=lambda _epoch: students.append(copy.deepcopy(run.student.state_dict())))
+    return run, students
+
+
+def test_a_continued_run_remembers_its_best_student(
+    start: Start, wild: tuple[Distillation, list[dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    whole, _ = wild
+    shipped = whole.result().state_dict()
     scores = [epoch.agreement for epoch in whole.history[2:]]
     best = 3 + scores.index(max(scores))
     assert best < 9, "the last student is the best: this test would prove nothing"
@@ -427,9 +442,10 @@ def test_a_continued_run_remembers_its_best_student(start: Start, tmp_path: Path
         assert torch.equal(value, result.state_dict()[name])
 
 
-def test_patience_ends_a_run_whose_agreement_does_not_rise(start: Start, tmp_path: Path) -> None:
-    whole = start(**WILD)
-    distill(whole)
+def test_patience_ends_a_run_whose_agreement_does_not_rise(
+    start: Start, wild: tuple[Distillation, list[dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    whole, _ = wild
     scores = [epoch.agreement for epoch in whole.history[2:]]
     stale = [number - scores[: number + 1].index(max(scores[: number + 1])) for number in range(len(scores))]
     assert 2 in stale, "agreement rises too often: this test would prove nothing"
@@ -443,10 +459,12 @@ def test_patience_ends_a_run_whose_agreement_does_not_rise(start: Start, tmp_pat
     assert_same_run(again, run)
 
 
+CONSTANT = {**WILD, "distill_schedule": "constant", "distill_decay_epochs": 2, "distill_patience": 2}
+
+
 def test_with_a_constant_schedule_patience_starts_the_decay(start: Start, tmp_path: Path) -> None:
-    constant = {**WILD, "distill_schedule": "constant", "distill_decay_epochs": 2, "distill_patience": 2}
     before = Before(tmp_path / "before.safetensors", tmp_path / "bank.safetensors", None)
-    run = start(**{**constant, "distill_epochs": 30})
+    run = start(**{**CONSTANT, "distill_epochs": 30})
     distill(run, before=before)
     length = len(run.history)
     assert length < 30
@@ -454,10 +472,18 @@ def test_with_a_constant_schedule_patience_starts_the_decay(start: Start, tmp_pa
     rates = [epoch.lr for epoch in run.history if epoch.lr is not None]
     assert rates[-3] > rates[-2] > rates[-1]
     assert next_state(before.state).is_file(), "a longer run can continue from here"
-    # Longer, it has its whole patience again, also if it is interrupted.
+
+
+@pytest.mark.slow
+def test_a_longer_run_has_its_whole_patience_again(start: Start, tmp_path: Path) -> None:
+    """Also if it is interrupted."""
+    before = Before(tmp_path / "before.safetensors", tmp_path / "bank.safetensors", None)
+    run = start(**{**CONSTANT, "distill_epochs": 30})
+    distill(run, before=before)
+    length = len(run.history)
     run.bank.save(before.bank)
     next_state(before.state).replace(before.state)
-    longer = {**constant, "distill_epochs": 80}
+    longer = {**CONSTANT, "distill_epochs": 80}
     whole, killed, path = start(**longer), start(**longer), tmp_path / "checkpoint.safetensors"
     distill(whole, before=before)
     assert len(whole.history) >= length + 2
@@ -552,10 +578,8 @@ def on_the_bank(start: Start, **changes: Any) -> Distillation:
 
 
 def test_a_run_goes_on_with_another_runs_images_and_generator(
-    start: Start, rounds: list[Round], tmp_path: Path
+    start: Start, first: Distillation, rounds: list[Round], tmp_path: Path
 ) -> None:
-    first = start()
-    distill(first)
     files, made = left_by(first, tmp_path), len(rounds)
     before = {name: tensor.clone() for name, tensor in first.generator.state_dict().items()}
     run = on_the_bank(start, synthesis_g_steps=1, synthesis_lr=1e-9)
@@ -571,10 +595,10 @@ def test_a_run_goes_on_with_another_runs_images_and_generator(
     assert len(rounds) > made
 
 
-def test_reserved_images_are_the_hold_out(start: Start, rounds: list[Round], tmp_path: Path) -> None:
+def test_reserved_images_are_the_hold_out(
+    start: Start, first: Distillation, rounds: list[Round], tmp_path: Path
+) -> None:
     """A run on another run's bank makes none of its own, and takes none of those that validation reads."""
-    first = start()
-    distill(first)
     files, wanted = left_by(first, tmp_path), first.settings.distill.holdout_rounds
     reserve = first._new_bank()
     for number in range(2 * wanted + 1):
@@ -590,17 +614,13 @@ def test_reserved_images_are_the_hold_out(start: Start, rounds: list[Round], tmp
     assert not len(too_few.holdout), "it makes its own"
 
 
-def test_a_smaller_bank_takes_the_newest_of_them(start: Start, tmp_path: Path) -> None:
-    first = start()
-    distill(first)
+def test_a_smaller_bank_takes_the_newest_of_them(start: Start, first: Distillation, tmp_path: Path) -> None:
     run = on_the_bank(start, distill_bank_mib=10 * 128 / 2**20)
     run.start_from(left_by(first, tmp_path))
     assert torch.equal(run.bank.images, first.bank.newest(10)[0])
 
 
-def test_what_does_not_fit_a_start(start: Start, tmp_path: Path) -> None:
-    first = start()
-    distill(first)
+def test_what_does_not_fit_a_start(start: Start, first: Distillation, tmp_path: Path) -> None:
     files = left_by(first, tmp_path)
     with pytest.raises(UsageError, match="no warm-up"):
         start().start_from(files)
@@ -612,12 +632,8 @@ def test_what_does_not_fit_a_start(start: Start, tmp_path: Path) -> None:
         distill(on_the_bank(start))
 
 
-def test_select_agreement_ships_the_best_student(start: Start) -> None:
-    run = start(**WILD)
-    students = []
-    while not run.finished:
-        run.run_epoch()
-        students.append(copy.deepcopy(run.student.state_dict()))
+def test_select_agreement_ships_the_best_student(wild: tuple[Distillation, list[dict[str, Tensor]]]) -> None:
+    run, students = wild
     scores = [epoch.agreement if epoch.phase == "distill" else -1 for epoch in run.history]
     best = scores.index(max(scores))
     assert scores[-1] < max(scores), "the last student is the best: this test would prove nothing"

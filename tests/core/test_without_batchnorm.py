@@ -92,7 +92,10 @@ def test_the_generator_learns_the_class_of_its_labels(begin: Start) -> None:
 
 
 @PRIORS
-@pytest.mark.parametrize("changes", [{}, {"distill_views": 3, "distill_mixup": 0.5, "synthesis_reserve": 0.4}])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=pytest.mark.slow), {"distill_views": 3, "distill_mixup": 0.5, "synthesis_reserve": 0.4}],
+)
 def test_a_continued_run_ends_with_the_same_bits(
     begin: Start, tmp_path: Path, prior: dict[str, object], changes: dict[str, object]
 ) -> None:

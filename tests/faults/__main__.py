@@ -1,7 +1,7 @@
 """Injects every kind of fault many times and prints the numbers of tries and losses; exits with 1 if there are losses.
 
 python -m tests.faults              the full form (`make faults`)
-python -m tests.faults --short      a few tries of each kind (part of `make test`)
+python -m tests.faults --short      a few tries of each kind (part of `make test-slow`)
 python -m tests.faults KIND …       some kinds only
 """
 
@@ -28,7 +28,7 @@ import torch
 
 from nayer_edge.runtime.provenance import usable_cores
 
-from . import fuzz, hostile, interruptions, lies, processes, scarcity, tampering
+from . import fuzz, hostile, interruptions, lies, processes, resource_errors, tampering
 from .kit import Kit, Tally
 
 KINDS: dict[str, tuple[Callable[[Kit, int], Tally], int, int]] = {
@@ -39,11 +39,11 @@ KINDS: dict[str, tuple[Callable[[Kit, int], Tally], int, int]] = {
     "clock": (interruptions.clock_jumps, 2, 0),
     "lock": (interruptions.two_at_once, 4, 1),
     "cache": (interruptions.one_cache, 20, 2),
-    "disk": (scarcity.full_disk, 10, 0),
-    "quota": (scarcity.file_size_limit, 6, 0),
-    "temporary": (scarcity.full_temporary_folder, 3, 0),
-    "read-only": (scarcity.read_only, 14, 2),
-    "memory": (scarcity.no_memory, 6, 0),
+    "disk": (resource_errors.full_disk, 10, 0),
+    "quota": (resource_errors.file_size_limit, 6, 0),
+    "temporary": (resource_errors.full_temporary_folder, 3, 0),
+    "read-only": (resource_errors.read_only, 14, 2),
+    "memory": (resource_errors.no_memory, 6, 0),
     "byte": (tampering.every_byte, 10**6, 200),
     "altered": (tampering.altered_folder, 60, 5),
     "signature": (tampering.signatures, 60, 4),

@@ -22,7 +22,7 @@ from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
 from . import processes
 from .kit import Kit, Tally
-from .scarcity import limit_memory
+from .resource_errors import limit_memory
 
 MEMORY = 768 * 2**20
 """bytes that a command may allocate: several times what the run needs"""

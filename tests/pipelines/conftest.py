@@ -1,14 +1,15 @@
-"""What the tests of the pipelines share: a copy of the finished run, and two ways to call the command line."""
+"""What the tests of the pipelines share: a copy of the finished run, and three ways to call the command line."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,30 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 """
 
+# Each command writes into files of its own, under the numbers of the standard streams, and finds the same environment.
+EACH = """
+import json, os, sys, tempfile
+from nayer_edge.__main__ import main
+
+kept, environment, answers = (os.dup(1), os.dup(2)), dict(os.environ), []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, code = ["nayer-edge", *arguments], None
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+        said = [file.seek(0) or file.read().decode() for file in (out, err)]
+    answers.append([code, *said, sorted({name.partition(".")[0] for name in sys.modules})])
+    os.environ.clear()
+    os.environ.update(environment)
+print(json.dumps(answers))
+"""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -39,6 +64,8 @@ class Answer:
     code: int
     out: str
     err: str
+    packages: frozenset[str] = frozenset()
+    """what its process had imported by then, where that is known"""
 
 
 class StopsAfter(Silent):
@@ -128,6 +155,37 @@ def spawn() -> Callable[..., Answer]:
             timeout=120,
         )
         return Answer(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture
+def spawn_each() -> Callable[..., list[Answer]]:
+    """Calls several commands, one after the other, in one process of their own: starting it takes longer than they do.
+
+    `before` is Python code that runs first; `under` is what starts the process instead of this one.
+    """
+
+    def call(
+        *commands: Sequence[str | Path],
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        before: str = "",
+        under: Sequence[str] = (),
+    ) -> list[Answer]:
+        told = json.dumps([list(map(str, command)) for command in commands])
+        done = subprocess.run(
+            [*under, sys.executable, "-c", before + EACH, told],
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        answers = [Answer(code, out, err, frozenset(names)) for code, out, err, names in json.loads(done.stdout)]
+        assert len(answers) == len(commands)
+        return answers
 
     return call
 

@@ -363,7 +363,9 @@ def test_a_foreign_checkpoint_goes_through_to_the_gate(invoke: Invoke, tmp_path:
     """The short variant: everything that the slow tests do, too little of it to be any good."""
     lines, _ = checkpoint("python", tmp_path, epochs=3)
     # Few BatchNorms: in so few steps the many of a MobileNet would not get to know an image, and all would look alike.
-    rest = TINY.replace("\nsteps = 2", "\nsteps = 10")
+    # No loss is allowed, because how much so short a distillation loses depends on the machine.
+    gate = "[gate]\naccuracy = { max_drop_vs_fp32 = 0.015, max_drop_vs_teacher = 0.0 }\n"
+    rest = TINY.replace("\nsteps = 2", "\nsteps = 10") + gate
     path = recipe_at(tmp_path / "mine.toml", lines, DIGITS, "nayer:resnet8", rest)
     root = tmp_path / "run"
     assert "--trust-code" in invoke("distill", path, "--out", root).err
@@ -373,6 +375,7 @@ def test_a_foreign_checkpoint_goes_through_to_the_gate(invoke: Invoke, tmp_path:
         "int8.cpu": "measured",
     }
     assert report["teacher"]["top1"] > 0.2
+    assert report["student"]["top1"] < report["teacher"]["top1"] - 0.05, "else the gate has nothing to find"
     assert report["dataset"]["name"].startswith("digits")
     answer = invoke("gate", root, "--json")
     assert answer.code == 1, "an untrained student passed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -13,17 +14,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from xmlschema import XMLSchema
+
+if TYPE_CHECKING:
+    from xmlschema import XMLSchema
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 GITHUB = yaml.safe_load((ROOT / "pipelines" / "ci" / "github.yml").read_text(encoding="utf-8"))
 GITLAB = yaml.safe_load((ROOT / "pipelines" / "ci" / "gitlab.yml").read_text(encoding="utf-8"))
-JUNIT = XMLSchema(Path(__file__).with_name("junit.xsd"))
 
 INSTALL = re.compile(r'python3 -m pip install "\$\{PACKAGE\}(?:\[(?P<extra>[a-z]+)\])?"')
 EXPRESSION = re.compile(r"\$\{\{\s*(.+?)\s*\}\}")
@@ -38,6 +40,14 @@ class Done:
 
     code: int
     text: str
+
+
+@functools.cache
+def junit() -> XMLSchema:
+    """The schema of JUnit files. Not read at the top: every worker collects this file, and this takes a second."""
+    from xmlschema import XMLSchema
+
+    return XMLSchema(Path(__file__).with_name("junit.xsd"))
 
 
 def bash(script: str, folder: Path, variables: Mapping[str, str]) -> Done:
@@ -134,7 +144,7 @@ def test_the_action_gives_the_verdict(finished: Path, tmp_path: Path) -> None:
     assert outputs["verdict"] == "pass"
     assert json.loads(Path(outputs["json"]).read_text())["verdict"] == "pass"
     assert "nayer-edge gate: ✓ pass" in summary
-    JUNIT.validate(tmp_path / "nayer-edge-junit.xml")
+    junit().validate(tmp_path / "nayer-edge-junit.xml")
 
     (tmp_path / "policy.toml").write_text(IMPOSSIBLE)
     # A module of the repository that is checked out does not read the verdict in the place of Python's own.
@@ -145,7 +155,7 @@ def test_the_action_gives_the_verdict(finished: Path, tmp_path: Path) -> None:
     assert summary == ""
     assert "✗ fail" in (tmp_path / "s.md").read_text()
     assert "::error title=nayer-edge gate%3A size of int8.cpu (fail)::" in done.text
-    JUNIT.validate(tmp_path / "a b.xml")
+    junit().validate(tmp_path / "a b.xml")
 
     (finished / "export" / "student.int8.cpu.onnx").write_bytes(b"tampered")
     done, outputs, _ = act(tmp_path, run="runs/digits", policy="policy.toml")
@@ -271,7 +281,7 @@ def run_pipeline(server: str, folder: Path, settings: list[str]) -> None:
         assert done.code == 0, f"{script.text}\n{done.text}"
     assert (folder / variables["RUN"] / "manifest.json").is_file()
     assert json.loads((folder / "verdict.json").read_text())["verdict"] == "pass"
-    JUNIT.validate(folder / "junit.xml")
+    junit().validate(folder / "junit.xml")
     assert "nayer-edge gate: ✓ pass" in summary.read_text()
 
 

@@ -97,7 +97,7 @@ def test_files_that_it_will_not_write(here: Path, invoke: Invoke) -> None:
     (here / "run").mkdir()
     (here / "run" / "manifest.json").write_text("{}")
     answer = invoke("lte", "show", "digits", "--picture", "run/e.png")
-    assert (answer.code, "lies inside a run folder" in answer.err) == (2, True), answer.err
+    assert (answer.code, "lies inside the run folder" in answer.err) == (2, True), answer.err
     assert not list(here.glob("e.*"))
 
 

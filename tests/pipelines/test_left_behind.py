@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,8 +115,9 @@ def test_nothing_is_written_into_a_run(invoke: Invoke, finished: Path, tmp_path:
 
 @pytest.mark.parametrize("after", [0, 1, 3, 5])
 def test_a_fresh_start_that_was_cut_short_can_be_repeated(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
+    weights = shutil.copy(finished / "teacher" / "teacher.safetensors", tmp_path / "w.safetensors")
     original, left = shutil.rmtree, [after]
 
     def interrupted(path: Path) -> None:
@@ -132,8 +131,10 @@ def test_a_fresh_start_that_was_cut_short_can_be_repeated(
         with pytest.raises(KeyboardInterrupt):
             clear_folder(finished)
     assert (finished / MANIFEST).is_file()
-    recipe = load_recipe("digits", ["teacher.model=nayer:wrn_10_1", "teach.epochs=1"])
+    # Weights instead of training.
+    recipe = load_recipe("digits", ["teacher.model=nayer:wrn_10_1", f"teacher.weights={weights}"])
     run_recipe(recipe, finished, last="teacher", fresh=True)
+    assert list(RunFolder.open(finished).manifest.steps) == ["teacher"]
     assert RunFolder.open(finished).unexpected_files() == []
 
 
@@ -158,19 +159,21 @@ def test_init_names_the_hold_out_as_seen_from_the_recipe(
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may read everything")
-@pytest.mark.parametrize("command", ["gate", "verify"])
 @pytest.mark.parametrize("name", ["export/student.fp32.onnx", "validate"])
-def test_what_may_not_be_read_is_no_failed_gate(finished: Path, name: str, command: str) -> None:
+def test_what_may_not_be_read_is_no_failed_gate(
+    finished: Path, name: str, spawn_each: Callable[..., list[Any]]
+) -> None:
     # Root without these two is bound by the modes of its own files.
     humble = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-    words = [*humble, sys.executable, "-m", "nayer_edge", command, str(finished)]
+    commands = (["gate", finished], ["verify", finished])
     (finished / name).chmod(0)
     try:
-        answer = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+        answers = spawn_each(*commands, under=humble)
     finally:
         (finished / name).chmod(0o755)
-    assert answer.returncode == 2, answer
-    assert "permission denied" in answer.stderr
+    for command, answer in zip(commands, answers, strict=True):
+        assert answer.code == 2, (command, answer)
+        assert "permission denied" in answer.err, command
 
 
 def test_export_changes_only_what_it_is_told(invoke: Invoke, finished: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,16 @@ class TestEngines:
 
         monkeypatch.setattr(deploy, "to_engine", build)
         return made
+
+    @pytest.fixture
+    def finished(self, tiny_run: Path, once: Callable[[str, Callable[[Path], object]], Path], tmp_path: Path) -> Path:
+        """A copy of the finished run with the graph for TensorRT, to be altered."""
+
+        def make(folder: Path) -> None:
+            root = Path(shutil.copytree(tiny_run, folder / "digits"))
+            actions.export(root, int8=True, targets=["tensorrt"], engines=False)
+
+        return Path(shutil.copytree(once("with-tensorrt", make) / "digits", tmp_path / "runs" / "digits"))
 
     @pytest.mark.slow
     def test_an_engine_is_not_built_again(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,13 +27,32 @@ from nayer_edge.storage.run_folder import MANIFEST, Artifact, Manifest, RunFolde
 SAME = ("student/student.safetensors", "bank.safetensors", "generator/generator.safetensors")
 ONNX = ("export/student.fp32.onnx", "export/student.int8.cpu.onnx")
 
-# The command line with a checkpoint after every epoch, so that one is there to continue from within seconds.
+# The command line, killed by itself: after so many epochs, before the last one's checkpoint, or after so many steps of
+# a task. With a checkpoint after every epoch, so that there is one to continue from.
 RUNNER = """
-import functools, sys
-from nayer_edge.pipelines import distill
-distill.distill = functools.partial(distill.distill, checkpoint_seconds=0)
+import os, signal, sys
+from nayer_edge.pipelines import distill, show
 from nayer_edge.pipelines.cli import main
-main(sys.argv[1:])
+
+task, number = sys.argv[1], int(sys.argv[2])
+distil, advance = distill.distill, show.Lines.advance
+
+def die_at(now, done):
+    if now == task and done >= number:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def distilled(*arguments, on_epoch, **named):
+    def noted(epoch):
+        on_epoch(epoch)
+        die_at("epochs", epoch.epoch)
+    return distil(*arguments, on_epoch=noted, checkpoint_seconds=0, **named)
+
+def advanced(self, count=1):
+    advance(self, count)
+    die_at(self._what, self._done)
+
+distill.distill, show.Lines.advance = distilled, advanced
+main(sys.argv[3:])
 """
 
 
@@ -295,10 +312,12 @@ def test_stopped_between_steps_and_continued(tiny_run: Path, begun: Path) -> Non
     assert_same_results(begun, tiny_run)
 
 
-def start(tiny_run: Path, root: Path) -> subprocess.Popen[bytes]:
+def run_killed(tiny_run: Path, root: Path, task: str, number: int) -> None:
+    """Runs the tiny recipe in a process that dies there."""
     settings = [f"--set={key}={toml(value)}" for key, value in leaves(manifest(tiny_run).recipe)]
-    command = [sys.executable, "-c", RUNNER, "run", "digits", *settings, "--out", str(root)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", RUNNER, task, str(number), "run", "digits", *settings, "--out", str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
 
 
 def leaves(values: dict[str, Any]) -> Iterator[tuple[str, object]]:
@@ -315,21 +334,11 @@ def toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def killed(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-
-
 @pytest.mark.slow
 def test_killed_inside_a_step_and_continued(tiny_run: Path, begun: Path) -> None:
     """The process dies while it distils, after a checkpoint."""
-    process = start(tiny_run, begun)
-    deadline = time.monotonic() + 120
-    while not (begun / "student" / "checkpoint.safetensors").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    killed(process)
-    assert process.returncode == -signal.SIGKILL
+    run_killed(tiny_run, begun, "epochs", 3)
+    assert (begun / "student" / "checkpoint.safetensors").is_file()
     assert "student" not in manifest(begun).steps
     run = run_recipe(recipe_of(manifest(tiny_run).recipe, tiny_run), begun, last="student")
     for name in SAME:
@@ -338,19 +347,16 @@ def test_killed_inside_a_step_and_continued(tiny_run: Path, begun: Path) -> None
 
 
 @pytest.mark.slow
-def test_killed_at_a_random_moment_and_continued(tiny_run: Path, tmp_path: Path) -> None:
-    """In test_faults.py, smaller runs are killed so in every `make test`."""
+@pytest.mark.parametrize(
+    ("task", "number", "step"),
+    [("teach", 60, "teacher"), ("distill", 2, "student"), ("draw calibration images", 2, "int8"),
+     ("validate", 1, "validate")],
+)  # fmt: skip
+def test_killed_in_any_step_and_continued(tiny_run: Path, tmp_path: Path, task: str, number: int, step: str) -> None:
+    """`make faults` kills smaller runs at random moments."""
     root = tmp_path / "run"
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")
-    process = start(tiny_run, root)
-    deadline = time.monotonic() + 120
-    while not (root / MANIFEST).exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(random.Random(seed).uniform(0, 8))
-    killed(process)
+    run_killed(tiny_run, root, task, number)
+    assert tuple(manifest(root).steps) == NAMES[: NAMES.index(step)]
     run_recipe(recipe_of(manifest(tiny_run).recipe, tiny_run), root)
     assert_same_results(root, tiny_run)
 

@@ -30,6 +30,7 @@ from nayer_edge.storage.files import sha256_of
 from nayer_edge.storage.run_folder import RunFolder
 
 Invoke = Callable[..., Any]
+Once = Callable[[str, Callable[[Path], object]], Path]
 SETTINGS = (
     *("device=cpu", "precision=fp32", "teacher.model=nayer:resnet8", "teach.epochs=1"),
     *("student.model=nayer:resnet8_w8", "generator.channels=8", "generator.noisy_dim=32"),
@@ -42,11 +43,10 @@ STUDENT = "student/student.safetensors"
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(once: Once) -> Path:
     """A finished run, whose bank others start with. Read only."""
-    root = tmp_path_factory.mktemp("runs") / "source"
-    run_recipe(load_recipe("digits", list(SETTINGS)), root, last="student")
-    return root
+    chosen = load_recipe("digits", list(SETTINGS))
+    return once("bank-source", lambda folder: run_recipe(chosen, folder / "source", last="student")) / "source"
 
 
 def recipe(bank: Path, *more: str) -> Recipe:
@@ -59,11 +59,21 @@ def recipe(bank: Path, *more: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(source: Path, once: Once) -> Path:
     """An uninterrupted run of six epochs on the source's bank. Read only."""
-    root = tmp_path_factory.mktemp("runs") / "whole"
-    run_recipe(recipe(source, "distill.epochs=7", "distill.decay_epochs=2"), root, last="student")
-    return root
+    chosen = recipe(source, "distill.epochs=7", "distill.decay_epochs=2")
+    return once("bank-whole", lambda folder: run_recipe(chosen, folder / "whole", last="student")) / "whole"
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times of the steps are not measured."""
+
+    def costs(*arguments: Any) -> budget.Costs:
+        batch, student_batch = arguments[5:7]
+        return budget.Costs(0.08, 0.03, 0.2, 0.1, 60, batch, student_batch)
+
+    monkeypatch.setattr(planning, "time_steps", costs)
 
 
 def test_it_starts_with_the_other_runs_images(source: Path, whole: Path) -> None:
@@ -290,6 +300,7 @@ def test_a_budget_keeps_the_banks_rounds(source: Path) -> None:
     assert found.planned(36_000.0).sections["synthesis"]["batch"] == 6
 
 
+@pytest.mark.usefixtures("untimed")
 def test_a_small_limit_never_drops_the_banks_images(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan counts all images of the bank."""
     monkeypatch.setattr(planning, "images_in_bank", lambda _run: 100_000)
@@ -297,6 +308,7 @@ def test_a_small_limit_never_drops_the_banks_images(source: Path, monkeypatch: p
     assert planning.measured_for(recipe(source)).bank_mib * 2**20 >= 1.25 * 100_000 * 16 * 16
 
 
+@pytest.mark.usefixtures("untimed")
 def test_another_export_than_the_banks_run_takes_another_time(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "_measured_rest", lambda _run: 1234.0)
     usual = recipe(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -164,15 +165,26 @@ def test_signed_and_verified(invoke, root: Path, keys: Path) -> None:  # type: i
     assert invoke("verify", root, "--key", keys / "key.pub").code == 0
 
 
-def test_the_librarys_own_command_agrees(root: Path, keys: Path) -> None:
+def test_the_librarys_own_command_agrees(
+    root: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m model_signing verify key`, in this process."""
     sign(RunFolder.open(root), keys / "key.pem")
-    command = [sys.executable, "-m", "model_signing", "verify", "key", str(root), "--signature", str(root / SIGNATURE)]
+    command = ["model_signing", "verify", "key", str(root), "--signature", str(root / SIGNATURE)]
     command += ["--public_key", str(keys / "key.pub"), "--ignore-paths", str(root / SIGNATURE)]
     command += ["--ignore-paths", str(root / ".lock"), "--no-ignore-git-paths"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", command)
+
+    def verified() -> object:
+        """Its exit code."""
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("model_signing", run_name="__main__", alter_sys=True)
+        return ended.value.code
+
+    assert verified() == 0, capsys.readouterr()
     (root / "lte.safetensors").write_bytes(b"embeddingz")
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode != 0
+    assert verified() not in (0, None)
+    assert "mismatch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -268,15 +280,20 @@ def test_an_encrypted_key(root: Path, keys: Path, tmp_path: Path, monkeypatch: p
     require_signed(RunFolder.open(root), keys / "key.pub")
 
 
-def test_without_the_libraries(spawn, without, root: Path, keys: Path) -> None:  # type: ignore[no-untyped-def]
-    env = without("model_signing", "cyclonedx")
-    assert spawn("verify", root, env=env).code == 0
+def test_without_the_libraries(  # type: ignore[no-untyped-def]
+    invoke, root: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = ("model_signing", "cyclonedx")
+    # Their modules, too, which an earlier test of this process may have imported.
+    for name in {*absent, *(name for name in sys.modules if name.partition(".")[0] in absent)}:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert invoke("verify", root).code == 0
     for arguments, extra in (
         (["sign", root, "--key", keys / "key.pem"], "sign"),
         (["verify", root, "--key", keys / "key.pub"], "sign"),
         (["sbom", root], "sbom"),
     ):
-        answer = spawn(*arguments, env=env)
+        answer = invoke(*arguments)
         assert answer.code == 3
         assert f"pip install '.[{extra}]'" in answer.err
     assert MissingError.exit_code == 3

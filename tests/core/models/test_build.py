@@ -183,11 +183,12 @@ def test_arguments_are_part_of_the_identity() -> None:
 @pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
 def test_auxiliary_heads_are_not_built(name: str) -> None:
     spec = InputSpec(height=96, width=96)
-    network = build_classifier(f"torchvision:{name}", spec, CLASSES)
+    with torch.device("meta"):  # to draw these networks' weights takes seconds
+        network = build_classifier(f"torchvision:{name}", spec, CLASSES)
+        whole = build_classifier(f"torchvision:{name}", spec, CLASSES, {"aux_logits": True})
+        for training in (True, False):
+            assert network.train(training)(torch.rand(2, *spec.shape)).shape == (2, 3)
     assert not [key for key in network.backbone.state_dict() if "aux" in key.lower()]
-    for training in (True, False):
-        assert network.train(training)(torch.rand(2, *spec.shape)).shape == (2, 3)
-    whole = build_classifier(f"torchvision:{name}", spec, CLASSES, {"aux_logits": True})
     assert [key for key in whole.backbone.state_dict() if "aux" in key.lower()]
 
 
@@ -261,7 +262,9 @@ def test_check_forward_has_no_side_effects() -> None:
 
 
 def test_images_that_a_network_cannot_take() -> None:
-    network = build_classifier("torchvision:inception_v3", SPEC, CLASSES)
+    with torch.device("meta"):
+        network = build_classifier("torchvision:inception_v3", SPEC, CLASSES)
+    network = network.to_empty(device="cpu")
     with pytest.raises(UsageError, match="cannot take images of 3×32×32") as caught:
         check_forward(network)
     assert "input size" in caught.value.why

@@ -61,7 +61,8 @@ def vgg11(channels: int = 3, classes: int = 10) -> int:
 
 
 def parameters(name: str, channels: int = 3, classes: int = 10) -> int:
-    return sum(parameter.numel() for parameter in zoo.build(name, channels, classes).parameters())
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in zoo.build(name, channels, classes).parameters())
 
 
 # Parameter counts of the data-free literature's models for CIFAR-10 (rounded in its tables: WRN-40-2 2.2M,

@@ -21,7 +21,6 @@ from nayer_edge.config import InputSpec
 from nayer_edge.errors import IntegrityError, UsageError
 from nayer_edge.models.load import build_classifier, load_teacher, save_classifier, untrained_teacher
 from nayer_edge.models.prior import EXPECTED
-from nayer_edge.pipelines.costs import step_costs
 from nayer_edge.pipelines.costs.model_cost import cost_of
 from nayer_edge.pipelines.gate.statistics import drop_upper
 from nayer_edge.pipelines.init.inspect_checkpoint import _normalised_by, advice_for, look
@@ -45,6 +44,12 @@ def weights_of(model: str, classes: int = 10, channels: int = 3) -> dict[str, to
     return dict(build_classifier(model, spec, [f"c{n}" for n in range(classes)]).backbone.state_dict())
 
 
+@pytest.fixture(scope="session")
+def r18(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The weights of a ResNet-18: 45 MB, to be linked. Read only."""
+    return once("r18", lambda folder: torch.save(weights_of("torchvision:resnet18"), folder / "r18.pt")) / "r18.pt"
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -59,8 +64,8 @@ def found_in(answer: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------ what it finds
 
 
-def test_a_torchvision_state_dict(here: Path, invoke: Invoke) -> None:
-    torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
+def test_a_torchvision_state_dict(here: Path, r18: Path, invoke: Invoke) -> None:
+    os.link(r18, here / "r18.pt")
     answer = invoke("init", *TRIAL, "r18.pt", "--labels", "labels.txt", "--input", "32", "--yes", "--json")
     assert answer.code == 0, answer.err
     found = found_in(answer)
@@ -154,8 +159,8 @@ def test_a_network_that_may_transform_its_input(here: Path, invoke: Invoke) -> N
 @pytest.mark.parametrize(
     "told", [{"height": 24, "width": 24}, {"size": 24, "mean": [0.4], "std": [0.2]}, {"name": "image"}]
 )
-def test_a_json_file_that_states_a_part_of_the_input_is_no_card(here: Path, told: dict[str, Any]) -> None:
-    torch.save(weights_of("torchvision:resnet18"), here / "mine.pt")
+def test_a_json_file_that_states_a_part_of_the_input_is_no_card(here: Path, r18: Path, told: dict[str, Any]) -> None:
+    os.link(r18, here / "mine.pt")
     (here / "mine.json").write_text(json.dumps({"input": told}))
     found = look(here / "mine.pt").input
     assert found is not None
@@ -337,8 +342,8 @@ def test_bands_that_the_weights_do_not_tell_are_asked_for(here: Path) -> None:
         assert look(here / "own.pt", model, channels=6).channels == 6
 
 
-def test_layouts_of_trainers(here: Path, invoke: Invoke) -> None:
-    weights = weights_of("torchvision:resnet18")
+def test_layouts_of_trainers(here: Path, r18: Path) -> None:
+    weights = torch.load(r18)
     parts = {("head." if name.startswith("fc") else "backbone.") + name: value for name, value in weights.items()}
     torch.save({"meta": {"epoch": 1}, "state_dict": parts}, "mm.pth")
     averaged = {f"model_ema.{name.replace('.', '')}": value for name, value in weights.items() if value.ndim}
@@ -646,8 +651,8 @@ def test_a_network_of_ones_own(here: Path, invoke: Invoke) -> None:
     assert 'model = "python:mine.py:build"' in (here / "own.toml").read_text()
 
 
-def test_another_architecture_and_a_changed_stem(here: Path, invoke: Invoke) -> None:
-    weights = weights_of("torchvision:resnet18")
+def test_another_architecture_and_a_changed_stem(here: Path, r18: Path, invoke: Invoke) -> None:
+    weights = torch.load(r18)
     weights["conv1.weight"] = torch.zeros(64, 3, 3, 3)
     torch.save(weights, "cifar_r18.pt")
     told = ["--labels", "labels.txt", "--yes"]
@@ -693,20 +698,23 @@ def test_nan_in_the_weights(here: Path, invoke: Invoke) -> None:
 # ------------------------------------------------------------------ sizes and answers
 
 
-def test_what_is_wrong_at_first_sight_is_said_at_once(here: Path, spawn: Invoke, without: Callable[..., Any]) -> None:
+def test_what_is_wrong_at_first_sight_is_said_at_once(
+    here: Path, spawn_each: Callable[..., list[Any]], without: Callable[..., dict[str, str]]
+) -> None:
     """Before torch is imported, which takes seconds."""
     (here / "w.pt").write_bytes(b"weights")
     (here / "twice.txt").write_text("one\none\n")
     (here / "there.toml").write_text("")
-    for words, message in (
+    wrong = (
         (["nope.pt"], "There is no checkpoint at nope.pt."),
         (["w.pt", "--labels", "nope.txt"], "There is no file of class names at nope.txt."),
         (["w.pt", "--labels", "twice.txt"], "one"),
         (["w.pt", "--input", "32x32xwide"], "is not an image size"),
         (["w.pt", "--out", "there.toml"], "there.toml already exists."),
         (["w.pt", "--name", "../evil"], "is not a valid recipe name"),
-    ):
-        answer = spawn("init", *words, env=without("torch", "numpy"), cwd=here)
+    )
+    answers = spawn_each(*(["init", *words] for words, _ in wrong), env=without("torch", "numpy"), cwd=here)
+    for (_, message), answer in zip(wrong, answers, strict=True):
         assert answer.code == 2, answer.err
         assert message in answer.err
 
@@ -731,9 +739,9 @@ def test_a_network_for_one_image_size_only(here: Path, invoke: Invoke) -> None:
     assert not Path("c.toml").exists()
 
 
-def test_the_channels_that_the_weights_have(here: Path, invoke: Invoke) -> None:
+def test_the_channels_that_the_weights_have(here: Path, r18: Path, invoke: Invoke) -> None:
     """The option is wrong, not the file."""
-    torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
+    os.link(r18, here / "r18.pt")
     answer = invoke("init", *TRIAL, "r18.pt", "--labels", "labels.txt", "--input", "1x32x32", "--yes")
     assert answer.code == 2
     assert re.search(r"expects 3-channel images.* 1x32x32", answer.err)
@@ -741,10 +749,8 @@ def test_the_channels_that_the_weights_have(here: Path, invoke: Invoke) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_said_is_not_called_a_guess(here: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One time of each step is as good as the median of five, except for the plan's accuracy.
-    monkeypatch.setattr(step_costs, "REPEATS", 1)
-    torch.save(weights_of("torchvision:resnet18"), here / "r18.pt")
+def test_what_was_said_is_not_called_a_guess(here: Path, r18: Path, invoke: Invoke) -> None:
+    os.link(r18, here / "r18.pt")
     told = [
         "--labels",
         "labels.txt",
