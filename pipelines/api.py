@@ -60,7 +60,7 @@ _ARGUMENTS = {
     **{"compute-capability": "compute_capability", "trust-code": "trust_code=True"},
 }
 """option of the command line → argument"""
-_OPTION = re.compile(rf"--({'|'.join(_ARGUMENTS)})\b")
+_OPTION = re.compile(rf"--({'|'.join(_ARGUMENTS)})\b( \d[\w.]*\w)?")
 
 
 class InputSpec(config.InputSpec):
@@ -512,6 +512,7 @@ def run(
         NayerEdgeError: see `distill`.
     """
     teacher = recipe._teacher if isinstance(recipe, Run) else None
+    trust_code = trust_code or (isinstance(recipe, Run) and recipe._trust_code)
     with _at_work(teacher, trust_code):
         name = _named(recipe)
         chosen = actions.read_recipe(name, list(settings), None if bank is None else _folder(bank))
@@ -774,6 +775,11 @@ def _display(progress: bool) -> Display | None:
     return Display(Console(force_terminal=sys.stdout.isatty()))
 
 
+def _argument(option: re.Match[str]) -> str:
+    name, value = _ARGUMENTS[option[1]], option[2]
+    return f'{name}="{value.strip()}"' if value else f"`{name}`"
+
+
 @contextlib.contextmanager
 def _at_work(teacher: Teacher | None = None, trust_code: bool = False) -> Iterator[None]:
     """A context that provides the teacher's network, permits trusted code, and turns a missing package or a lack of
@@ -801,10 +807,10 @@ def _at_work(teacher: Teacher | None = None, trust_code: bool = False) -> Iterat
 
 
 def _in_python(error: NayerEdgeError) -> None:
-    """Turns options of the command line in an error's text, but not those of whole commands, into arguments."""
+    """Turns options of the command line in an error's text, but not those of whole commands, into arguments: "`out`",
+    'budget="20m"'."""
     for part in ("what", "why", "fix"):
         lines = [
-            line if "nayer-edge " in line else _OPTION.sub(lambda found: _ARGUMENTS[found[1]], line)
-            for line in getattr(error, part).split("\n")
+            line if "nayer-edge " in line else _OPTION.sub(_argument, line) for line in getattr(error, part).split("\n")
         ]
         setattr(error, part, "\n".join(lines))

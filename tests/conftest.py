@@ -289,8 +289,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.slow_part:
         part, parts = config.option.slow_part
         slow = [item for item in items if item.get_closest_marker("slow")]
+        # Those with a time limit of their own take minutes: at most one a part, if there are enough parts.
+        long = [item for item in slow if item.get_closest_marker("timeout")]
         # Every N-th: neighbours take about as long as each other, files do not.
-        chosen = slow[part::parts]
+        chosen = [item for item in slow if item not in long][part::parts]
+        chosen += [item for number, item in enumerate(long) if number * parts // len(long) == part]
         left = {item.nodeid for item in slow} - {item.nodeid for item in chosen}
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left])
         items[:] = [item for item in items if item.nodeid not in left]

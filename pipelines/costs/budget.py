@@ -168,6 +168,7 @@ def plan(
     bank: int | None = None,
     prior: Prior = "batchnorm",
     wanted: Mapping[str, int] | None = None,
+    reserved: int = 0,
 ) -> BudgetPlan:
     """Plans the run that fills a budget.
 
@@ -179,22 +180,36 @@ def plan(
         prior: what makes images.
         wanted: purpose of `pipelines.reserved` → number of images. Those that the run does not reserve are drawn after
             the student is trained.
+        reserved: number of rounds that the run with the bank has reserved.
 
     Raises:
         TooShortError: the budget is too small for a useful student; the message gives the minimum.
     """
     g_steps = OF_PRIOR.get(prior, {}).get("g_steps") or g_steps_for(classes)
-    drawing = 0.0
+
+    def fitting(budget: float) -> BudgetPlan:
+        drawing = 0.0
+        while True:
+            made = _plan(budget, costs, g_steps, bank, drawing)
+            held = reserved + math.floor(RESERVE * made.images / costs.batch)
+            needed = missing_rounds(wanted or {}, held, costs.batch) * g_steps * costs.synthesis_step
+            if needed <= drawing:
+                return made
+            # More time for drawing leaves less for rounds, so that this grows until it suffices.
+            drawing = needed
+
+    try:
+        return fitting(budget)
+    except TooShortError as error:
+        what, last = error.what, error
+    # What would do: the less time there is, the more images must be drawn.
     while True:
-        made = _plan(budget, costs, g_steps, bank, drawing)
-        # A run that starts with a bank has the images that the other run reserved, too.
-        rounds = (made.images + (bank or 0) / (1 - RESERVE)) / costs.batch
-        missing = missing_rounds(wanted or {}, math.floor(RESERVE * rounds), costs.batch)
-        needed = missing * g_steps * costs.synthesis_step
-        if needed <= drawing:
-            return made
-        # More time for drawing leaves less for rounds, so that this grows until it suffices.
-        drawing = needed
+        try:
+            fitting(last.least)
+        except TooShortError as error:
+            last = error
+        else:
+            raise TooShortError(what, last.why, last.fix, last.least)
 
 
 def _plan(budget: float, costs: Costs, g_steps: int, bank: int | None, drawing: float) -> BudgetPlan:

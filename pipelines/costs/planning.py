@@ -60,6 +60,7 @@ class PlanningCosts:
         image_bytes: of an image in the memory bank.
         bank_mib: limit of the memory bank.
         wanted: number of calibration and hold-out images; see `reserved.wanted_images`.
+        reserved: number of rounds that the run with the bank has reserved.
         reasons: why the sizes are smaller than usual, for people.
     """
 
@@ -71,6 +72,7 @@ class PlanningCosts:
     image_bytes: int
     bank_mib: int
     wanted: dict[str, int]
+    reserved: int = 0
     reasons: tuple[str, ...] = ()
 
     @classmethod
@@ -84,7 +86,15 @@ class PlanningCosts:
         Raises:
             TooShortError: they are too few for a useful student.
         """
-        made = budget.plan(seconds, self.costs, self.classes, bank=self.bank, prior=self.prior, wanted=self.wanted)
+        made = budget.plan(
+            seconds,
+            self.costs,
+            self.classes,
+            bank=self.bank,
+            prior=self.prior,
+            wanted=self.wanted,
+            reserved=self.reserved,
+        )
         sections = budget.settings(seconds, made, self.costs, self.bank_mib, self.prior)
         if self.prior != "procedural":
             sections["generator"] = {"channels": self.channels}
@@ -142,6 +152,7 @@ def measured(
         image_bytes=image_bytes,
         bank_mib=sizes.bank_mib,
         wanted=wanted or {},
+        reserved=0 if bank is None else bank.reserved // bank.batch,
         reasons=tuple(sizes.reasons.values()),
     )
 
@@ -153,12 +164,14 @@ class Started:
     Attributes:
         batch: images per synthesis round.
         images: in its bank.
+        reserved: images reserved for calibration and validation.
         rest: measured seconds of its steps after the student; None if they were not run, or with other settings.
     """
 
     generator: Generator
     batch: int
     images: int
+    reserved: int
     rest: float | None
 
 
@@ -214,7 +227,8 @@ def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> PlanningC
         other = recipe_of(bank_run.manifest.recipe, bank_run.root)
         alike = (other.export, other.validate_) == (recipe.export, recipe.validate_)
         rest = _measured_rest(bank_run) if alike else None
-        bank = Started(recipe.generator, recipe.synthesis.batch, images, rest)
+        reserved = bank_run.manifest.steps["student"].numbers.get("images put aside", 0)
+        bank = Started(recipe.generator, recipe.synthesis.batch, images, int(reserved), rest)
     return measured(
         teacher,
         student,

@@ -113,8 +113,6 @@ STUDENT_CHECKS = {"accuracy_drop_vs_teacher", "agreement"}
 """checks that fail if the student is too far from its teacher; more training or a larger student helps"""
 QUANTIZATION_CHECK = "accuracy_drop_vs_fp32"
 """the check that quantization alone decides"""
-DEPLOYMENT_CHECKS = {QUANTIZATION_CHECK, "parity", "runtime"}
-"""checks that fail if export or quantization changed the student's answers"""
 
 
 def judge(report: Report, policy: Policy, baseline: Baseline | None = None) -> Verdict:

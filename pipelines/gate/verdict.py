@@ -78,7 +78,9 @@ def _judged(run: RunFolder, report: Report, policy: Policy, baseline: Baseline |
     verdict = judge(report, policy, baseline)
     distill = run.manifest.recipe.get("distill")
     continuable = isinstance(distill, dict) and distill.get("schedule") == "constant"
-    advice = wording.advice(verdict, report, continuable)
+    export = run.manifest.recipe.get("export")
+    qat = isinstance(export, dict) and bool(export.get("qat"))
+    advice = wording.advice(verdict, report, continuable, qat)
     return replace(verdict, notes=(*wording.notes(report.dataset, policy, baseline), *advice))
 
 

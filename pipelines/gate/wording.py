@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from .judgement import AT_LEAST, CHECKS, DEPLOYMENT_CHECKS, STUDENT_CHECKS, Check, Verdict
+from .judgement import AT_LEAST, CHECKS, STUDENT_CHECKS, Check, Verdict
 
 if TYPE_CHECKING:
     from ..measurements import Dataset, Report
@@ -113,18 +113,23 @@ def notes(dataset: Dataset, policy: Policy, baseline: Baseline | None = None) ->
     return tuple(found)
 
 
-def advice(verdict: Verdict, report: Report, continuable: bool = True) -> tuple[str, ...]:
+def advice(verdict: Verdict, report: Report, continuable: bool = True, qat: bool = False) -> tuple[str, ...]:
     """What to do if an artifact is too far from the teacher: train the student longer, or quantize better.
 
     Args:
         continuable: the run can be given more time, because its schedule is constant.
+        qat: the graphs were trained after quantization.
     """
     failed = [check for check in verdict.checks if check.verdict == "fail" and not check.advisory]
-    found = [(check, *_distances(check, report)) for check in failed if check.name in STUDENT_CHECKS]
+    found = [
+        (check, check.observed, *_distances(check, report))
+        for check in failed
+        if check.name in STUDENT_CHECKS and check.observed is not None
+    ]
     if not found:
         return ()
     # The check that says most against the student.
-    check, limit, student = max(found, key=lambda each: math.inf if each[2] is None else each[2] - each[1])
+    check, observed, limit, student = max(found, key=lambda each: math.inf if each[3] is None else each[3] - each[2])
     how = (
         "Give it more training time: nayer-edge run RUN --more 1h."
         if continuable
@@ -133,13 +138,18 @@ def advice(verdict: Verdict, report: Report, continuable: bool = True) -> tuple[
     )
     if student is None:
         return (f"The student is too far from its teacher. {how} Or choose a larger student.",)
-    added = 0.0 if check.observed is None else max(_distance(check.name, check.observed) - student, 0.0)
+    added = max(_distance(check.name, observed) - student, 0.0)
     if student <= limit:
-        return (
-            f"The student itself is within the limit ({_points(student)}); quantization adds {_points(added)}. "
-            "Quantize with training: nayer-edge export RUN --int8 --qat.",
+        # Other runtimes quantize the student themselves.
+        trainable = not qat and not check.artifact.endswith((".executorch", ".litert"))
+        better = (
+            "Quantize with training: nayer-edge export RUN --int8 --qat."
+            if trainable
+            else "Leave more layers in float: nayer-edge run RUN --set export.max_drop=0.002."
         )
-    lossy = added > student / 10 or any(each.name in DEPLOYMENT_CHECKS for each in failed)
+        lead = f"The student itself is within the limit ({_points(student)}); quantization adds {_points(added)}."
+        return (f"{lead} {better}",)
+    lossy = added > student / 10
     cause = f"quantization adds {_points(added)}" if lossy else "quantization is not the cause"
     lead = f"The student is too far from its teacher ({_points(student)}); {cause}."
     return (f"{lead} {how} Or choose a larger student.",)

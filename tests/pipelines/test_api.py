@@ -517,7 +517,7 @@ def test_steps_that_are_missing_and_files_that_were_altered(made: Path, mine: Pa
         ({"targets": ["toaster"]}, "toaster"),
         ({"calibration_image": 3}, "Did you mean 'calibration_images'"),
         ({"fp16": "perhaps"}, "fp16"),
-        ({"qat": True}, "without int8=True"),
+        ({"qat": True}, "without `int8=True`"),
     ):
         with pytest.raises(ne.UsageError, match=text):
             run.export(**settings)
@@ -539,7 +539,7 @@ def test_an_engine_that_cannot_be_built_is_said_when_the_rest_is_there(mine: Pat
     files = run.export(int8=True, targets=["tensorrt"], engines=False)
     assert set(files) == {"fp32", "int8.cpu", "int8.tensorrt"}
     assert set(run.export(int8=True, targets=["tensorrt"], only=True)) == {"fp32", "int8.tensorrt"}
-    with pytest.raises(ne.UsageError, match="only=True removes"):
+    with pytest.raises(ne.UsageError, match="`only=True` removes"):
         run.export(int8=True, only=True)
 
 
@@ -621,13 +621,13 @@ def test_more_time_with_a_teacher_in_memory(
 
 
 def test_messages_name_arguments_and_leave_commands_alone(mine: Path, teacher: ne.Teacher, tmp_path: Path) -> None:
-    with pytest.raises(ne.UsageError, match=r"^budget and more cannot be combined") as caught:
+    with pytest.raises(ne.UsageError, match=r"^`budget` and `more` cannot be combined") as caught:
         ne.run(ne.open(mine, teacher=teacher), budget="1h", more="1h")
     assert "--" not in str(caught.value)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ne.UsageError, match=r"another folder with out\b"):
+    with pytest.raises(ne.UsageError, match=r"another folder with `out`"):
         ne.run("digits", out=tmp_path)
-    with pytest.raises(ne.UsageError, match=r"^more continues the run[\s\S]*nayer-edge run \S+ --more 1h$"):
+    with pytest.raises(ne.UsageError, match=r"^`more` continues the run[\s\S]*nayer-edge run \S+ --more 1h$"):
         ne.run(mine, more="1h", out=tmp_path / "other")
 
 

@@ -143,6 +143,21 @@ def test_a_budget_that_calibration_images_use_up_says_so() -> None:
     assert "synthetic_images" not in str(caught.value)
 
 
+@pytest.mark.parametrize("step", [0.02, 0.3, 1.0, 5.0])
+@pytest.mark.parametrize("reserved", [0, 40])
+def test_the_least_budget_has_time_for_missing_images(step: float, reserved: int) -> None:
+    cost = Costs(synthesis_step=step, adversary=step / 4, student_step=0.19, teacher_batch=0.1, rest=29)
+    wanted = {"calibration": 512, "calibration hold-out": 512, "validate": 2000}
+    bank = 6000 if reserved else None
+    with pytest.raises(budget.TooShortError) as caught:
+        plan(20, cost, 10, bank=bank, wanted=wanted, reserved=reserved)
+    assert caught.value.what.startswith("A budget of 20 s")
+    minutes = parse_duration(caught.value.fix.rpartition("--budget ")[2].partition(",")[0])
+    assert plan(minutes, cost, 10, bank=bank, wanted=wanted, reserved=reserved).total <= minutes
+    rest = plan(caught.value.least, cost, 10, bank=bank, wanted=wanted, reserved=reserved).seconds["rest"]
+    assert (rest > 29) == (reserved == 0), "what is there already need not be drawn"
+
+
 def test_an_hour_is_planned_within_a_tenth() -> None:
     for seconds in (600, 1200, 3600, 3 * 3600, 8 * 3600):
         assert plan(seconds, SMALL, 10).total == pytest.approx(seconds * (1 - budget.MARGIN), rel=0.05)

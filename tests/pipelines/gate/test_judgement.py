@@ -685,6 +685,19 @@ def test_advice_names_the_part_that_loses(student: float | None, int8: float, sa
     assert ("--more" in found) == (said.endswith("Give it"))
 
 
+def test_advice_names_what_can_still_be_done() -> None:
+    """A runtime that quantizes by itself, and a graph that was trained already, keep more layers in float instead."""
+    counts = PairedCounts(vs_teacher=paired(60, 0), vs_fp32=paired(0, 0))
+    limits = policy_of(accuracy={"max_drop_vs_teacher": 0.04}, artifacts=["int8.cpu", "int8.litert"])
+    for name, qat, said in (
+        ("int8.cpu", False, "--qat"), ("int8.cpu", True, "export.max_drop"), ("int8.litert", False, "export.max_drop")
+    ):  # fmt: skip
+        report = report_of(measured(name, top1=0.89, paired=counts))
+        report = report.model_copy(update={"student": Network(params=10, top1=0.985)})
+        (found,) = wording.advice(judge(report, limits), report, qat=qat)
+        assert said in found, name
+
+
 def test_advice_on_synthetic_images_counts_disagreement() -> None:
     report = synthetic(fp32=0.8, int8=0.79)
     verdict = judge(report, policy_of(agreement={"min": 0.9}))
