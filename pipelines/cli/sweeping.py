@@ -69,7 +69,7 @@ def sweep(
     ] = False,
     fresh: Annotated[
         bool,
-        typer.Option("--fresh", help="Start over: empty the sweep's folder first. A bank that it took is kept."),
+        typer.Option("--fresh", help="Start over: empty the sweep's folder first. The run whose bank it used is kept."),
     ] = False,
     trust_code: TrustCode = False,
     as_json: Json = False,

@@ -227,8 +227,9 @@ def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> PlanningC
         other = recipe_of(bank_run.manifest.recipe, bank_run.root)
         alike = (other.export, other.validate_) == (recipe.export, recipe.validate_)
         rest = _measured_rest(bank_run) if alike else None
-        reserved = bank_run.manifest.steps["student"].numbers.get("images put aside", 0)
-        bank = Started(recipe.generator, recipe.synthesis.batch, images, int(reserved), rest)
+        held = bank_run.manifest.steps["student"].numbers.get("images put aside")
+        reserved = int(held) if isinstance(held, int | float) else 0
+        bank = Started(recipe.generator, recipe.synthesis.batch, images, reserved, rest)
     return measured(
         teacher,
         student,

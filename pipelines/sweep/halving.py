@@ -94,6 +94,8 @@ def first_round(
     most: int,
     seconds_of: Callable[[int, int], float],
     needs: Callable[[str, float], float],
+    *,
+    alone: bool = True,
 ) -> FirstRound:
     """Who takes part in the first round, and in how many rounds the time is divided.
 
@@ -104,6 +106,7 @@ def first_round(
         fewest, most: limits of the number of rounds; if they differ, it is at most that of successive halving.
         seconds_of: (rounds, students) → seconds of each student.
         needs: (student, seconds) → the seconds that it needs if these are too few, else 0.
+        alone: no student has a share yet. If the time is too short for each of them, it is the user who decides.
     """
     left, too_short = list(students), dict[str, float]()
     while left:
@@ -111,8 +114,7 @@ def first_round(
         needed = {name: least for name in left if (least := needs(name, seconds)) > 0}
         if not needed:
             break
-        if len(needed) == len(students):
-            # More time or fewer students: that is for the user to decide.
+        if alone and len(needed) == len(students):
             return FirstRound([], dict.fromkeys(students, seconds), fewest)
         last = max(needed, key=lambda name: (needed[name], name))
         too_short[last] = seconds

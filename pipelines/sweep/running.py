@@ -39,7 +39,7 @@ from nayer_edge.models.user_code import is_trusted
 from nayer_edge.runtime import provenance
 from nayer_edge.runtime.compute import choose
 from nayer_edge.runtime.progress import Progress, Silent
-from nayer_edge.storage.run_folder import MANIFEST, RunFolder, is_vacant, lock_folder
+from nayer_edge.storage.run_folder import MANIFEST, RunFolder, is_vacant, lock_folder, require_unlocked
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 from nayer_edge.text import inert
 from nayer_edge.training.evaluate import logits_of
@@ -281,23 +281,19 @@ def commands_left(sweep: Sweep, out: Path) -> list[str]:
             trained = each.state != "training" and "student" in RunFolder.open(root).manifest.steps
             lines.append(f"nayer-edge run {shlex.quote(str(root))}{f' --more {seconds}s' if trained else ''}{trust}")
         else:
-            lines.append(own_run("distill", sweep, each, out, seconds))
+            lines.append(own_run(sweep, each, out, seconds))
     return lines
 
 
-def own_run(command: str, sweep: Sweep, student: StudentRecord, out: Path, seconds: int) -> str:
-    """The command line that starts the run of one student of a begun sweep.
-
-    Args:
-        command: run or distill.
-    """
+def own_run(sweep: Sweep, student: StudentRecord, out: Path, seconds: int) -> str:
+    """The command line that starts the run of one student of a begun sweep."""
     recipe = recipe_of(sweep.recipe, out)
     bank = out / BANK if recipe.student.bank is None else Path(recipe.student.bank)
     words = [shlex.quote(str(bank))]
     words += [word for item in _settings_since(bank, recipe) for word in ("--set", shlex.quote(item))]
     trust = " --trust-code" * is_trusted()
     return (
-        f"nayer-edge {command} {' '.join(words)} --bank {words[0]} --budget {seconds}s{trust} "
+        f"nayer-edge run {' '.join(words)} --bank {words[0]} --budget {seconds}s{trust} "
         f"--set student.model={shlex.quote(student.located(out))} --out {shlex.quote(str(out / student.folder))}"
     )
 
@@ -507,6 +503,7 @@ class _Work:
             self.sweep.rounds,
             seconds_of,
             needs,
+            alone=not planned_before and not has_shares,
         )
         short = {model: lacking(measured[model], seconds) for model, seconds in first.too_short.items()}
         if not first.students and not planned_before and not has_shares:
@@ -526,8 +523,8 @@ class _Work:
                 told = duration(first.too_short[each.model])
                 self.end(each, "stopped", f"its share of {told} is too short: {error.why}")
                 self.tell(f"{each.model} is stopped: {each.reason}")
-                line = own_run("run", self.sweep, each, self.out, math.ceil(error.least))
-                self.tell(f"To train it by hand, at least: {line}")
+                line = own_run(self.sweep, each, self.out, math.ceil(error.least))
+                self.tell(f"To train it by hand, with the shortest time that suffices: {line}")
                 continue
             sections = measured[each.model].planned(seconds).sections
             sections = sections_of(with_sections(recipes[each.model], sections))
@@ -579,9 +576,19 @@ class _Work:
         """The plan of a further share; None ends the student."""
         root = self.root(student)
         try:
+            require_unlocked(root)
+            unfinished = "student" not in RunFolder.open(root).manifest.steps
+        except NayerEdgeError as error:
+            # The next call tries it again.
+            self.fail(student, error)
+            return student.target
+        try:
             chosen, _ = actions.timed(actions.recipe_in(root), str(root), root, actions.Time(more=max(seconds, 1.0)))
         except UsageError as error:
-            self.end(student, "stopped", f"{error.what} {error.why}".strip())
+            if unfinished:
+                self.fail(student, error)
+            else:
+                self.end(student, "stopped", f"{error.what} {error.why}".strip())
             return student.target
         except Exception as failure:  # noqa: BLE001  the others go on
             self.fail(student, *failure_of(failure))
@@ -935,7 +942,8 @@ def _standing(student: StudentRecord) -> Standing:
         student.model,
         student.size,
         last.agreement.value,
-        last.verdict == "pass",
+        # Trained longer by hand, it may pass although its last share did not.
+        last.verdict == "pass" or student.state == "passes",
         results.limit_missed(student),
     )
 
@@ -953,7 +961,12 @@ def _told(error: NayerEdgeError) -> str:
     """What happened, why, and what to do next, in one line."""
     # What to do about these is said for runs whose sizes are set by hand.
     by_hand = isinstance(error, TrainingError) or error.what == OUT_OF_MEMORY
-    return " ".join(f"{error.what} {error.why} {'' if by_hand else error.fix}".split())
+    parts = (error.what, error.why, "" if by_hand else error.fix)
+    # A sentence that another one follows ends with its full stop.
+    ended = [
+        part if part.rstrip().endswith((".", "!", "?", ":")) else f"{part.rstrip()}." for part in parts[:2] if part
+    ]
+    return " ".join(" ".join([*ended, parts[2]]).split())
 
 
 def _show(traceback: str) -> None:
@@ -963,10 +976,20 @@ def _show(traceback: str) -> None:
 
 
 def _outgrown(root: Path, target: Target) -> bool:
-    """Whether a student's run is finished and longer than a share would make it."""
+    """Whether a student's run is finished, and longer than a share would make it or planned by hand."""
     if not (root / MANIFEST).is_file() or "student" not in RunFolder.open(root).manifest.steps:
         return False
-    return actions.recipe_in(root).distill.epochs > target.sections["distill"]["epochs"]
+    own, of = actions.recipe_in(root), target.sections
+    # Begun by hand with another time, it has other sizes than a first share would have; a further one sets no sizes.
+    same_sizes = all(
+        value == getattr(section, key)
+        for section, values, key in (
+            (own.distill, of["distill"], "steps"),
+            (own.synthesis, of.get("synthesis", {}), "rounds"),
+        )
+        if (value := values.get(key)) is not None
+    )
+    return own.distill.epochs > of["distill"]["epochs"] or not same_sizes
 
 
 def _trained_seconds(run: RunFolder) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -122,7 +123,7 @@ def test_no_time_is_no_share() -> None:
     assert share(-5.0, 2, 3) == 0.0
 
 
-def first(needs: dict[str, float], time: float, most: int) -> FirstRound:
+def first(needs: dict[str, float], time: float, most: int, alone: bool = True) -> FirstRound:
     """The first round of students that each need so many seconds."""
     return first_round(
         list(needs),
@@ -130,7 +131,15 @@ def first(needs: dict[str, float], time: float, most: int) -> FirstRound:
         most,
         lambda rounds, students: time / rounds / students,
         lambda name, seconds: needs[name] if seconds < needs[name] else 0.0,
+        alone=alone,
     )
+
+
+def test_late_students_that_fit_one_less_take_part() -> None:
+    """Of three that need 60 s each and 130 s, two fit. If nobody has a share yet, the user decides."""
+    found = first({"b": 60.0, "c": 61.0, "d": 62.0}, 130.0, 1, alone=False)
+    assert found == FirstRound(["b", "c"], {"d": pytest.approx(130 / 3)}, 1)
+    assert first({"b": 60.0, "c": 61.0, "d": 62.0}, 130.0, 1).students == []
 
 
 def test_one_that_needs_too_much_costs_the_others_neither_rounds_nor_time() -> None:

@@ -561,7 +561,7 @@ def test_a_dry_run_of_a_begun_sweep_goes_on_with_it(done: Path, source: Path, in
     lines = [shlex.split(line) for line in running.commands_left(plan, done)]
     assert lines[0] == ["nayer-edge", "run", str(done / further.folder), "--more", "100s"]
     assert lines[1] == ["nayer-edge", "run", str(done / interrupted.folder)]
-    assert lines[2][:5] == ["nayer-edge", "distill", str(source), "--set", "gate.accuracy.max_drop_vs_teacher=0.5"]
+    assert lines[2][:5] == ["nayer-edge", "run", str(source), "--set", "gate.accuracy.max_drop_vs_teacher=0.5"]
     assert lines[2][5:9] == ["--bank", str(source), "--budget", "100s"]
     assert lines[2][-2:] == ["--out", str(done / "later")]
     # Nothing is left of this one, asked for in either way.

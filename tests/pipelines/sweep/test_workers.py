@@ -171,7 +171,7 @@ def test_devices_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_errors_travel(error: Any) -> None:
     costs = Costs(0.1, 0.2, 0.3, 0.4, 5.0, 50, 64)
-    measured = PlanningCosts(costs, 10, "batchnorm", 32, 400, 768, 64, {"validate": 2000}, ("little memory",))
+    measured = PlanningCosts(costs, 10, "batchnorm", 32, 400, 768, 64, {"validate": 2000}, 8, ("little memory",))
     packed = json.loads(json.dumps(Result(1.5, measured, error, "where").packed()))
     found = Result.unpacked(packed)
     assert type(found.error) is type(error)
