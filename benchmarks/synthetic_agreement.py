@@ -181,7 +181,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     worst = int(beyond.argmax())
     return {
         "pairs": len(rows),
-        "spearman": float(spearmanr(lost, drop).statistic),
+        "spearman": float(spearmanr(lost, drop).statistic) if len(rows) > 1 else None,
         "real_drop_minus_disagreement_points": {
             "median": float(np.median(beyond)),
             "largest": float(beyond[worst]),
