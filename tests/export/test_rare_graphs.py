@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from pydantic import TypeAdapter
 from torch import nn
 from torch.nn import functional as F
 
@@ -222,6 +222,7 @@ def int8(path: Path, target: str, folder: Path, **options: object) -> Int8Result
 
 
 Made = Callable[[str, str], tuple[Path, Coverage]]
+COVERAGE = TypeAdapter(Coverage)
 
 
 @pytest.fixture(scope="module")
@@ -231,10 +232,10 @@ def made(fp32: dict[str, Path], once: Callable[[str, Callable[[Path], object]], 
     def quantized(name: str, target: str) -> tuple[Path, Coverage]:
         def make(folder: Path) -> None:
             result = int8(fp32[name], target, folder)
-            (folder / "coverage").write_bytes(pickle.dumps(result.coverage))
+            (folder / "coverage.json").write_bytes(COVERAGE.dump_json(result.coverage))
 
         folder = once(f"rare-int8-{name.replace(' ', '_')}-{target}", make)
-        return folder / "int8.onnx", pickle.loads((folder / "coverage").read_bytes())
+        return folder / "int8.onnx", COVERAGE.validate_json((folder / "coverage.json").read_bytes())
 
     return quantized
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 from torch.nn import functional as F
 
@@ -89,6 +89,9 @@ CALIBRATION = draw(128, torch.Generator().manual_seed(1))[0].numpy()
 HOLDOUT = draw(400, torch.Generator().manual_seed(2))[0].numpy()
 
 
+RESULT = TypeAdapter(Int8Result)
+
+
 @pytest.fixture(scope="module")
 def auto(trained: Path, once: Once) -> Callable[[str], Int8Result]:
     """(target) → the file that the best of all methods makes, with the sensitivity of its layers."""
@@ -97,9 +100,9 @@ def auto(trained: Path, once: Once) -> Callable[[str], Int8Result]:
         def make(folder: Path) -> None:
             path = folder / "m.onnx"
             result = to_int8(trained, path, CALIBRATION, target, holdout_images=HOLDOUT, sensitivity=True)
-            (folder / "result").write_bytes(pickle.dumps(result))
+            (folder / "result.json").write_bytes(RESULT.dump_json(result))
 
-        return pickle.loads((once(f"to-int8-auto-{target}", make) / "result").read_bytes())
+        return RESULT.validate_json((once(f"to-int8-auto-{target}", make) / "result.json").read_bytes())
 
     return made
 

@@ -51,9 +51,7 @@ def full_disk(kit: Kit, tries: int) -> Tally:
                 outcome = processes.run(*kit.run(root), before=_limited(resource.RLIMIT_FSIZE, limit))
             else:
                 outcome = processes.run(*kit.run(root), before=checkpoint_often)
-            wrong = outcome.wrong(2, 0, 1) or kit.damaged(root)
-            if not wrong and outcome.code == 2 and "Cannot write" not in outcome.err:
-                wrong = f"another reason: {outcome.err}"
+            wrong = _wrong_write(kit, root, outcome)
             if remount is not None:
                 remount(f"size={whole * 8}")
             tally.count(wrong or kit.continued(root), f"{size} bytes")
@@ -67,9 +65,7 @@ def file_size_limit(kit: Kit, tries: int) -> Tally:
     for _ in range(tries):
         root, limit = kit.room(), chance.randrange(1024, 320_000)
         outcome = processes.run(*kit.run(root), before=_limited(resource.RLIMIT_FSIZE, limit))
-        wrong = outcome.wrong(2, 0, 1) or kit.damaged(root)
-        if not wrong and outcome.code == 2 and "Cannot write" not in outcome.err:
-            wrong = f"another reason: {outcome.err}"
+        wrong = _wrong_write(kit, root, outcome)
         tally.count(wrong or kit.continued(root), f"{limit} bytes")
         shutil.rmtree(root, ignore_errors=True)
     return tally
@@ -172,6 +168,14 @@ def limit_memory(room: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + room
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _wrong_write(kit: Kit, root: Path, outcome: processes.Outcome) -> str:
+    """What is wrong after a write that may have failed; empty if nothing is."""
+    wrong = outcome.wrong(2, 0, 1) or kit.damaged(root)
+    if not wrong and outcome.code == 2 and "Cannot write" not in outcome.err:
+        wrong = f"another reason: {outcome.err}"
+    return wrong
 
 
 def _limited(kind: int, limit: int) -> Callable[[], None]:

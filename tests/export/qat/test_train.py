@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import ModelProto, numpy_helper
+from pydantic import TypeAdapter
 from torch import nn
 from torch.nn import functional as F
 
@@ -108,13 +108,16 @@ def quantize(fp32: Path, path: Path, qat: QatTrainer | None, target: str = "cpu"
     )  # fmt: skip
 
 
+RESULT = TypeAdapter(Int8Result)
+
+
 def shared(once: Once, name: str, make: Callable[[Path], Int8Result]) -> Int8Result:
     """What `make` makes of a path, one for all workers."""
 
     def kept(folder: Path) -> None:
-        (folder / "result").write_bytes(pickle.dumps(make(folder / "int8.onnx")))
+        (folder / "result.json").write_bytes(RESULT.dump_json(make(folder / "int8.onnx")))
 
-    return pickle.loads((once(name, kept) / "result").read_bytes())
+    return RESULT.validate_json((once(name, kept) / "result.json").read_bytes())
 
 
 @pytest.fixture(scope="module")
