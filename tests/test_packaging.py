@@ -154,7 +154,7 @@ def test_the_base_install_outside_the_checkout(base: Path, tiny_run: Path, tmp_p
     assert done.stdout == f"{VERSION}\n"
     done = outside(base, "recipes", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    shipped = {path.stem for path in (ROOT / "pipelines" / "recipes").glob("[!_]*.toml")}
+    shipped = {path.stem for path in (ROOT / "pipelines" / "recipes").rglob("[!_]*.toml")}
     assert {recipe["name"] for recipe in json.loads(done.stdout)} == shipped
 
     root = shutil.copytree(tiny_run, tmp_path / "run")

@@ -44,8 +44,9 @@ class Shipped:
 def shipped() -> list[Shipped]:
     """The recipes that ship with the package, sorted by name."""
     folder = Path(str(resources.files("nayer_edge.pipelines.recipes")))
-    files = sorted(folder.glob(f"*{SUFFIX}"))
-    return [Shipped(path.stem, path) for path in files if not path.name.startswith(BASE_PREFIX)]
+    files = [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*/*{SUFFIX}")]
+    recipes = [Shipped(path.stem, path) for path in files if not path.name.startswith(BASE_PREFIX)]
+    return sorted(recipes, key=lambda recipe: recipe.name)
 
 
 def load_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
@@ -119,7 +120,7 @@ def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise UsageError(
-            f"{path} extends {base!r}, which is not a name.", fix="Name a file in the same folder, without .toml."
+            f"{path} extends {base!r}, which is not a name.", fix="Name a recipe file beside it, without .toml."
         )
     if depth == MAX_DEPTH:
         raise UsageError(
@@ -127,7 +128,7 @@ def _extended(path: Path, depth: int = 0) -> dict[str, Any]:
         )
     other = path.parent / f"{base}{SUFFIX}"
     if not other.is_file():
-        raise UsageError(f"{path} extends '{base}', and there is no {other}.", fix="Name a file in the same folder.")
+        raise UsageError(f"{path} extends '{base}', and there is no {other}.", fix="Name a file beside it.")
     below = _extended(other, depth + 1)
     below.pop("measured", None)
     return _merged(_without_teach(below) if _names_weights(values) else below, values)

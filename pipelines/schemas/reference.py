@@ -15,8 +15,9 @@ HEAD = """# Recipe and policy, key by key
 validate TOML can use the schema, too.
 
 A recipe is a TOML file. Omitted keys have their default; an unknown key is an error that suggests the nearest one.
-`extends = "NAME"` at the top inherits from another recipe. `--set distill.epochs=40` overrides one key. Keys that
-`--budget`, `--bank` or a sweep set themselves cannot be overridden (exit 2).
+`extends = "NAME"` at the top inherits from another recipe file, named without `.toml` and by its path from this file's
+folder. `--set distill.epochs=40` overrides one key. Keys that `--budget`, `--bank` or a sweep set themselves cannot be
+overridden (exit 2).
 
 A policy (`nayer-edge gate RUN --policy policy.toml`) has the keys of `[gate]`, with section names without `gate.`;
 `nayer-edge gate RUN --print-policy` prints the current policy in this format. If a section of limits
