@@ -11,7 +11,10 @@ from nayer_edge.errors import NayerEdgeError, UsageError
 from ..costs.students import StudentCost, measure, students_for
 from ..recipes.policy import Policy
 
-NARROW = ("nayer:resnet8_w4", "nayer:resnet8_w8", "nayer:resnet20_w4", "nayer:resnet20_w8")
+NARROW = (
+    *("nayer:resnet8_w4", "nayer:resnet8_w8", "nayer:resnet20_w4", "nayer:resnet20_w8"),
+    *("nayer:mobilenet_w4", "nayer:mobilenet_w8"),
+)
 """students below the usual ones, from a few thousand parameters"""
 LEAST = 2_000
 """parameters of the smallest proposal"""

@@ -60,6 +60,15 @@ def vgg11(channels: int = 3, classes: int = 10) -> int:
     return count + inputs * classes + classes
 
 
+def mobilenet(width: int, channels: int = 3, classes: int = 10) -> int:
+    """Howard et al. 2017, Table 1: a 3×3 convolution per channel and a 1×1 convolution in each block."""
+    count, inputs = conv(channels, width) + norm(width), width
+    for outputs in (2, 4, 4, 8, 8, 16, 16, 16, 16, 16, 16, 32, 32):
+        count += conv(1, inputs) + norm(inputs) + conv(inputs, outputs * width, 1) + norm(outputs * width)
+        inputs = outputs * width
+    return count + inputs * classes + classes
+
+
 def parameters(name: str, channels: int = 3, classes: int = 10) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in zoo.build(name, channels, classes).parameters())
@@ -95,6 +104,20 @@ def test_parameter_counts_with_other_channels_and_classes(channels: int, classes
         assert parameters(f"resnet{depth}", channels, classes) == resnet((16, 32, 64), blocks, channels, classes)
         assert parameters(f"resnet{depth}_w4", channels, classes) == resnet((4, 8, 16), blocks, channels, classes)
     assert parameters("vgg11_bn", channels, classes) == vgg11(channels, classes)
+    assert parameters("mobilenet_w4", channels, classes) == mobilenet(4, channels, classes)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("mobilenet", 4.2), ("mobilenet_w24", 2.6), ("mobilenet_w16", 1.3)])
+def test_mobilenets_have_the_size_of_the_paper(name: str, millions: float) -> None:
+    """Width multipliers 1, 0.75 and 0.5, for 1000 classes."""
+    assert round(parameters(name, classes=1000) / 1e6, 1) == millions
+
+
+def test_mobilenet_has_the_weights_of_timms() -> None:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        theirs, ours = timm.create_model("mobilenetv1_100"), zoo.build("mobilenet", 3, 1000)
+    assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
 
 
 def batchnorm_keys(prefix: str) -> Iterator[str]:
@@ -120,6 +143,7 @@ def test_wrn_40_2_has_the_literatures_keys() -> None:
         ("resnet20", r"(conv1|bn1|fc|layer[123]\.[012]\.(conv[12]|bn[12]|downsample\.[01]))\.\w+"),
         ("resnet18", r"(conv1|bn1|linear|layer[1234]\.[01]\.(conv[12]|bn[12]|shortcut\.[01]))\.\w+"),
         ("vgg11_bn", r"(block[01234]\.\d|classifier)\.\w+"),
+        ("mobilenet_w8", r"(conv1|bn1|fc|blocks\.(1?[012]|[3-9])\.(depthwise|pointwise|bn[12]))\.\w+"),
     ],
 )
 def test_keys_of_the_others(name: str, pattern: str) -> None:
@@ -139,7 +163,11 @@ def test_every_name_builds_and_runs(name: str) -> None:
 
 def test_resolutions_are_halved_where_the_papers_say() -> None:
     seen: dict[str, tuple[int, ...]] = {}
-    for name, parts in (("wrn_16_1", ("block1", "block2", "block3")), ("resnet18", ("layer1", "layer2", "layer4"))):
+    for name, parts in (
+        ("wrn_16_1", ("block1", "block2", "block3")),
+        ("resnet18", ("layer1", "layer2", "layer4")),
+        ("mobilenet_w4", ("blocks.2", "blocks.4", "blocks.10", "blocks.12")),
+    ):
         network = zoo.build(name, 3, 10).eval()
         for part in parts:
             network.get_submodule(part).register_forward_hook(
@@ -154,6 +182,10 @@ def test_resolutions_are_halved_where_the_papers_say() -> None:
         "resnet18 layer1": (64, 32, 32),
         "resnet18 layer2": (128, 16, 16),
         "resnet18 layer4": (512, 4, 4),
+        "mobilenet_w4 blocks.2": (16, 32, 32),
+        "mobilenet_w4 blocks.4": (32, 16, 16),
+        "mobilenet_w4 blocks.10": (64, 8, 8),
+        "mobilenet_w4 blocks.12": (128, 4, 4),
     }
 
 
