@@ -37,8 +37,8 @@ from typing import Any
 
 import torch
 from cifar import PROTOCOLS
-from figures import keep, kept, spread
-from origin import commit, origin
+from shared.figures import keep, kept, spread
+from shared.origin import commit, origin
 from sklearn.model_selection import StratifiedKFold
 from torch.nn import functional as F
 

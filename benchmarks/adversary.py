@@ -21,8 +21,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from figures import keep, kept, spread
-from origin import origin
+from shared.figures import keep, kept, spread
+from shared.origin import origin
 from sweep import called, measured, spent
 
 WAYS = ("own", "other, equal steps", "other, equal time")

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from figures import keep, kept, spread
-from origin import commit, origin
+from shared.figures import keep, kept, spread
+from shared.origin import commit, origin
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from figures import spread
+from shared.figures import spread
 
 from nayer_edge.pipelines.costs.durations import duration, parse_duration
 

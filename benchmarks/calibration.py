@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import keep
-from origin import origin
+from shared.figures import keep
+from shared.origin import origin
 
 from nayer_edge.data import datasets as data
 from nayer_edge.export.targets import get_target, is_native

@@ -20,8 +20,7 @@ import os
 import time
 from pathlib import Path
 
-import figures
-import origin
+from shared import figures, origin
 
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages

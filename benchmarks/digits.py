@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from figures import keep
-from origin import origin
+from shared.figures import keep
+from shared.origin import origin
 
 BEGIN, END = "<!-- digits -->", "<!-- /digits -->"
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import keep
-from origin import origin
-from published import Published
+from shared.figures import keep
+from shared.origin import origin
+from shared.published import Published
 
 from nayer_edge.config import LTE, Distill, Generator, InputSpec, Synthesis
 from nayer_edge.distillation import Distillation, Settings, peak_memory_mib

@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from figures import keep, kept
 from onnx import ModelProto
-from origin import origin
+from shared.figures import keep, kept
+from shared.origin import origin
 from torch.nn import functional as F
 
 from nayer_edge.config import InputSpec

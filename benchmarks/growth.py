@@ -19,9 +19,9 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from figures import keep, kept
 from matplotlib.figure import Figure
-from origin import origin
+from shared.figures import keep, kept
+from shared.origin import origin
 
 from nayer_edge.config import Augment, Generator, InputSpec
 from nayer_edge.memory_bank import MemoryBank

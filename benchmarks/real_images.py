@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import keep, kept, spread
-from origin import origin
 from replay import Replay
+from shared.figures import keep, kept, spread
+from shared.origin import origin
 
 from nayer_edge.config import Teach
 from nayer_edge.data import datasets as data

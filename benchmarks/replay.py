@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import keep, kept, spread
-from origin import origin
+from shared.figures import keep, kept, spread
+from shared.origin import origin
 
 from nayer_edge.data import datasets as data
 from nayer_edge.data.datasets import LabelledImages

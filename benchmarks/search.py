@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import keep, kept, spread
-from origin import origin
+from shared.figures import keep, kept, spread
+from shared.origin import origin
 from torch import Tensor
 
 from nayer_edge import generator as generators

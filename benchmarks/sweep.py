@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from figures import keep, kept
-from origin import commit, origin
+from shared.figures import keep, kept
+from shared.origin import commit, origin
 
 SHARED = ("teacher", "lte")
 

@@ -31,11 +31,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from figures import keep
 from matplotlib.figure import Figure
-from origin import origin
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
+from shared.figures import keep
+from shared.origin import origin
 from torch import nn
 
 from nayer_edge.data import datasets as data

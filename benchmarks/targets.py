@@ -16,8 +16,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from figures import keep
-from origin import origin
+from shared.figures import keep
+from shared.origin import origin
 
 from nayer_edge.pipelines.gate.statistics import drop_lower, drop_upper
 from nayer_edge.storage.run_folder import RunFolder

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from figures import keep, kept
-from origin import origin
+from shared.figures import keep, kept
+from shared.origin import origin
 
 from nayer_edge.data import datasets as data
 from nayer_edge.errors import IntegrityError, MissingError

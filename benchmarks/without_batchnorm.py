@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import keep, kept, spread
-from origin import origin
+from shared.figures import keep, kept, spread
+from shared.origin import origin
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 

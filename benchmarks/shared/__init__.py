@@ -1,0 +1,1 @@
+"""What the scripts share: result files and their origin, and the published loop as the baseline of speed."""
