@@ -85,7 +85,7 @@ class Time:
     Attributes:
         budget: for the whole run.
         more: for further training of a run's student.
-        finish: until an interrupted run ends.
+        finish: until an unfinished run ends.
     """
 
     budget: float | None = None
@@ -188,6 +188,32 @@ def timed(
         instead = "in all" + ("; continues the interrupted extension" if time.more is not None else "")
     length = f"{after.epochs} epochs {instead}"
     return recipe, [("length", f"{length}; the learning rate falls in the last {after.decay_epochs}")]
+
+
+def finished_elsewhere(recipe: Recipe, name: str, root: Path, time: Time) -> str | None:
+    """Asks the process that trains in a run folder to finish in the given time.
+
+    Args:
+        name: the recipe as typed.
+        root: the run folder.
+
+    Returns:
+        What it does, in words; None if there is no such process or nothing to ask of it.
+
+    Raises:
+        UsageError: it cannot finish now.
+    """
+    from .recipes.loading import run_folder
+
+    named = run_folder(name)
+    if time.finish is None or named is None or named.resolve() != root.resolve():
+        return None
+    from .costs import early_end
+
+    run = open_run(root)
+    if recipe.distill.schedule != "constant" or not early_end.is_training(run):
+        return None
+    return early_end.request(recipe, run, time.finish)
 
 
 def _require_no_extension(run: RunFolder, time: Time) -> None:

@@ -503,7 +503,8 @@ def run(
         settings: overrides of the recipe, such as ["distill.epochs=4"].
         budget, bank: see `distill`.
         more: continue training the student of a run folder for this much time, such as "1h".
-        finish: finish the interrupted training of a run folder within this time.
+        finish: finish the training of a run folder within this time: an interrupted one here; one that another
+            process is training, there, and what is returned is then an unfinished run.
         fresh, progress, trust_code: see `distill`.
 
     Raises:
@@ -518,6 +519,9 @@ def run(
         chosen = actions.read_recipe(name, list(settings), None if bank is None else _folder(bank))
         path = actions.default_out(name, chosen) if out is None else expanded(os.fspath(out))
         time = actions.Time.typed(budget, more, finish)
+        plain = not (settings or fresh or until)
+        if plain and actions.finished_elsewhere(chosen, name, path, time) is not None:
+            return Run(path, teacher, trust_code=trust_code)
         chosen, _ = actions.timed(chosen, name, path, time, fresh=fresh, settings=settings)
         made = actions.make(chosen, path, last=until, fresh=fresh, display=_display(progress))
         actions.require_complete(made, until)

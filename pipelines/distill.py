@@ -28,6 +28,7 @@ from nayer_edge.storage.run_folder import Artifact, RunFolder
 from . import shared_bank
 from .costs.budget import Drawing, adapted
 from .costs.durations import duration
+from .costs.early_end import Requests
 from .image_grid import write_grid
 from .recipes.schema import Recipe
 from .steps import (
@@ -136,7 +137,7 @@ def make_student(teacher: Artifact, lte: Artifact, *, config: Recipe, out: RunFo
     if source is not None:
         names["source"] = SOURCE
         names |= {f"first {role}": name for role, name in START_FILES.items() if out.path(name).is_file()}
-    files |= {role: out.path(name) for role, name in names.items()}
+    files |= {role: out.path(name) for role, name in names.items()} | {"root": out.root}
     metrics = out.path(NEXT_METRICS if extends else METRICS)
     lines: list[str] = []
     board = TensorBoard(out.root) if config.tracking == "tensorboard" else None
@@ -237,11 +238,16 @@ def _distil(
     # Only a constant schedule can be continued from before its decay.
     before = Before(files["state"], files["bank"], reserve) if config.distill.schedule == "constant" else None
 
+    # The learning rate of another schedule cannot fall early.
+    requests = Requests(files["root"]) if before is not None and distributed.current().first else None
     since: int | None = None
 
     def adapt(history: Sequence[Epoch], length: Length) -> Length | None:
         nonlocal since
         since = len(history) - 1 if since is None else since
+        if requests is not None and (shorter := requests.length(history, length)) is not None:
+            progress.notice(f"Finishing as requested by --finish: {shorter.epochs} epochs instead of {length.epochs}.")
+            return shorter
         if config.budget is None:
             return None
         of = config.distill

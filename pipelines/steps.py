@@ -62,6 +62,9 @@ PENDING = "student/extension.json"
 """length of an extension of a finished student, while it is being trained"""
 GIVEN_TIME = "student/given_time.json"
 """the last `--more` or `--finish` of an unfinished student, and the length that it made"""
+FINISH_REQUEST = "student/finish_request.json"
+"""what `--finish` asks of a process that trains"""
+FINISH_ANSWER = "student/finish_answer.json"
 NEXT_METRICS = "student/extension.jsonl"
 """metrics of such an extension; the finished student's stay until it is replaced"""
 
@@ -117,7 +120,10 @@ STEPS = (
             "reserve.safetensors",
             "metrics.jsonl",
         ),
-        scratch=(CHECKPOINT, NEXT_DECAY_STATE, PENDING, GIVEN_TIME, NEXT_METRICS, *START_FILES.values()),
+        scratch=(
+            *(CHECKPOINT, NEXT_DECAY_STATE, PENDING, GIVEN_TIME, NEXT_METRICS, FINISH_REQUEST, FINISH_ANSWER),
+            *START_FILES.values(),
+        ),
         trains=True,
     ),
     Step(

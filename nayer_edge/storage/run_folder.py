@@ -393,6 +393,15 @@ def require_unlocked(root: Path) -> None:
             _lock(file, fcntl.LOCK_SH, root)
 
 
+def is_locked(root: Path) -> bool:
+    """Whether another process holds the lock of a folder."""
+    try:
+        require_unlocked(root)
+    except UsageError:
+        return True
+    return False
+
+
 def _lock(file: IO[bytes], kind: int, root: Path) -> None:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ import typer
 from nayer_edge.errors import UsageError
 from nayer_edge.runtime.process import launched
 
-from ..actions import Time, default_out, open_run, read_recipe, timed
+from ..actions import Time, default_out, finished_elsewhere, open_run, read_recipe, timed
 from .shared import Fresh, Json, Out, RecipeName, Settings, TrustCode, app, example, run_steps, show_lines
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ More = Annotated[
 ]
 Finish = Annotated[
     str | None,
-    typer.Option("--finish", metavar="TIME", help="Finish an interrupted run within this time."),
+    typer.Option("--finish", metavar="TIME", help="Finish an interrupted or running run within this time."),
 ]
 
 
@@ -92,6 +92,9 @@ def _run(
     """Runs a recipe for the given time, and shows its plan first."""
     recipe = read_recipe(name, settings, bank)
     root = out or default_out(name, recipe)
+    if not (settings or fresh or last) and (words := finished_elsewhere(recipe, name, root, time)) is not None:
+        show_lines([("finishing", f"{words}, then the process that trains there goes on")], as_json=as_json)
+        return
     recipe, words = timed(recipe, name, root, time, fresh=fresh, settings=settings or ())
     show_lines(words, as_json=as_json)
     with _ways_on(recipe, root, time, last):

@@ -477,11 +477,15 @@ def _state_of(recipe: Recipe, run: RunFolder, *, finished: bool = False) -> _Sta
             why="So far it has only made images.",
             fix=f"Continue it: nayer-edge run {run.typed}",
         ) from None
-    rest = _measured_rest(run)
-    if rest is None:
-        rest = recipe.budget.rest_seconds if recipe.budget else 0.0
     elapsed = sum(epoch.seconds for epoch in history)
-    return _State(len(history), elapsed, length, pace, rest, finished=not interrupted)
+    return _State(len(history), elapsed, length, pace, rest_seconds(recipe, run), finished=not interrupted)
+
+
+def rest_seconds(recipe: Recipe, run: RunFolder) -> float:
+    """Seconds of the steps after the student: measured, else planned; 0 if neither is known."""
+    if (measured := _measured_rest(run)) is not None:
+        return measured
+    return recipe.budget.rest_seconds if recipe.budget else 0.0
 
 
 def _measured_rest(run: RunFolder) -> float | None:

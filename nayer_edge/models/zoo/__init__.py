@@ -5,8 +5,8 @@ resnet8/20/32/56        CIFAR ResNet (He et al. 2016, §4.2) with 1×1-convoluti
                         in the first stage instead of 16
 resnet18/34             ResNet with a 3×3 stem, as used throughout the data-free literature
 vgg11_bn                VGG-11 with BatchNorm and a single linear layer
-mobilenet               MobileNet v1 (Howard et al. 2017) at an eighth of the image's side; mobilenet_w8: with 8 channels
-                        in the first convolution instead of 32
+mobilenet               MobileNet v1 (Howard et al. 2017), subsampled 8 times instead of 32; mobilenet_w8: with 8
+                        channels in the first convolution instead of 32
 """
 
 from __future__ import annotations

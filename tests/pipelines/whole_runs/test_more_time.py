@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,27 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from nayer_edge.distillation import LATER_KEYS, Length
+from nayer_edge.distillation import LATER_KEYS, Epoch, Length
 from nayer_edge.errors import UsageError
 from nayer_edge.memory_bank import MemoryBank
 from nayer_edge.pipelines import actions
 from nayer_edge.pipelines import distill as distill_step
-from nayer_edge.pipelines.costs import planning
+from nayer_edge.pipelines.costs import early_end, planning
 from nayer_edge.pipelines.deploy import SyntheticSource
 from nayer_edge.pipelines.plan import plan_steps, read_once
 from nayer_edge.pipelines.recipes.loading import load_recipe, recipe_of
 from nayer_edge.pipelines.recipes.schema import Budget, Recipe
 from nayer_edge.pipelines.reserved import SHARES
 from nayer_edge.pipelines.run import run_recipe
-from nayer_edge.pipelines.steps import CHECKPOINT, DECAY_STATE, GIVEN_TIME, PENDING, STEPS
+from nayer_edge.pipelines.steps import (
+    CHECKPOINT,
+    DECAY_STATE,
+    FINISH_ANSWER,
+    FINISH_REQUEST,
+    GIVEN_TIME,
+    PENDING,
+    STEPS,
+)
 from nayer_edge.pipelines.validation import validate
 from nayer_edge.runtime.progress import Silent
 from nayer_edge.storage.files import sha256_of, write_bytes
@@ -107,24 +116,24 @@ def test_the_finished_student_stays_until_the_better_one_is_whole(
 def test_the_same_time_again_continues_an_interrupted_extension(
     run: RunFolder, stops_after: Callable[..., Silent]
 ) -> None:
-    """ "Repeat the command to continue": another five seconds would make the run longer at every interruption."""
+    """ "Repeat the command to continue": the same time again would make the run longer at every interruption."""
 
     def asked(seconds: float) -> tuple[Recipe, str]:
         chosen, words = actions.timed(actions.recipe_in(run.root), str(run.root), run.root, actions.Time(more=seconds))
         return chosen, words[0][1]
 
-    first, words = asked(5)
+    first, words = asked(100)
     assert "instead of 5" in words
     with pytest.raises(KeyboardInterrupt):
         run_recipe(first, run.root, last="student", progress=stops_after(40, at_once=True))
     assert run.path(CHECKPOINT).is_file()
-    again, words = asked(5)
+    again, words = asked(100)
     assert again.distill == first.distill
     assert "continues the interrupted extension" in words
-    assert asked(50)[0].distill.epochs > first.distill.epochs
+    assert asked(1000)[0].distill.epochs > first.distill.epochs
     # Before its first epoch was saved, too.
     run.path(CHECKPOINT).unlink()
-    assert asked(5)[0].distill == first.distill
+    assert asked(100)[0].distill == first.distill
 
 
 def test_a_student_of_several_processes_is_not_extended(run: RunFolder, invoke: Invoke) -> None:
@@ -331,16 +340,16 @@ def given(run: RunFolder, **time: float) -> tuple[Recipe, str]:
 def test_the_same_time_again_continues_an_unfinished_run(
     unfinished: RunFolder, stops_after: Callable[..., Silent]
 ) -> None:
-    first, words = given(unfinished, more=5)
+    first, words = given(unfinished, more=100)
     assert "instead of 12" in words
     with pytest.raises(KeyboardInterrupt):
         # After one further epoch.
         run_recipe(first, unfinished.root, last="student", progress=stops_after(30))
     assert len((unfinished.root / "metrics.jsonl").read_text().splitlines()) == 4
-    again, words = given(unfinished, more=5)
+    again, words = given(unfinished, more=100)
     assert again.distill == first.distill
     assert "continues" in words
-    assert given(unfinished, more=50)[0].distill.epochs > first.distill.epochs
+    assert given(unfinished, more=1000)[0].distill.epochs > first.distill.epochs
 
 
 def test_the_same_finish_again_continues_the_decay(unfinished: RunFolder, stops_after: Callable[..., Silent]) -> None:
@@ -460,3 +469,120 @@ def test_reserved_and_drawn_images_are_both_named(short: Path) -> None:
     asked = planning.with_sections(actions.recipe_in(short), {"validate": {"data": None, "synthetic_images": 50}})
     images = validate._images(*inputs, config=asked, out=run, progress=Silent())
     assert images.stream.name == "40 reserved during distillation, 10 drawn from the trained generator"
+
+
+# ------------------------------------------------------------------ finishing a run that another process is training
+
+
+class AsksAfter(Silent):
+    """Asks from another thread, after so many epochs, that the run that reports here finish."""
+
+    def __init__(self, root: Path, seconds: float, epochs: int) -> None:
+        self.root, self.seconds, self.epochs = root, seconds, epochs
+        self.answer: str | UsageError | None = None
+        self.thread = threading.Thread(target=self.ask)
+
+    def ask(self) -> None:
+        time = actions.Time(finish=self.seconds)
+        try:
+            self.answer = actions.finished_elsewhere(actions.recipe_in(self.root), str(self.root), self.root, time)
+        except UsageError as error:
+            self.answer = error
+
+    def figures(self, **figures: object) -> None:
+        if str(figures["epoch"]).startswith(f"{self.epochs}/"):
+            self.thread.start()
+            while self.thread.is_alive() and not (self.root / FINISH_REQUEST).is_file():
+                sleep(0.01)
+
+
+def test_finish_ends_a_run_that_another_process_trains(tmp_path: Path) -> None:
+    """As a run of that length from the start: bit for bit."""
+    root = tmp_path / "run"
+    asker = AsksAfter(root, seconds=600, epochs=4)
+    done = run_recipe(recipe(12, 3), root, last="student", progress=asker)
+    asker.thread.join()
+    assert asker.answer == "7 epochs instead of 12; the learning rate falls in the last 3"
+    assert done.manifest.steps["student"].numbers["epochs"] == 7
+    assert (done.problems(), done.unexpected_files()) == ([], [])
+    same = run_recipe(recipe(7, 3), tmp_path / "same", last="student")
+    for name in (STUDENT, "bank.safetensors"):
+        assert sha256_of(done.path(name)) == sha256_of(same.path(name)), name
+
+
+@pytest.mark.parametrize(
+    ("seconds", "epochs", "message"),
+    [(1e-6, 4, "too short"), (600, 5, "decaying already"), (600, 2, "not begun to train its student")],
+)
+def test_a_run_that_cannot_finish_now_goes_on(tmp_path: Path, seconds: float, epochs: int, message: str) -> None:
+    asker = AsksAfter(tmp_path / "run", seconds, epochs)
+    length = ("distill.epochs=6", "distill.warmup_epochs=2", "distill.decay_epochs=2")
+    done = run_recipe(load_recipe("digits", [*SETTINGS, *length]), tmp_path / "run", last="student", progress=asker)
+    asker.thread.join()
+    assert isinstance(asker.answer, UsageError)
+    assert message in str(asker.answer)
+    assert asker.answer.fix
+    assert len(done.path("metrics.jsonl").read_text().splitlines()) == 6
+    assert done.unexpected_files() == []
+
+
+def test_a_request_that_nobody_answers_is_withdrawn(unfinished: RunFolder) -> None:
+    """The other process ended, so that this one finishes the run; or the person who asked did not wait."""
+
+    def interrupted(_seconds: float) -> None:
+        assert unfinished.path(FINISH_REQUEST).is_file()
+        raise KeyboardInterrupt
+
+    chosen = actions.recipe_in(unfinished.root)
+    with contextlib.ExitStack() as held:
+        held.enter_context(lock_folder(unfinished.root))
+        assert early_end.request(chosen, unfinished, 300, wait=lambda _seconds: held.close()) is None
+    assert not unfinished.path(FINISH_REQUEST).exists()
+    with lock_folder(unfinished.root), pytest.raises(KeyboardInterrupt):
+        early_end.request(chosen, unfinished, 300, wait=interrupted)
+    assert not unfinished.path(FINISH_REQUEST).exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"seconds": "soon"}', '{"seconds": 60, "rest_seconds": 0, "since": 0}'])
+def test_an_old_request_is_not_fulfilled(content: str, unfinished: RunFolder) -> None:
+    write_bytes(unfinished.path(FINISH_REQUEST), content.encode())
+    done = run_recipe(recipe(12, 3), unfinished.root, last="student")
+    assert len(done.path("metrics.jsonl").read_text().splitlines()) == 12
+    assert done.unexpected_files() == []
+
+
+def test_an_unreadable_request_is_answered(unfinished: RunFolder) -> None:
+    history = [Epoch(**json.loads(line)) for line in unfinished.path("metrics.jsonl").read_text().splitlines()]
+    requests = early_end.Requests(unfinished.root)
+    assert requests.length(history, Length(12, 1, 3)) is None
+    for content in ("", "[]", '{"seconds": "soon", "rest_seconds": 0, "since": 0}'):
+        write_bytes(unfinished.path(FINISH_REQUEST), content.encode())
+        assert requests.length(history, Length(12, 1, 3)) is None
+        assert "what" in json.loads(unfinished.path(FINISH_ANSWER).read_text())
+        assert not unfinished.path(FINISH_REQUEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "shown"),
+    [
+        ({"words": "7 epochs instead of 12"}, 0, "7 epochs instead of 12"),
+        ({"what": "It is too short.", "why": "", "fix": "Use more."}, 2, "It is too short."),
+    ],
+)
+def test_what_the_command_line_says_of_the_answer(
+    answer: dict[str, str], code: int, shown: str, unfinished: RunFolder, invoke: Invoke
+) -> None:
+    def reply() -> None:
+        while not unfinished.path(FINISH_REQUEST).is_file():
+            sleep(0.01)
+        assert json.loads(unfinished.path(FINISH_REQUEST).read_text())["seconds"] == 300
+        write_bytes(unfinished.path(FINISH_ANSWER), json.dumps(answer).encode())
+
+    other = threading.Thread(target=reply, daemon=True)
+    other.start()
+    with lock_folder(unfinished.root):
+        found = invoke("run", unfinished.root, "--finish", "5m")
+    other.join()
+    assert found.code == code
+    assert shown in (found.err if code else found.out)
+    assert [unfinished.path(name).exists() for name in (FINISH_REQUEST, FINISH_ANSWER)] == [False, False]
