@@ -85,13 +85,14 @@ def main() -> None:
             "bank_mib": 64,
         },
         export={"calibration_images": 200},
+        gate={"accuracy": {"max_drop_vs_fp32": 0.015, "max_drop_vs_teacher": 0.05}},
     )
 
     holdout = arguments.out.with_name(f"{arguments.out.name}.holdout.npz")
     np.savez(holdout, images=(images[-HELD_OUT:] * 255).byte().numpy(), labels=labels[-HELD_OUT:].numpy())
     run.export(int8=True, progress=True)
     report = run.validate(holdout, progress=True)
-    verdict = run.gate(max_drop_vs_fp32=0.015, max_drop_vs_teacher=0.05)
+    verdict = run.gate()
     for check in verdict.checks:
         print(f"{check.verdict:<13}{check.detail}")
     print(f"teacher {report.teacher.top1:.4f}, student {report.student.top1:.4f}, gate: {verdict.verdict}")

@@ -957,7 +957,7 @@ def check_teacher(teacher: Classifier, compute: Compute) -> None:
         )
     if bool((logits - teacher(images).float()).abs().max() > 0.01 * logits.abs().max()):
         raise UsageError(
-            "The teacher gives another output when it sees the same images again.",
+            "The teacher is not deterministic: the same images give different outputs.",
             why="It draws random numbers, or changes, in eval mode.",
             fix="Switch that off. F.dropout, for example, needs training=self.training.",
         )

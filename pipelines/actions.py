@@ -1,4 +1,4 @@
-"""The operations on a run, shared by the command line and the Python API: one function per command.
+"""The operations on a run, shared by the command line and the Python API.
 
 They take paths and values, print nothing, and raise on errors. Heavy modules are imported inside the functions, because
 `gate` needs only the base install.
@@ -146,7 +146,7 @@ def timed(
         from .shared_bank import started
 
         recipe, words = started(recipe)
-        # Its length is as asked for, without the filling.
+        # The epochs asked for, minus the warm-up that the taken images replace.
         kept = [each for each in settings if each.partition("=")[0].strip() != "distill.epochs"]
         _require_kept(kept, asked, recipe, "--bank")
     if is_run and recipe.distill.schedule == "constant":

@@ -791,7 +791,7 @@ def _at_work(teacher: Teacher | None = None, trust_code: bool = False) -> Iterat
     with contextlib.ExitStack() as stack:
         stack.enter_context(user_code.trusting(trust_code))
         if "torch" in sys.modules:
-            # Otherwise nobody has changed its settings, and not all that is done here needs it.
+            # Only if torch is loaded: some calls do not need it.
             from nayer_edge.runtime.compute import usual_settings
 
             stack.enter_context(usual_settings())

@@ -84,7 +84,7 @@ def run_recipe(
         former, trained = before, set[str]()
         remove_temporaries(root)
         for plan in plans:
-            # Its own result still is of these values; what a step that trains has taken over is not taken back.
+            # Restore the values that this step's result was made with, except those that training has taken over.
             own = tuple(key for key in plan.step.settings if key not in trained)
             back = _with_values(former, before, own)
             if _run_step(plan, recipe, run, back, progress or Silent(), on_event, again.get(plan.step.name)):

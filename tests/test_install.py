@@ -31,7 +31,7 @@ py-modules = []
 SITE = Path(".venv/lib") / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
 STAMP, STAMP_DEV = ".venv/.installed", ".venv/.installed-dev"
 
-# `.ci/pip-alone` installs the real locks every time.
+# `.ci/pip-alone` installs a part of the real lock every time.
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")]
 
 

@@ -1,4 +1,4 @@
-"""The command line. A command parses its arguments, calls one function of the pipelines, prints, and exits. Heavy
+"""The command line. A command parses its arguments, calls functions of the pipelines, prints, and exits. Heavy
 modules are imported inside the commands, so that `--help` and `gate` need neither torch nor ONNX Runtime."""
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _interrupt(_number: int, _frame: object) -> NoReturn:
 
 
 def _interrupted(end: BaseException) -> NoReturn:
-    """Says how to go on: as the command noted on the interruption, or else with the same command."""
+    """Prints how to continue: what the command noted, or else the advice to repeat it."""
     if not _helps():
         ways = getattr(end, "__notes__", [])
         told = "." if ways else "; run the same command to continue (without --fresh)."

@@ -82,8 +82,11 @@ def export(
     code is 3.
     """
     if finetune is not None:
-        warn_renamed("--finetune" if finetune else "--no-finetune", "--qat" if finetune else "--no-qat")
-        qat = finetune if qat is None else qat
+        old, new = ("--finetune", "--qat") if finetune else ("--no-finetune", "--no-qat")
+        if qat is not None:
+            raise UsageError(f"{old} is the old name of {new}, and both options are given.", fix=f"Leave out {old}.")
+        warn_renamed(old, new)
+        qat = finetune
     display = watched(as_json)
     done = actions.export(
         run_folder,

@@ -36,7 +36,8 @@ def validate(
         ),
     ] = None,
     allow_implausible: Annotated[
-        bool, typer.Option("--allow-implausible", help="Measure although the teacher's answers do not fit the labels.")
+        bool,
+        typer.Option("--allow-implausible", help="Measure even if the teacher's predictions do not match."),
     ] = False,
     synthetic: Annotated[
         bool,

@@ -32,7 +32,7 @@ More = Annotated[
 ]
 Finish = Annotated[
     str | None,
-    typer.Option("--finish", metavar="TIME", help="Finish an interrupted or running run within this time."),
+    typer.Option("--finish", metavar="TIME", help="Finish an interrupted run, or one in progress, within this time."),
 ]
 
 
@@ -93,7 +93,7 @@ def _run(
     recipe = read_recipe(name, settings, bank)
     root = out or default_out(name, recipe)
     if not (settings or fresh or last) and (words := finished_elsewhere(recipe, name, root, time)) is not None:
-        show_lines([("finishing", f"{words}, then the process that trains there goes on")], as_json=as_json)
+        show_lines([("finishing", f"{words}; the training process then continues with the export")], as_json=as_json)
         return
     recipe, words = timed(recipe, name, root, time, fresh=fresh, settings=settings or ())
     show_lines(words, as_json=as_json)

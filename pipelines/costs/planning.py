@@ -253,7 +253,7 @@ def images_in_bank(run: RunFolder) -> int | None:
 
 
 def _replaced(recipe: Recipe, costs: budget.Costs) -> list[tuple[str, str]]:
-    """What is said of a recipe that had sizes of its own, such as the published ones."""
+    """The note that the plan replaces the recipe's own sizes, such as the published ones."""
     if recipe.budget is not None or recipe.student.bank is not None:
         return []
     expected = duration(budget.seconds_of(recipe.synthesis, recipe.distill, costs))
@@ -332,8 +332,8 @@ def with_finish(recipe: Recipe, run: RunFolder, seconds: float) -> Recipe:
 
 
 def _remember(recipe: Recipe, run: RunFolder, option: str, seconds: float) -> None:
-    """Notes beside the checkpoint what an unfinished student was given, so that a command that is repeated after an
-    interruption does not count twice. For a finished student, `_was_asked` finds out."""
+    """Records the last `--more` or `--finish` of an unfinished student beside its checkpoint, so that a command that is
+    repeated after an interruption does not count twice. For a finished student, `_was_asked` finds out."""
     if run.path(CHECKPOINT).is_file():
         with run.locked():
             write_json(run.path(GIVEN_TIME), _given(recipe, option, seconds))

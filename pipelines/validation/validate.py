@@ -225,7 +225,7 @@ def _earlier(out: RunFolder, networks: Sequence[str], seen: Seen) -> _Earlier:
 
 
 def _tells_more(before: ArtifactReport, now: ArtifactReport, candidate: Candidate) -> bool:
-    """Whether the earlier measurement is of the device that the file is for, and the new one is not."""
+    """Whether only the earlier measurement was made on the device that the file is for."""
     verified = before.precision_verified and not now.precision_verified
     return now.status != "measured" or (verified and not candidate.timed)
 

@@ -14,7 +14,8 @@ from nayer_edge.models import state_dicts
 
 
 def test_functions_are_found_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert data.digits is datasets.digits
+    with pytest.warns(FutureWarning, match=r"Use nayer_edge\.data\.datasets\.digits"):
+        assert data.digits is datasets.digits
     assert labels.read_labels is class_names.read_labels
     monkeypatch.delitem(sys.modules, "nayer_edge.state_dicts", raising=False)
     with pytest.warns(DeprecationWarning, match=r"nayer_edge\.models\.state_dicts"):

@@ -226,6 +226,13 @@ def test_a_key_under_both_names_is_refused(tmp_path: Path) -> None:
         load_recipe(extending(tmp_path, "finetune = true\nqat = false"))
 
 
+def test_the_option_under_both_names_is_refused(finished: Path, invoke: Callable[..., Any]) -> None:
+    answer = invoke("export", finished, "--int8", "--finetune", "--no-qat")
+    assert answer.code == 2
+    assert "--finetune is the old name of --qat" in answer.err
+    assert "Leave out --finetune" in answer.err
+
+
 def test_the_key_that_was_typed_wins_whichever_name_was_read(tmp_path: Path, finished: Path) -> None:
     with pytest.warns(RenamedWarning, match=r"^export.finetune is deprecated"):
         assert load_recipe(str(finished), ["export.finetune=true"]).export.qat
