@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import re
@@ -93,9 +92,8 @@ def expected_files() -> set[str]:
         found |= {f"{name}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
     for package, patterns in SETUPTOOLS["package-data"].items():
         source = package_folder(package)
-        for path in source.iterdir():
-            if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns):
-                found.add(f"{package.replace('.', '/')}/{path.name}")
+        for path in (path for pattern in patterns for path in source.glob(pattern)):
+            found.add(f"{package.replace('.', '/')}/{path.relative_to(source).as_posix()}")
     return found
 
 

@@ -490,7 +490,11 @@ class AsksAfter(Silent):
             self.answer = error
 
     def figures(self, **figures: object) -> None:
-        if str(figures["epoch"]).startswith(f"{self.epochs}/"):
+        epoch = int(str(figures["epoch"]).partition("/")[0])
+        if epoch > self.epochs:
+            # The answer is removed with the other files of an unfinished student.
+            self.thread.join()
+        elif epoch == self.epochs:
             self.thread.start()
             while self.thread.is_alive() and not (self.root / FINISH_REQUEST).is_file():
                 sleep(0.01)
