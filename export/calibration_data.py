@@ -13,12 +13,14 @@ import numpy as np
 from PIL import Image
 
 from nayer_edge.errors import UsageError, nearest
-from nayer_edge.storage.files import write_atomic, write_bytes
+from nayer_edge.storage.files import read_json, write_atomic, write_bytes, write_json
 
 from .runners import as_bytes
 from .to_onnx import INPUT
 
 FORMATS = ("npz", "npy", "png", "polygraphy")
+WRITTEN = "written.json"
+"""lists the pictures of a folder: the next call removes those that it does not write, and nothing else"""
 
 
 def write_calibration_data(
@@ -35,7 +37,8 @@ def write_calibration_data(
     - npz: `calibration.npz`, one array named after the model's input, for ONNX quantizers (Model Optimizer's
       --calibration_data_path).
     - npy: `calibration.npy` and `calibration.labels.npy`.
-    - png: a folder per class, 8 bits per channel, for torchvision's ImageFolder.
+    - png: a folder per class, 8 bits per channel, for torchvision's ImageFolder. Pictures of an earlier call are
+      removed.
     - polygraphy: `calibration.polygraphy.json`, one image per iteration, for `polygraphy run --load-inputs`.
 
     Args:
@@ -50,17 +53,21 @@ def write_calibration_data(
         format → the file written (png: the folder).
 
     Raises:
-        UsageError: an unknown format, images and labels that do not match, or a folder that cannot be written to.
+        UsageError: an unknown format, images and labels that do not match, values outside [0, 1], or a folder that
+            cannot be written to.
     """
-    for name in formats:
-        if name not in FORMATS:
-            raise UsageError(
-                f"There is no calibration format '{name}'.{nearest(name, FORMATS)}",
-                why=f"The formats are {', '.join(FORMATS)}.",
-            )
     images, labels = np.ascontiguousarray(images, np.float32), np.asarray(labels, np.int64)
-    if images.ndim != 4 or len(images) == 0 or labels.shape != (len(images),):
-        raise UsageError(f"Images of shape {images.shape} and labels of shape {labels.shape} do not match.")
+    if images.ndim != 4 or images.size == 0 or labels.shape != (len(images),):
+        raise UsageError(
+            f"Images of shape {images.shape} and labels of shape {labels.shape} do not match, or are empty.",
+            fix="Give images of shape (n, C, H, W) and n labels.",
+        )
+    require_formats(formats, images.shape[1])
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise UsageError(
+            "The images have values outside [0, 1], or NaN.",
+            fix="Divide 8-bit images by 255, and do not normalise them.",
+        )
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UsageError(f"A label lies outside the {len(classes)} classes.")
     writers: dict[str, Callable[[], Path]] = {
@@ -70,6 +77,21 @@ def write_calibration_data(
         "polygraphy": lambda: _polygraphy(images, folder / "calibration.polygraphy.json", input_name),
     }
     return {name: writers[name]() for name in formats}
+
+
+def require_formats(formats: Sequence[str], channels: int) -> None:
+    """Raises UsageError if no format is named, one is unknown, or one cannot hold images of so many channels."""
+    for name in formats or [""]:
+        if name not in FORMATS:
+            raise UsageError(
+                f"There is no calibration format '{name}'.{nearest(name, FORMATS)}" if name else "No format is named.",
+                fix=f"The formats are {', '.join(FORMATS)}.",
+            )
+    if "png" in formats and channels not in (1, 3, 4):
+        raise UsageError(
+            f"PNG supports 1, 3 or 4 channels, and these images have {channels}.",
+            fix="Choose another format: npz, npy or polygraphy.",
+        )
 
 
 def _array_bytes(array: np.ndarray) -> bytes:
@@ -92,28 +114,44 @@ def _npy(images: np.ndarray, labels: np.ndarray, path: Path) -> Path:
 
 
 def _png(images: np.ndarray, labels: np.ndarray, classes: Sequence[str], folder: Path) -> Path:
-    if images.shape[1] not in (1, 3, 4):
-        raise UsageError(
-            f"PNG supports 1, 3 or 4 channels, and these images have {images.shape[1]}.",
-            fix="Choose another format: npz, npy or polygraphy.",
-        )
     pixels = as_bytes(images).transpose(0, 2, 3, 1)
-    width = len(str(len(classes) - 1))
-    written = set()
+    width, digits = len(str(len(classes) - 1)), max(5, len(str(len(images) - 1)))
+    written = []
+    _remove_earlier(folder)
     for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         # The number keeps the order of classes for readers that sort folders. Labels may contain characters that
         # paths cannot.
         name = re.sub(r"[^\w.-]+", "_", str(classes[label])).strip("._") or "class"
         buffer = io.BytesIO()
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "PNG")
-        path = folder / f"{label:0{width}d}_{name[:60]}" / f"{index:05d}.png"
-        write_bytes(path, buffer.getvalue())
-        written.add(path)
-    # Calibration would also use images that an earlier call left here.
-    for path in folder.glob("*_*/*.png"):
-        if path not in written and re.fullmatch(r"\d+_.+/\d{5,}\.png", path.relative_to(folder).as_posix()):
-            path.unlink()
+        path = f"{label:0{width}d}_{name[:60]}/{index:0{digits}d}.png"
+        write_bytes(folder / path, buffer.getvalue())
+        written.append(path)
+    write_json(folder / WRITTEN, written)
     return folder
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Removes the pictures that an earlier call left, and their folders: calibration would use those, too."""
+    if not (folder / WRITTEN).is_file():
+        return
+    for name in read_json(folder / WRITTEN, "a list of pictures"):
+        # Only what such a list can hold, and through no link.
+        if not isinstance(name, str) or not re.fullmatch(r"\d+_[\w.-]+/\d{5,}\.png", name):
+            continue
+        path = folder / name
+        if path.parent.is_symlink() or not path.is_file():
+            continue
+        try:
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+        except OSError as error:
+            raise UsageError(
+                f"Cannot remove {path}, which an earlier call wrote.",
+                why=f"System error: {error.strerror or error}.",
+                fix="Choose another folder.",
+            ) from error
 
 
 def _polygraphy(images: np.ndarray, path: Path, input_name: str) -> Path:

@@ -120,14 +120,15 @@ def calibration_data(
     as_json: Json = False,
 ) -> None:
     """Writes class-balanced synthetic images, unused in training, in formats that other quantizers read."""
-    from nayer_edge.export.calibration_data import write_calibration_data
+    from nayer_edge.export.calibration_data import require_formats, write_calibration_data
     from nayer_edge.storage.run_folder import require_outside
 
     opened = actions.open_run(run_folder)
     require_outside(out, "--out")
+    wanted = [name.strip() for name in formats.split(",") if name.strip()]
+    require_formats(wanted, actions.recipe_in(run_folder).teacher.input.channels)
     display = watched(as_json)
     images, labels = actions.draw(run_folder, count, display=display)
-    wanted = [name.strip() for name in formats.split(",") if name.strip()]
     written = write_calibration_data(images, labels, opened.manifest.recipe["teacher"]["classes"], out, wanted)
     if as_json:
         print_json({"images": len(images), "files": {name: str(path) for name, path in written.items()}})

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from nayer_edge.errors import UsageError
-from nayer_edge.export.calibration_data import FORMATS, write_calibration_data
+from nayer_edge.export.calibration_data import FORMATS, WRITTEN, write_calibration_data
 
 CLASSES = ["cat", "größe/../x", "犬"]
 IMAGES = np.random.default_rng(0).random((6, 3, 4, 5), np.float32)
@@ -46,13 +46,26 @@ def test_png_is_a_folder_of_class_folders(tmp_path: Path, channels: int) -> None
 
 def test_pictures_of_an_earlier_call_do_not_stay(tmp_path: Path) -> None:
     folder = write_calibration_data(IMAGES, LABELS, CLASSES, tmp_path, ["png"])["png"]
-    mine = folder / "0_mine" / "photo.png"
-    mine.parent.mkdir()
+    mine = folder / "0_cat" / "00042.png"
     mine.write_bytes(b"not ours")
-    write_calibration_data(IMAGES[:2], (LABELS[:2] + 1) % 3, CLASSES, tmp_path, ["png"])
-    left = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
-    assert left.count("0_mine/photo.png") == 1
-    assert [name.split("/")[1] for name in left if name != "0_mine/photo.png"] == ["00000.png", "00001.png"]
+    write_calibration_data(IMAGES[:2], np.array([2, 2]), CLASSES, tmp_path, ["png"])
+    left = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    assert left == ["0_cat", "0_cat/00042.png", "2_犬", "2_犬/00000.png", "2_犬/00001.png", WRITTEN], "no empty folder"
+
+
+def test_a_list_of_pictures_leads_nowhere_else(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    kept = [outside / "00000.png", tmp_path / "00001.png"]
+    for path in kept:
+        path.write_bytes(b"not ours")
+    folder = tmp_path / "png"
+    folder.mkdir()
+    (folder / "7_linked").symlink_to(outside)
+    listed = ["7_linked/00000.png", "../00001.png", "0_x/../../00001.png", str(kept[0]), 5, "8_missing/00000.png"]
+    (folder / WRITTEN).write_text(json.dumps(listed))
+    write_calibration_data(IMAGES, LABELS, CLASSES, tmp_path, ["png"])
+    assert all(path.is_file() for path in kept)
 
 
 def test_polygraphy_json_holds_one_feed_per_image(tmp_path: Path) -> None:
@@ -88,6 +101,10 @@ def test_all_formats_are_written_and_the_same_every_time(tmp_path: Path) -> None
         (IMAGES, LABELS[:3], ["npz"], "do not match"),
         (IMAGES[:0], LABELS[:0], ["npz"], "do not match"),
         (IMAGES, LABELS + 1, ["npz"], "outside the 3 classes"),
+        (IMAGES, LABELS, [], "No format is named"),
+        (IMAGES[..., :0], LABELS, ["png"], "are empty"),
+        (IMAGES * 255, LABELS, ["npz"], "outside \\[0, 1\\]"),
+        (np.where(IMAGES > 0.5, np.nan, IMAGES), LABELS, ["npz"], "or NaN"),
         (IMAGES[:, :2], LABELS, ["png"], "1, 3 or 4 channels"),
     ],
 )
@@ -96,3 +113,4 @@ def test_what_cannot_be_written_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=why):
         write_calibration_data(images, labels, CLASSES, tmp_path, formats)
+    assert list(tmp_path.iterdir()) == []
