@@ -4,9 +4,9 @@ Weights, biases and activation ranges are trained for a few epochs on the quanti
 with images of the memory bank and the teacher's logits. The results are new values for the constants of the FP32 graph,
 and new ranges. They go through the same quantizer as calibrated ones, so all rules of the target apply to them.
 
-One network is trained per scheme, a set of targets whose graphs round the same tensors to the same grids, because a
-network adapts to particular rounding errors. TensorRT and TensorRT-RTX share a scheme. UINT8 and INT8 with a zero point
-are the same grid, but weights have 7 bits on x86 and 8 on ARM, so these two are trained separately.
+Targets share a network if they start from the same quantized graph, because a network adapts to particular rounding
+errors. TensorRT and TensorRT-RTX usually do. The graphs for x86 and ARM never do: weights have 7 bits on x86 and 8 on
+ARM. Targets that were calibrated by different methods do not, either: each is trained from its own start.
 
 BatchNorm stays folded into the convolutions, as on the device. Unfolding it for training would let the statistics of
 small batches change the scales that are being learnt. A BatchNorm that cannot be folded keeps its running statistics
@@ -15,6 +15,7 @@ and learns its scale and shift.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
@@ -127,7 +128,7 @@ def train(
 
 @dataclass
 class QatTrainer:
-    """Runs QAT for one target after another; targets of one scheme share the result.
+    """Runs QAT for one target after another; targets with equal quantized graphs share the result.
 
     Attributes:
         draw: images and teacher logits of one step.
@@ -142,7 +143,7 @@ class QatTrainer:
     stream: Callable[[int], torch.Generator]
     device: torch.device
     progress: Progress
-    _results: dict[Any, QatResult] = field(default_factory=dict)
+    _results: dict[tuple[bool, int, bytes], QatResult] = field(default_factory=dict)
 
     def __call__(
         self, graph: ModelProto, ranges: Ranges, target: Target, nodes_to_exclude: Collection[str]
@@ -152,7 +153,7 @@ class QatTrainer:
         Args:
             graph: FP32, prepared; training starts from its constants.
             ranges: calibrated, of every tensor that may be quantized; training starts from them.
-            target: decides the scheme.
+            target: its rules apply.
             nodes_to_exclude: eligible nodes that stay in float.
 
         Raises:
@@ -160,14 +161,15 @@ class QatTrainer:
             TrainingError: the loss is not finite.
         """
         quantized = with_qdq(graph, ranges, target, nodes_to_exclude=nodes_to_exclude)
-        scheme = (target.symmetric, target.weight_max, *((n.op_type, n.name, *n.input) for n in quantized.graph.node))
-        if scheme not in self._results:
+        # The graph holds its weights and the scales of its activations, too: all that training starts from.
+        start = target.symmetric, target.weight_max, hashlib.sha256(quantized.SerializeToString()).digest()
+        if start not in self._results:
             network = GraphNetwork(graph, quantized, ranges, target).to(self.device)
             self.progress.start(f"QAT for {target.name}", self.schedule.epochs * self.schedule.steps)
             weights, learnt = network.weight_parameters(), network.range_parameters()
             losses = train(network, weights, learnt, self.draw, self.schedule, self.stream, self.progress.advance)
             self.progress.finish()
             record = {**asdict(self.schedule), "loss": [float(f"{loss:.4g}") for loss in losses], "first": target.name}
-            self._results[scheme] = QatResult(network.trained(graph), network.ranges(), record)
-        found = self._results[scheme]
+            self._results[start] = QatResult(network.trained(graph), network.ranges(), record)
+        found = self._results[start]
         return QatResult(found.graph, {**ranges, **found.ranges}, found.record)

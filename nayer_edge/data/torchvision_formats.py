@@ -25,7 +25,8 @@ from nayer_edge.data.splits import NO_SPLIT, Purpose, canonical, choose, split_i
 from nayer_edge.data.stream import MAX_IMAGES
 from nayer_edge.errors import UsageError, missing_extra
 
-SPLITS = ("test", "train")
+SPLITS = ("test", "train", "extra")
+"""`extra` is SVHN's alone"""
 IDX_PREFIX = {"test": "t10k", "train": "train"}
 IDX_IMAGES = "-images-idx3-ubyte"
 SVHN_FILE = "_32x32.mat"
@@ -87,7 +88,8 @@ def open_torchvision(path: Path, purpose: Purpose = "holdout", asked: str | None
 
 def _known(folder: Path, split: str) -> tuple[Path, Callable[[], StoredImages]] | None:
     """Where the data set of this folder lies and how to open it; None where there is none."""
-    if folder.name in CIFAR_FILES and (folder / CIFAR_FILES[folder.name][split][0]).is_file():
+    cifar = CIFAR_FILES.get(folder.name, {}).get(split)
+    if cifar and (folder / cifar[0]).is_file():
         return folder, lambda: _cifar(folder, split)
     if (folder / f"{split}_X.bin").is_file():
         return folder, lambda: _stl10(folder, split)
@@ -95,7 +97,7 @@ def _known(folder: Path, split: str) -> tuple[Path, Callable[[], StoredImages]] 
         return mat, lambda: _svhn(mat)
     for raw in (folder, folder / "raw"):
         for ending in ("", ".gz"):
-            if (images := raw / f"{IDX_PREFIX[split]}{IDX_IMAGES}{ending}").is_file():
+            if (images := raw / f"{IDX_PREFIX.get(split, split)}{IDX_IMAGES}{ending}").is_file():
                 return images, lambda: _idx(images)
     return None
 
@@ -152,7 +154,7 @@ def _svhn(path: Path) -> StoredImages:
         raise UsageError(
             f"{path} is not a file of SVHN's format 2, or is damaged.",
             why=f"torchvision says: {error}.",
-            fix="Fetch train_32x32.mat and test_32x32.mat again.",
+            fix="Fetch train_32x32.mat, test_32x32.mat or extra_32x32.mat again.",
         ) from error
     return in_memory(held.data, held.labels, path)
 

@@ -20,6 +20,7 @@ from importlib.machinery import (
     ExtensionFileLoader,
     FileFinder,
     FrozenImporter,
+    PathFinder,
     SourceFileLoader,
 )
 from pathlib import Path
@@ -182,7 +183,11 @@ class _Beside:
         for place in [str(self.folder)] if path is None else path:
             finder = FileFinder(place, (ExtensionFileLoader, EXTENSION_SUFFIXES), (_Source, SOURCE_SUFFIXES))
             specification = finder.find_spec(name)
-            if specification is not None and specification.loader is not None:
+            if specification is not None and specification.loader is None:
+                # A folder without __init__.py yields to a module elsewhere, as everywhere in Python.
+                whole = PathFinder.find_spec(name, path)
+                specification = whole if whole is not None and whole.loader is None else None
+            if specification is not None:
                 self.found.add(name)
                 return specification
         return None

@@ -214,23 +214,46 @@ def test_stl10(tmp_path: Path) -> None:
     assert "4 images and 3 labels" in refused(folder, spec).what
 
 
-def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision reads only files with the published MD5; here that is the MD5 of five made-up images."""
+def write_svhn(folder: Path, part: str, images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """torchvision reads only files with the published MD5; here that is the MD5 of made-up images."""
     from torchvision.datasets import SVHN
 
-    images = pixels(5, 3, 32, 32)
-    path = tmp_path / "test_32x32.mat"
-    savemat(path, {"X": images.transpose(2, 3, 1, 0), "y": np.array([[1], [10], [9], [2], [10]], np.uint8)})
-    good = path.read_bytes()
-    digest = hashlib.md5(good, usedforsecurity=False).hexdigest()
-    monkeypatch.setitem(SVHN.split_list, "test", ["", path.name, digest])
-    for place in (path, tmp_path):
-        stream = opened(place)
+    path = folder / f"{part}_32x32.mat"
+    labels = np.array([[1], [10], [9], [2], [10]], np.uint8)
+    savemat(path, {"X": images.transpose(2, 3, 1, 0), "y": labels}, do_compression=True)
+    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setitem(SVHN.split_list, part, ["", path.name, digest])
+    return path
+
+
+def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three parts, of which the test part is the hold-out; label 10 is the digit 0."""
+    parts = {part: pixels(5, 3, 32, 32, seed=seed) for seed, part in enumerate(("test", "train", "extra"))}
+    paths = {part: write_svhn(tmp_path, part, images, monkeypatch) for part, images in parts.items()}
+    for place, asked, split in (
+        (tmp_path, None, "test"),
+        *((tmp_path, part, part) for part in parts),
+        *((paths[part], asked, part) for part in parts for asked in (None, part)),
+    ):
+        stream = open_images(str(place), "holdout", COLOUR, TEN, "exact", asked)
+        assert stream.split == split
         assert stream.labels.tolist() == [1, 0, 9, 2, 0]
-        assert (whole(stream) == images).all()
+        assert (whole(stream) == parts[split]).all()
+    assert load(str(paths["extra"]), "train", COLOUR, TEN).labels.tolist() == [1, 0, 9, 2, 0]
+    for place, splits in ((tmp_path, "extra, test, train"), (paths["extra"], "extra")):
+        with pytest.raises(UsageError, match="no split 'validation'") as caught:
+            open_images(str(place), "holdout", COLOUR, TEN, "exact", "validation")
+        assert caught.value.fix == f"Its splits: {splits}."
+
+
+def test_damaged_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_svhn(tmp_path, "extra", pixels(5, 3, 32, 32), monkeypatch)
+    good = path.read_bytes()
     for data in (b"", good[:200], good[:-40], good + b"\0"):
         path.write_bytes(data)
-        assert "SVHN's format 2" in refused(path).what
+        error = refused(path)
+        assert "SVHN's format 2" in error.what
+        assert path.name in error.fix
     other = tmp_path / "other_32x32.mat"
     other.write_bytes(good)
     assert "other" in refused(other).why

@@ -87,10 +87,16 @@ def test_a_file(code: Path) -> None:
         assert network.train(training)(images).shape == (4, 3), "the logits are in a dictionary or tuple"
 
 
-def test_the_source_is_what_runs(code: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("helper", ["widths.py", "widths/__init__.py", "widths/inner.py"])
+def test_the_source_is_what_runs(code: Path, tmp_path: Path, helper: str) -> None:
     """Compiled files beside it may be of another source: their invalidation can be switched off."""
-    for name, source in (("nets.py", CODE.replace("touch", "mkdir")), ("widths.py", "WIDTH = 9\n")):
-        other = tmp_path / name
+    mine = CODE.replace("from widths", "from widths.inner") if helper == "widths/inner.py" else CODE
+    code.write_text(mine)
+    code.with_name("widths.py").unlink()
+    (code.parent / helper).parent.mkdir(exist_ok=True)
+    (code.parent / helper).write_text("WIDTH = 5\n")
+    for name, source in (("nets.py", mine.replace("touch", "mkdir")), (helper, "WIDTH = 9\n")):
+        other = tmp_path / "other.py"
         other.write_text(source)
         planted = Path(importlib.util.cache_from_source(str(code.parent / name)))
         mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
@@ -101,18 +107,33 @@ def test_the_source_is_what_runs(code: Path, tmp_path: Path) -> None:
     assert network.backbone.get_submodule("body.0").weight.shape[0] == 5
 
 
-def test_helpers_of_one_name_are_each_models_own(code: Path, tmp_path: Path) -> None:
-    other = tmp_path / "others" / "nets.py"
-    other.parent.mkdir()
-    other.write_text(CODE.replace("from widths import", "from widths.inner import"))
-    (other.parent / "widths").mkdir()
-    (other.parent / "widths" / "__init__.py").touch()
-    (other.parent / "widths" / "inner.py").write_text("WIDTH = 4\n")
+@pytest.mark.parametrize("marked", [True, False])
+def test_helpers_of_one_name_are_each_models_own(code: Path, tmp_path: Path, marked: bool) -> None:
+    """In folders with `__init__.py` and without."""
+    models = {code: 5}
+    for name, width in (("others", 4), ("third", 3)):
+        helpers = tmp_path / name / "widths" / "deeper"
+        helpers.mkdir(parents=True)
+        (helpers / "inner.py").write_text(f"WIDTH = {width}\n")
+        for folder in (helpers.parent, helpers) if marked else ():
+            (folder / "__init__.py").touch()
+        path = tmp_path / name / "nets.py"
+        path.write_text(CODE.replace("from widths import", "from widths.deeper.inner import"))
+        models[path] = width
     with trusting():
-        for path, width in ((code, 5), (other, 4), (code, 5)):
+        for path, width in (*models.items(), *models.items()):
             network = build_classifier(f"python:{path}:make", SPEC, CLASSES)
             assert network.backbone.get_submodule("body.0").weight.shape[0] == width
     assert sys.modules["torch"] is torch
+
+
+def test_a_folder_without_init_does_not_hide_an_installed_package(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of pictures, for example, that has the name of a library."""
+    monkeypatch.delitem(sys.modules, "wsgiref", raising=False)
+    code.with_name("wsgiref").mkdir()
+    code.write_text(f"import wsgiref\nassert wsgiref.__file__\n{CODE}")
+    with trusting():
+        build_classifier(f"python:{code}:make", SPEC, CLASSES)
 
 
 def test_a_module(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:

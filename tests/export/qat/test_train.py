@@ -21,7 +21,7 @@ from nayer_edge.export.onnx_file import metadata_of
 from nayer_edge.export.qat.graph_network import GraphNetwork
 from nayer_edge.export.qat.train import QatTrainer, Schedule, train
 from nayer_edge.export.targets import TARGETS, has_module
-from nayer_edge.export.to_int8 import QAT, Int8Result, prepared, run_onnx, to_int8
+from nayer_edge.export.to_int8 import QAT, Int8Result, Method, prepared, run_onnx, to_int8
 from nayer_edge.export.to_onnx import to_onnx
 from nayer_edge.runtime.progress import Silent
 
@@ -101,9 +101,11 @@ def stream(epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(100 + epoch)
 
 
-def quantize(fp32: Path, path: Path, qat: QatTrainer | None, target: str = "cpu") -> Int8Result:
+def quantize(
+    fp32: Path, path: Path, qat: QatTrainer | None, target: str = "cpu", method: Method = "minmax"
+) -> Int8Result:
     return to_int8(
-        fp32, path, CALIBRATION, target, method="minmax", holdout_images=HOLDOUT, qat=qat,
+        fp32, path, CALIBRATION, target, method=method, holdout_images=HOLDOUT, qat=qat,
         bias_correction="off",
     )  # fmt: skip
 
@@ -208,7 +210,7 @@ def test_the_same_images_give_the_same_bits(fp32: Path, student: nn.Module, tmp_
     assert first.record == second.record
 
 
-def test_targets_of_one_scheme_share_a_network(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+def test_targets_with_equal_graphs_share_a_network(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
     trained: list[str] = []
 
     class Listener(Silent):
@@ -227,6 +229,16 @@ def test_targets_of_one_scheme_share_a_network(fp32: Path, student: nn.Module, t
     assert results["tensorrt-rtx"].record["finetune"]["first"] == "tensorrt"
     learnt = [results[name].record["finetune"]["loss"] for name in ("tensorrt", "tensorrt-rtx")]
     assert learnt[0] == learnt[1]
+
+
+def test_a_target_calibrated_differently_has_its_own_start(fp32: Path, student: nn.Module, tmp_path: Path) -> None:
+    """Although another target, whose graph rounds the same tensors to the same types, was trained before."""
+    one, another = (trainer(student, epochs=1, steps=2) for _ in range(2))
+    quantize(fp32, tmp_path / "first.onnx", one, "tensorrt")
+    second = quantize(fp32, tmp_path / "second.onnx", one, "tensorrt-rtx", "percentile")
+    alone = quantize(fp32, tmp_path / "alone.onnx", another, "tensorrt-rtx", "percentile")
+    assert (second.record["finetune"]["start"], second.record["finetune"]["first"]) == ("percentile", "tensorrt-rtx")
+    assert second.record == alone.record
 
 
 def test_excluded_layers_are_not_rounded(fp32: Path, student: nn.Module) -> None:
