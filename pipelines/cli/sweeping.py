@@ -102,25 +102,24 @@ def _show_plan(order: SweepOrder, name: str, settings: list[str], *, fresh: bool
     asked = order.recipe, order.bank, order.out, order.students, order.seconds
     plan = None if fresh else begun(*asked)
     if plan is not None:
-        lines, said = commands_left(plan, order.out), _left(plan)
-        how = "The students that are left, each with an equal share of the time that is left:"
+        (lines, notes), said = commands_left(plan, order.out), _left(plan)
+        how = "The students that are left, each with the rest of its share or an equal part of the time that is left:"
         if not lines:
             how = f"To continue one of them by hand: nayer-edge run {shlex.quote(str(order.out))}/STUDENT --more 1h"
     else:
         assert order.recipe is not None
         plan, shared = planned(order.recipe, order.bank, order.out, order.students, order.seconds)
         bank = None if shared.student.bank is None else Path(shared.student.bank)
-        if shared.student.arguments:
-            # They are those of the recipe's own student.
-            settings = [*settings, "student.arguments={}"]
-        lines, said = as_commands(plan, bank, order.out, name, settings), _planned(plan)
+        lines, notes, said = as_commands(plan, bank, order.out, name, settings), [], _planned(plan)
         how = "The same students, each with an equal share of the time and none stopped early:"
     if as_json:
-        print_json({"plan": plan.model_dump(mode="json", by_alias=True), "commands": lines})
+        print_json({"plan": plan.model_dump(mode="json", by_alias=True), "commands": lines, "notes": notes})
         return
     console = stdout()
     console.print(f"{said}\n", highlight=False)
     console.print(_students(plan, planned_only=True))
+    for note in notes:
+        console.print(Text.assemble("\n", inert(note)), soft_wrap=True)
     console.print(Text.assemble("\n", inert(how), "\n"), soft_wrap=True)
     for line in lines:
         console.print(Text(inert(line)), soft_wrap=True)

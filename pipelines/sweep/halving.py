@@ -14,12 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from statistics import fmean
 from typing import Literal
 
 ETA = 2
 """one in this many students continues after a round (η)"""
 FAR = 2.0
 """more time is suggested if at most this many doublings of the time would be enough"""
+PART = 2
+"""epochs in a quarter of a share, from which on the share tells how agreement grew; single epochs vary"""
 
 Action = Literal["continue", "stop", "pass"]
 
@@ -160,21 +164,38 @@ def decide(standings: Sequence[Standing], rounds_left: int) -> dict[str, Decisio
     return found
 
 
-def way_on(shares: Sequence[tuple[float, float]], needed: float) -> Literal["time", "larger"] | None:
+def growth(epochs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """How agreement grew within a share, for `way_on`: means over the second and the last quarter of the epochs.
+
+    Args:
+        epochs: (seconds, agreement) of each, before the learning rate falls.
+
+    Returns:
+        (seconds of training until then, agreement); empty if the epochs are too few to tell.
+    """
+    part = len(epochs) // 4
+    if part < PART:
+        return []
+    ends = list(accumulate(seconds for seconds, _ in epochs))
+    quarters = slice(part, 2 * part), slice(-part, None)
+    return [(fmean(ends[each]), fmean(agreement for _, agreement in epochs[each])) for each in quarters]
+
+
+def way_on(points: Sequence[tuple[float, float]], needed: float) -> Literal["time", "larger"] | None:
     """Whether more time or a larger student would help a student that falls short.
 
     Assumes that each doubling of its time gains as much as the last, which is optimistic: accuracy curves flatten.
 
     Args:
-        shares: (seconds of training in all, agreement) after each share, in order.
+        points: (seconds of training in all, agreement), in order: after each share, or of `growth`.
         needed: by how much its agreement has to grow.
 
     Returns:
-        "time" if `FAR` doublings would do; None if there is only one share, which does not tell.
+        "time" if `FAR` doublings would do; None if there are not two points, which it takes to tell.
     """
-    if len(shares) < 2:
+    if len(points) < 2:
         return None
-    (before, low), (after, high) = shares[-2:]
+    (before, low), (after, high) = points[-2:]
     doublings = math.log2(after / before) if after > before > 0 else 0.0
     gain = (high - low) / doublings if doublings else 0.0
     return "time" if gain > 0 and needed <= FAR * gain else "larger"

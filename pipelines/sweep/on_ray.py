@@ -200,9 +200,8 @@ class OnRay:
         # At least two: a task may run on a worker that does not share this machine's files.
         self.at_once = max(fitting, 2)
         self._look, self._work = _functions(ray)
-        self._fitting = fitting
         self.started: dict[str, float] = {}
-        """as of `Here`; the cluster does not say which tasks are running, so this assumes the order of submission"""
+        """as of `Here`, without the time in the cluster's queue"""
         self._held: dict[str, Any] = {}
         self._token = _token(out)
         self.shared = self._examine([node for node in nodes if self.needs.met_by(node)])
@@ -243,12 +242,6 @@ class OnRay:
         """The results of tasks by name, as they come in. If it is not read to the end, the tasks are told to save their
         work and end."""
         running: dict[Any, str] = {}
-
-        def note_started() -> None:
-            for name in running.values():
-                if len(self.started) < self._fitting:
-                    self.started.setdefault(name, time.monotonic())
-
         # The files of students change from round to round, and those of the bank are sent again.
         self._held.clear()
         try:
@@ -258,26 +251,28 @@ class OnRay:
                 except Exception as failure:  # noqa: BLE001  the others go on
                     told, traceback = failure_of(failure)
                     yield name, Result(0.0, error=told, traceback=traceback)
-                note_started()
             while running:
                 ready, _ = self._ray.wait(list(running), num_returns=1, timeout=LOOK)
-                for answer in ready:
-                    name = running.pop(answer)
-                    since = self.started.pop(name, None)
-                    seconds = 0.0 if since is None else time.monotonic() - since
-                    note_started()
-                    yield name, self._result(answer, name, tasks[name], seconds)
+                for answers in ready:
+                    name, now = running[answers], time.monotonic()
+                    result = self._result(next(answers), name, tasks[name], now - self.started.get(name, now))
+                    if result is None:
+                        self.started[name] = now
+                        continue
+                    del running[answers]
+                    self.started.pop(name, None)
+                    yield name, result
                 if not ready and not any(self.needs.met_by(node) for node in _nodes(self._ray)):
                     raise UsageError(
                         "The Ray cluster has no machine left that can train a student.",
                         fix="Add one, or continue here: repeat the command without --ray.",
                     )
         finally:
-            for answer in running:
-                self._ray.cancel(answer)
+            for answers in running:
+                self._ray.cancel(answers)
             if running:
                 # They save their work, and a repeated command must not meet a run that is still locked.
-                self._ray.wait(list(running), num_returns=len(running), timeout=SAVING)
+                self._ray.wait([each.completed() for each in running], num_returns=len(running), timeout=SAVING)
 
     def _start(self, task: Task) -> Any:
         needs = self.needs
@@ -307,9 +302,12 @@ class OnRay:
             self._held[digest] = self._ray.put(np.fromfile(path, dtype=np.uint8))
         return self._held[digest]
 
-    def _result(self, answer: Any, name: str, task: Task, seconds: float) -> Result:
+    def _result(self, answer: Any, name: str, task: Task, seconds: float) -> Result | None:
+        """What an answer of a task says; None if it says that the task begins."""
         try:
-            values, files = self._ray.get(answer)
+            if (found := self._ray.get(answer)) is None:
+                return None
+            values, files = found
         except self._ray.exceptions.RayTaskError as error:
             cause = getattr(error, "cause", None)
             told, traceback = failure_of(cause if isinstance(cause, Exception) else error)
@@ -329,11 +327,11 @@ class OnRay:
 
 
 def timed_here(result: Result, task: Task, seconds: float) -> Result:
-    """A worker's result with the seconds since its task was started. The worker knows only those of its own attempt,
-    not of those that ended with another worker; but a task may also have waited, so no more than its share counts.
+    """A worker's result with the seconds since its task began. The worker knows only those of its own attempt, not of
+    those that ended with another worker; but its task may have waited between them, so no more than its share counts.
 
     Args:
-        seconds: since the start, as seen by the process of the sweep.
+        seconds: since the first attempt began, as seen by the process of the sweep.
     """
     return replace(result, seconds=max(result.seconds, min(seconds, task.seconds or 0.0)))
 
@@ -379,8 +377,8 @@ def do_with_files(values: Mapping[str, Any], files: Files, token: str, get: Any)
 
 
 def _functions(ray: Cluster) -> tuple[Any, Any]:
-    """What runs on the workers: whether they can work, and the work. As nested functions they travel by value, so that
-    the first one runs where nayer-edge is not installed."""
+    """What runs on the workers: whether they can work, and the work, which says with a first answer that it begins. As
+    nested functions they travel by value, so that the first one runs where nayer-edge is not installed."""
 
     def look(places: list[str]) -> dict[str, Any]:
         import hashlib
@@ -400,15 +398,17 @@ def _functions(ray: Cluster) -> tuple[Any, Any]:
             seen.append(hashlib.sha256(held).hexdigest() if path.suffix == ".json" else held.decode())
         return {"version": version, "torch": importlib.util.find_spec("torch") is not None, "seen": seen}
 
-    def work(values: dict[str, Any], files: dict[str, Any] | None, token: str) -> Any:
+    def work(values: dict[str, Any], files: dict[str, Any] | None, token: str) -> Iterator[Any]:
+        yield None
         import ray  # pyright: ignore[reportMissingImports]
 
         from .on_ray import do_with_files
         from .workers import Task
 
         if files is None:
-            return Task.unpacked(values).do().packed(), None
-        return do_with_files(values, files, token, ray.get)
+            yield Task.unpacked(values).do().packed(), None
+        else:
+            yield do_with_files(values, files, token, ray.get)
 
     return ray.remote(look), ray.remote(work)
 

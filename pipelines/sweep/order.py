@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nayer_edge.errors import UsageError
 
-from ..actions import Time, read_recipe, targets_in
+from ..actions import Time, on_bank, read_recipe, targets_in
 
 if TYPE_CHECKING:
     from ..recipes.schema import Recipe
@@ -54,11 +54,13 @@ class SweepOrder:
             budget: a duration such as "3h"; None: the recipe's.
 
         Raises:
-            UsageError: unknown recipe, invalid settings, or not a duration.
+            UsageError: unknown recipe, invalid settings, or not a duration; see also `shared_bank.require_fit`.
+            IntegrityError: the bank was altered.
         """
         from ..costs.budget import planned_keys
         from ..recipes.loading import run_folder
-        from ..recipes.settings import keys_of
+        from ..recipes.settings import keys_of, replaced_keys
+        from ..shared_bank import started
         from .record import RECORD
 
         seconds, models = Time.typed(budget).budget, tuple(targets_in(students))
@@ -73,14 +75,20 @@ class SweepOrder:
         if recipe.sweep is not None:
             models = models or recipe.sweep.students
             seconds = recipe.sweep.seconds if seconds is None else seconds
-        planned = sorted(set(keys_of(settings or ())) & planned_keys())
+        bank = run_folder(name)
+        held = bank or recipe.student.bank
         # Without a budget, the run that makes the bank has the recipe's own sizes.
-        if planned and (seconds is not None or run_folder(name) or recipe.student.bank):
+        planned = set(keys_of(settings or ())) & planned_keys() if seconds is not None or held else set()
+        if settings and held and not planned:
+            asked = on_bank(recipe, Path(held))
+            planned.update(replaced_keys(settings, asked, started(asked)[0]))
+        if planned:
             raise UsageError(
-                f"A sweep plans {', '.join(planned)} itself for every student, so --set has no effect.",
+                f"A sweep sets {', '.join(sorted(planned))} itself for every student, so --set has no effect.",
+                why="Sizes are planned, and the rest comes with the memory bank." if held else "",
                 fix="Leave out --set for these keys.",
             )
-        return cls(recipe, run_folder(name), out or Path("runs") / f"{recipe.name}-sweep", models, seconds)
+        return cls(recipe, bank, out or Path("runs") / f"{recipe.name}-sweep", models, seconds)
 
     def execute(self, *, ray: str | None = None, fresh: bool = False, display: Display | None = None) -> Sweep:
         """Finds the smallest student that passes the policy, of several that start with the same images.

@@ -5,17 +5,19 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from nayer_edge.errors import IntegrityError
 from nayer_edge.models.load import untrained_teacher
 from nayer_edge.runtime.compute import seeded
 from nayer_edge.storage.run_folder import MANIFEST, RunFolder
 
+from ..distill import metrics_of
 from ..gate import wording
 from ..gate.judgement import AT_LEAST, QUANTIZATION_CHECK, STUDENT_CHECKS, Check, Outcome, Verdict
 from ..gate.statistics import binomial_lower, binomial_upper
 from ..gate.verdict import load_policy, load_report, run_gate
 from ..measurements import ArtifactReport, Report
 from ..recipes.schema import Recipe
-from .halving import EXCLUDED, SMALLER, SMALLEST, way_on
+from .halving import EXCLUDED, SMALLER, SMALLEST, growth, way_on
 from .record import Bounds, Measured, Missed, StudentRecord, Sweep, Way, now
 
 _FIXED = {"latency_p95", "size"}
@@ -29,7 +31,7 @@ _LOSS_IN_INT8 = {QUANTIZATION_CHECK, "per_class_drop"}
 _COVERAGE = "int8_coverage"
 """the check of how many layers run in INT8"""
 _UNKNOWN, _NOT_RUN = "unknown", "not run"
-"""what would help if it is no `Way`: one share of the time does not tell; an artifact does not run here"""
+"""what would help if it is no `Way`: one short share does not tell; an artifact does not run here"""
 
 
 def teacher_params(recipe: Recipe, bank: Path | None) -> int:
@@ -97,7 +99,7 @@ def conclude(sweep: Sweep, out: Path) -> None:
     """Fills in the answer: the smallest student that passes, or what keeps each from passing and what would help."""
     judged = [each for each in sweep.students if each.artifacts]
     for each in judged:
-        each.way = _way(each)
+        each.way = _way(each, out / each.folder)
     passing = [each for each in judged if not each.missed]
     best = min(passing, key=lambda each: each.order, default=None)
     _reconcile(sweep, best)
@@ -161,8 +163,8 @@ def advice(student: StudentRecord) -> str:
         return "the same command once more, which tries this student again"
     words = {
         "time": "more time (nayer-edge run … --more)",
-        "larger": "a larger student: its last share of the time improved it too little",
-        _UNKNOWN: "more time (nayer-edge run … --more) or a larger student; one share of the time does not tell which",
+        "larger": "a larger student: the last part of its training improved it too little",
+        _UNKNOWN: "more time (nayer-edge run … --more) or a larger student; one short share does not tell which",
         "images": "more hold-out images, which would decide",
         "limit": f"{_other_student(student)} or another limit: training does not change this",
         "quantization": _other_quantization(student),
@@ -238,14 +240,33 @@ def _shortfall(student: StudentRecord) -> float:
     return max((_too_much(missed) for missed in trained), default=0.0)
 
 
-def _way(student: StudentRecord) -> Way | None:
+def _grown(student: StudentRecord, root: Path) -> list[tuple[float, float]]:
+    """(seconds of training, agreement) after every share; within the share, where it was the only one."""
+    points = [(made.trained_seconds, made.agreement.value) for made in student.shares]
+    if len(points) != 1:
+        return points
+    try:
+        lines = [line for line in metrics_of(root) if line["phase"] == "distill"]
+    except IntegrityError:
+        return points
+    missed = 1 - lines[-1]["agreement"] if lines else 0.0
+    if missed <= 0:
+        return points
+    # A run's own images are harder or easier than those that all students share: what it misses of them is scaled.
+    scale = (1 - points[0][1]) / missed
+    # Epochs without rounds of images are those in which the learning rate falls.
+    trained = [line for line in lines if line["loss_ce"] is not None]
+    return growth([(line["seconds"], 1 - scale * (1 - line["agreement"])) for line in trained])
+
+
+def _way(student: StudentRecord, root: Path) -> Way | None:
     if not student.missed:
         return None
     if any(missed.check in _OTHER_LIMIT for missed in student.missed):
         return "limit"
     needed = _shortfall(student)
     if needed > 0:
-        return way_on([(made.trained_seconds, made.agreement.value) for made in student.shares], needed)
+        return way_on(_grown(student, root), needed)
     if any(missed.check in {*_LOSS_IN_INT8, _COVERAGE} and missed.verdict == "fail" for missed in student.missed):
         return "quantization"
     return "images" if all(missed.verdict == "inconclusive" for missed in student.missed) else None

@@ -54,7 +54,8 @@ from ..distill import STUDENT, metrics_of
 from ..plan import bank_digest, changes_of
 from ..recipes.loading import portable, portable_model, recipe_of
 from ..recipes.schema import Recipe
-from ..steps import SOURCE
+from ..recipes.settings import keys_of
+from ..steps import CHECKPOINT, SOURCE
 from . import on_ray, results
 from .candidates import cannot_pass, proposed, require_distinct, student_cost
 from .halving import EXCLUDED, Decision, Standing, decide, first_round, rounds_for, share
@@ -238,14 +239,20 @@ def as_commands(sweep: Sweep, bank: Path | None, out: Path, name: str, settings:
         name: the recipe or run folder, as typed.
         settings: `--set` items, as typed.
     """
-    typed = [shlex.quote(name), *(word for each in settings for word in ("--set", shlex.quote(each)))]
+
+    def typed(items: Sequence[str]) -> str:
+        return " ".join([shlex.quote(name), *(word for each in items for word in ("--set", shlex.quote(each)))])
+
+    # A run with `--bank` has no warm-up, and the arguments are those of the recipe's own student.
+    shared = [each for each in settings if keys_of([each]) != ["distill.warmup_epochs"]]
+    shared += ["student.arguments={}"] if sweep.recipe.get("student", {}).get("arguments") else []
     open_ = [each for each in sweep.students if each.open]
     lines, seconds = [], sweep.seconds
     trust = " --trust-code" * is_trusted()
     if bank is None:
         first = "" if seconds is None else f" --budget {round(seconds * BANK_SHARE)}s"
         bank = out / BANK
-        lines.append(f"nayer-edge distill {' '.join(typed)}{first}{trust} --out {shlex.quote(str(bank))}")
+        lines.append(f"nayer-edge distill {typed(settings)}{first}{trust} --out {shlex.quote(str(bank))}")
         seconds = seconds and seconds * (1 - BANK_SHARE)
     elif seconds is None:
         seconds = default_seconds(RunFolder.open(bank), len(open_))
@@ -253,18 +260,19 @@ def as_commands(sweep: Sweep, bank: Path | None, out: Path, name: str, settings:
     return [
         *lines,
         *(
-            f"nayer-edge distill {' '.join(typed)} --bank {shlex.quote(str(bank))}{time}{trust} "
+            f"nayer-edge distill {typed(shared)} --bank {shlex.quote(str(bank))}{time}{trust} "
             f"--set student.model={shlex.quote(each.located(out))} --out {shlex.quote(str(out / each.folder))}"
             for each in open_
         ),
     ]
 
 
-def commands_left(sweep: Sweep, out: Path) -> list[str]:
-    """The command lines that give every student that is left in a begun sweep an equal share of the time that is left.
+def commands_left(sweep: Sweep, out: Path) -> tuple[list[str], list[str]]:
+    """The command lines that give every student that is left in a begun sweep an equal share of the time that is left,
+    and for every student without a line a sentence that says why.
 
     Raises:
-        UsageError: the sweep has no memory bank yet, or it is gone.
+        UsageError: the sweep has no memory bank yet.
     """
     if sweep.bank is None:
         raise UsageError(
@@ -272,17 +280,39 @@ def commands_left(sweep: Sweep, out: Path) -> list[str]:
             fix=f"Continue it: nayer-edge sweep {shlex.quote(str(out))}",
         )
     left = [each for each in sweep.students if each.open]
-    seconds = max(1, round(((sweep.seconds or 0.0) - sweep.spent) / max(len(left), 1)))
-    trust, lines = " --trust-code" * is_trusted(), []
+    seconds = round(((sweep.seconds or 0.0) - sweep.spent) / max(len(left), 1))
+    lines, without = [], []
     for each in left:
-        root = out / each.folder
-        if (root / MANIFEST).is_file():
-            # Interrupted in its share, it has the rest of that share; otherwise it gets a further one.
-            trained = each.state != "training" and "student" in RunFolder.open(root).manifest.steps
-            lines.append(f"nayer-edge run {shlex.quote(str(root))}{f' --more {seconds}s' if trained else ''}{trust}")
-        else:
-            lines.append(own_run(sweep, each, out, seconds))
-    return lines
+        try:
+            lines.append(_line_left(sweep, each, out, seconds))
+        except UsageError as error:
+            without.append(f"No line for {each.model}: {_told(error)}")
+    return lines, without
+
+
+def _line_left(sweep: Sweep, student: StudentRecord, out: Path, seconds: int) -> str:
+    """The command line that gives a student of a begun sweep so much time, or the rest of what it has.
+
+    Raises:
+        UsageError: the time is too short, or the student's run cannot be given more.
+    """
+    root = out / student.folder
+    if not (root / MANIFEST).is_file():
+        # A share that is planned was found to suffice, also if others have used up the time since.
+        seconds = max(seconds, 0 if student.target is None else math.ceil(student.target.seconds))
+        if seconds < 1:
+            raise UsageError(
+                "No time is left for it.", fix=f"To train it all the same: {own_run(sweep, student, out, 3600)}"
+            )
+        return own_run(sweep, student, out, seconds)
+    line, trust = f"nayer-edge run {shlex.quote(str(root))}", " --trust-code" * is_trusted()
+    finished = "student" in RunFolder.open(root).manifest.steps and not (root / CHECKPOINT).is_file()
+    if student.state == "training" or not finished:
+        return line + trust
+    seconds = max(seconds, 1)
+    # This writes only into the folder of an unfinished run.
+    actions.timed(actions.recipe_in(root), str(root), root, actions.Time(more=seconds))
+    return f"{line} --more {seconds}s{trust}"
 
 
 def own_run(sweep: Sweep, student: StudentRecord, out: Path, seconds: int) -> str:
@@ -635,7 +665,7 @@ class _Work:
             now = time.monotonic()
             for model, since in self.workers.started.items():
                 share_of = tasks[model].seconds if model in tasks else None
-                # On a cluster it may have waited for others all the time.
+                # On a cluster it may have lost its worker, and waited for another one.
                 most = share_of if share_of is not None and self.cluster is not None else math.inf
                 self.sweep.spent += min(now - since, most)
             self.workers.started.clear()
@@ -828,10 +858,11 @@ def _shared(recipe: Mapping[str, Any], without: Collection[str] = ()) -> dict[st
 
 
 def _settings_since(bank: Path, recipe: Recipe) -> list[str]:
-    """The `--set` items that give the recipe of a bank's run the values that a sweep's students share."""
-    run = RunFolder.open(bank)
-    own = recipe_of(run.manifest.recipe, bank)
-    before, now = (_shared(each.model_dump(mode="json", by_alias=True), planned_keys()) for each in (own, recipe))
+    """The `--set` items that give the recipe of a bank's run the values that a sweep's students share, without those
+    that `--bank` and `--budget` set."""
+    own = actions.recipe_in(bank)
+    shared, _ = shared_bank.started(actions.on_bank(recipe, bank))
+    before, now = (_shared(each.model_dump(mode="json", by_alias=True), planned_keys()) for each in (own, shared))
     # They are those of the bank's own student.
     return [*_differing(before, now), *(["student.arguments={}"] if own.student.arguments else [])]
 
@@ -844,7 +875,8 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
         if isinstance(value, dict) and isinstance(old, dict):
             found += _differing(old, value, f"{prefix}{key}.")
         elif value != old and value is not None:
-            found.append(f"{prefix}{key}={json.dumps(value)}")
+            # TOML has no escapes for halves of characters.
+            found.append(f"{prefix}{key}={json.dumps(value, ensure_ascii=False)}")
     return found
 
 

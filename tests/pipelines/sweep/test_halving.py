@@ -14,6 +14,7 @@ from nayer_edge.pipelines.sweep.halving import (
     Standing,
     decide,
     first_round,
+    growth,
     pareto,
     rounds_for,
     share,
@@ -170,6 +171,12 @@ def test_more_time_or_a_larger_student() -> None:
     assert way_on([(60, 0.80), (120, 0.85)], 0.11) == "larger"
     assert way_on([(60, 0.80), (120, 0.80)], 0.01) == "larger"
     assert way_on([(60, 0.50), (120, 0.80), (240, 0.81)], 0.1) == "larger", "the last doubling counts"
+
+
+def test_a_share_shows_how_agreement_grew() -> None:
+    epochs = [(10.0, 0.1), (10.0, 0.2), (10.0, 0.5), (10.0, 0.7), (20.0, 0.7), (20.0, 0.8), (20.0, 0.8), (20.0, 0.9)]
+    assert growth(epochs) == [(35.0, pytest.approx(0.6)), (110.0, pytest.approx(0.85))]
+    assert growth(epochs[1:]) == growth([]) == [], "too few to tell"
 
 
 def test_the_pareto_front() -> None:

@@ -28,6 +28,7 @@ from nayer_edge.pipelines.costs.planning import PlanningCosts, measured_for
 from nayer_edge.pipelines.plan import bank_digest
 from nayer_edge.pipelines.recipes.loading import load_recipe, portable, recipe_of, without_local_paths
 from nayer_edge.pipelines.recipes.policy import Policy
+from nayer_edge.pipelines.recipes.settings import apply_settings
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.schemas import load
 from nayer_edge.pipelines.show import Display
@@ -256,7 +257,10 @@ def test_another_sweep_is_not_continued(done: Path, source: Path, tmp_path: Path
     answer = invoke("sweep", source, "--students", ",".join(STUDENTS), "--budget", "9s", "--out", done)
     assert (answer.code, "its time is" in answer.err) == (2, True), answer.err
     answer = invoke("sweep", source, "--set", "distill.mixup=0.3", "--set", "distill.lr=0.1", "--dry-run")
-    assert (answer.code, "A sweep plans distill.lr itself" in answer.err) == (2, True), answer.err
+    assert (answer.code, "A sweep sets distill.lr itself" in answer.err) == (2, True), answer.err
+    # The embeddings come with the bank.
+    answer = invoke("sweep", source, "--set", "lte.prompt=a {label}", "--set", "seed=1", "--dry-run")
+    assert (answer.code, "A sweep sets lte.prompt itself" in answer.err) == (2, True), answer.err
     answer = invoke("sweep", done, "--set", "seed=1")
     assert (answer.code, "its original settings" in answer.err) == (2, True), answer.err
     (tmp_path / "notes.txt").write_text("mine")
@@ -558,7 +562,9 @@ def test_a_dry_run_of_a_begun_sweep_goes_on_with_it(done: Path, source: Path, in
     plan.students.append(StudentRecord(model="nayer:resnet8_w12", folder="later"))
     plan.recipe["gate"]["accuracy"]["max_drop_vs_teacher"] = 0.5
     plan.seconds = plan.spent + 300
-    lines = [shlex.split(line) for line in running.commands_left(plan, done)]
+    commands, without = running.commands_left(plan, done)
+    assert without == []
+    lines = [shlex.split(line) for line in commands]
     assert lines[0] == ["nayer-edge", "run", str(done / further.folder), "--more", "100s"]
     assert lines[1] == ["nayer-edge", "run", str(done / interrupted.folder)]
     assert lines[2][:5] == ["nayer-edge", "run", str(source), "--set", "gate.accuracy.max_drop_vs_teacher=0.5"]
@@ -571,6 +577,75 @@ def test_a_dry_run_of_a_begun_sweep_goes_on_with_it(done: Path, source: Path, in
         assert "2 of 2 rounds done" in answer.out
         assert f"nayer-edge run {done}/STUDENT --more 1h" in answer.out
         assert "distill" not in answer.out
+
+
+def test_no_line_gives_a_student_too_little_time(done: Path, tmp_path: Path, invoke: Invoke) -> None:
+    """Rounds are left, but no time."""
+    # Beside the sweep, so that it finds its bank.
+    out = Path(shutil.copytree(done, done.with_name(f"{done.name}-{tmp_path.name}")))
+    plan = read_sweep(out)
+    further, interrupted = plan.students[:2]
+    further.state, interrupted.state = "waiting", "training"
+    planned = Target(round=1, seconds=39.5, sections=TINY)
+    plan.students.append(StudentRecord(model="nayer:resnet8_w12", folder="planned", target=planned))
+    plan.students.append(StudentRecord(model="nayer:resnet8_w10", folder="unplanned"))
+    plan.done, plan.seconds = 1, plan.spent
+    write_sweep(out, plan)
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    answer = invoke("sweep", out, "--dry-run", "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    rest, own = (shlex.split(line) for line in found["commands"])
+    assert rest == ["nayer-edge", "run", str(out / interrupted.folder)], "the rest of its share"
+    assert own[own.index("--budget") + 1] == "40s", "its share is planned"
+    short, none = found["notes"]
+    assert short.startswith(f"No line for {further.model}: 1 s is too short to improve this run."), short
+    assert "Use at least: --more" in short
+    assert none.startswith("No line for nayer:resnet8_w10: No time is left for it. To train it all the same: ")
+    # What has no line is what the product would refuse.
+    assert invoke("run", out / further.folder, "--more", "1s").code == 2
+    answer = invoke("sweep", out, "--dry-run")
+    assert "4 students and no time left, 1 of 2 rounds done." in answer.out
+    assert short in answer.out
+    assert "--more 1s" not in answer.out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files, "a dry run writes nothing"
+
+
+@pytest.mark.parametrize("prior", ["batchnorm", "generator"])
+def test_the_line_of_a_students_own_run_is_accepted(prior: str, done: Path, tmp_path: Path, invoke: Invoke) -> None:
+    """The sweep's recipe differs from that of the bank's run, also in what `--bank` and `--budget` set."""
+    plan = read_sweep(done)
+    plan.recipe["gate"]["accuracy"]["max_drop_vs_teacher"] = 0.5
+    plan.recipe["lte"]["prompt"] = "a picture of a {label}"
+    plan.recipe["generator"]["noisy_dim"] = 64
+    plan.recipe["synthesis"] |= {"prior": prior, "pixel_step": 0.2, "lambda_ce": 0.7, "rounds": 9}
+    later = StudentRecord(model="nayer:resnet8_w12", folder="later")
+    line = shlex.split(running.own_run(plan, later, done, 600))
+    settings = [line[at + 1] for at, word in enumerate(line) if word == "--set"]
+    # Losses for one prior do not suit the bank's.
+    kept = ["synthesis.lambda_ce=0.7"] if prior == "batchnorm" else []
+    assert settings == [*kept, "gate.accuracy.max_drop_vs_teacher=0.5", "student.model=nayer:resnet8_w12"]
+    line[line.index("--out") + 1] = str(tmp_path / "later")
+    answer = invoke(*line[1:], "--until", "teacher")
+    assert answer.code == 0, answer.err
+    assert actions.recipe_in(tmp_path / "later").gate.accuracy.max_drop_vs_teacher == 0.5
+
+
+def test_settings_are_written_as_they_are_read() -> None:
+    """JSON would write this character as two halves, which TOML does not know."""
+    (item,) = running._differing({"validate": {"data": None}}, {"validate": {"data": "/data/😀"}})
+    assert apply_settings({}, [item]) == {"validate": {"data": "/data/😀"}}
+
+
+def test_lines_for_students_leave_out_the_warm_up(tmp_path: Path, invoke: Invoke) -> None:
+    """Only the run that makes the bank has one; `--bank` refuses the setting."""
+    words = ("--students", ",".join(STUDENTS), "--set", "distill.warmup_epochs=2", "--set", "seed=1")
+    answer = invoke("sweep", "digits", *words, "--out", tmp_path / "sweep", "--dry-run", "--json")
+    assert answer.code == 0, answer.err
+    bank, *students = json.loads(answer.out)["commands"]
+    assert "--set distill.warmup_epochs=2 --set seed=1" in bank
+    assert len(students) == 2
+    assert all("warmup" not in line and "--set seed=1" in line for line in students)
 
 
 def test_a_run_that_was_begun_by_hand_is_not_planned_anew(tmp_path: Path) -> None:
@@ -700,12 +775,12 @@ def student(name: str, size: int, accuracy: float, *, missed: str = "", shares: 
     )  # fmt: skip
 
 
-def concluded(*students: Any) -> Sweep:
+def concluded(*students: Any, out: Path = Path("runs/sweep")) -> Sweep:
     recipe = load_recipe("digits").model_dump(mode="json", by_alias=True)
     sweep = Sweep(name="digits", recipe=recipe, students=list(students), seconds=300, rounds=2, done=2, kind="holdout",
                   images="600 labelled images: digits", teacher_accuracy=0.99,
                   bank=Bank(run="../digits", name="digits", digest="0", images=2000))  # fmt: skip
-    results.conclude(sweep, Path("runs/sweep"))
+    results.conclude(sweep, out)
     return sweep
 
 
@@ -750,12 +825,41 @@ def test_advice_says_which_way() -> None:
         concluded(found)
         return results.advice(found)
 
-    assert "one share of the time does not tell" in advised("accuracy_drop_vs_teacher", shares=(0.9,))
+    assert "one short share does not tell" in advised("accuracy_drop_vs_teacher", shares=(0.9,))
     assert "lower export.max_drop" in advised("accuracy_drop_vs_fp32")
     assert "higher export.max_drop" in advised("int8_coverage")
     assert "max_drop" not in advised("int8_coverage", "per_class_drop"), "it would help one and harm the other"
     assert "a smaller student" in advised("latency_p95", "speedup_vs_fp32")
     assert "another student" in advised("speedup_vs_fp32"), "INT8 speeds up larger ones more"
+
+
+@pytest.mark.parametrize(
+    ("agreements", "last", "way"),
+    [
+        ([0.3, 0.5, 0.60, 0.60, 0.61, 0.62, 0.63, 0.63], 0.9, "time"),
+        ([0.3, 0.5, 0.62, 0.62, 0.62, 0.62, 0.62, 0.62], 0.9, "larger"),
+        # Single epochs vary.
+        ([0.3, 0.5, 0.60, 0.64, 0.61, 0.62, 0.60, 0.64], 0.9, "larger"),
+        # Of the images that all students share it misses 10 %, of its own as many, or twice as many.
+        ([0.3, 0.5, 0.600, 0.600, 0.605, 0.605, 0.609, 0.609], 0.9, "time"),
+        ([0.3, 0.5, 0.600, 0.600, 0.605, 0.605, 0.609, 0.609], 0.8, "larger"),
+        # Too few epochs, or its own images are too easy.
+        ([0.3, 0.5, 0.6, 0.6, 0.7, 0.7, 0.7], 0.9, None),
+        ([0.3, 0.5, 0.60, 0.60, 0.61, 0.62, 0.63, 0.63], 1.0, None),
+    ],
+)
+def test_the_epochs_of_a_single_share_tell_which_way(
+    agreements: list[float], last: float, way: str | None, tmp_path: Path
+) -> None:
+    found = student("a", 500, 0.94, missed="accuracy_drop_vs_teacher", shares=(0.9,))
+    lines = [{"phase": "distill", "loss_ce": 0.5, "seconds": 5.0, "agreement": value} for value in agreements]
+    lines += [{"phase": "distill", "loss_ce": None, "seconds": 3.0, "agreement": value} for value in (0.7, last)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    assert concluded(found, out=tmp_path).students[0].way == way
+    # Two shares tell more: they are compared on the same images.
+    found.shares = student("a", 500, 0.94, shares=(0.9, 0.901)).shares
+    assert concluded(found, out=tmp_path).students[0].way == "larger"
 
 
 def test_the_smallest_is_decided_by_the_files() -> None:

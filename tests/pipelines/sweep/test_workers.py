@@ -28,7 +28,7 @@ from nayer_edge.pipelines.recipes.loading import load_recipe
 from nayer_edge.pipelines.sweep import on_ray, running, workers
 from nayer_edge.pipelines.sweep.record import StudentRecord, Sweep, Target, write_sweep
 from nayer_edge.pipelines.sweep.workers import Result, Task
-from nayer_edge.storage.run_folder import RunFolder
+from nayer_edge.storage.run_folder import RunFolder, is_locked
 
 from .conftest import SETTINGS
 
@@ -360,6 +360,54 @@ ray_only = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="n
 def address() -> str:
     """A Ray cluster on this machine: NAYER_EDGE_TEST_RAY names one with two cores, else one is started."""
     return os.environ.get("NAYER_EDGE_TEST_RAY", "local")
+
+
+@ray_only
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_the_clusters_queue_costs_no_time(source: Path, tmp_path: Path, address: str) -> None:
+    """Somebody else's task has all cores of the cluster."""
+    root, mark, queued = Path(shutil.copytree(source, tmp_path / "student")), tmp_path / "busy", 6.0
+
+    def busy() -> None:
+        mark.touch()
+        time.sleep(queued)
+
+    with on_ray.connected(address) as ray:
+        place = on_ray.OnRay(ray, tmp_path, source, "cpu", 1)
+        other = ray.remote(busy).options(num_cpus=place.needs.cpus).remote()
+        _until(mark.exists)
+        began = time.monotonic()
+        # Its student is trained already.
+        ((_, result),) = place.run({"one": Task(actions.recipe_in(root), root, seconds=1000.0)})
+        took = time.monotonic() - began
+        ray.get(other)
+    assert result.error is None
+    assert 0 < result.seconds < took - 0.8 * queued
+    assert place.started == {}
+
+
+@ray_only
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_an_interrupted_sweep_waits_for_its_workers(source: Path, tmp_path: Path, address: str) -> None:
+    """They save their work, and the time of the one that had begun counts."""
+    recipe = actions.on_bank(actions.recipe_in(source), source)
+    length = recipe.distill.model_copy(update={"epochs": 500, "warmup_epochs": 0})
+    recipe = recipe.model_copy(update={"distill": length})
+    tasks = {name: Task(recipe, tmp_path / name, seconds=1000.0) for name in ("one", "two")}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupt = threading.Thread(target=lambda: (_until(lambda: begun(tmp_path)), os.kill(os.getpid(), signal.SIGINT)))
+    with on_ray.connected(address) as ray:
+        # One at a time, with all cores.
+        place = on_ray.OnRay(ray, tmp_path, source, "cpu", 1)
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            list(place.run(tasks))
+        interrupt.join()
+        assert not is_locked(tmp_path / "one")
+        assert begun(tmp_path)
+        assert place.started.keys() == {"one"}, "the other one waited"
 
 
 @ray_only
