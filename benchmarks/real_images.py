@@ -6,7 +6,7 @@
 The same student, step for step as many as in the run, three ways:
 
 - synthetic images: the run's own, replayed in the order in which they were made;
-- as many real training images in their place, unlabelled, with the teacher's answers as for the synthetic ones;
+- as many real training images in their place, unlabelled, with the teacher's predictions as for the synthetic ones;
 - labels: all training images and their labels, no teacher, as many images in all as the run's steps took
   (`teach`'s optimiser, with the recipe's own learning rate for training on labels).
 

@@ -105,7 +105,7 @@ def to_int8(
         nodes_to_exclude: eligible nodes that stay in float in any case.
         bias_correction: correct biases for the mean error of rounding. "auto" keeps the correction if it raises the
             agreement on the hold-out, and does nothing without a hold-out.
-        max_drop: largest drop of INT8 against FP32 on the hold-out, with the teacher's answers as labels; without
+        max_drop: largest drop of INT8 against FP32 on the hold-out, with the teacher's predictions as labels; without
             `teacher_logits`, largest fraction of images on which they predict different classes. The most sensitive
             layers are excluded from quantization until the limit holds in the real runtime.
         sensitivity: record the sensitivity of every layer, even if none has to be excluded.

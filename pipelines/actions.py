@@ -450,7 +450,7 @@ def validate(
         data: labelled hold-out images, or None for synthetic ones; default: the run's recipe.
         fit: how images of another size are handled.
         split: which part of the hold-out, if it has several.
-        allow_implausible: measure although the teacher's answers do not fit the labels.
+        allow_implausible: measure although the teacher's predictions do not match the labels.
 
     Raises:
         UsageError: the images do not exist or do not match the model, or their labels do not fit the teacher's answers.

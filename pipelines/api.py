@@ -319,7 +319,7 @@ class Run:
                 Default: the run's recipe.
             fit: how images of another size are handled: "exact" (refused), "stretch" or "center-crop".
             split: which part of the hold-out, if it has several: "train", "validation", "test" or its own name.
-            allow_implausible: measure although the teacher's answers do not fit the labels.
+            allow_implausible: measure although the teacher's predictions do not match the labels.
 
         Returns:
             The contents of validate/report.json: measurements, no verdict.

@@ -292,9 +292,9 @@ def _synthetic_drop_vs_teacher(report: Report, artifact: ArtifactReport, limit: 
     bound_text, limit_text = _apart(bound, limit)
     side = "at least" if verdict == "fail" else "at most"
     detail = (
-        f"On synthetic images, {artifact.name} disagrees with the teacher, whose answers count as the true classes, on "
-        f"{_percent(wrong / n)} % ({wrong} of {n:,}); the share is {side} {bound_text} % at {_confidence(alpha)} "
-        f"confidence (limit {limit_text} %)"
+        f"On synthetic images, {artifact.name} disagrees with the teacher, whose predictions count as the true "
+        f"classes, on {_percent(wrong / n)} % ({wrong} of {n:,}); the share is {side} {bound_text} % at "
+        f"{_confidence(alpha)} confidence (limit {limit_text} %)"
     )
     if verdict == "inconclusive":
         detail += _would_decide(images_to_decide_rate(n - wrong, n, 1 - limit, alpha), wrong < limit * n)

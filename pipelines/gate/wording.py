@@ -103,7 +103,8 @@ def notes(dataset: Dataset, policy: Policy, baseline: Baseline | None = None) ->
     limits = (accuracy.max_drop_vs_fp32, accuracy.max_drop_vs_teacher, policy.baseline.max_drop, policy.agreement.min)
     if all(limit is None for limit in limits):
         found.append(
-            "The policy limits neither accuracy nor agreement, so this verdict does not say how good the answers are."
+            "The policy limits neither accuracy nor agreement, so this verdict does not say how good the predictions "
+            "are."
         )
     if baseline is not None:
         found.append(
@@ -185,9 +186,9 @@ def promise(dataset: Dataset) -> tuple[str, ...]:
         )
     return (
         "These images are synthetic: made without data, and in neither the memory bank nor the calibration set. "
-        "They have no true class, so the teacher's answer is used instead.",
-        "What this verdict can promise: on images like these, the artifact answers as its teacher does, and shows no "
-        "damage from export or quantization.",
+        "They have no true class, so the teacher's prediction is used instead.",
+        "What this verdict can promise: on images like these, the artifact predicts what its teacher predicts, and "
+        "shows no damage from export or quantization.",
         "What it cannot promise: any accuracy on real images. Teacher and artifact may make the same mistakes, and "
         "real images may be harder than these. Even a few hundred labelled real images would show it.",
     )

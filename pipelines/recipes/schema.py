@@ -39,8 +39,8 @@ class Export(Section):
     """auto: the method whose INT8 model agrees best with FP32 on a synthetic hold-out; executorch and litert calibrate
     by themselves"""
     max_drop: Fraction | None = 0.02
-    """largest drop of INT8 against FP32 on synthetic images, with the teacher's answers as labels; the most sensitive
-    layers are excluded from quantization until the limit holds (mixed precision)"""
+    """largest drop of INT8 against FP32 on synthetic images, with the teacher's predictions as labels; the most
+    sensitive layers are excluded from quantization until the limit holds (mixed precision)"""
     sensitivity: bool = False
     """measure the sensitivity of every layer, even if no layer has to be excluded"""
     qat: bool = False

@@ -94,7 +94,7 @@ def read_predictions(path: Path, classes: Sequence[str]) -> Predictions:
     answers = {name: array[:, 0] for name, array in arrays.items() if array.ndim == 2 and array.dtype.kind in "iu"}
     labels = arrays.get("labels")
     if TEACHER not in answers:
-        raise IntegrityError(f"{path} holds no answers of the teacher.")
+        raise IntegrityError(f"{path} holds no predictions of the teacher.")
     truth = answers[TEACHER] if labels is None else labels
     for name, found in (*answers.items(), ("labels", truth)):
         if found.shape != truth.shape or found.dtype.kind not in "iu" or found.size == 0:

@@ -1,4 +1,4 @@
-"""Whether a hold-out can be what it claims to be, judged by the teacher's answers; and images that occur twice.
+"""Whether a hold-out can be what it claims to be, judged by the teacher's predictions; and images that occur twice.
 
 Paired drops cannot see labels that belong to other images: teacher, student and artifact are then wrong together. Four
 signs of it, each by exact one-sided binomial bounds (Clopper & Pearson 1934) at `ALPHA`:
@@ -86,7 +86,7 @@ def require_plausible(found: Sequence[str], name: str) -> None:
     """Raises UsageError if there are doubts about the images called `name`."""
     if found:
         raise UsageError(
-            f"The teacher's answers do not fit the labels of {name}.",
+            f"The teacher's predictions do not match the labels of {name}.",
             why="\n".join(found),
             fix="Check the order of the class names (teacher.classes against the labels), the normalisation "
             "(teacher.input), and the order of the channels (RGB or BGR). If the hold-out is right, add "

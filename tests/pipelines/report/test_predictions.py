@@ -89,7 +89,7 @@ def test_very_many_classes_take_no_square_of_memory() -> None:
 @pytest.mark.parametrize(
     ("arrays", "why"),
     [
-        ({"x": np.zeros((3, 1), "i4")}, "no answers of the teacher"),
+        ({"x": np.zeros((3, 1), "i4")}, "no predictions of the teacher"),
         ({"teacher": np.zeros((3, 1), "i4"), "x": np.zeros((2, 1), "i4")}, "not one class for each image"),
         ({"teacher": np.zeros((3, 1), "i4"), "labels": np.zeros(2, "i4")}, "not one class for each image"),
         ({"teacher": np.zeros((3, 1), "i4"), "labels": np.full(3, 4)}, "none of the 4"),
