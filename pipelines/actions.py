@@ -453,7 +453,8 @@ def validate(
         allow_implausible: measure although the teacher's predictions do not match the labels.
 
     Raises:
-        UsageError: the images do not exist or do not match the model, or their labels do not fit the teacher's answers.
+        UsageError: the images do not exist or do not match the model, or their labels do not match the
+            teacher's predictions.
         NayerEdgeError: see `make`.
     """
     from .recipes.checking import checked

@@ -2,7 +2,7 @@
 
 Rates are fractions in [0, 1], latencies are milliseconds at batch 1, sizes are bytes. Synthetic images have no ground
 truth: `top1` and `paired` are null. Agreement with the teacher takes the place of accuracy, and `paired_synthetic`,
-where the teacher's answer counts as right, that of the paired counts.
+where the teacher's prediction counts as right, that of the paired counts.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ class ArtifactReport(_Part):
     highest bit, padded with zeros to a whole byte (numpy.packbits); null without ground truth"""
     paired: PairedCounts = PairedCounts()
     paired_synthetic: PairedCounts = PairedCounts()
-    """on synthetic images: the same counts with the teacher's answer in the place of the truth; null on a hold-out, and
-    in older reports"""
+    """on synthetic images: the same counts with the teacher's prediction in the place of the truth; null on a hold-out,
+    and in older reports"""
     per_class: tuple[ClassCounts, ...] = ()
     earlier: Earlier | None = None
     """null: measured together with the rest of the report"""

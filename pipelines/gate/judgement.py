@@ -281,7 +281,7 @@ def _drop_vs_baseline(baseline: Baseline | None, artifact: ArtifactReport, limit
 
 
 def _synthetic_drop_vs_teacher(report: Report, artifact: ArtifactReport, limit: float, alpha: float) -> Check:
-    """The teacher's answer is used as the true class: every disagreement counts as lost."""
+    """The teacher's prediction is used as the true class: every disagreement counts as lost."""
     name = "accuracy_drop_vs_teacher"
     if artifact.agreement is None:
         return _missing(name, artifact, limit, "agreement with the teacher")
@@ -302,7 +302,7 @@ def _synthetic_drop_vs_teacher(report: Report, artifact: ArtifactReport, limit: 
 
 
 def _synthetic_drop_vs_fp32(report: Report, artifact: ArtifactReport, limit: float, alpha: float) -> Check:
-    """The drop against FP32 image by image, with the teacher's answer in the place of the truth."""
+    """The drop against FP32 image by image, with the teacher's prediction in the place of the truth."""
     name, paired = "accuracy_drop_vs_fp32", artifact.paired_synthetic.vs_fp32
     if paired is None:
         return _synthetic_drop_from_rates(report, artifact, limit, alpha)
@@ -315,7 +315,7 @@ def _synthetic_drop_vs_fp32(report: Report, artifact: ArtifactReport, limit: flo
         return Check(name, artifact.name, None, None, limit, "fail", wrong, synthetic=True)
     lost, gained = paired.lost, paired.gained
     observed = (
-        f"On {n:,} synthetic images, whose true class is the teacher's answer, {artifact.name} "
+        f"On {n:,} synthetic images, whose true class is the teacher's prediction, {artifact.name} "
         f"{'loses' if lost >= gained else 'gains'} {_percent(abs(lost - gained) / n)} points against FP32 "
         f"({lost} lost, {gained} gained)"
     )

@@ -22,10 +22,9 @@ def parse_shape(text: str, channels: int) -> tuple[int, int, int]:
     Raises:
         UsageError: the text has none of these forms.
     """
-    parts = re.split(r"[x×,]", text.strip().lower().replace(" ", ""))
-    if not 1 <= len(parts) <= 3 or not all(part.isascii() and part.isdigit() for part in parts):
+    sizes = _whole_numbers(text)
+    if not 1 <= len(sizes) <= 3:
         raise UsageError(f"'{text}' is not an image size.", fix="For example: --input 3x224x224")
-    sizes = [int(part) for part in parts]
     if len(sizes) == 1:
         sizes *= 2
     if len(sizes) == 2:
@@ -40,10 +39,16 @@ def parse_size(text: str, flag: str) -> tuple[int, int]:
     Raises:
         UsageError: the text has neither form.
     """
-    parts = re.split(r"[x×,]", text.strip().lower().replace(" ", ""))
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
+    sizes = _whole_numbers(text)
+    if not 1 <= len(sizes) <= 2:
         raise UsageError(f"'{text}' is not a height and a width.", fix=f"For example: {flag} 224x224")
-    return int(parts[0]), int(parts[-1])
+    return sizes[0], sizes[-1]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    """The numbers of a text such as "3x224x224"; empty if it is none."""
+    parts = re.split(r"[x×,]", text.strip().lower().replace(" ", ""))
+    return [int(part) for part in parts] if all(part.isascii() and part.isdigit() for part in parts) else []
 
 
 def parse_values(text: str, flag: str) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ class Predictions:
     """The first choices of every model on the same n images.
 
     Attributes:
-        truth: (n,), what counts as right: the label, or on synthetic images the teacher's answer.
+        truth: (n,), what counts as right: the label, or on synthetic images the teacher's prediction.
         labelled: the truth is the label.
         answers: model → (n,), its top-1 class, or -1 where its output is not finite.
         classes: their names.

@@ -184,7 +184,7 @@ def predictions_of(run: RunFolder, config: Recipe, report: Report, focus: Artifa
     found = read_predictions(run.path(PREDICTIONS_PATH), config.teacher.classes)
     artifact = focus.name if focus is not None and focus.name in found.answers else None
     models = ["student", *([artifact] if artifact else [])]
-    truth = "label" if found.labelled else "teacher's answer"
+    truth = "label" if found.labelled else "teacher's prediction"
     few = len(found.classes) <= MATRIX
     on = "synthetic images" if report.dataset.kind == "synthetic" else "hold-out images"
     compared = [*(["teacher"] if found.labelled else []), *models]

@@ -469,7 +469,7 @@ class _Work:
         return root
 
     def shared_images(self, run: RunFolder) -> None:
-        """Reads or draws the images that all students are compared on, and the teacher's answers."""
+        """Reads or draws the images that all students are compared on, and the teacher's predictions."""
         path = self.out / HOLDOUT
         recipe = recipe_of(run.manifest.recipe, run.root)
         if not path.is_file():

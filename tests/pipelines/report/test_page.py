@@ -368,8 +368,8 @@ def test_a_synthetic_verdict_says_what_it_is_worth(variant: Variant) -> None:
         assert "synthetic" in label
     assert "Drop vs FP32 (synthetic)" in page.text
     assert "/paired_synthetic/vs_fp32/lost" in page.html
-    assert "on synthetic images, the teacher's answer counts as right" in page.text
-    assert "the teacher's answer is used instead" in page.text
+    assert "on synthetic images, the teacher's prediction counts as right" in page.text
+    assert "the teacher's prediction is used instead" in page.text
 
 
 def test_an_inconclusive_verdict_over_many_classes(variant: Variant) -> None:

@@ -22,7 +22,7 @@ def names(count: int) -> tuple[str, ...]:
 
 
 def answered(labels: np.ndarray, accuracy: float, classes: int, seed: int = 0) -> np.ndarray:
-    """A teacher's answers: right at this rate, otherwise any other class."""
+    """A teacher's predictions: right at this rate, otherwise any other class."""
     random = np.random.default_rng(seed)
     wrong = (labels + random.integers(1, classes, len(labels))) % classes
     return np.where(random.random(len(labels)) < accuracy, labels, wrong)
