@@ -402,3 +402,11 @@ def test_public_functions_have_docstrings() -> None:
 
 def test_no_vague_module_names() -> None:
     assert not {"utils", "util", "helpers", "misc", "common"} & {module.rpartition(".")[2] for module in MODULES}
+
+
+def test_no_folder_is_crowded() -> None:
+    """About fifteen files at one level are what a reader takes in at a glance."""
+    folders = [ROOT / name for name in (*FOLDERS, "tests")]
+    folders += [path for folder in folders for path in folder.rglob("*") if path.is_dir()]
+    files = {folder: [path for path in folder.iterdir() if path.is_file()] for folder in folders}
+    assert not {folder: len(found) for folder, found in files.items() if len(found) > 17}

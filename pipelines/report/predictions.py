@@ -41,7 +41,7 @@ class Predictions:
         return np.bincount(pairs, minlength=side * side).reshape(side, side)
 
     def mistakes(self, name: str, most: int) -> list[dict[str, Any]]:
-        """The most frequent wrong answers: truth, answer, images, and how many of the class there are."""
+        """The most frequent wrong predictions: truth, prediction, images, and how many of the class there are."""
         answers = self.answers[name]
         wrong = answers != self.truth
         # Pairs that occur, not all K² of them: there may be very many classes.

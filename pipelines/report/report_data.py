@@ -102,7 +102,7 @@ def _drop_bounds(paired: Paired | None, alpha: float) -> str:
 
 
 def comparison(report: Report) -> dict[str, list[dict[str, Any]]]:
-    """Bars of wrong answers in %, latency in ms and size; empty where nothing was measured."""
+    """Bars of wrong predictions in %, latency in ms and size; empty where nothing was measured."""
     synthetic = report.dataset.kind == "synthetic"
     measured = [artifact for artifact in report.artifacts if artifact.status == "measured"]
     rates = [("student", report.student.agreement if synthetic else report.student.top1, 2)]
