@@ -271,7 +271,7 @@ def test_labels_in_another_order_stop_the_measurement(invoke: Invoke, finished: 
         write_digits(tmp_path / f"{name}.npz", order)
         answer = invoke("validate", finished, "--data", tmp_path / f"{name}.npz")
         assert answer.code == EXIT_USAGE, name
-        for words in (f"do not fit the labels of {name}.npz", "normalisation", "channels", "--allow-implausible"):
+        for words in (f"do not match the labels of {name}.npz", "normalisation", "channels", "--allow-implausible"):
             assert words in " ".join(answer.err.split()), name
         assert (finished / MANIFEST).read_bytes() == before
     answer = invoke("validate", finished, "--data", tmp_path / "two.npz", "--allow-implausible")

@@ -516,7 +516,11 @@ def test_finish_ends_a_run_that_another_process_trains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "epochs", "message"),
-    [(1e-6, 4, "too short"), (600, 5, "decaying already"), (600, 2, "not begun to train its student")],
+    [
+        (1e-6, 4, "too short"),
+        pytest.param(600, 5, "decaying already", marks=pytest.mark.slow),
+        pytest.param(600, 2, "not begun to train its student", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_cannot_finish_now_goes_on(tmp_path: Path, seconds: float, epochs: int, message: str) -> None:
     asker = AsksAfter(tmp_path / "run", seconds, epochs)
