@@ -80,7 +80,13 @@ class Requests:
             seconds, rest, since = (float(values[key]) for key in ("seconds", "rest_seconds", "since"))
             # It was asked during the last epoch, whatever the clock says.
             waited = min(max(time.time() - since, 0.0), history[-1].seconds)
-            found = finishing(length, len(history), max(seconds - waited, 0.0), _pace(history), rest)
+            pace = _pace(history)
+            try:
+                found = finishing(length, len(history), max(seconds - waited, 0.0), pace, rest)
+            except UsageError:
+                # If the time as it was typed is too short, too, the message names that.
+                finishing(length, len(history), seconds, pace, rest)
+                raise
         except NayerEdgeError as error:
             answer: dict[str, Any] = {"what": error.what, "why": error.why, "fix": error.fix}
         except (KeyError, TypeError, ValueError) as error:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -568,6 +569,15 @@ def test_an_unreadable_request_is_answered(unfinished: RunFolder) -> None:
         assert requests.length(history, Length(12, 1, 3)) is None
         assert "what" in json.loads(unfinished.path(FINISH_ANSWER).read_text())
         assert not unfinished.path(FINISH_REQUEST).exists()
+
+
+def test_a_refusal_names_the_time_that_was_typed(unfinished: RunFolder) -> None:
+    history = [Epoch(**json.loads(line)) for line in unfinished.path("metrics.jsonl").read_text().splitlines()]
+    history[-1] = replace(history[-1], seconds=5.0)
+    requests = early_end.Requests(unfinished.root)
+    write_bytes(unfinished.path(FINISH_REQUEST), b'{"seconds": 7, "rest_seconds": 10, "since": 0}')
+    assert requests.length(history, Length(12, 1, 3)) is None
+    assert json.loads(unfinished.path(FINISH_ANSWER).read_text())["what"].startswith("7 s is too short")
 
 
 @pytest.mark.parametrize(
