@@ -190,12 +190,13 @@ def timed(
     return recipe, [("length", f"{length}; the learning rate falls in the last {after.decay_epochs}")]
 
 
-def finished_elsewhere(recipe: Recipe, name: str, root: Path, time: Time) -> str | None:
+def finished_elsewhere(recipe: Recipe, name: str, root: Path, time: Time, *, changed: bool) -> str | None:
     """Asks the process that trains in a run folder to finish in the given time.
 
     Args:
         name: the recipe as typed.
         root: the run folder.
+        changed: more is asked for than to finish, which that process cannot do.
 
     Returns:
         What it does, in words; None if there is no such process or nothing to ask of it.
@@ -206,7 +207,7 @@ def finished_elsewhere(recipe: Recipe, name: str, root: Path, time: Time) -> str
     from .recipes.loading import run_folder
 
     named = run_folder(name)
-    if time.finish is None or named is None or named.resolve() != root.resolve():
+    if changed or time.finish is None or named is None or named.resolve() != root.resolve():
         return None
     from .costs import early_end
 

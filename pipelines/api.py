@@ -519,8 +519,8 @@ def run(
         chosen = actions.read_recipe(name, list(settings), None if bank is None else _folder(bank))
         path = actions.default_out(name, chosen) if out is None else expanded(os.fspath(out))
         time = actions.Time.typed(budget, more, finish)
-        plain = not (settings or fresh or until)
-        if plain and actions.finished_elsewhere(chosen, name, path, time) is not None:
+        changed = bool(settings or fresh or until)
+        if actions.finished_elsewhere(chosen, name, path, time, changed=changed) is not None:
             return Run(path, teacher, trust_code=trust_code)
         chosen, _ = actions.timed(chosen, name, path, time, fresh=fresh, settings=settings)
         made = actions.make(chosen, path, last=until, fresh=fresh, display=_display(progress))

@@ -92,7 +92,8 @@ def _run(
     """Runs a recipe for the given time, and shows its plan first."""
     recipe = read_recipe(name, settings, bank)
     root = out or default_out(name, recipe)
-    if not (settings or fresh or last) and (words := finished_elsewhere(recipe, name, root, time)) is not None:
+    changed = bool(settings or fresh or last)
+    if (words := finished_elsewhere(recipe, name, root, time, changed=changed)) is not None:
         show_lines([("finishing", f"{words}; the training process then continues with the export")], as_json=as_json)
         return
     recipe, words = timed(recipe, name, root, time, fresh=fresh, settings=settings or ())

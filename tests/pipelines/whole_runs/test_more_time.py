@@ -486,7 +486,8 @@ class AsksAfter(Silent):
     def ask(self) -> None:
         time = actions.Time(finish=self.seconds)
         try:
-            self.answer = actions.finished_elsewhere(actions.recipe_in(self.root), str(self.root), self.root, time)
+            chosen = actions.recipe_in(self.root)
+            self.answer = actions.finished_elsewhere(chosen, str(self.root), self.root, time, changed=False)
         except UsageError as error:
             self.answer = error
 
