@@ -25,6 +25,8 @@ Synonyms = Literal["first", "all", "average"]
 
 MAX_BYTES = 16 * 2**20
 MAX_LABELS = 100_000
+DEEPEST = 50
+"""lists within lists of a YAML file"""
 BESIDE = (".labels.txt", ".labels.json", ".labels.csv")
 """suffixes of the label file beside an embedding file: clip.npy has clip.labels.txt"""
 _ID_HEADINGS = ("class_id", "label_id", "class_index", "category_id", "id", "index", "idx", "number")
@@ -248,8 +250,14 @@ def _from_yaml(path: Path, text: str) -> list[str]:
         raise missing_extra("yaml", "cpu", f"Reading {path.name}") from error
     try:
         # This loader makes only texts, lists and dictionaries.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.BaseLoader)):
-            raise ValueError("aliases (*name) are not read")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.BaseLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("aliases (*name) are not read")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                # The time that PyYAML takes grows with the square of the depth.
+                raise ValueError(f"lists within lists are read to a depth of {DEEPEST}")
         loader = yaml.BaseLoader(text)
         root = loader.get_single_node()
         for node in (root, *(value for _, value in _pairs(root))):

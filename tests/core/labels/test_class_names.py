@@ -112,7 +112,8 @@ def test_words_of_yaml_stay_words(tmp_path: Path) -> None:
         "a: &a [x]\nnames: [*a, *a]\n",
         "names: [a, b",
         "names: !!python/object/apply:os.getcwd []",
-        "[" * 5000,
+        "[" * 100_000,
+        "- " * 1000 + "a",
         "names: [[a]]",
     ],
 )
