@@ -19,8 +19,8 @@ MAX_CLASSES = 20
 """rows; with more classes, evenly chosen ones"""
 STRIP_HEIGHT = 48
 """pixels; larger images are made smaller, so that a page stays small"""
-ROW_HEIGHT = 64
-"""pixels of a row of the file: at most, for large images; about, for small ones, which are enlarged"""
+ROW_HEIGHT, ROW_WIDTH = 64, 2000
+"""pixels of a row of the file: at most, for large images; about, for small ones, which are enlarged up to that"""
 INK = "#525c6e"
 
 
@@ -55,11 +55,12 @@ def write_grid(images: np.ndarray, labels: Sequence[int], classes: Sequence[str]
     rows = [
         (plain_name(classes[number], number), _strip(chosen, ROW_HEIGHT)) for number, chosen in _rows(images, labels)
     ]
-    scale, gap = max(1, ROW_HEIGHT // rows[0][1].height), 6
+    widest, gap = max(strip.width for _, strip in rows), 6
+    scale = max(1, min(ROW_HEIGHT // rows[0][1].height, ROW_WIDTH // widest))
     height = scale * rows[0][1].height + gap
     font = ImageFont.load_default(13)
     left = round(max(font.getlength(name) for name, _ in rows)) + 3 * gap
-    width = scale * max(strip.width for _, strip in rows)
+    width = scale * widest
     grid = Image.new("RGB", (left + width + gap, len(rows) * height + gap), "white")
     draw = ImageDraw.Draw(grid)
     for row, (name, strip) in enumerate(rows):

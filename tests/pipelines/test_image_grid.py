@@ -60,6 +60,14 @@ def test_large_images_are_made_smaller(tmp_path: Path) -> None:
     assert pixels(tmp_path / "grid.png").shape[0] == ROW_HEIGHT + 2 * 6
 
 
+def test_flat_images_do_not_make_a_huge_picture(tmp_path: Path) -> None:
+    """Signals of one row of pixels are images, too."""
+    write_grid(images(COLUMNS, 1, 1, 300), [0] * COLUMNS, ["a"], tmp_path / "grid.png")
+    assert pixels(tmp_path / "grid.png").shape[1] < 2 * COLUMNS * 300
+    write_grid(images(COLUMNS, 1, 1, 9), [0] * COLUMNS, ["a"], tmp_path / "grid.png")
+    assert pixels(tmp_path / "grid.png").shape[0] == 2000 // (10 * 10 - 1) + 2 * 6
+
+
 def test_equal_pictures_are_equal_bytes(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         write_grid(images(20), [0, 1] * 10, ["x", "y"], tmp_path / name)
