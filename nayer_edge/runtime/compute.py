@@ -43,6 +43,10 @@ class Compute:
         for convolution in unsafe:
             if _contiguous not in convolution._forward_pre_hooks.values():
                 convolution.register_forward_pre_hook(_contiguous)
+        if self.device.type == "cpu" and self.bf16:
+            for module in model.modules():
+                if _slow_in_bf16(module):
+                    module.__class__ = _Float32Conv2d
         order = torch.contiguous_format if unsafe else torch.channels_last
         return model.to(self.device, memory_format=order)  # pyright: ignore[reportCallIssue]
 
@@ -63,6 +67,23 @@ def _unsafe_in_channels_last(model: nn.Module) -> list[nn.Conv2d]:
         and max(module.stride) > 1
         and 1 < module.in_channels // module.groups < 8
     ]
+
+
+def _slow_in_bf16(module: nn.Module) -> bool:
+    """Whether a layer is a depthwise convolution with a stride or a kernel larger than 3×3, whose gradients oneDNN
+    (torch 2.15) computes several times as slowly in bf16 as in float32 (docs/LOG.md, 2026-12-01, "Why depthwise
+    students are slow")."""
+    if type(module) is not nn.Conv2d or not 1 < module.groups == module.in_channels:
+        return False
+    return max(module.stride) > 1 or max(module.kernel_size) > 3
+
+
+class _Float32Conv2d(nn.Conv2d):
+    """A convolution that autocast leaves in float32."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
 
 
 def _contiguous(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from nayer_edge.runtime.compute import choose, random_stream, seeded
+from nayer_edge.runtime.compute import Compute, choose, random_stream, seeded
 
 
 def test_streams_are_stable() -> None:
@@ -89,3 +90,30 @@ junk = [torch.randn(count) for count in range(1, 4000, 7)]
 def test_wide_networks_are_channels_last() -> None:
     network = choose("cpu").place(nn.Sequential(nn.Conv2d(8, 4, 3), nn.Conv2d(8, 16, 1, 2)))
     assert all(module.weight.is_contiguous(memory_format=torch.channels_last) for module in network)
+
+
+def test_depthwise_layers_that_bf16_slows_down_stay_in_float32() -> None:
+    """To the last bit, also inside autocast; all others are in bf16, and the weights keep their names."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8),
+        nn.Conv2d(8, 8, 5, padding=2, groups=8),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2),
+        nn.Conv2d(8, 16, 1, stride=2),
+    ]
+    network, images = nn.Sequential(*layers), torch.randn(2, 8, 12, 12).contiguous(memory_format=torch.channels_last)
+    names = list(network.state_dict())
+    compute = Compute(torch.device("cpu"), bf16=True, reason="")
+    placed = copy.deepcopy(compute.place(network))
+    assert list(placed.state_dict()) == names
+    expected = [layer(images) for layer in copy.deepcopy(network)]
+    with compute.autocast():
+        found = [layer(images.to(torch.bfloat16).float()) for layer in placed]
+    exact = [layer(images.to(torch.bfloat16).float()) for layer in placed]
+    assert [made.dtype == torch.float32 for made in found] == [True, True, False, False, False]
+    for inside, outside, whole in zip(found[:2], exact[:2], expected[:2], strict=True):
+        assert torch.equal(inside, outside)
+        torch.testing.assert_close(inside, whole, rtol=0.05, atol=0.05)
+    usual = Compute(torch.device("cpu"), bf16=False, reason="").place(nn.Conv2d(8, 8, 3, stride=2, groups=8))
+    assert type(usual) is nn.Conv2d
