@@ -200,7 +200,18 @@ STEPS = (
         ("teacher", "lte", "student", "onnx", "int8", "engine", "validate", "gate"),
         # The page shows the whole recipe.
         (
-            *("name", "description", "measured", "budget", "teacher", "teach", "lte", "student", "generator"),
+            *(
+                "name",
+                "description",
+                "measured",
+                "budget",
+                "image_time",
+                "teacher",
+                "teach",
+                "lte",
+                "student",
+                "generator",
+            ),
             "synthesis",
             *("distill", "export", "validate", "gate", "tracking", *_TRAINING),
         ),

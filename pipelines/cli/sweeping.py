@@ -111,7 +111,7 @@ def _show_plan(order: SweepOrder, name: str, settings: list[str], *, fresh: bool
         plan, shared = planned(order.recipe, order.bank, order.out, order.students, order.seconds)
         bank = None if shared.student.bank is None else Path(shared.student.bank)
         lines, notes, said = as_commands(plan, bank, order.out, name, settings), [], _planned(plan)
-        how = "The same students, each with an equal share of the time and none stopped early:"
+        how = "The same students in runs of their own, none stopped early:"
     if as_json:
         print_json({"plan": plan.model_dump(mode="json", by_alias=True), "commands": lines, "notes": notes})
         return

@@ -23,7 +23,9 @@ from ..reserved import missing_rounds
 from .durations import duration
 
 IMAGE_TIME = 0.35
-"""fraction of the time of distillation in which images are made"""
+"""fraction of the time of distillation in which images are made; the default of the recipe's image_time"""
+OWN_TIME = 0.15
+"""the same for a run that starts with more images than it needs, so that its own student, too, shapes some of them"""
 LEAST_IMAGES, MOST_IMAGES = 2.0, 15.0
 """limits of the synthetic images per student step of BATCH images, in proportion for a smaller batch; the paper has
 2 at E = 100"""
@@ -130,19 +132,36 @@ def g_steps_for(classes: int) -> int:
     return next(steps for most, steps in G_STEPS if classes <= most)
 
 
-def images_per_step(image: float, costs: Costs) -> float:
-    """Images per student step, so that making them takes `IMAGE_TIME`, within the limits above.
+def images_per_step(image: float, costs: Costs, image_time: float = IMAGE_TIME) -> float:
+    """Images per student step, so that making them takes this fraction of the time, within the limits above.
 
     Args:
         image: seconds per image.
     """
-    ratio = IMAGE_TIME / (1 - IMAGE_TIME)
+    ratio = image_time / (1 - image_time)
     # x · image = ratio · (student_step + fresh_views(x) · teacher_batch), where fresh_views is linear up to 1.
     answers = ratio * VIEWS * (1 - RESERVE) * costs.teacher_batch / costs.student_batch
     found = ratio * costs.student_step / (image - answers) if image > answers else math.inf
     if VIEWS * found * (1 - RESERVE) > costs.student_batch:
         found = ratio * (costs.student_step + costs.teacher_batch) / image
     return min(max(found, LEAST_IMAGES * costs.student_batch / BATCH), MOST_IMAGES * costs.student_batch / BATCH)
+
+
+def own_images(steps: float, available: float, image: float, bank: int, costs: Costs, image_time: float) -> float:
+    """Images that a run makes if it starts with another run's: as if it had made those itself, too.
+
+    They then take a fraction of the time of both, within the same limits per student step; in any case a few are made.
+
+    Args:
+        steps: student steps of the run.
+        available: seconds for its images and its steps.
+        image: seconds per image.
+        bank: number of images that it starts with.
+    """
+    samples = steps * costs.student_batch / BATCH
+    balanced = image_time * available / image - (1 - image_time) * bank
+    within = min(max(balanced, LEAST_IMAGES * samples - bank), MOST_IMAGES * samples - bank)
+    return max(within, min(OWN_TIME * available / image, LEAST_IMAGES * samples), 2 * costs.batch)
 
 
 def fresh_views(per_step: float, costs: Costs) -> float:
@@ -169,6 +188,7 @@ def plan(
     prior: Prior = "batchnorm",
     wanted: Mapping[str, int] | None = None,
     reserved: int = 0,
+    image_time: float = IMAGE_TIME,
 ) -> BudgetPlan:
     """Plans the run that fills a budget.
 
@@ -176,11 +196,12 @@ def plan(
         budget: seconds for the whole run, export and validation included.
         classes: the teacher's number of classes.
         bank: number of images that a run starts with if it takes over another run's. It makes none before its student
-            is trained, and then as many per student step as any other.
+            is trained, and then the fewer, the more there are; see `own_images`.
         prior: what makes images.
         wanted: purpose of `pipelines.reserved` → number of images. Those that the run does not reserve are drawn after
             the student is trained.
         reserved: number of rounds that the run with the bank has reserved.
+        image_time: fraction of the time of distillation in which images are made.
 
     Raises:
         TooShortError: the budget is too small for a useful student; the message gives the minimum.
@@ -190,7 +211,7 @@ def plan(
     def fitting(budget: float) -> BudgetPlan:
         drawing = 0.0
         while True:
-            made = _plan(budget, costs, g_steps, bank, drawing)
+            made = _plan(budget, costs, g_steps, bank, drawing, image_time)
             held = reserved + math.floor(RESERVE * made.images / costs.batch)
             needed = missing_rounds(wanted or {}, held, costs.batch) * g_steps * costs.synthesis_step
             if needed <= drawing:
@@ -212,7 +233,7 @@ def plan(
             raise TooShortError(what, last.why, last.fix, last.least)
 
 
-def _plan(budget: float, costs: Costs, g_steps: int, bank: int | None, drawing: float) -> BudgetPlan:
+def _plan(budget: float, costs: Costs, g_steps: int, bank: int | None, drawing: float, image_time: float) -> BudgetPlan:
     """As `plan`.
 
     Args:
@@ -222,41 +243,59 @@ def _plan(budget: float, costs: Costs, g_steps: int, bank: int | None, drawing: 
     rest = costs.rest + drawing
     image = g_steps * costs.synthesis_step / costs.batch
     later_image = g_steps * (costs.synthesis_step + costs.adversary) / costs.batch
-    per_step = images_per_step(FILLED * image + (1 - FILLED) * later_image, costs)
-    filled = FILLED if bank is None else 0.0
-    images = per_step * (filled * image + (1 - FILLED) * later_image)
     available = budget * (1 - MARGIN) - rest
-    one_round = math.ceil(costs.batch / per_step)
-    # With a bank, two epochs with the steps of one round each; see `steps` below.
-    fewest = max(LEAST_STEPS, math.ceil(LEAST_ROUNDS * costs.batch / per_step) if bank is None else 2 * one_round)
+    filled = FILLED if bank is None else 0.0
+    mean_image = filled * image + (1 - filled) * later_image
+    per_step = images_per_step(mean_image, costs, image_time)
+    if bank is None and image_time > IMAGE_TIME:
+        # While the student is trained, no more are made than usual, so that the run can be continued like any other.
+        filled = 1 - (1 - FILLED) * images_per_step(mean_image, costs) / per_step
+        mean_image = filled * image + (1 - filled) * later_image
+    fewest = LEAST_STEPS
+    if bank is None:
+        fewest = max(fewest, math.ceil(LEAST_ROUNDS * costs.batch / per_step))
+
+    def images_of(steps: float) -> float:
+        if bank is None:
+            return per_step * steps
+        return own_images(steps, max(available, 0.0), later_image, bank, costs, image_time)
 
     def views_of(steps: float) -> float:
-        return fresh_views(per_step, costs) if bank is None else fresh_views_of(bank, per_step, steps, costs)
+        if bank is None:
+            return fresh_views(per_step, costs)
+        return fresh_views_of(bank, images_of(steps) / steps, steps, costs)
 
-    def step_of(steps: float) -> float:
-        return costs.student_step + views_of(steps) * costs.teacher_batch + images
+    def seconds_of(steps: float) -> float:
+        student = costs.student_step + views_of(steps) * costs.teacher_batch
+        return steps * student + images_of(steps) * mean_image
 
-    step = step_of(fewest)
-    wanted = available / step
-    if wanted < fewest:
-        least = (fewest * step + rest) / (1 - MARGIN)
+    needed = seconds_of(fewest)
+    if available < needed:
+        least = (needed + rest) / (1 - MARGIN)
         drawn = f", {duration(drawing)} of it for calibration and hold-out images" if drawing > rest / 2 else ""
         raise TooShortError(
             f"A budget of {duration(budget)} is too small for this teacher, student and machine.",
             why=f"Export and validation take about {duration(rest)}{drawn}; the minimum of {fewest} student "
-            f"steps with their images takes about {duration(fewest * step)}.",
+            f"steps with their images takes about {duration(needed)}.",
             fix=f"Use at least {duration(least * 1.05)}: --budget {math.ceil(least * 1.05 / 60)}m"
             + (", or set export.calibration_images and validate.synthetic_images lower" if drawn else ""),
             least=least * 1.05,
         )
+    wanted = available / (needed / fewest)
     if bank is not None:
         # The more steps, the fewer of their views are new.
-        most = math.ceil(available / (costs.student_step + images))
-        wanted = bisect.bisect_right(range(1, most + 1), available, key=lambda steps: steps * step_of(steps))
+        most = math.ceil(available / costs.student_step)
+        wanted = bisect.bisect_right(range(1, most + 1), available, key=seconds_of)
+        # Epochs with at least one round of images each, before the learning rate falls.
+        one_round = math.ceil((1 - DECAY) * costs.batch * wanted / images_of(wanted))
+        later_rounds = images_of(wanted) / wanted / (1 - DECAY) / costs.batch
+    else:
+        one_round = math.ceil(costs.batch / per_step)
+        later_rounds = (1 - filled) / (1 - DECAY) * per_step / costs.batch
     student_step = costs.student_step + views_of(wanted) * costs.teacher_batch
     # Enough steps per epoch to match at least one full round of images.
     steps = max(one_round, round(wanted / EPOCHS))
-    rounds = max(1, round((1 - FILLED) / (1 - DECAY) * per_step * steps / costs.batch))
+    rounds = max(1, round(later_rounds * steps))
     fill_rounds = max(2, round(filled * per_step * wanted / costs.batch))
     warmup_epochs = min(10, fill_rounds // 2) if bank is None else 0
     warmup_rounds = round(fill_rounds / warmup_epochs) if bank is None else 1

@@ -62,6 +62,7 @@ class PlanningCosts:
         wanted: number of calibration and hold-out images; see `reserved.wanted_images`.
         reserved: number of rounds that the run with the bank has reserved.
         reasons: why the sizes are smaller than usual, for people.
+        image_time: fraction of the time of distillation in which images are made.
     """
 
     costs: budget.Costs
@@ -74,6 +75,7 @@ class PlanningCosts:
     wanted: dict[str, int]
     reserved: int = 0
     reasons: tuple[str, ...] = ()
+    image_time: float = budget.IMAGE_TIME
 
     @classmethod
     def unpacked(cls, values: dict[str, Any]) -> PlanningCosts:
@@ -94,6 +96,7 @@ class PlanningCosts:
             prior=self.prior,
             wanted=self.wanted,
             reserved=self.reserved,
+            image_time=self.image_time,
         )
         sections = budget.settings(seconds, made, self.costs, self.bank_mib, self.prior)
         if self.prior != "procedural":
@@ -230,7 +233,7 @@ def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> PlanningC
         held = bank_run.manifest.steps["student"].numbers.get("images put aside")
         reserved = int(held) if isinstance(held, int | float) else 0
         bank = Started(recipe.generator, recipe.synthesis.batch, images, reserved, rest)
-    return measured(
+    found = measured(
         teacher,
         student,
         recipe.synthesis.augment,
@@ -244,6 +247,8 @@ def measured_for(recipe: Recipe, known: budget.Costs | None = None) -> PlanningC
             recipe.export.calibration_images, recipe.validate_.synthetic_images if recipe.validate_.data is None else 0
         ),
     )
+    # More images are for other students, which a run that starts with a bank does not make them for.
+    return replace(found, image_time=recipe.image_time if bank is None else min(recipe.image_time, budget.IMAGE_TIME))
 
 
 def images_in_bank(run: RunFolder) -> int | None:

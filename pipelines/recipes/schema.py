@@ -133,6 +133,10 @@ class Recipe(Section):
     """training precision; auto: bf16 autocast if the processor supports bf16 arithmetic"""
     tracking: Literal["none", "tensorboard"] = "none"
     """tensorboard: also write metrics to <run>.tensorboard/ (extra: tracking)"""
+    image_time: Annotated[float, Field(ge=0.05, le=0.95)] = 0.35
+    """share of the time of distillation in which images are made, where `--budget` plans the run. 0.35 was measured to
+    be best for one student; a run whose images several students will use should make more. What exceeds 0.35 is made
+    before the student is trained, and counts as 0.35 in a run that starts with other images (`--bank`)"""
     measured: Measured = Measured()
     budget: Budget | None = None
     teacher: Teacher

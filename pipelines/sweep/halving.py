@@ -25,6 +25,9 @@ FAR = 2.0
 PART = 2
 """epochs in a quarter of a share, from which on the share tells how agreement grew; single epochs vary"""
 
+MOST_IMAGE_TIME = 0.75
+"""largest fraction of the time of the run that makes the bank in which it makes images; the rest trains its student"""
+
 Action = Literal["continue", "stop", "pass"]
 
 SMALLEST, SMALLER = "the smallest student that passes", "the smaller {} passes"
@@ -79,6 +82,22 @@ def rounds_for(students: int) -> int:
     return max(1, (students - 1).bit_length())
 
 
+def bank_share(students: int, rounds: int, image_time: float) -> tuple[float, float]:
+    """The time of the run that makes the bank, which is also the first share of its student.
+
+    Of all the time, images get as much as in a run of one student. Of the rest, the student gets what it would get if
+    rounds and students had equal parts.
+
+    Args:
+        image_time: fraction of the time for images.
+
+    Returns:
+        Fraction of the sweep's time for that run, and fraction of that run's time for images.
+    """
+    found = image_time + (1 - image_time) / (students * rounds)
+    return found, min(image_time / found, MOST_IMAGE_TIME)
+
+
 def share(left: float, rounds_left: int, students: int, taken: float = 0.0) -> float:
     """Seconds of each student that still has to get its share of a round. Rounds get equal parts of the time.
 
@@ -100,6 +119,7 @@ def first_round(
     needs: Callable[[str, float], float],
     *,
     alone: bool = True,
+    apart: int = 0,
 ) -> FirstRound:
     """Who takes part in the first round, and in how many rounds the time is divided.
 
@@ -111,6 +131,7 @@ def first_round(
         seconds_of: (rounds, students) → seconds of each student.
         needs: (student, seconds) → the seconds that it needs if these are too few, else 0.
         alone: no student has a share yet. If the time is too short for each of them, it is the user who decides.
+        apart: number of further students that take part in any case.
     """
     left, too_short = list(students), dict[str, float]()
     while left:
@@ -123,7 +144,7 @@ def first_round(
         last = max(needed, key=lambda name: (needed[name], name))
         too_short[last] = seconds
         left.remove(last)
-    for rounds in range(min(most, rounds_for(len(left))), fewest, -1):
+    for rounds in range(min(most, rounds_for(len(left) + apart)), fewest, -1):
         seconds = seconds_of(rounds, len(left))
         if all(needs(name, seconds) <= 0 for name in left):
             return FirstRound(left, too_short, rounds)

@@ -363,7 +363,8 @@ def do_with_files(values: Mapping[str, Any], files: Files, token: str, get: Any)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, get(reference).tobytes())
         write_json(begun, dict(values))
-    recipe = actions.on_bank(task.recipe, base / BANK_COPY)
+    # The run that made the bank needs none.
+    recipe = task.recipe if task.recipe.student.bank is None else actions.on_bank(task.recipe, base / BANK_COPY)
     result = replace(task, recipe=recipe, root=base / "run").do()
     made = None
     if not task.measure and result.error is None:

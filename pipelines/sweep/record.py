@@ -18,7 +18,7 @@ SWEEP_SCHEMA = "nayer-edge/sweep/1"
 RECORD = "sweep.json"
 PAGE = "sweep.html"
 BANK = "bank"
-"""folder of the run that makes the bank, where the sweep does not take an existing run"""
+"""folder of the run that makes the bank, where neither an existing run nor a student does"""
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 Way = Literal["time", "larger", "limit", "quantization", "images"]
@@ -46,9 +46,9 @@ class Share(_Part):
     seconds: Annotated[float, Field(ge=0)]
     """what it got"""
     spent: Annotated[float, Field(ge=0)]
-    """what it took: training, export, validation"""
+    """what it took: training (of the student that makes the bank: after that), export, validation"""
     trained_seconds: Annotated[float, Field(ge=0)]
-    """seconds of training in all shares so far"""
+    """seconds of training in all shares so far, after the bank was filled"""
     agreement: Bounds
     """of the FP32 student with the teacher, on the images that all students share"""
     verdict: Outcome
@@ -155,6 +155,17 @@ class StudentRecord(_Part):
         return self.size, self.model
 
 
+class Maker(_Part):
+    """The student whose run makes the bank of a sweep that has none, and its plan."""
+
+    model: str
+    folder: str
+    seconds: Annotated[float, Field(gt=0)]
+    """time of that run, which is the student's first share"""
+    image_time: Rate
+    """fraction of that time for images"""
+
+
 class Bank(_Part):
     """The run whose images all students start with."""
 
@@ -178,6 +189,8 @@ class Sweep(_Part):
     recipe: dict[str, Any]
     """the recipe that all students share, except for the model and the time"""
     bank: Bank | None = None
+    maker: Maker | None = None
+    """null: another run makes the bank"""
     seconds: Annotated[float, Field(gt=0)] | None = None
     """time for the students; null until the bank is there and none was given"""
     rounds: Annotated[int, Field(ge=1)] = 1

@@ -1,8 +1,9 @@
 """Runs a sweep: a bank, a first share of the time for every student, and the rest for those that can still pass.
 
 Every student is an ordinary run folder, made by the functions that `run --bank` and `run --more` call, here, on several
-GPUs or on a Ray cluster (workers.py). `sweep.json` is written after every step. The plan of a share is written before
-the share starts, so a repeated command continues where the sweep was interrupted and grants no time twice.
+GPUs or on a Ray cluster (workers.py). If there is no bank, the run of one student makes it. `sweep.json` is written
+after every step. The plan of a share is written before the share starts, so a repeated command continues where the
+sweep was interrupted and grants no time twice.
 """
 
 from __future__ import annotations
@@ -39,15 +40,22 @@ from nayer_edge.models.user_code import is_trusted
 from nayer_edge.runtime import provenance
 from nayer_edge.runtime.compute import choose
 from nayer_edge.runtime.progress import Progress, Silent
-from nayer_edge.storage.run_folder import MANIFEST, RunFolder, is_vacant, lock_folder, require_unlocked
+from nayer_edge.storage.run_folder import (
+    MANIFEST,
+    RunFolder,
+    StepRecord,
+    is_vacant,
+    lock_folder,
+    require_unlocked,
+)
 from nayer_edge.storage.tensors import load_tensors, save_tensors
 from nayer_edge.text import inert
 from nayer_edge.training.evaluate import logits_of
 
 from .. import actions, shared_bank
-from ..costs.budget import TooShortError, planned_keys
+from ..costs.budget import IMAGE_TIME, TooShortError, planned_keys
 from ..costs.durations import duration
-from ..costs.planning import PlanningCosts, images_in_bank, with_sections
+from ..costs.planning import PlanningCosts, images_in_bank, rest_seconds, with_sections
 from ..deploy import SyntheticSource
 from ..distill import BANK as BANK_FILE
 from ..distill import STUDENT, metrics_of
@@ -58,13 +66,14 @@ from ..recipes.settings import keys_of
 from ..steps import CHECKPOINT, SOURCE
 from . import on_ray, results
 from .candidates import cannot_pass, proposed, require_distinct, student_cost
-from .halving import EXCLUDED, Decision, Standing, decide, first_round, rounds_for, share
+from .halving import EXCLUDED, Decision, Standing, bank_share, decide, first_round, rounds_for, share
 from .page import write_page
 from .record import (
     BANK,
     PAGE,
     RECORD,
     Bank,
+    Maker,
     Share,
     State,
     StudentRecord,
@@ -83,13 +92,11 @@ HOLDOUT = "holdout.safetensors"
 """the images that all students share; no student is trained on them"""
 MOST_IMAGES, LEAST_IMAGES = 2000, 400
 """number of those images: all that were reserved while the bank was made, within these limits"""
-BANK_SHARE = 0.25
-"""of the time, for a bank that has to be made"""
 DEFAULT_SHARE = 0.4
 """of what the students' runs would take alone, if no time is given"""
 _PLANNED = ("lte", "generator", "synthesis", "distill")
 """sections of the recipe of which a plan sets some keys"""
-_SAME = ("teacher", "teach", *_PLANNED, "export", "validate", "gate", "seed", "device", "precision")
+_SAME = ("teacher", "teach", *_PLANNED, "export", "validate", "gate", "seed", "device", "precision", "image_time")
 """parts of the recipe that a sweep continues with only if they are the same"""
 BANK_COPIES = 4
 """disk space of a run in sizes of the bank that it starts with: its own bank, which has grown, twice"""
@@ -184,13 +191,17 @@ def run_sweep(
         else:
             # No student has begun yet: everything may still be planned in another way.
             removed = _own_folders(out) if fresh else []
-            spent = read_sweep(out).spent if not fresh and (out / RECORD).is_file() else 0.0
+            former = read_sweep(out) if not fresh and (out / RECORD).is_file() else None
             sweep, recipe = planned(recipe, bank, out, models, seconds)
             if fresh:
                 _refuse_to_delete_inputs(sweep, recipe, out, removed)
                 _clear(out)
             (out / HOLDOUT).unlink(missing_ok=True)
-            sweep.spent = spent
+            if former is not None:
+                sweep.spent = former.spent
+                if recipe.student.bank is None and recipe_of(former.recipe, out).student.bank is None:
+                    # The bank that it made.
+                    sweep.bank, sweep.maker, sweep.hardware = former.bank, former.maker, former.hardware
             write_sweep(out, sweep)
         work = _Work(sweep, recipe, out, display, cluster)
         work.prepare()
@@ -203,7 +214,8 @@ def run_sweep(
 def begun(
     recipe: Recipe | None, bank: Path | None, out: Path, models: Sequence[str], seconds: float | None
 ) -> Sweep | None:
-    """The sweep in a folder that is continued; None if there is none, or if no student has begun and a recipe is given.
+    """The sweep in a folder that is continued; None if there is none, or if a recipe is given and no student has begun
+    except for one that has made the bank.
 
     Args:
         recipe, bank, models, seconds: what is asked for, as for `run_sweep`.
@@ -213,10 +225,32 @@ def begun(
         IntegrityError: its record is damaged.
     """
     sweep = read_sweep(out) if (out / RECORD).is_file() else None
-    if sweep is None or (recipe is not None and not any(each.target for each in sweep.students)):
+    if sweep is None:
+        return None
+    making = sweep.maker is not None and sweep.bank is None and bank_of(sweep, out).is_dir()
+    if recipe is not None and not making and not any(each.target for each in sweep.students):
         return None
     _require_same(sweep, recipe, bank, out, models, seconds)
     return sweep
+
+
+def bank_maker(sweep: Sweep) -> StudentRecord:
+    """The student whose run makes the bank: the recipe's own if it takes part, else the largest."""
+    own = sweep.recipe.get("student", {})
+    for each in sweep.students:
+        if each.open and each.model == own.get("model") and not own.get("arguments"):
+            return each
+    return max((each for each in sweep.students if each.open), key=lambda each: (each.params or 0, each.model))
+
+
+def image_time_of(sweep: Sweep) -> float:
+    """The recipe's fraction of the time for images."""
+    return float(sweep.recipe.get("image_time", IMAGE_TIME))
+
+
+def bank_of(sweep: Sweep, out: Path) -> Path:
+    """The run inside the sweep's folder that makes the bank, or made it."""
+    return out / (BANK if sweep.maker is None else sweep.maker.folder)
 
 
 def default_seconds(run: RunFolder, students: int) -> float:
@@ -232,7 +266,7 @@ def default_seconds(run: RunFolder, students: int) -> float:
 
 
 def as_commands(sweep: Sweep, bank: Path | None, out: Path, name: str, settings: Sequence[str] = ()) -> list[str]:
-    """The command lines that give every student an equal share of all the time, for a scheduler to run in parallel.
+    """The command lines that give every student a share of all the time, for a scheduler to run in parallel.
 
     Args:
         bank: the run whose images the students start with; None: the first line makes it.
@@ -244,17 +278,28 @@ def as_commands(sweep: Sweep, bank: Path | None, out: Path, name: str, settings:
         return " ".join([shlex.quote(name), *(word for each in items for word in ("--set", shlex.quote(each)))])
 
     # A run with `--bank` has no warm-up, and the arguments are those of the recipe's own student.
-    shared = [each for each in settings if keys_of([each]) != ["distill.warmup_epochs"]]
-    shared += ["student.arguments={}"] if sweep.recipe.get("student", {}).get("arguments") else []
+    no_arguments = ["student.arguments={}"] if sweep.recipe.get("student", {}).get("arguments") else []
+    shared = [*(each for each in settings if keys_of([each]) != ["distill.warmup_epochs"]), *no_arguments]
     open_ = [each for each in sweep.students if each.open]
+    if not open_:
+        return []
     lines, seconds = [], sweep.seconds
     trust = " --trust-code" * is_trusted()
-    if bank is None:
-        first = "" if seconds is None else f" --budget {round(seconds * BANK_SHARE)}s"
+    if bank is None and seconds is None:
         bank = out / BANK
-        lines.append(f"nayer-edge distill {typed(settings)}{first}{trust} --out {shlex.quote(str(bank))}")
-        seconds = seconds and seconds * (1 - BANK_SHARE)
-    elif seconds is None:
+        lines.append(f"nayer-edge distill {typed(settings)}{trust} --out {shlex.quote(str(bank))}")
+    elif bank is None and seconds is not None:
+        # The lines are one round.
+        maker, (first, images) = bank_maker(sweep), bank_share(len(open_), 1, image_time_of(sweep))
+        bank = out / maker.folder
+        own = [f"student.model={maker.located(out)}", *no_arguments, f"image_time={images:.2f}"]
+        lines.append(
+            f"nayer-edge distill {typed([*settings, *own])} --budget {round(seconds * first)}s{trust} "
+            f"--out {shlex.quote(str(bank))}"
+        )
+        seconds *= 1 - first
+        open_.remove(maker)
+    elif bank is not None and seconds is None:
         seconds = default_seconds(RunFolder.open(bank), len(open_))
     time = "" if seconds is None else f" --budget {max(1, round(seconds / max(len(open_), 1)))}s"
     return [
@@ -307,7 +352,9 @@ def _line_left(sweep: Sweep, student: StudentRecord, out: Path, seconds: int) ->
         return own_run(sweep, student, out, seconds)
     line, trust = f"nayer-edge run {shlex.quote(str(root))}", " --trust-code" * is_trusted()
     finished = "student" in RunFolder.open(root).manifest.steps and not (root / CHECKPOINT).is_file()
-    if student.state == "training" or not finished:
+    made_bank = sweep.maker is not None and sweep.maker.model == student.model
+    unjudged = not student.shares and (student.target is not None or made_bank)
+    if student.state == "training" or not finished or unjudged:
         return line + trust
     seconds = max(seconds, 1)
     # This writes only into the folder of an unfinished run.
@@ -318,7 +365,7 @@ def _line_left(sweep: Sweep, student: StudentRecord, out: Path, seconds: int) ->
 def own_run(sweep: Sweep, student: StudentRecord, out: Path, seconds: int) -> str:
     """The command line that starts the run of one student of a begun sweep."""
     recipe = recipe_of(sweep.recipe, out)
-    bank = out / BANK if recipe.student.bank is None else Path(recipe.student.bank)
+    bank = bank_of(sweep, out) if recipe.student.bank is None else Path(recipe.student.bank)
     words = [shlex.quote(str(bank))]
     words += [word for item in _settings_since(bank, recipe) for word in ("--set", shlex.quote(item))]
     trust = " --trust-code" * is_trusted()
@@ -342,6 +389,7 @@ class _Work:
         """of the students that failed"""
         self.images = torch.empty(0)
         self.answers = torch.empty(0)
+        self.makes_bank = recipe.student.bank is None
 
     @property
     def open(self) -> list[StudentRecord]:
@@ -352,6 +400,20 @@ class _Work:
     def left(self) -> float:
         """Seconds that are left for the students."""
         return (self.sweep.seconds or 0.0) - self.sweep.spent
+
+    @property
+    def maker(self) -> StudentRecord | None:
+        """The student whose run makes the bank; None if another run does."""
+        made = self.sweep.maker
+        # It may have made it for other students, before the sweep was planned anew.
+        return made and next((each for each in self.sweep.students if each.model == made.model), None)
+
+    def in_first_share(self, student: StudentRecord) -> bool:
+        """Whether this student has made the bank, and all that is left of its first share is to judge it."""
+        made, target = self.sweep.maker, student.target
+        if made is None or made.model != student.model or student.shares:
+            return False
+        return target is None or target.seconds == made.seconds
 
     def tell(self, text: str) -> None:
         if self.display is not None:
@@ -405,14 +467,15 @@ class _Work:
             return
         began = [each for each in self.sweep.students if (self.root(each) / SOURCE).is_file()]
         if held is None or not began:
+            inside = bank_of(self.sweep, self.out).relative_to(self.out) if self.makes_bank else None
             self.sweep.bank = Bank(
-                run=portable(self.recipe, self.out)["student"]["bank"],
+                run=str(inside or portable(self.recipe, self.out)["student"]["bank"]),
                 name=str(run.manifest.recipe.get("name")),
                 digest=digest,
                 images=images_in_bank(run),
             )
             self.sweep.hardware = provenance.hardware()
-        elif later := [each.model for each in self.open if each not in began]:
+        elif later := [each.model for each in self.open if each not in began and each is not self.maker]:
             held.changed = True
             counts = f"{images_in_bank(run) or 0:,} images instead of {held.images or 0:,}"
             self.tell(
@@ -444,29 +507,80 @@ class _Work:
         """The run whose images the students start with, made if there is none."""
         if self.recipe.student.bank is not None:
             return Path(self.recipe.student.bank)
-        root = self.out / BANK
-        limit = None if self.sweep.seconds is None else self.sweep.seconds * BANK_SHARE
-        steps = RunFolder.open(root).manifest.steps if (root / MANIFEST).is_file() else {}
-        if "student" not in steps:
-            try:
-                chosen, _ = actions.timed(self.recipe, None, root, actions.Time(budget=limit))
-            except TooShortError as error:
-                least = math.ceil(1.1 * error.least / BANK_SHARE / 60)
+        root = bank_of(self.sweep, self.out)
+        if self.sweep.bank is not None:
+            on_ray.recover(root)
+            if "student" not in _steps_of(root):
                 raise UsageError(
-                    f"{duration(self.sweep.seconds or 0)} is too short for this sweep.",
-                    why=f"A quarter of the time is used to make the memory bank. {error.why}",
-                    fix=f"Use at least: --budget {least}m",
-                ) from error
-            began, taught = time.monotonic(), _taught(root)
-            try:
-                actions.make(chosen, root, last="student", display=self.display)
-            finally:
-                steps = RunFolder.open(root).manifest.steps if (root / MANIFEST).is_file() else {}
-                # The budget is for distillation; the teacher comes before it.
-                if limit is not None and {"teacher", "lte"} <= steps.keys():
-                    self.sweep.spent += time.monotonic() - began - (_taught(root) - taught)
+                    f"The run that made this sweep's images, {root}, is gone.",
+                    fix="Start over: repeat the command that began the sweep, with --fresh.",
+                )
+        elif self.sweep.seconds is None:
+            # By the recipe's own student, in the recipe's own sizes.
+            root = self.out / BANK
+            self.make_bank(self.recipe, root)
+        else:
+            # A former version, or a call without a time, may have made one in another folder.
+            while "student" not in _steps_of(root):
+                maker = self.choose_maker()
+                root = self.root(maker)
+                recipe = self.plan_bank(maker)
+                try:
+                    self.make_bank(recipe, root)
+                except Exception as failure:
+                    error, traceback = failure_of(failure)
+                    # What goes wrong before the student is not its fault, and the last one leaves nobody else.
+                    of_student = not isinstance(error, UsageError | IntegrityError) and "lte" in _steps_of(root)
+                    if not of_student or len(self.open) == 1:
+                        raise
+                    self.fail(maker, error, traceback)
+                    self.sweep.maker = None
+                    shutil.rmtree(root)
                     self.save()
         return root
+
+    def choose_maker(self) -> StudentRecord:
+        """The student whose run makes the bank. It is recorded, so that a repeated command goes on with the same."""
+        if self.sweep.maker is None:
+            maker = bank_maker(self.sweep)
+            first, image_time = bank_share(len(self.open), rounds_for(len(self.open)), self.recipe.image_time)
+            seconds = max(self.left, 1.0) * first
+            self.sweep.maker = Maker(model=maker.model, folder=maker.folder, seconds=seconds, image_time=image_time)
+            self.save()
+        return self.sweep.student(self.sweep.maker.model)
+
+    def plan_bank(self, maker: StudentRecord) -> Recipe:
+        """The recipe of the run that makes the bank."""
+        plan = self.sweep.maker
+        assert plan is not None
+        student = Student(model=maker.located(self.out))
+        recipe = self.recipe.model_copy(update={"student": student, "image_time": plan.image_time})
+        try:
+            chosen, _ = actions.timed(recipe, None, self.root(maker), actions.Time(budget=plan.seconds))
+        except TooShortError as error:
+            part = plan.seconds / (self.sweep.seconds or plan.seconds)
+            # Another time changes it.
+            self.sweep.maker = None
+            self.save()
+            raise UsageError(
+                f"{duration(self.sweep.seconds or 0)} is too short for this sweep.",
+                why=f"{part:.0%} of the time is for the run that makes the memory bank, with {maker.model}. "
+                f"{error.why}",
+                fix=f"Use at least: --budget {math.ceil(1.1 * error.least / part / 60)}m",
+            ) from error
+        return chosen.model_copy(update={"image_time": self.recipe.image_time})
+
+    def make_bank(self, recipe: Recipe, root: Path) -> None:
+        """Runs a recipe until its bank is there; the time counts, except that of training a teacher."""
+        if "student" in _steps_of(root):
+            return
+        began, taught = time.monotonic(), _taught(root)
+        try:
+            actions.make(recipe, root, last="student", display=self.display)
+        finally:
+            if self.sweep.seconds is not None and {"teacher", "lte"} <= _steps_of(root).keys():
+                self.sweep.spent += time.monotonic() - began - (_taught(root) - taught)
+                self.save()
 
     def shared_images(self, run: RunFolder) -> None:
         """Reads or draws the images that all students are compared on, and the teacher's predictions."""
@@ -489,12 +603,24 @@ class _Work:
 
     def recipe_for(self, student: StudentRecord) -> Recipe:
         """The recipe of a student, before its sizes are planned."""
+        if student is self.maker:
+            own = self.recipe.model_copy(update={"student": Student(model=student.located(self.out))})
+            return with_sections(own, sections_of(actions.recipe_in(self.root(student))))
         model = Student(model=student.located(self.out), bank=self.recipe.student.bank)
         return self.recipe.model_copy(update={"student": model})
 
     def plan_first(self) -> None:
-        """Plans the first share of every student that has none. Before any has begun, the rounds may become fewer, so
-        that the shares suffice for a useful student."""
+        """Plans the first share of every student that has none."""
+        self.plan_waiting()
+        maker, plan = self.maker, self.sweep.maker
+        if maker is not None and plan is not None and maker.open and maker.target is None:
+            # Last: until a student has a target, the sweep may be planned in another way.
+            sections = sections_of(self.recipe_for(maker))
+            maker.target = Target(round=self.sweep.done + 1, seconds=plan.seconds, sections=sections)
+
+    def plan_waiting(self) -> None:
+        """Plans the first share of every student whose run has not begun. Before any has begun, the rounds may become
+        fewer, so that the shares suffice for a useful student."""
         # A run that was started by hand gets a further share instead.
         waiting = [each for each in self.open if each.target is None and not (self.root(each) / MANIFEST).is_file()]
         if not waiting:
@@ -517,11 +643,13 @@ class _Work:
         if not waiting:
             return
         number, taken = self.sweep.done + 1, self.taken(self.sweep.done + 1)
-        others = len(self.without_share(number)) - len(waiting)
-        planned_before = self.sweep.done > 0 or len(waiting) < len(self.open)
+        judged = [each for each in self.open if self.in_first_share(each)]
+        left = self.left - sum(rest_seconds(self.recipe_for(each), RunFolder.open(self.root(each))) for each in judged)
+        others = len(self.without_share(number)) - len(waiting) - len(judged)
+        planned_before = self.sweep.done > 0 or len(waiting) + len(judged) < len(self.open)
 
         def seconds_of(rounds: int, students: int) -> float:
-            return max(share(self.left, rounds - self.sweep.done, others + students, taken), 1.0)
+            return max(share(left, rounds - self.sweep.done, others + students, taken), 1.0)
 
         def needs(model: str, seconds: float) -> float:
             error = lacking(measured[model], seconds)
@@ -534,13 +662,14 @@ class _Work:
             seconds_of,
             needs,
             alone=not planned_before and not has_shares,
+            apart=len(judged),
         )
         short = {model: lacking(measured[model], seconds) for model, seconds in first.too_short.items()}
         if not first.students and not planned_before and not has_shares:
             found = [error for error in short.values() if error is not None]
             least = max(error.least for error in found) * len(found)
-            if self.made_bank:
-                least /= 1 - BANK_SHARE
+            if self.makes_bank:
+                least += (self.sweep.seconds or 0.0) - left
             raise UsageError(
                 f"{duration(self.sweep.seconds or 0)} is too short for {len(found)} students.",
                 why=found[0].why,
@@ -559,11 +688,6 @@ class _Work:
             sections = measured[each.model].planned(seconds).sections
             sections = sections_of(with_sections(recipes[each.model], sections))
             each.target = Target(round=number, seconds=seconds, sections=sections)
-
-    @property
-    def made_bank(self) -> bool:
-        """Whether the sweep made its bank itself."""
-        return (self.out / BANK).is_dir()
 
     # -------------------------------------------------------------- rounds
 
@@ -639,8 +763,10 @@ class _Work:
             recipe = with_sections(self.recipe_for(each), each.target.sections)
             tasks[each.model] = Task(recipe, self.root(each), trust_code=is_trusted(), seconds=each.target.seconds)
         self.save()
-        took: dict[str, float] = {}
-        with contextlib.closing(self.counted(tasks)) as ended:
+        # The first share of this one was to make the bank.
+        took = {each.model: 0.0 for each in students if self.in_first_share(each)}
+        to_train = {model: task for model, task in tasks.items() if model not in took}
+        with contextlib.closing(self.counted(to_train)) as ended:
             for model, result in ended:
                 if result.error is not None:
                     self.fail(self.sweep.student(model), result.error, result.traceback)
@@ -650,7 +776,7 @@ class _Work:
                     self.tell(f"{model}: trained for {duration(result.seconds)}")
         for each in students:
             if each.open:
-                self.measure(each, tasks[each.model], took[each.model])
+                self.measure(each, tasks[each.model], took[each.model], judge=each.model not in to_train)
 
     def counted(self, tasks: dict[str, Task]) -> Generator[tuple[str, Result]]:
         """The results of tasks as they come in; what they take counts, also if they are interrupted."""
@@ -680,13 +806,17 @@ class _Work:
         self.end(student, "failed", _told(error))
         self.tell(f"{student.model} failed: {student.reason}")
 
-    def measure(self, student: StudentRecord, task: Task, took: float) -> None:
-        """Exports and judges a student that reached its target, unless that is done, and records its share."""
+    def measure(self, student: StudentRecord, task: Task, took: float, *, judge: bool) -> None:
+        """Exports and judges a student that reached its target, unless its workers did, and records its share.
+
+        Args:
+            judge: also if they usually do.
+        """
         target, began = student.target, time.monotonic()
         assert target is not None
         try:
             run = RunFolder.open(task.root)
-            if self.workers.last != "gate":
+            if judge or self.workers.last != "gate":
                 run = actions.make(task.recipe, task.root, last="gate", display=self.display)
             agreement = self.agreement(run)
             verdict = results.refresh(student, task.root, self.sweep)
@@ -850,7 +980,8 @@ def _shared(recipe: Mapping[str, Any], without: Collection[str] = ()) -> dict[st
     Args:
         without: dotted keys that are left out.
     """
-    found = {name: recipe.get(name) for name in _SAME}
+    # A former version wrote fewer.
+    found = {name: recipe[name] for name in _SAME if name in recipe}
     for name in _PLANNED:
         section = recipe.get(name) or {}
         found[name] = {key: value for key, value in section.items() if f"{name}.{key}" not in without}
@@ -954,9 +1085,14 @@ def _clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
+def _steps_of(root: Path) -> Mapping[str, StepRecord]:
+    """The finished steps of a run; none if it has not begun."""
+    return RunFolder.open(root).manifest.steps if (root / MANIFEST).is_file() else {}
+
+
 def _taught(root: Path) -> float:
     """Seconds of the steps before the student; 0 where they were not run."""
-    steps = RunFolder.open(root).manifest.steps if (root / MANIFEST).is_file() else {}
+    steps = _steps_of(root)
     return sum(steps[name].seconds for name in ("teacher", "lte") if name in steps)
 
 
@@ -1025,4 +1161,4 @@ def _outgrown(root: Path, target: Target) -> bool:
 
 
 def _trained_seconds(run: RunFolder) -> float:
-    return sum(float(line["seconds"]) for line in metrics_of(run.root))
+    return sum(float(line["seconds"]) for line in metrics_of(run.root) if line["phase"] == "distill")

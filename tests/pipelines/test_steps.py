@@ -43,7 +43,7 @@ def test_every_setting_that_changes_a_result_is_read_by_a_step() -> None:
     recipe = load_recipe("digits").model_dump(mode="json", by_alias=True)
     read = {key.split(".")[0] for step in STEPS if step.name != "report" for key in step.settings}
     # The budget says how the sizes were planned; the sizes themselves are read. A sweep makes other runs.
-    assert set(recipe) - read == {"name", "description", "measured", "budget", "tracking", "sweep"}
+    assert set(recipe) - read == {"name", "description", "measured", "budget", "image_time", "tracking", "sweep"}
 
 
 def test_the_page_shows_the_whole_recipe_and_every_step() -> None:

@@ -216,6 +216,34 @@ def test_images_take_their_share_of_the_time(cost: Costs, image: float) -> None:
         assert share == pytest.approx(budget.IMAGE_TIME)
 
 
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(costs, st.floats(1e-5, 10), st.floats(10, 1e5), st.integers(1, 100_000), st.integers(100, 100_000))
+def test_images_that_are_there_count_as_made(cost: Costs, image: float, time: float, steps: int, bank: int) -> None:
+    """As if the run had made the bank's images, too: they take their share of that longer time, unless their number per
+    student step is at a limit."""
+    made = budget.own_images(steps, time, image, bank, cost, 0.35)
+    share = (made + bank) * image / (time + bank * image)
+    few = max(min(budget.OWN_TIME * time / image, budget.LEAST_IMAGES * steps), 2 * cost.batch)
+    if made > few * (1 + 1e-9) and share > 0.35 + 1e-6:
+        assert made + bank == pytest.approx(budget.LEAST_IMAGES * steps)
+    if share < 0.35 - 1e-6:
+        assert made == pytest.approx(few) or made + bank == pytest.approx(budget.MOST_IMAGES * steps)
+    assert made >= few
+
+
+def test_more_images_if_several_students_will_start_with_them() -> None:
+    """Seconds of all rounds by hand; and the larger a bank, the fewer images a further run makes."""
+    cost = Costs(synthesis_step=0.6, adversary=0.06, student_step=0.25, teacher_batch=0.1, rest=60)
+    for image_time in (0.35, 0.75):
+        found = plan(3600, cost, 10, image_time=image_time)
+        filled = found.warmup_epochs * found.warmup_rounds
+        seconds = 10 * (filled * 0.6 + (found.images // 100 - filled) * 0.66)
+        assert seconds == pytest.approx(image_time * (3600 * (1 - budget.MARGIN) - 60), rel=0.06)
+    made = [plan(600, SMALL, 10, bank=bank).images for bank in (100, 10_000, 100_000)]
+    assert made == sorted(made, reverse=True)
+    assert made[0] > 2 * made[2] > 0
+
+
 def test_quantization_aware_training_is_planned() -> None:
     """By hand: 2 graphs, 3 epochs of 100 steps, each 4.2 student steps of 0.2 s and a teacher pass of 0.1 s."""
     plain, trained = (

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nayer_edge.pipelines.sweep.halving import (
     FirstRound,
     Standing,
+    bank_share,
     decide,
     first_round,
     growth,
@@ -119,6 +120,17 @@ def test_students_of_a_round_get_equal_shares_one_after_another(count: int) -> N
         going = math.ceil(going / 2)
 
 
+def test_images_of_all_students_take_as_much_as_those_of_one() -> None:
+    """By walking through the shares of one student alone, of two and of five."""
+    for students in (1, 2, 5):
+        first, images = bank_share(students, 1, 0.35)
+        others = [(1 - first) / (students - 1)] * (students - 1) if students > 1 else []
+        assert first * images == pytest.approx(0.35)
+        assert [first * (1 - images), *others] == pytest.approx([0.65 / students] * students)
+    first, images = bank_share(5, 3, 0.35)
+    assert (first, images) == (pytest.approx(0.35 + 0.65 / 15), 0.75), "its own student is trained, too"
+
+
 def test_no_time_is_no_share() -> None:
     assert share(-5.0, 2, 3, 20.0) == 0.0
     assert share(-5.0, 2, 3) == 0.0
@@ -162,6 +174,13 @@ def test_as_many_rounds_as_all_can_use() -> None:
 def test_too_little_time_for_all_is_not_decided_here() -> None:
     assert first({"a": 60.0, "b": 70.0}, 100.0, 1) == FirstRound([], {"a": 50.0, "b": 50.0}, 1)
     assert first({}, 100.0, 1).students == []
+
+
+def test_who_has_a_share_already_counts_for_the_rounds() -> None:
+    """Of three, one of which has made the bank, half goes on."""
+    two = first_round(["a", "b"], 1, 2, lambda *_: 50.0, lambda *_: 0.0, apart=1)
+    assert (two.students, two.rounds) == (["a", "b"], rounds_for(3))
+    assert first_round(["a", "b"], 1, 2, lambda *_: 50.0, lambda *_: 0.0).rounds == 1
 
 
 def test_more_time_or_a_larger_student() -> None:

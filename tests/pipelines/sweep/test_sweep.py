@@ -18,24 +18,27 @@ import pytest
 from rich.console import Console
 
 import nayer_edge as ne
-from nayer_edge.config import InputSpec
-from nayer_edge.errors import UsageError
+from nayer_edge.config import InputSpec, Student
+from nayer_edge.errors import TrainingError, UsageError
 from nayer_edge.models.user_code import trusting
 from nayer_edge.pipelines import actions, api
 from nayer_edge.pipelines.cli.sweeping import sweep_table
 from nayer_edge.pipelines.costs.budget import Costs
-from nayer_edge.pipelines.costs.planning import PlanningCosts, measured_for
+from nayer_edge.pipelines.costs.planning import PlanningCosts, measured_for, with_sections
 from nayer_edge.pipelines.plan import bank_digest
 from nayer_edge.pipelines.recipes.loading import load_recipe, portable, recipe_of, without_local_paths
 from nayer_edge.pipelines.recipes.policy import Policy
+from nayer_edge.pipelines.recipes.schema import Recipe
 from nayer_edge.pipelines.recipes.settings import apply_settings
 from nayer_edge.pipelines.run import run_recipe
 from nayer_edge.pipelines.schemas import load
+from nayer_edge.pipelines.shared_bank import read_source
 from nayer_edge.pipelines.show import Display
 from nayer_edge.pipelines.sweep import candidates, page, results, running, workers
 from nayer_edge.pipelines.sweep.order import SweepOrder
 from nayer_edge.pipelines.sweep.record import (
     Bank,
+    Maker,
     Measured,
     Missed,
     Share,
@@ -46,7 +49,9 @@ from nayer_edge.pipelines.sweep.record import (
     write_sweep,
 )
 from nayer_edge.runtime.progress import Silent
-from nayer_edge.storage.run_folder import LOCK, RunFolder
+from nayer_edge.storage.run_folder import LOCK, RunFolder, StepRecord
+
+from .conftest import SETTINGS
 
 Invoke = Callable[..., Any]
 NETS = """
@@ -450,6 +455,136 @@ def test_a_bank_that_grew_is_said(source: Path, tmp_path: Path) -> None:
     assert (sweep.bank.digest, sweep.bank.changed) == (bank_digest(source), False)
 
 
+def own_bank(out: Path, seconds: float) -> tuple[Sweep, Recipe]:
+    """A sweep of two students that makes its own bank."""
+    plan, recipe = running.planned(load_recipe("digits", list(SETTINGS)), None, out, STUDENTS[:2], seconds)
+    out.mkdir()
+    return plan, recipe
+
+
+def test_the_run_that_makes_the_bank_is_the_first_share_of_its_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that was trained is thrown away, and nobody is trained twice."""
+    out = tmp_path / "sweep"
+    plan, recipe = own_bank(out, 1000.0)
+    small, large = plan.students
+    # Smaller than any that is planned.
+    small.target = Target(round=1, seconds=5, sections=TINY)
+    asked: list[tuple[Recipe, float | None]] = []
+
+    def timed(recipe: Recipe, _name: None, _root: Path, time: actions.Time) -> tuple[Recipe, list[Any]]:
+        asked.append((recipe, time.budget))
+        # With one epoch before the decay, the run never adapts its length.
+        planned = {"seconds": time.budget, "fill_seconds": 1, "rest_seconds": 1}
+        return with_sections(recipe, {"budget": planned, "distill": {"epochs": 3}}), []
+
+    monkeypatch.setattr(actions, "timed", timed)
+    work = running._Work(plan, recipe, out, None)
+    work.prepare()
+    ((chosen, seconds),) = asked
+    assert (chosen.student.model, chosen.image_time, seconds) == (large.model, pytest.approx(0.35 / 0.675), 675.0)
+    assert plan.bank is not None
+    assert (plan.bank.run, large.target and large.target.seconds) == (large.folder, 675.0)
+    assert actions.recipe_in(out / large.folder).image_time == 0.35, "runs that start from it make no more than usual"
+    metrics = (out / large.folder / "metrics.jsonl").read_bytes()
+    made = plan.spent
+    assert made > 0, "making the bank counts"
+    assert not large.shares, "it is not judged yet"
+    # A repeated command makes it only once.
+    again = running._Work(read_sweep(out), recipe, out, None)
+    again.prepare()
+    assert len(asked) == 1
+    again.run_round()
+    plan = again.sweep
+    small, large = plan.students
+    assert [len(each.shares) for each in (small, large)] == [1, 1]
+    assert (out / large.folder / "metrics.jsonl").read_bytes() == metrics
+    assert large.shares[0].trained_seconds > 0
+    assert large.shares[0].spent < plan.spent - made, "its training was counted before"
+    assert large.artifacts
+    assert not (out / "bank").exists()
+    assert not (out / large.folder / "student" / "source.json").exists()
+    assert read_source(RunFolder.open(out / small.folder)).digest == bank_digest(out / large.folder)
+    # Without the run that made the images, no student can begin.
+    shutil.rmtree(out / large.folder)
+    with pytest.raises(UsageError, match="is gone"):
+        running._Work(plan, recipe, out, None).bank()
+
+
+def test_the_time_after_the_bank_is_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that they are too short for, which another budget may still change."""
+    out = tmp_path / "sweep"
+    plan, recipe = own_bank(out, 1000.0)
+    small, large = plan.students
+    run_recipe(recipe.model_copy(update={"student": Student(model=large.model)}), out / large.folder, last="student")
+    plan.maker = Maker(model=large.model, folder=large.folder, seconds=675.0, image_time=0.5)
+    monkeypatch.setattr(running, "rest_seconds", lambda *_: 40.0)
+    step = 0.01
+
+    def measured(*_: Any) -> PlanningCosts:
+        return PlanningCosts(Costs(0.001, 0.0, step, 0.0, 1.0, 20, 64), 10, "batchnorm", 8, 100, 256, 64, {})
+
+    monkeypatch.setattr(workers, "measured_for", measured)
+    plan.spent = 700.0
+    step = 10.0
+    with pytest.raises(UsageError, match="too short for 1 students"):
+        running._Work(plan, recipe, out, None).prepare()
+    assert not any(each.target for each in read_sweep(out).students)
+    assert running.begun(recipe, None, out, STUDENTS[:2], 2000.0) is None, "another budget may be given"
+    (line,) = running.commands_left(plan, out)[0][1:]
+    assert line == f"nayer-edge run {shlex.quote(str(out / large.folder))}", "it has its share"
+    step = 0.01
+    running._Work(plan, recipe, out, None).prepare()
+    assert small.target is not None
+    assert small.target.seconds == pytest.approx(1000.0 - plan.spent - 40.0)
+    assert large.target is not None
+
+
+def test_another_makes_the_bank_if_the_first_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep goes on with the same one after an interruption, and with the next after a failure."""
+    out = tmp_path / "sweep"
+    plan, recipe = own_bank(out, 1000.0)
+    small, large = plan.students
+    ends: list[BaseException] = [KeyboardInterrupt(), TrainingError("The student is dead."), UsageError("not now")]
+    made: list[str] = []
+
+    def fails(recipe: Recipe, root: Path, **_: Any) -> None:
+        run = RunFolder.create(root, portable(recipe, root), 0, {}, {})
+        for name in ("teacher", "lte"):
+            run.manifest.steps[name] = StepRecord(digest="0" * 64, settings={}, seconds=0.0, finished="")
+        run.save()
+        made.append(recipe.student.model)
+        raise ends.pop(0)
+
+    monkeypatch.setattr(actions, "timed", lambda recipe, *_: (recipe, []))
+    monkeypatch.setattr(actions, "make", fails)
+    with pytest.raises(KeyboardInterrupt):
+        running._Work(plan, recipe, out, None).bank()
+    plan = read_sweep(out)
+    assert plan.maker is not None
+    assert plan.maker.model == large.model
+    with pytest.raises(UsageError, match="holds another sweep"):
+        running.begun(recipe, None, out, STUDENTS[:2], 2000.0)
+    assert running.begun(recipe, None, out, STUDENTS[:2], None) is not None
+    with pytest.raises(UsageError, match="not now"):
+        running._Work(plan, recipe, out, None).bank()
+    assert made == [large.model, large.model, small.model]
+    assert [each.state for each in plan.students] == ["waiting", "failed"]
+    assert not (out / large.folder).exists(), "the next call gives it a share like the others'"
+
+
+def test_who_makes_the_bank() -> None:
+    """The recipe's own student if it takes part as it is, else the largest."""
+    students = [StudentRecord(model=f"s{n}", folder=f"s{n}", params=n) for n in (3, 9, 5)]
+    sweep = Sweep(name="x", recipe={"student": {"model": "s5", "arguments": {}}}, students=students)
+    assert running.bank_maker(sweep).model == "s5"
+    sweep.recipe["student"]["arguments"] = {"width": 4}
+    assert running.bank_maker(sweep).model == "s9"
+    students[1].state = "stopped"
+    assert running.bank_maker(sweep).model == "s5"
+
+
 def test_every_round_gets_an_equal_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five students, one after another; each takes exactly its share."""
     students = [
@@ -538,20 +673,26 @@ def test_a_dry_run_prints_equal_lines(source: Path, tmp_path: Path, invoke: Invo
     assert not out.exists()
     answer = invoke("sweep", "digits", *words)
     assert answer.code == 0, answer.err
-    lines = [line for line in answer.out.splitlines() if line.startswith("nayer-edge")]
-    assert lines[0].endswith(f"--budget 150s --out {out}/bank")
-    assert f"--bank {out}/bank --budget 225s" in lines[1]
+    # By hand, of 600 s: 35 % for images, and half of the rest for each student.
+    first, second = [shlex.split(line) for line in answer.out.splitlines() if line.startswith("nayer-edge")]
+    settings = ["--set", "seed=1", "--set", "student.model=nayer:resnet8_w6", "--set", "image_time=0.52"]
+    end = ["--budget", "405s", "--out", str(out / "resnet8_w6")]
+    assert first == ["nayer-edge", "distill", "digits", *settings, *end], "the largest makes the bank"
+    assert second[second.index("--bank") + 1] == str(out / "resnet8_w6")
+    assert second[second.index("--budget") + 1] == "195s"
+    assert second[-1] == str(out / "resnet8_w4")
     assert "2 students, 10 min, 1 round of successive halving." in answer.out
     answer = invoke("sweep", source, "--students", f"{words[1]},nayer:resnet8_w8", "--out", out, "--dry-run")
     assert "up to 2 rounds of successive halving." in " ".join(answer.out.split()), "shares may be too short for them"
 
 
-def test_lines_that_run_code_of_ones_own_say_so() -> None:
+@pytest.mark.parametrize("seconds", [None, 1000.0])
+def test_lines_that_run_code_of_ones_own_say_so(seconds: float | None) -> None:
     students = [StudentRecord(model="nayer:resnet8", folder="resnet8")]
-    sweep = Sweep(name="digits", recipe={}, seconds=1000.0, students=students)
+    sweep = Sweep(name="digits", recipe={}, seconds=seconds, students=students)
     with trusting():
         lines = running.as_commands(sweep, None, Path("runs/sweep"), "mine.toml")
-    assert len(lines) == 2
+    assert len(lines) == 1 + (sweep.seconds is None)
     assert all("--trust-code" in shlex.split(line) for line in lines)
 
 
@@ -629,6 +770,13 @@ def test_the_line_of_a_students_own_run_is_accepted(prior: str, done: Path, tmp_
     answer = invoke(*line[1:], "--until", "teacher")
     assert answer.code == 0, answer.err
     assert actions.recipe_in(tmp_path / "later").gate.accuracy.max_drop_vs_teacher == 0.5
+
+
+def test_a_sweep_of_a_former_version_goes_on(done: Path, source: Path) -> None:
+    """Its record lacks what recipes have since."""
+    plan = read_sweep(done)
+    del plan.recipe["image_time"]
+    running._require_same(plan, actions.recipe_in(source), source, done, STUDENTS, None)
 
 
 def test_settings_are_written_as_they_are_read() -> None:

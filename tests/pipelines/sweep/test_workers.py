@@ -147,7 +147,8 @@ def test_the_teachers_training_does_not_count(
         time.sleep(0.3)
         raise KeyboardInterrupt
 
-    sweep = Sweep(name="x", recipe={}, seconds=1000.0, rounds=1, students=[])
+    students = [StudentRecord(model="nayer:resnet8", folder="resnet8")]
+    sweep = Sweep(name="x", recipe={}, seconds=1000.0, rounds=1, students=students)
     work = running._Work(sweep, load_recipe("digits", [*SETTINGS]), tmp_path, None)
     monkeypatch.setattr(actions, "timed", lambda recipe, *_: (recipe, []))
     monkeypatch.setattr(actions, "make", interrupted)
@@ -327,6 +328,18 @@ def test_the_sweep_keeps_its_name_on_the_workers(tmp_path: Path) -> None:
     assert on_ray._token(tmp_path) == token
     (tmp_path / on_ray.WORKERS).write_text("../../etc")
     assert re.fullmatch("[0-9a-f]{32}", on_ray._token(tmp_path))
+
+
+def test_the_run_that_made_the_bank_needs_none(source: Path) -> None:
+    """On a worker that does not see the folder, too."""
+    import numpy as np
+
+    files = {f"run/{name}": np.fromfile(path, dtype=np.uint8) for name, path in on_ray._files_in(source).items()}
+    packed = Task(actions.recipe_in(source), source.parent / "run").packed()
+    answer, made = on_ray.do_with_files(packed, files, "bankless", lambda reference: reference)
+    assert answer["error"] is None, answer["error"]
+    assert made is not None
+    assert bytes(made["bank.safetensors"]) == (source / "bank.safetensors").read_bytes()
 
 
 def test_files_come_back_all_or_none(tmp_path: Path) -> None:
