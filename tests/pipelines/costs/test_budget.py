@@ -234,11 +234,14 @@ def test_images_that_are_there_count_as_made(cost: Costs, image: float, time: fl
 def test_more_images_if_several_students_will_start_with_them() -> None:
     """Seconds of all rounds by hand; and the larger a bank, the fewer images a further run makes."""
     cost = Costs(synthesis_step=0.6, adversary=0.06, student_step=0.25, teacher_batch=0.1, rest=60)
+    per_step = []
     for image_time in (0.35, 0.75):
         found = plan(3600, cost, 10, image_time=image_time)
+        per_step.append(found.rounds * 100 / found.steps)
         filled = found.warmup_epochs * found.warmup_rounds
         seconds = 10 * (filled * 0.6 + (found.images // 100 - filled) * 0.66)
         assert seconds == pytest.approx(image_time * (3600 * (1 - budget.MARGIN) - 60), rel=0.06)
+    assert per_step[1] == pytest.approx(per_step[0], rel=0.15), "the others are made before the student is trained"
     made = [plan(600, SMALL, 10, bank=bank).images for bank in (100, 10_000, 100_000)]
     assert made == sorted(made, reverse=True)
     assert made[0] > 2 * made[2] > 0

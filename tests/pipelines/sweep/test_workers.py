@@ -335,6 +335,7 @@ def test_the_run_that_made_the_bank_needs_none(source: Path) -> None:
     import numpy as np
 
     files = {f"run/{name}": np.fromfile(path, dtype=np.uint8) for name, path in on_ray._files_in(source).items()}
+    files |= {name.replace("run/", f"{on_ray.BANK_COPY}/"): content for name, content in files.items()}
     packed = Task(actions.recipe_in(source), source.parent / "run").packed()
     answer, made = on_ray.do_with_files(packed, files, "bankless", lambda reference: reference)
     assert answer["error"] is None, answer["error"]
