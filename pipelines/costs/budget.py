@@ -157,6 +157,7 @@ def own_images(steps: float, available: float, image: float, bank: int, costs: C
         available: seconds for its images and its steps.
         image: seconds per image.
         bank: number of images that it starts with.
+        image_time: fraction of the time for images.
     """
     samples = steps * costs.student_batch / BATCH
     balanced = image_time * available / image - (1 - image_time) * bank
